@@ -1,0 +1,110 @@
+"""Elementwise activations that know their inverse and their open range."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pcdyn.errors import ActivationError
+
+Elementwise = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An elementwise function f with, where they exist, its inverse and open range.
+
+    A target propagation target exists only for values strictly inside `(lower, upper)`, the set
+    on which `inverse` is the unique preimage (for ReLU, the positive numbers).
+
+    Arguments: `name` for messages; `function`, applied to arrays of any shape; `inverse`, or
+    `None` if f is not injective; `lower` and `upper`, the ends of the open range.
+
+    Calling an activation applies it. Two activations are equal, and share compiled code, when
+    they hold the same functions: build a custom one once and reuse it.
+    """
+
+    name: str
+    function: Elementwise
+    inverse: Elementwise | None = None
+    lower: float = -math.inf
+    upper: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.lower < self.upper:
+            raise ActivationError(
+                f"activation {self.name!r} has the empty range ({self.lower}, {self.upper}); "
+                "lower must be below upper"
+            )
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.function(x)
+
+    def in_range(self, y: Float[Array, "..."]) -> Array:
+        """Whether each entry lies strictly inside the open range, a boolean array like `y`."""
+        return (y > self.lower) & (y < self.upper)
+
+    def __repr__(self) -> str:
+        return f"Activation({self.name!r})"
+
+
+def _softplus_inverse(y: Array) -> Array:
+    # log(expm1(y)) overflows for large y; this form does not.
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+identity = Activation("identity", _identity, _identity)
+tanh = Activation("tanh", jnp.tanh, jnp.arctanh, -1.0, 1.0)
+sigmoid = Activation("sigmoid", jax.nn.sigmoid, jax.scipy.special.logit, 0.0, 1.0)
+relu = Activation("relu", jax.nn.relu, _identity, 0.0)
+softplus = Activation("softplus", jax.nn.softplus, _softplus_inverse, 0.0)
+
+
+# Cached, so that equal slopes give the same functions and therefore the same compiled code.
+@functools.cache
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """max(x, slope·x) for 0 < slope < 1; invertible on the whole line.
+
+    Raises `ActivationError` for a slope outside (0, 1).
+    """
+    if not 0.0 < slope < 1.0:
+        raise ActivationError(f"leaky_relu needs a slope between 0 and 1, got {slope}")
+
+    def forward(x: Array) -> Array:
+        return jnp.where(x > 0, x, slope * x)
+
+    def inverse(y: Array) -> Array:
+        return jnp.where(y > 0, y, y / slope)
+
+    return Activation(f"leaky_relu({slope:g})", forward, inverse)
+
+
+_BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}
+
+
+def get_activation(activation: str | Activation) -> Activation:
+    """The activation of that name, or the given `Activation` itself.
+
+    Raises `ActivationError` for an unknown name.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if activation == "leaky_relu":
+        return leaky_relu()
+    if activation not in _BY_NAME:
+        known = ", ".join([*_BY_NAME, "leaky_relu"])
+        raise ActivationError(
+            f"unknown activation {activation!r}; known are {known}, "
+            "or pass pcdyn.Activation(name, function, inverse, lower, upper)"
+        )
+    return _BY_NAME[activation]

@@ -1,0 +1,152 @@
+"""From prediction errors to energies.
+
+`E_l = ½ ε_lᵀ Π_l ε_l`, free energy `F = Σ_l E_l`, output loss `ℒ = E_L` and residual energy
+`Ẽ = F − ℒ`. The ½ is part of the definition, and every energy is per sample: the flow of one
+sample never depends on how many others are simulated beside it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from pcdyn.checks import as_float_array, is_traced
+from pcdyn.errors import PrecisionError, ShapeError
+
+
+class Energy(eqx.Module):
+    """What a layer's prediction error costs; a new energy is one small final class."""
+
+    @abc.abstractmethod
+    def layer_energy(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+        """E_l of layer l = `index` for its prediction error, per sample."""
+
+    @abc.abstractmethod
+    def check_widths(self, widths: tuple[int, ...]) -> None:
+        """Raise `ShapeError` if this energy does not fit layers of `widths` n_0 … n_L."""
+
+
+class Gaussian(Energy):
+    """`E_l = ½ ε_lᵀ Π_l ε_l` with a precision Π_l for each layer l = 1 … L.
+
+    Arguments: `precisions`, either `None` (all 1), one positive number for all layers, or a
+    sequence with one entry for each l = 1 … L: a positive number, a vector of shape `(n_l,)` (the
+    diagonal) or a symmetric positive definite matrix of shape `(n_l, n_l)`.
+
+    Raises `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
+    otherwise the flow would not be a gradient flow) and `ShapeError` where shapes do not fit.
+    Under a JAX transformation the values are unknown and only shapes are checked.
+    """
+
+    precisions: tuple[Float[Array, "..."], ...] | Float[Array, ""] | None
+
+    def __init__(self, precisions: ArrayLike | Sequence[Any] | None = None):
+        if precisions is None:
+            self.precisions = None
+        elif isinstance(precisions, list | tuple):
+            self.precisions = tuple(
+                _checked_precision(p, f"precision of layer {index}")
+                for index, p in enumerate(precisions, start=1)
+            )
+        else:
+            self.precisions = _checked_precision(precisions, "precision")
+            if self.precisions.ndim != 0:
+                raise ShapeError(
+                    "one precision for all layers must be a number; give a list with one entry "
+                    f"per layer instead of an array of shape {self.precisions.shape}"
+                )
+
+    def precision(self, index: int) -> Float[Array, "..."] | None:
+        """Π_l of layer l = `index`, as given: scalar, diagonal or matrix; `None` means 1."""
+        if isinstance(self.precisions, tuple):
+            return self.precisions[index - 1]
+        return self.precisions
+
+    def weigh(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        """Π_l ε_l, the precision-weighted prediction error of layer l = `index`."""
+        precision = self.precision(index)
+        if precision is None:
+            return error
+        if precision.ndim == 2:
+            return error @ precision
+        return jnp.broadcast_to(precision, error.shape) * error
+
+    def unweigh(self, index: int, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        """Π_l⁻¹ v, the inverse of `weigh`: a product with the covariance of layer l = `index`."""
+        precision = self.precision(index)
+        if precision is None:
+            return vector
+        if precision.ndim == 2:
+            columns = vector.reshape(-1, vector.shape[-1]).T
+            solved = jsl.cho_solve(jsl.cho_factor(precision, lower=True), columns)
+            return solved.T.reshape(vector.shape)
+        return vector / jnp.broadcast_to(precision, vector.shape)
+
+    def layer_energy(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+        return 0.5 * jnp.sum(error * self.weigh(index, error), axis=-1)
+
+    def matrix(self, index: int, width: int, dtype: Any) -> Float[Array, "n n"]:
+        """Π_l of layer l = `index` as a full matrix of `width` rows."""
+        precision = self.precision(index)
+        if precision is None:
+            return jnp.eye(width, dtype=dtype)
+        if precision.ndim == 2:
+            return precision
+        return jnp.diag(jnp.broadcast_to(precision, (width,)))
+
+    def check_widths(self, widths: tuple[int, ...]) -> None:
+        if not isinstance(self.precisions, tuple):
+            return
+        if len(self.precisions) != len(widths) - 1:
+            raise ShapeError(
+                f"{len(self.precisions)} precisions for a network with {len(widths) - 1} "
+                "predicted layers; give one for each l = 1 … L"
+            )
+        for index, precision in enumerate(self.precisions, start=1):
+            if precision.ndim > 0 and precision.shape[-1] != widths[index]:
+                raise ShapeError(
+                    f"precision of layer {index} has shape {precision.shape}, but the layer has "
+                    f"{widths[index]} units"
+                )
+
+
+def _checked_precision(value: ArrayLike, name: str) -> Float[Array, "..."]:
+    precision = as_float_array(value, name)
+    if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
+        raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "
+                         f"got shape {precision.shape}")  # fmt: skip
+    if is_traced(precision):
+        return precision
+    if precision.ndim < 2:
+        smallest = float(np.min(np.asarray(precision)))
+        if smallest <= 0:
+            raise PrecisionError(f"{name} must be positive, but contains {smallest:g}")
+        return precision
+    return jnp.asarray(_symmetric_positive_definite(np.asarray(precision), name))
+
+
+def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
+    # Inverting a covariance leaves asymmetry of the order of round-off times its conditioning.
+    asymmetry = np.max(np.abs(matrix - matrix.T)) / np.max(np.abs(matrix), initial=1e-300)
+    if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps):
+        raise PrecisionError(
+            f"{name} is not symmetric (relative asymmetry {asymmetry:.1e}); use (P + P.T) / 2 if "
+            "that is what you mean"
+        )
+    symmetric = (matrix + matrix.T) / 2
+    try:
+        np.linalg.cholesky(symmetric)
+    except np.linalg.LinAlgError:
+        smallest = np.linalg.eigvalsh(symmetric)[0]
+        raise PrecisionError(
+            f"{name} is not positive definite: its smallest eigenvalue is {smallest:.3g}; a "
+            "precision is the inverse of a covariance matrix and all its eigenvalues are positive"
+        ) from None
+    return symmetric

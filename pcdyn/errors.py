@@ -1,0 +1,161 @@
+"""Every exception and status of pcdyn, each with its cause and its remedy.
+
+Two kinds of failure are kept apart. What can be known before anything runs (a wrong shape, a
+precision that is not SPD, times in reverse) is raised at once as an `InputError`. What is known
+only while a solver runs (a diverging step, too many steps) is a `Status` of the trajectory, which
+`pcdyn.simulate` raises as a `SimulationError` unless it is told not to.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+
+
+class PcdynError(Exception):
+    """Base of every exception that pcdyn raises on purpose."""
+
+
+class InputError(PcdynError, ValueError):
+    """What was asked cannot be computed; nothing has run."""
+
+
+class ShapeError(InputError):
+    """An array, a network or a state has the wrong shape."""
+
+
+class DtypeError(InputError, TypeError):
+    """An array has a dtype that the computation cannot use, such as integers for activities."""
+
+
+class NonFiniteError(InputError):
+    """Data, weights or an initial state contain NaN or infinity."""
+
+
+class PrecisionError(InputError):
+    """A precision is not symmetric positive definite (MATHS: the flow would not be a gradient)."""
+
+
+class ActivationError(InputError):
+    """An activation is unknown, or its inverse is needed and it has none."""
+
+
+class NotLinearError(InputError):
+    """A closed form of linear networks was asked of a network that is not linear."""
+
+
+class SingularHessianError(InputError):
+    """The free energy has a flat direction, so that no unique equilibrium exists."""
+
+
+class SingularWeightError(InputError):
+    """A weight matrix has no inverse, so that no target propagation target exists."""
+
+
+class UnreachableTargetError(InputError):
+    """A target lies outside the open range of an activation, so that it has no preimage."""
+
+
+class TimesError(InputError):
+    """Times are reversed, repeated, out of range or not finite."""
+
+
+class ToleranceError(InputError):
+    """A tolerance is not positive, or finer than the dtype of the problem can resolve."""
+
+
+class IntegratorError(InputError):
+    """An integrator is unknown, or was given an option that it would ignore."""
+
+
+class DenseOutputError(InputError):
+    """A trajectory was evaluated between its saved times without dense output."""
+
+
+class DataError(InputError):
+    """A file or a folder of data is missing, corrupt, truncated or not what it claims to be."""
+
+
+class Status(enum.IntEnum):
+    """How a simulation ended; `explanation` gives cause and remedy.
+
+    The integer values are what `pcdyn.Trajectory.status` holds under `jax.vmap` and in files.
+    """
+
+    REACHED_T1 = 0
+    CONVERGED = 1
+    MAX_STEPS = 2
+    STEP_TOO_SMALL = 3
+    NON_FINITE = 4
+    UNSTABLE_STEP = 5
+    SOLVER_FAILED = 6
+
+    @property
+    def ok(self) -> bool:
+        """Whether the trajectory is an accurate solution up to its last time."""
+        return self in (Status.REACHED_T1, Status.CONVERGED)
+
+    @property
+    def explanation(self) -> str:
+        """Cause and remedy in one sentence."""
+        return _EXPLANATIONS[self]
+
+
+_EXPLANATIONS = {
+    Status.REACHED_T1: "integrated to the end time",
+    Status.CONVERGED: "stopped at equilibrium: the vector field fell below the tolerance",
+    Status.MAX_STEPS: (
+        "ran out of steps before the end time: raise max_steps, loosen the tolerance, or use an "
+        'implicit integrator such as "kvaerno5" or "lsoda" if the problem is stiff'
+    ),
+    Status.STEP_TOO_SMALL: (
+        "the step size fell below what the floating-point format resolves: loosen the tolerance "
+        "or use float64"
+    ),
+    Status.NON_FINITE: (
+        "the state or the vector field became NaN or infinite: with a fixed step, take a smaller "
+        "one (explicit Euler needs dt < 2 / largest eigenvalue of the Hessian); otherwise look "
+        "for an activation that overflows"
+    ),
+    Status.UNSTABLE_STEP: (
+        "the free energy rose, which the exact flow never does: the fixed step is too large; "
+        "explicit Euler needs dt < 2 / largest eigenvalue of the Hessian"
+    ),
+    Status.SOLVER_FAILED: "the solver gave up for a reason of its own, given in the message",
+}
+
+
+class SimulationError(PcdynError, RuntimeError):
+    """A simulation failed while it ran.
+
+    `trajectory` holds what was computed, with the status of each sample, so that nothing is lost.
+    """
+
+    def __init__(self, message: str, trajectory: Any = None):
+        super().__init__(message)
+        self.trajectory = trajectory
+
+
+class DivergedError(SimulationError):
+    """The state became non-finite or a fixed step was unstable."""
+
+
+class StepLimitError(SimulationError):
+    """The solver ran out of steps, its step vanished, or it gave up."""
+
+
+def simulation_error(status: Status, message: str, trajectory: Any) -> SimulationError:
+    """The exception for a status that is not ok."""
+    diverged = status in (Status.NON_FINITE, Status.UNSTABLE_STEP)
+    return (DivergedError if diverged else StepLimitError)(message, trajectory)
+
+
+def worst_status(codes: Any) -> Status:
+    """The status to report for several samples: the failure that most of them share, or success."""
+    values, counts = np.unique(np.asarray(codes), return_counts=True)
+    failed = [(count, value) for value, count in zip(values, counts, strict=True) if value > 1]
+    if failed:
+        return Status(int(max(failed)[1]))
+    return Status(int(values.min()))

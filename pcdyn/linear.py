@@ -1,0 +1,297 @@
+"""Closed forms of linear networks: Hessian, equilibrium, exact trajectory, spectrum.
+
+With identity activations the free layers, stacked into y, obey `τ ẏ = −H y + b` with H symmetric
+and block tridiagonal. Everything here follows from H and b, for every clamp mode, precision, bias
+and time constant, and works under `jax.jit`, `jax.vmap` and `jax.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+from jaxtyping import Array, ArrayLike, Float
+
+from pcdyn.activations import identity
+from pcdyn.checks import is_traced
+from pcdyn.energy import Gaussian
+from pcdyn.errors import InputError, NotLinearError, SingularHessianError
+from pcdyn.network import Activities, Dense, Network
+from pcdyn.problem import InferenceProblem, State
+
+
+class BlockTridiagonal(eqx.Module):
+    """A symmetric block-tridiagonal matrix: one block row per free layer.
+
+    `diagonal[i]` has shape `(n_i, n_i)`, `upper[i]` shape `(n_i, n_{i+1})`.
+    """
+
+    diagonal: tuple[Float[Array, "n n"], ...]
+    upper: tuple[Float[Array, "n m"], ...]
+
+    def dense(self) -> Float[Array, "N N"]:
+        """The whole matrix, N = Σ n_i."""
+        sizes = [block.shape[0] for block in self.diagonal]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        matrix = jsl.block_diag(*self.diagonal)
+        for i, block in enumerate(self.upper):
+            rows = slice(offsets[i], offsets[i] + sizes[i])
+            columns = slice(offsets[i + 1], offsets[i + 1] + sizes[i + 1])
+            matrix = matrix.at[rows, columns].set(block).at[columns, rows].set(block.T)
+        return matrix
+
+    def solve(self, rhs: State) -> tuple[State, Float[Array, ""]]:
+        """H⁻¹ rhs by block Cholesky in O(Σ n³), and an estimate of H's reciprocal condition.
+
+        The estimate is the smallest squared Cholesky pivot divided by the largest diagonal entry
+        of H; it is NaN or below round-off if and only if H is numerically singular.
+        """
+        factors: list[Array] = []
+        couplings: list[Array] = []
+        partial: list[Array] = []
+        for i, block in enumerate(self.diagonal):
+            # One column per sample.
+            columns = rhs[i].reshape(-1, rhs[i].shape[-1]).T
+            if i > 0:
+                # The coupling is L_{i-1}⁻¹ H_{i-1,i}, so that the Schur complement is symmetric.
+                coupling = jsl.solve_triangular(factors[-1], self.upper[i - 1], lower=True)
+                block = block - coupling.T @ coupling
+                columns = columns - coupling.T @ partial[-1]
+                couplings.append(coupling)
+            factors.append(jnp.linalg.cholesky(block))
+            partial.append(jsl.solve_triangular(factors[-1], columns, lower=True))
+        solution: list[Array] = []
+        for i in reversed(range(len(factors))):
+            columns = partial[i] - couplings[i] @ solution[0] if solution else partial[i]
+            solution.insert(0, jsl.solve_triangular(factors[i], columns, lower=True, trans="T"))
+        pivots = jnp.concatenate([jnp.diagonal(factor) for factor in factors])
+        scale = jnp.concatenate([jnp.diagonal(block) for block in self.diagonal])
+        reciprocal_condition = jnp.min(pivots) ** 2 / jnp.max(scale)
+        state = tuple(x.T.reshape(r.shape) for x, r in zip(solution, rhs, strict=True))
+        return state, reciprocal_condition
+
+
+def is_linear(network: Network) -> bool:
+    """Whether every layer is a `Dense` with the identity activation."""
+    return all(isinstance(lay, Dense) and lay.activation == identity for lay in network.layers)
+
+
+def _linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian]:
+    layers = []
+    for index, layer in enumerate(problem.network.layers, start=1):
+        if not isinstance(layer, Dense):
+            raise NotLinearError(
+                f"layer {index} is a {type(layer).__name__}; closed forms need pcdyn.Dense layers"
+            )
+        if layer.activation != identity:
+            raise NotLinearError(
+                f"layer {index} has the activation {layer.activation.name!r}; closed forms exist "
+                'for "identity" only: integrate the flow with pcdyn.simulate instead'
+            )
+        layers.append(layer)
+    if not isinstance(problem.energy, Gaussian):
+        raise NotLinearError(
+            f"the energy {type(problem.energy).__name__} does not give a linear flow; closed "
+            "forms need pcdyn.Gaussian"
+        )
+    return tuple(layers), problem.energy
+
+
+def hessian(problem: InferenceProblem) -> BlockTridiagonal:
+    """H = ∂²F/∂y², the same for every sample and every state of a linear network.
+
+    `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
+    lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
+    """
+    layers, energy = _linear_parts(problem)
+    network, depth = problem.network, problem.network.depth
+    diagonal, upper = [], []
+    for index in problem.free_layers:
+        width = network.widths[index]
+        block = jnp.zeros((width, width), network.dtype)
+        if index > 0:
+            block = block + energy.matrix(index, width, network.dtype)
+        if index < depth:
+            weight = layers[index].weight
+            weighted = energy.weigh(index + 1, weight.T)
+            block = block + weighted @ weight
+            if index + 1 in problem.free_layers:
+                upper.append(-weighted)
+        diagonal.append(block)
+    return BlockTridiagonal(tuple(diagonal), tuple(upper))
+
+
+def forcing(problem: InferenceProblem, like: State | None = None) -> State:
+    """b = −∂F/∂y at y = 0: what data and biases add to `ẏ = −H y + b`, shaped like the state.
+
+    `like` gives the batch size of a problem with both ends free.
+    """
+    _linear_parts(problem)
+    zeros = problem.zeros_state() if like is None else jax.tree.map(jnp.zeros_like, like)
+    gradient = jax.grad(lambda state: jnp.sum(problem.free_energy(state)))(zeros)
+    return jax.tree.map(jnp.negative, gradient)
+
+
+def linear_equilibrium(
+    problem: InferenceProblem, *, method: Literal["cholesky", "output_space"] = "cholesky"
+) -> Activities:
+    """The equilibrium activities x_0* … x_L* of a linear network, clamped layers included.
+
+    Arguments: `method`, either `"cholesky"` (H⁻¹b by block Cholesky; any clamps) or
+    `"output_space"` (both ends clamped; solves an n_L × n_L system, best for a narrow output):
+    `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
+    `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5 exactly.
+
+    Raises `NotLinearError`, `SingularHessianError` if a free end leaves a flat direction, and
+    `InputError` where the method does not apply. Under a JAX transformation a singular problem
+    gives NaN instead, never a point that is no equilibrium.
+    """
+    if method == "output_space":
+        return _output_space_equilibrium(problem)
+    if method != "cholesky":
+        raise InputError(f'unknown method {method!r}: use "cholesky" or "output_space"')
+    matrix = hessian(problem)
+    state, reciprocal_condition = matrix.solve(forcing(problem))
+    size = sum(block.shape[0] for block in matrix.diagonal)
+    regular = reciprocal_condition > size * jnp.finfo(reciprocal_condition.dtype).eps
+    if not is_traced(regular) and not bool(regular):
+        raise SingularHessianError(
+            f"the Hessian is singular (reciprocal condition {float(reciprocal_condition):.1e}): "
+            f"with the free layers {problem.free_layers} the free energy has flat directions and "
+            "no unique equilibrium; clamp an end, or follow the flow from a start with "
+            "pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
+        )
+    return problem.activities(tuple(jnp.where(regular, x, jnp.nan) for x in state))
+
+
+def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
+    layers, energy = _linear_parts(problem)
+    if problem.input is None or problem.output is None:
+        raise InputError(
+            'the method "output_space" needs both ends clamped; use method="cholesky"'
+        )
+    depth = problem.network.depth
+    # products[l] = P_lᵀ, so that each row of Π⁻¹ acts on a batch of n_L vectors.
+    products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
+    for index in range(depth, 1, -1):
+        products[index - 1] = products[index] @ layers[index - 1].weight
+    spread = {index: energy.unweigh(index, product) for index, product in products.items()}
+    s_matrix = sum(spread[index] @ products[index].T for index in products)
+    error = problem.output - problem.network.feedforward(problem.input)[-1]
+    factor = jsl.cho_factor(s_matrix)
+    weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
+    activities = [problem.input]
+    for index in range(1, depth):
+        prediction = problem.network.predict(index, activities[-1])
+        activities.append(prediction + weighted @ spread[index])
+    return (*activities, problem.output)
+
+
+class ExactFlow(eqx.Module):
+    """The exact trajectory y(t) of a linear network, a function of time.
+
+    With the eigendecomposition of the symmetrised `τ^{-½} H τ^{-½}` each mode with rate λ decays
+    as e^{−λt} and is driven by (1 − e^{−λt})/λ, which is t where λ = 0: no inverse of H is
+    needed, so that free ends with flat directions are covered.
+    """
+
+    rates: Float[Array, " N"]
+    modes: Float[Array, "N N"]
+    initial: Float[Array, "*batch N"]
+    drive: Float[Array, "*batch N"]
+    scale: Float[Array, " N"]
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, t: Float[Array, ""]) -> State:
+        """The state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
+        decay = jnp.exp(-self.rates * t)
+        flat = self.rates == 0
+        driven = jnp.where(flat, t, -jnp.expm1(-self.rates * t) / jnp.where(flat, 1, self.rates))
+        amplitudes = _times(self.initial, decay) + _times(self.drive, driven)
+        return _split(_times(amplitudes @ self.modes.T, self.scale), self.widths)
+
+
+def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
+    """The exact trajectory of a linear network from `initial`, as a function of time.
+
+    `y(t) = y* + e^{−Ht}(y(0) − y*)` for the whole network at once. The paper (A.4) says that no
+    closed form exists for more than one free layer; stacked, the layers are one linear ODE with
+    constant coefficients. Raises `NotLinearError`.
+    """
+    rates, modes, scale = _modes(problem)
+    start = jnp.concatenate(initial, axis=-1)
+    drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
+    return ExactFlow(
+        rates=rates,
+        modes=modes,
+        initial=_times(start, 1 / scale) @ modes,
+        drive=_times(drive, scale) @ modes,
+        scale=scale,
+        widths=tuple(x.shape[-1] for x in initial),
+    )
+
+
+def single_layer_flow(
+    problem: InferenceProblem, layer: int, activities: Sequence[ArrayLike]
+) -> ExactFlow:
+    """The exact trajectory of one hidden layer with its neighbours held fixed (A.4).
+
+    `x(t) = e^{−At} x(0) + (I − e^{−At}) A⁻¹ [Π_l W_l x_{l−1} + W_{l+1}ᵀ Π_{l+1} x_{l+1}]` with
+    `A = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}`; Eq 31 as printed runs backwards in time.
+
+    Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
+    gives the start and its two neighbours the data. The flow's state has one entry.
+    """
+    network, energy = problem.network, _linear_parts(problem)[1]
+    if not 0 < layer < network.depth:
+        raise InputError(f"layer {layer} is not a hidden layer of 1 … {network.depth - 1}")
+    precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
+    constants = problem.time_constants
+    neighbours = InferenceProblem(
+        Network(network.layers[layer - 1 : layer + 1]),
+        input=activities[layer - 1],
+        output=activities[layer + 1],
+        energy=Gaussian(precisions),
+        time_constants=None if constants is None else constants[layer - 1 : layer + 2],  # type: ignore
+    )
+    return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
+
+
+def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
+    """The decay rates of a linear network's flow in ascending order, in 1/(time units).
+
+    They are the eigenvalues of H (of τ⁻¹H with time constants). Explicit Euler is stable for
+    steps below 2 / the largest. Raises `NotLinearError`.
+    """
+    return _modes(problem)[0]
+
+
+def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
+    """1 / `spectrum`, in descending order; infinite for flat directions (within round-off)."""
+    rates = spectrum(problem)
+    flat = rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
+    return jnp.where(flat, jnp.inf, 1 / jnp.where(flat, 1, rates))
+
+
+def _modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
+    matrix = hessian(problem).dense()
+    widths = [problem.network.widths[index] for index in problem.free_layers]
+    scale = jnp.ones(matrix.shape[0], matrix.dtype)
+    if problem.time_constants is not None:
+        constants = [problem.time_constants[index] for index in problem.free_layers]
+        scale = jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, constants)])
+    rates, modes = jnp.linalg.eigh(matrix * jnp.outer(scale, scale))
+    return rates, modes, scale
+
+
+def _times(rows: Float[Array, "*batch N"], vector: Float[Array, " N"]) -> Array:
+    return rows * jnp.broadcast_to(vector, rows.shape)
+
+
+def _split(stacked: Float[Array, "*batch N"], widths: tuple[int, ...]) -> State:
+    offsets = [sum(widths[:i]) for i in range(1, len(widths))]
+    return tuple(jnp.split(stacked, offsets, axis=-1))

@@ -1,0 +1,198 @@
+"""Layers and networks: what each layer of activities predicts of the next."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+
+from pcdyn.activations import Activation, get_activation, identity
+from pcdyn.checks import as_float_array
+from pcdyn.errors import InputError, ShapeError
+
+Layer = Callable[[Array], Array]
+Activities = tuple[Float[Array, "..."], ...]
+
+
+class Dense(eqx.Module):
+    """The layer x ↦ f(W x + b), with the weights inside the activation as in the paper.
+
+    Arguments: `weight` of shape `(n_out, n_in)`; `bias` of shape `(n_out,)` or `None`;
+    `activation`, a name or a `pcdyn.Activation`.
+
+    Raises `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used.
+    """
+
+    weight: Float[Array, "n_out n_in"]
+    bias: Float[Array, " n_out"] | None
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        activation: str | Activation = identity,
+    ):
+        weight = as_float_array(weight, "weight")
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ShapeError(f"weight must have shape (n_out, n_in), got {weight.shape}")
+        self.weight = weight
+        self.bias = None
+        if bias is not None:
+            self.bias = as_float_array(bias, "bias")
+            if self.bias.shape != weight.shape[:1]:
+                raise ShapeError(
+                    f"bias has shape {self.bias.shape}, but the weight of shape {weight.shape} "
+                    f"needs {weight.shape[:1]}"
+                )
+        self.activation = get_activation(activation)
+
+    def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
+        """W x + b."""
+        z = self.weight @ x
+        return z if self.bias is None else z + self.bias
+
+    def __call__(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
+        return self.activation(self.preactivation(x))
+
+
+class Network(eqx.Module):
+    """A chain of layers; layer l predicts the activities x_l from x_{l-1}, l = 1 … L.
+
+    Arguments: `layers`, one callable `(n_{l-1},) → (n_l,)` for each prediction: `pcdyn.Dense` or
+    any equinox module; `input_width`, needed only when the first layer is not a `Dense`.
+
+    `widths` holds n_0 … n_L. Raises `ShapeError` where layers do not fit together.
+    """
+
+    layers: tuple[Layer, ...]
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, layers: Sequence[Layer], *, input_width: int | None = None):
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ShapeError("a network needs at least one layer")
+        self.widths = _widths(self.layers, input_width)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of predictions; there are L + 1 layers of activities."""
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The floating-point dtype of the weights."""
+        arrays = jax.tree.leaves(eqx.filter(self.layers, eqx.is_inexact_array))
+        return jnp.result_type(*arrays) if arrays else jnp.zeros(()).dtype
+
+    def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        """The prediction μ_l of layer l = `index` from the activities x_{l-1}, any batch."""
+        return jnp.vectorize(self.layers[index - 1], signature="(n)->(m)")(x)
+
+    def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
+        """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
+        activities = [input]
+        for index in range(1, self.depth + 1):
+            activities.append(self.predict(index, activities[-1]))
+        return tuple(activities)
+
+
+def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ...]:
+    first = layers[0]
+    if isinstance(first, Dense):
+        expected = first.weight.shape[1]
+        if input_width not in (None, expected):
+            raise ShapeError(f"input_width is {input_width}, but layer 1 takes {expected}")
+        input_width = expected
+    if input_width is None:
+        raise ShapeError("give input_width: the first layer is not a pcdyn.Dense")
+    widths = [input_width]
+    for index, layer in enumerate(layers, start=1):
+        widths.append(_output_width(layer, index, widths[-1]))
+    return tuple(widths)
+
+
+def _output_width(layer: Layer, index: int, width: int) -> int:
+    arrays = jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array))
+    dtype = jnp.result_type(*arrays) if arrays else jnp.zeros(()).dtype
+    probe = jax.ShapeDtypeStruct((width,), dtype)
+    try:
+        output: Any = eqx.filter_eval_shape(layer, probe)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(
+            f"layer {index} does not accept the {width} activities of layer {index - 1}: {error}"
+        ) from error
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 1:
+        raise ShapeError(
+            f"layer {index} must return one vector of predictions, got {output}; "
+            "flatten its output"
+        )
+    return shape[0]
+
+
+Initialisation = Literal["fan_in", "orthogonal"]
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    activation: str | Activation,
+    key: PRNGKeyArray,
+    std: float | None = None,
+    initialisation: Initialisation | None = None,
+    output_activation: str | Activation | None = None,
+    bias: bool = False,
+    dtype: Any = None,
+) -> Network:
+    """A network of `Dense` layers with random weights.
+
+    Arguments: `widths`, n_0 … n_L; `activation` of every layer, except the last one if
+    `output_activation` is given; either `std`, the standard deviation of Gaussian weights (never
+    the variance: the paper's "variance .05" is `std=.05**.5`), or `initialisation`: `"fan_in"`
+    (Gaussian with standard deviation 1/√n_{l-1}, the default) or `"orthogonal"`; `bias`, whether
+    layers have a bias, which starts at zero.
+
+    Raises `ShapeError` for widths that are no positive integers, and `InputError` for an unknown
+    initialisation or one given together with `std`.
+    """
+    if len(widths) < 2 or any(int(n) != n or n < 1 for n in widths):
+        raise ShapeError(f"widths must be two or more positive integers, got {list(widths)}")
+    if std is not None and initialisation is not None:
+        raise InputError("give std or initialisation, not both: std already says what to draw")
+    if std is not None and not (math.isfinite(std) and std >= 0):
+        raise InputError(f"std must be finite and not negative, got {std}")
+    draw = _weight_initialiser(std, initialisation or "fan_in")
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
+    keys = jr.split(key, len(widths) - 1)
+    layers = []
+    for index, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
+        is_last = index == len(widths) - 2
+        chosen = output_activation if is_last and output_activation is not None else activation
+        weight = draw(keys[index], (n_out, n_in), dtype)
+        layers.append(Dense(weight, jnp.zeros(n_out, dtype) if bias else None, chosen))
+    return Network(layers)
+
+
+def _weight_initialiser(
+    std: float | None, initialisation: str
+) -> Callable[[PRNGKeyArray, tuple[int, int], Any], Array]:
+    if std is not None:
+        return jax.nn.initializers.normal(std)
+    if initialisation == "orthogonal":
+        return jax.nn.initializers.orthogonal()
+    if initialisation == "fan_in":
+        return jax.nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=1, out_axis=0
+        )
+    raise InputError(
+        f'unknown initialisation {initialisation!r}; known are "fan_in" and "orthogonal", '
+        "or give std"
+    )

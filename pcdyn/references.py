@@ -1,0 +1,189 @@
+"""What inference is compared with: the feedforward pass, backpropagation, target propagation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from pcdyn.checks import is_traced
+from pcdyn.errors import (
+    ActivationError,
+    InputError,
+    ShapeError,
+    SingularWeightError,
+    UnreachableTargetError,
+)
+from pcdyn.network import Activities, Dense, Network
+from pcdyn.problem import InferenceProblem
+
+
+def feedforward(problem: InferenceProblem) -> Activities:
+    """The activities x_0 … x_L of a feedforward pass from the clamped input.
+
+    They are the equilibrium when the output is free, for any activation (Theorem 3.1). Raises
+    `InputError` if the input is free.
+    """
+    if problem.input is None:
+        raise InputError("a feedforward pass needs a clamped input; this problem's input is free")
+    return problem.network.feedforward(problem.input)
+
+
+class Backpropagation(eqx.Module):
+    """What `backpropagation` computes.
+
+    - `activities`: the feedforward pass x_0 … x_L.
+    - `deltas`: δ_l = −∂ℒ/∂x̂_l for l = 1 … L, each shaped like its layer; the limit of the
+      prediction errors Π_l ε_l (Theorem 3.2 with its sign corrected).
+    - `weight_gradient`: ∂ℒ/∂(weights), a network whose arrays are the gradients, summed over the
+      batch.
+    - `loss`: ℒ of the feedforward pass, per sample.
+    """
+
+    activities: Activities
+    deltas: Activities
+    weight_gradient: Network
+    loss: Float[Array, "*batch"]
+
+
+def backpropagation(problem: InferenceProblem) -> Backpropagation:
+    """Backpropagation of the output loss ℒ through the feedforward pass.
+
+    `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
+    for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
+    """
+    if problem.output is None:
+        raise InputError("backpropagation needs a target: this problem's output is free")
+    network = problem.network
+    activities = feedforward(problem)
+
+    def output_energy(prediction: Array) -> tuple[Array, Array]:
+        error = problem.output - prediction
+        energy = problem.energy.layer_energy(network.depth, error)
+        return jnp.sum(energy), energy
+
+    gradient, loss = jax.grad(output_energy, has_aux=True)(activities[-1])
+    deltas, gradients = [-gradient], []
+    for index in range(network.depth, 0, -1):
+        layer_gradient, delta = _layer_vjp(network, index, activities[index - 1], deltas[0])
+        gradients.insert(0, layer_gradient)
+        if index > 1:
+            deltas.insert(0, delta)
+    weight_gradient = eqx.tree_at(lambda n: n.layers, network, tuple(gradients))
+    return Backpropagation(activities, tuple(deltas), weight_gradient, loss)
+
+
+def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[Any, Array]:
+    layers = network.layers
+    arrays, rest = eqx.partition(layers[index - 1], eqx.is_inexact_array)
+
+    def predict(arrays: Any, x: Array) -> Array:
+        layer = eqx.combine(arrays, rest)
+        return jnp.vectorize(layer, signature="(n)->(m)")(x)
+
+    _, vjp = jax.vjp(predict, arrays, x)
+    layer_gradient, delta_below = vjp(delta)
+    return jax.tree.map(jnp.negative, layer_gradient), delta_below
+
+
+class TargetPropagation(eqx.Module):
+    """What `target_propagation` computes.
+
+    - `reachable`: for each layer l = 1 … L, whether each unit's target lies strictly inside the
+      range of the activation, boolean, shaped like the layer.
+    - `exists`: whether all targets of a sample exist, boolean, per sample.
+    - `values`: numbers for x_0 … x_L that are targets only for the samples that exist, and mean
+      nothing for the others; `targets` is the checked way to them.
+    """
+
+    values: Activities
+    reachable: tuple[Bool[Array, "*batch n"], ...]
+    exists: Bool[Array, "*batch"]
+
+    @property
+    def targets(self) -> Activities:
+        """t_0 … t_L; raises `UnreachableTargetError` if those of any sample do not exist."""
+        if not is_traced(self.exists) and not bool(jnp.all(self.exists)):
+            raise UnreachableTargetError(self._explanation())
+        return self.values
+
+    def _explanation(self) -> str:
+        exists = np.asarray(self.exists)
+        parts = []
+        for index, mask in enumerate(self.reachable, start=1):
+            units = np.unique(np.argwhere(~np.asarray(mask))[:, -1])
+            if units.size:
+                parts.append(f"layer {index} units {units.tolist()}")
+        return (
+            f"{int((~exists).sum())} of {exists.size} samples have no target propagation target: "
+            f"outside the open range of the activation at {'; '.join(parts)}. Choose targets "
+            "inside the range, or select the samples whose `exists` is true"
+        )
+
+
+def target_propagation(problem: InferenceProblem) -> TargetPropagation:
+    """Target propagation by exact inverses: `t_L = T`, `t_{l−1} = W_l⁺ (f_l⁻¹(t_l) − b_l)`.
+
+    The equilibrium of the flow with the input free, where the targets exist (Theorem 3.3, Eq 3).
+    They exist only where every t_l, l ≥ 1, lies strictly inside the range of f_l; an unreachable
+    target is reported as such and never turned into a number. For weights that are not square the
+    Moore–Penrose inverse is used (paper, A.9), so that the targets solve each layer in the
+    least-squares or minimum-norm sense only.
+
+    Raises `InputError` if the output is free, `ShapeError` for a layer that is not a `Dense`,
+    `ActivationError` for an activation without inverse and `SingularWeightError` for a singular
+    weight matrix.
+    """
+    if problem.output is None:
+        raise InputError("target propagation needs a target: this problem's output is free")
+    values, reachable = [problem.output], []
+    exists = jnp.ones(problem.output.shape[:-1], bool)
+    for index in range(problem.network.depth, 0, -1):
+        layer = _invertible_dense(problem.network, index)
+        in_range = layer.activation.in_range(values[0])
+        exists = exists & jnp.all(in_range, axis=-1)
+        reachable.insert(0, in_range)
+        # Where a target does not exist any number may stand, as long as it is inside the range:
+        # f(1) is, and it keeps NaN out of the reachable samples' derivatives.
+        inside = layer.activation(jnp.ones_like(values[0]))
+        preimage = layer.activation.inverse(jnp.where(in_range, values[0], inside))  # type: ignore
+        values.insert(0, _solve_layer(layer, preimage))
+    return TargetPropagation(tuple(values), tuple(reachable), exists)
+
+
+def _invertible_dense(network: Network, index: int) -> Dense:
+    layer = network.layers[index - 1]
+    if not isinstance(layer, Dense):
+        raise ShapeError(f"layer {index} is a {type(layer).__name__}: only Dense can be inverted")
+    if layer.activation.inverse is None:
+        raise ActivationError(
+            f"activation {layer.activation.name!r} of layer {index} has no inverse; give one with "
+            "pcdyn.Activation(name, function, inverse, lower, upper)"
+        )
+    if not is_traced(layer.weight):
+        _check_full_rank(np.asarray(layer.weight), index)
+    return layer
+
+
+def _check_full_rank(weight: np.ndarray, index: int) -> None:
+    singular_values = np.linalg.svd(weight, compute_uv=False)
+    smallest, largest = float(singular_values[-1]), float(singular_values[0])
+    if smallest <= max(weight.shape) * np.finfo(weight.dtype).eps * largest:
+        raise SingularWeightError(
+            f"the weight of layer {index} is singular: its singular values range from "
+            f"{smallest:.2e} to {largest:.2e}; no target propagation target exists"
+        )
+
+
+def _solve_layer(layer: Dense, preimage: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
+    centred = preimage
+    if layer.bias is not None:
+        centred = preimage - jnp.broadcast_to(layer.bias, preimage.shape)
+    if layer.weight.shape[0] == layer.weight.shape[1]:
+        flat = centred.reshape(-1, centred.shape[-1])
+        return jnp.linalg.solve(layer.weight, flat.T).T.reshape(centred.shape)
+    return centred @ jnp.linalg.pinv(layer.weight).T
