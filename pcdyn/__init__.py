@@ -1,3 +1,52 @@
+"""pcdyn: predictive coding networks as continuous-time dynamical systems.
+
+Conventions. Layer 0 is the input and layer L the output. Layer l predicts `f(W x_{l−1} + b)`,
+with the weights inside the activation. The energy of a layer is `½ εᵀ Π ε`, the ½ included, and
+is never averaged over a batch. Time is in units of the activity time constant.
+
+pcdyn never changes JAX's configuration. Theorems are checked in float64: switch it on with
+`jax.config.update("jax_enable_x64", True)` before building networks.
+"""
+
+from pcdyn import activations, datasets, errors, linear, references
+from pcdyn.activations import Activation
+from pcdyn.energy import Energy, Gaussian
+from pcdyn.errors import PcdynError, SimulationError, Status
+from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
+from pcdyn.linear import linear_equilibrium
 from pcdyn.network import Dense, Network, mlp
-from pcdyn.energy import Gaussian
 from pcdyn.problem import InferenceProblem
+from pcdyn.references import backpropagation, feedforward, target_propagation
+from pcdyn.simulate import simulate
+from pcdyn.trajectory import Trajectory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Dense",
+    "Diffrax",
+    "Energy",
+    "Euler",
+    "Exact",
+    "Gaussian",
+    "InferenceProblem",
+    "Network",
+    "PcdynError",
+    "SciPy",
+    "SimulationError",
+    "Status",
+    "Trajectory",
+    "UntilEquilibrium",
+    "activations",
+    "backpropagation",
+    "datasets",
+    "errors",
+    "feedforward",
+    "linear",
+    "linear_equilibrium",
+    "mlp",
+    "references",
+    "simulate",
+    "target_propagation",
+]

@@ -1,0 +1,44 @@
+"""Integrators are values under one contract: diffrax, SciPy, Euler and the exact solution."""
+
+from __future__ import annotations
+
+from pcdyn.errors import IntegratorError
+from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
+from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax
+from pcdyn.integrators.euler import Euler
+from pcdyn.integrators.exact import Exact
+from pcdyn.integrators.scipy import SCIPY_NAMES, SciPy
+
+__all__ = [
+    "Diffrax",
+    "Euler",
+    "Exact",
+    "Integration",
+    "Integrator",
+    "SciPy",
+    "UntilEquilibrium",
+    "get_integrator",
+]
+
+
+def get_integrator(integrator: str | Integrator) -> Integrator:
+    """The integrator of that name, or the given one itself.
+
+    Raises `IntegratorError` for an unknown name.
+    """
+    if isinstance(integrator, Integrator):
+        return integrator
+    if not isinstance(integrator, str):
+        raise IntegratorError(
+            f"{integrator!r} is no integrator; wrap a diffrax solver as pcdyn.Diffrax(solver)"
+        )
+    if integrator == "exact":
+        return Exact()
+    if integrator in DIFFRAX_NAMES:
+        return Diffrax(integrator)
+    if integrator.lower() in SCIPY_NAMES:
+        return SciPy(SCIPY_NAMES[integrator.lower()])
+    if integrator == "euler":
+        raise IntegratorError("Euler needs a step: pcdyn.Euler(dt=0.05)")
+    known = ", ".join([*DIFFRAX_NAMES, *SCIPY_NAMES, "exact"])
+    raise IntegratorError(f"unknown integrator {integrator!r}; known names are {known}")

@@ -1,0 +1,142 @@
+"""The contract that every integrator keeps: flow, initial state and times in, `Integration` out."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pcdyn.errors import IntegratorError, ToleranceError
+from pcdyn.problem import InferenceProblem, State
+
+
+class Flow(eqx.Module):
+    """The vector field of a problem with what is constant during inference computed once."""
+
+    problem: InferenceProblem
+    first_prediction: Array | None
+
+    def __init__(self, problem: InferenceProblem):
+        self.problem = problem
+        self.first_prediction = problem.first_prediction()
+
+    def __call__(self, t: Any, state: State, args: Any = None) -> State:
+        """dx/dt at `state`; the flow does not depend on time."""
+        return self.problem.vector_field(state, self.first_prediction)
+
+
+def field_norms(field: State) -> Float[Array, "*batch layers"]:
+    """The Euclidean norm of the vector field of each free layer, per sample."""
+    return jnp.stack([jnp.linalg.norm(layer, axis=-1) for layer in field], axis=-1)
+
+
+class UntilEquilibrium(eqx.Module):
+    """Stop when ‖dx_l/dt‖ of every free layer and sample is at most `tolerance`.
+
+    The norm is Euclidean, absolute and per layer: a large clamped value or a large activity does
+    not loosen it. Nothing stops before `minimum_time`. Unless a tolerance is given it is 1e-6 in
+    float64 and 1e-3 in float32.
+    """
+
+    tolerance: float | None = None
+    minimum_time: float = 0.0
+
+    def __check_init__(self) -> None:
+        if self.tolerance is not None and not (0 < self.tolerance < math.inf):
+            raise ToleranceError(f"tolerance must be positive and finite, got {self.tolerance}")
+        if not 0 <= self.minimum_time < math.inf:
+            raise ToleranceError(f"minimum_time must not be negative, got {self.minimum_time}")
+
+    def resolved(self, dtype: Any) -> UntilEquilibrium:
+        """The same with the tolerance filled in for a problem of this dtype."""
+        if self.tolerance is not None:
+            return self
+        return UntilEquilibrium(1e-6 if dtype == jnp.float64 else 1e-3, self.minimum_time)
+
+    def reached(self, t: Any, field: State) -> Array:
+        """Whether to stop at time t, one boolean for all samples."""
+        return (t >= self.minimum_time) & jnp.all(field_norms(field) <= self.tolerance)
+
+
+class Integration(eqx.Module):
+    """What an integrator returns, before anything is derived from it.
+
+    `states` has a leading axis over the requested times, of which only those up to `end_time`
+    mean anything; `end_state` is the state at `end_time`; `status` is a `pcdyn.Status` as an
+    integer. Counts are `None` where the method cannot know them. `interpolation` maps a time to
+    a state, where dense output was asked for.
+    """
+
+    states: State
+    end_time: Any
+    end_state: State
+    status: Any
+    evaluations: Any = None
+    jacobian_evaluations: Any = None
+    accepted_steps: Any = None
+    rejected_steps: Any = None
+    interpolation: Any = None
+    message: str = eqx.field(static=True, default="")
+
+
+class Integrator(eqx.Module):
+    """Base of all integrators: values that say how to integrate."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What messages and tables call it."""
+
+    @property
+    @abc.abstractmethod
+    def runs_in_jax(self) -> bool:
+        """Whether `integrate` can be traced by JAX; otherwise it runs on the host."""
+
+    @property
+    @abc.abstractmethod
+    def fixed_step(self) -> float | None:
+        """The step size, or `None` if the method chooses it."""
+
+    @abc.abstractmethod
+    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+        """Raise `IntegratorError` or `ToleranceError` for what this integrator cannot do."""
+
+    @abc.abstractmethod
+    def integrate(
+        self,
+        problem: InferenceProblem,
+        state: State,
+        times: Any,
+        t1: Any,
+        until: UntilEquilibrium | None,
+        dense: bool,
+    ) -> Integration:
+        """Integrate from t = 0 to `t1`, saving at `times`."""
+
+
+def check_step(name: str, dt: float) -> None:
+    """Raise `IntegratorError` unless a fixed step is positive and finite."""
+    if not 0 < dt < math.inf:
+        raise IntegratorError(f"{name} needs a positive and finite step, got dt={dt}")
+
+
+def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: Any = None) -> None:
+    """Raise `ToleranceError` for tolerances that are not positive or too fine for the dtype."""
+    for label, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 < value < math.inf:
+            raise ToleranceError(f"{name}: {label} must be positive and finite, got {value}")
+    if dtype is not None and rtol is not None and rtol < 10 * jnp.finfo(dtype).eps:
+        hint = (
+            ' or switch on float64 with jax.config.update("jax_enable_x64", True) and build the '
+            "network again"
+            if dtype == jnp.float32
+            else ""
+        )
+        raise ToleranceError(
+            f"{name}: rtol={rtol:g} is finer than {jnp.dtype(dtype).name} can resolve "
+            f"(10 eps = {10 * float(jnp.finfo(dtype).eps):.1e}); loosen it{hint}"
+        )

@@ -1,0 +1,262 @@
+"""Any diffrax solver with any of its step size controllers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn.errors import IntegratorError, Status
+from pcdyn.integrators.base import (
+    Flow,
+    Integration,
+    Integrator,
+    UntilEquilibrium,
+    check_step,
+    check_tolerances,
+)
+from pcdyn.problem import InferenceProblem, State
+
+if TYPE_CHECKING:
+    import diffrax
+
+# diffrax is imported where it is used, so that the SciPy path starts without it.
+_SOLVERS = {
+    "euler": "Euler",
+    "heun": "Heun",
+    "midpoint": "Midpoint",
+    "ralston": "Ralston",
+    "bosh3": "Bosh3",
+    "tsit5": "Tsit5",
+    "dopri5": "Dopri5",
+    "dopri8": "Dopri8",
+    "implicit_euler": "ImplicitEuler",
+    "kvaerno3": "Kvaerno3",
+    "kvaerno4": "Kvaerno4",
+    "kvaerno5": "Kvaerno5",
+}
+DIFFRAX_NAMES = tuple(name for name in _SOLVERS if name != "euler")
+
+
+class Diffrax(Integrator):
+    """Integrate with a diffrax solver, on whatever device JAX has.
+
+    Arguments:
+
+    - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"` or
+      `"kvaerno5"`.
+    - `rtol`, `atol`: tolerances of the adaptive step size; 1e-6 and 1e-9 in float64, 1e-4 and
+      1e-6 in float32 unless given, and tighter with `until`, where a solver that hovers at its
+      own tolerance would never meet the equilibrium's.
+    - `dt`: a fixed step instead.
+    - `controller`: any diffrax step size controller instead, with its own tolerances.
+    - `max_steps`: after so many steps it gives up.
+    - `fallback`: the SciPy method that takes over, and says so, where this one runs out of steps
+      or its step vanishes; `None` switches it off.
+
+    The error of a batch is the largest error of any of its samples, each the root mean square
+    over units: one sample is integrated as exactly among 256 as alone. Saved times are
+    interpolated by the method's dense output, whose order can be lower than that of the steps.
+    """
+
+    solver: Any
+    rtol: float | None
+    atol: float | None
+    dt: float | None
+    controller: Any
+    max_steps: int = eqx.field(static=True)
+    fallback: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        solver: str | diffrax.AbstractSolver = "tsit5",
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        dt: float | None = None,
+        controller: diffrax.AbstractStepSizeController | None = None,
+        max_steps: int = 2**14,
+        fallback: str | None = "LSODA",
+    ):
+        if isinstance(solver, str) and solver not in _SOLVERS:
+            raise IntegratorError(
+                f"unknown diffrax solver {solver!r}; known names are {', '.join(_SOLVERS)}, or "
+                "pass a diffrax solver"
+            )
+        if (dt is not None or controller is not None) and (rtol is not None or atol is not None):
+            chosen = "dt" if dt is not None else "controller"
+            raise IntegratorError(f"Diffrax would ignore rtol and atol next to {chosen}")
+        if dt is not None and controller is not None:
+            raise IntegratorError("Diffrax takes a fixed step dt or a controller, not both")
+        if max_steps < 1:
+            raise IntegratorError(f"max_steps must be positive, got {max_steps}")
+        check_tolerances("Diffrax", rtol, atol)
+        if dt is not None:
+            check_step("Diffrax", dt)
+        self.solver, self.rtol, self.atol, self.dt = solver, rtol, atol, dt
+        self.controller, self.max_steps, self.fallback = controller, max_steps, fallback
+
+    @property
+    def name(self) -> str:
+        label = self.solver if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        return label if self.dt is None else f"{label} with fixed step"
+
+    @property
+    def runs_in_jax(self) -> bool:
+        return True
+
+    @property
+    def fixed_step(self) -> float | None:
+        return self.dt
+
+    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+        import diffrax
+
+        check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
+        adaptive = isinstance(self._solver(), diffrax.AbstractAdaptiveSolver)
+        if self.dt is None and self.controller is None and not adaptive:
+            raise IntegratorError(
+                f"{self.name} has no error estimate and cannot adapt its step: give dt"
+            )
+
+    def _solver(self) -> Any:
+        import diffrax
+
+        if not isinstance(self.solver, str):
+            return self.solver
+        cls = getattr(diffrax, _SOLVERS[self.solver])
+        if issubclass(cls, diffrax.AbstractImplicitSolver) and self.dt is not None:
+            # A fixed step has no tolerances from which the root finder could take its own.
+            return cls(root_finder=diffrax.VeryChord(rtol=1e-10, atol=1e-12))
+        return cls()
+
+    def tolerances(
+        self, problem: InferenceProblem, state: State, until: UntilEquilibrium | None
+    ) -> tuple[Any, Any]:
+        """rtol and atol, with the defaults filled in."""
+        double = problem.network.dtype == jnp.float64
+        rtol, atol = (1e-6, 1e-9) if double else (1e-4, 1e-6)
+        if until is not None:
+            # An explicit method hovers where its own error control lets it; a hundredth of the
+            # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
+            largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in problem.activities(state)]))
+            floor = 20 * float(jnp.finfo(problem.network.dtype).eps)
+            rtol = jnp.clip(until.tolerance / (100 * jnp.maximum(largest, 1)), floor, rtol)
+            atol = jnp.minimum(atol, until.tolerance / 100)
+        return (
+            rtol if self.rtol is None else self.rtol,
+            atol if self.atol is None else self.atol,
+        )
+
+    def integrate(
+        self,
+        problem: InferenceProblem,
+        state: State,
+        times: Any,
+        t1: Any,
+        until: UntilEquilibrium | None,
+        dense: bool,
+    ) -> Integration:
+        import diffrax
+
+        flow, solver = Flow(problem), self._solver()
+        event = None
+        if until is not None:
+            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow(t, y)))
+        saveat = diffrax.SaveAt(
+            subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)], dense=dense
+        )
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(flow),
+            solver,
+            0.0,
+            t1,
+            self.dt,
+            state,
+            saveat=saveat,
+            stepsize_controller=self._controller(problem, state, t1, until),
+            event=event,
+            max_steps=self.max_steps,
+            # throw=True would insert a host callback, which keeps JAX from caching the program.
+            throw=False,
+            adjoint=diffrax.ForwardMode(),
+        )
+        states, last = solution.ys
+        return Integration(
+            states=states,
+            end_time=solution.ts[1][0],
+            end_state=jax.tree.map(lambda x: x[0], last),
+            status=_status(solution.result),
+            evaluations=self._evaluations(solver, solution.stats["num_steps"], until),
+            jacobian_evaluations=None if _is_implicit(solver) else 0,
+            accepted_steps=solution.stats["num_accepted_steps"],
+            rejected_steps=solution.stats["num_rejected_steps"],
+            interpolation=DiffraxInterpolation(solution.interpolation) if dense else None,
+        )
+
+    def _controller(
+        self, problem: InferenceProblem, state: State, t1: Any, until: UntilEquilibrium | None
+    ) -> Any:
+        import diffrax
+
+        if self.controller is not None:
+            return self.controller
+        if self.dt is not None:
+            return diffrax.ConstantStepSize()
+        rtol, atol = self.tolerances(problem, state, until)
+        smallest = 4 * jnp.finfo(jnp.result_type(float)).eps * t1
+        return diffrax.PIDController(rtol, atol, norm=largest_sample_rms, dtmin=smallest)
+
+    def _evaluations(self, solver: Any, steps: Any, until: UntilEquilibrium | None) -> Any:
+        """Vector-field evaluations of an explicit method; Newton iterations are not reported."""
+        if _is_implicit(solver):
+            return None
+        tableau = getattr(solver, "tableau", None)
+        stages = 1 if tableau is None else tableau.num_stages
+        reused = 0 if tableau is None or not tableau.fsal else 1
+        first_step_choice = 2 if self.dt is None and self.controller is None else 0
+        tests = 0 if until is None else steps + 1
+        return (stages - reused) * steps + reused + first_step_choice + tests
+
+
+class DiffraxInterpolation(eqx.Module):
+    """diffrax's dense output as a function of time."""
+
+    interpolation: Any
+
+    def __call__(self, t: Any) -> State:
+        return self.interpolation.evaluate(t)
+
+
+def largest_sample_rms(error: Any) -> Any:
+    """The largest root mean square over the units of any one sample."""
+    leaves = jax.tree.leaves(error)
+    units = sum(x.shape[-1] for x in leaves)
+    squares = sum(jnp.sum(jnp.abs(x) ** 2, axis=-1) for x in leaves)
+    mean = squares / units
+    # The derivative of a square root at zero is infinite, also where the error vanishes exactly.
+    positive = mean > 0
+    return jnp.max(jnp.where(positive, jnp.sqrt(jnp.where(positive, mean, 1)), 0))
+
+
+def _is_implicit(solver: Any) -> bool:
+    import diffrax
+
+    return isinstance(solver, diffrax.AbstractImplicitSolver)
+
+
+def _status(result: Any) -> Any:
+    from diffrax import RESULTS
+
+    code = jnp.asarray(int(Status.SOLVER_FAILED))
+    for status, outcome in (
+        (Status.REACHED_T1, RESULTS.successful),
+        (Status.CONVERGED, RESULTS.event_occurred),
+        (Status.MAX_STEPS, RESULTS.max_steps_reached),
+        (Status.MAX_STEPS, RESULTS.max_steps_rejected),
+        (Status.STEP_TOO_SMALL, RESULTS.dt_min_reached),
+    ):
+        code = jnp.where(result == outcome, int(status), code)
+    return code

@@ -1,0 +1,246 @@
+"""SciPy's `solve_ivp` on the host, with the problem's Jacobian for the implicit methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pcdyn.errors import IntegratorError, Status
+from pcdyn.integrators.base import (
+    Flow,
+    Integration,
+    Integrator,
+    UntilEquilibrium,
+    check_tolerances,
+)
+from pcdyn.problem import InferenceProblem, State
+
+_METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+_EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
+SCIPY_NAMES = {method.lower(): method for method in _METHODS}
+
+
+class SciPy(Integrator):
+    """Integrate with `scipy.integrate.solve_ivp`, in float64 on the host's CPU.
+
+    Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, 1e-6 and
+    1e-9 unless given and tighter with `until`, as in `pcdyn.Diffrax`. Radau, BDF and LSODA get
+    the Jacobian of the vector field by automatic differentiation; that of a batch is block
+    diagonal and is handed over as a sparse or banded matrix. Dense output is always there.
+    """
+
+    method: str = eqx.field(static=True, default="LSODA")
+    rtol: float | None = None
+    atol: float | None = None
+
+    def __check_init__(self) -> None:
+        if self.method not in _METHODS:
+            raise IntegratorError(
+                f"unknown SciPy method {self.method!r}; known are {', '.join(_METHODS)}"
+            )
+        check_tolerances(self.method, self.rtol, self.atol)
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def runs_in_jax(self) -> bool:
+        return False
+
+    @property
+    def fixed_step(self) -> None:
+        return None
+
+    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+        # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.
+        check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
+
+    def _tolerances(self, largest: float, until: UntilEquilibrium | None) -> tuple[float, float]:
+        rtol, atol = 1e-6, 1e-9
+        if until is not None and until.tolerance is not None:
+            rtol = float(np.clip(until.tolerance / (100 * max(largest, 1.0)), 1e-13, rtol))
+            atol = min(atol, until.tolerance / 100)
+        return (
+            rtol if self.rtol is None else self.rtol,
+            atol if self.atol is None else self.atol,
+        )
+
+    def integrate(
+        self,
+        problem: InferenceProblem,
+        state: State,
+        times: Any,
+        t1: Any,
+        until: UntilEquilibrium | None,
+        dense: bool,
+    ) -> Integration:
+        from scipy.integrate import solve_ivp
+
+        system = _HostSystem(problem, state)
+        start = system.flatten(state)
+        if until is not None and until.minimum_time == 0 and system.below(start, until):
+            return _at_rest(system, start, times)
+        largest = max(float(jnp.max(jnp.abs(x))) for x in problem.activities(state))
+        rtol, atol = self._tolerances(largest, until)
+        options = system.jacobian_options(self.method)
+        if until is not None:
+            options["events"] = system.equilibrium_event(until)
+        with np.errstate(all="ignore"):
+            try:
+                solution = solve_ivp(
+                    system.field,
+                    (0.0, float(t1)),
+                    start,
+                    method=self.method,
+                    rtol=rtol,
+                    atol=atol,
+                    dense_output=True,
+                    **options,
+                )
+            except (ValueError, np.linalg.LinAlgError) as error:
+                # The implicit methods raise on a Jacobian with NaN.
+                return _failed(system, start, times, str(error))
+        return self._package(system, solution, times, until)
+
+    def _package(
+        self, system: _HostSystem, solution: Any, times: Any, until: UntilEquilibrium | None
+    ) -> Integration:
+        status = {0: Status.REACHED_T1, 1: Status.CONVERGED}.get(
+            solution.status, Status.STEP_TOO_SMALL
+        )
+        end_time, end = float(solution.t[-1]), solution.y[:, -1]
+        if not np.isfinite(end).all():
+            status = Status.NON_FINITE
+        accepted = len(solution.t) - 1
+        per_step = _EVALUATIONS_PER_STEP.get(self.method)
+        # The event's own evaluations are counted with the solver's.
+        evaluations = solution.nfev + system.event_evaluations
+        rejected = None if per_step is None else (solution.nfev - 2) // per_step - accepted
+        saved = np.asarray(solution.sol(np.minimum(np.asarray(times), end_time)))
+        return Integration(
+            states=system.unflatten(saved.T),
+            end_time=end_time,
+            end_state=system.unflatten(end),
+            status=int(status),
+            evaluations=evaluations,
+            jacobian_evaluations=solution.njev,
+            accepted_steps=accepted,
+            rejected_steps=rejected,
+            interpolation=lambda t: system.unflatten(solution.sol(float(t))),
+            message="" if status.ok else f"SciPy says: {solution.message}",
+        )
+
+
+class _HostSystem:
+    """A problem as SciPy sees it: one flat float64 vector, sample after sample."""
+
+    def __init__(self, problem: InferenceProblem, state: State):
+        cpu = jax.local_devices(backend="cpu")[0]
+        arrays, rest = eqx.partition(Flow(problem), eqx.is_array)
+        self._flow = eqx.combine(jax.device_put(arrays, cpu), rest)
+        self._widths = tuple(x.shape[-1] for x in state)
+        self._batch = state[0].shape[:-1]
+        self._dtype = problem.network.dtype
+        self.event_evaluations = 0
+
+    def flatten(self, state: State) -> np.ndarray:
+        """The state as one float64 vector."""
+        layers = [np.asarray(x, dtype=np.float64) for x in state]
+        return np.concatenate(layers, axis=-1).reshape(-1)
+
+    def unflatten(self, y: np.ndarray) -> State:
+        """The state of a flat vector, or the states of several with a leading axis."""
+        rows = y.reshape(*y.shape[:-1], *self._batch, sum(self._widths)).astype(self._dtype)
+        return tuple(np.split(rows, np.cumsum(self._widths)[:-1], axis=-1))
+
+    def field(self, t: float, y: np.ndarray) -> np.ndarray:
+        rows = y.reshape(*self._batch, -1).astype(self._dtype)
+        field = _flat_field(self._flow, self._widths, rows)
+        return np.asarray(field, dtype=np.float64).reshape(-1)
+
+    def blocks(self, y: np.ndarray) -> np.ndarray:
+        """∂(dx/dt)/∂x of each sample, shape (samples, N, N)."""
+        rows = y.reshape(*self._batch, -1).astype(self._dtype)
+        jacobian = np.asarray(_jacobian(self._flow, self._widths, rows), dtype=np.float64)
+        return jacobian.reshape(-1, *jacobian.shape[-2:])
+
+    def jacobian_options(self, method: str) -> dict[str, Any]:
+        """The arguments of solve_ivp that give the method its Jacobian."""
+        if method not in ("Radau", "BDF", "LSODA"):
+            return {}
+        if not self._batch:
+            return {"jac": lambda t, y: self.blocks(y)[0]}
+        if method == "LSODA":
+            band = sum(self._widths) - 1
+            return {"jac": lambda t, y: _banded(self.blocks(y)), "lband": band, "uband": band}
+        from scipy.sparse import block_diag
+
+        return {"jac": lambda t, y: block_diag(list(self.blocks(y)), format="csc")}
+
+    def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
+        """Whether the vector field is below the tolerance in every layer and sample."""
+        field = self.unflatten(self.field(0.0, y))
+        norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]
+        return bool(max(norms) <= until.tolerance)
+
+    def equilibrium_event(self, until: UntilEquilibrium) -> Any:
+        """A terminal event: positive before equilibrium, negative at it."""
+
+        def event(t: float, y: np.ndarray) -> float:
+            self.event_evaluations += 1
+            if t < until.minimum_time:
+                return 1.0
+            return -1.0 if self.below(y, until) else 1.0
+
+        event.terminal = True  # type: ignore[attr-defined]
+        return event
+
+
+def _banded(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of a block-diagonal matrix in LAPACK's banded storage."""
+    samples, n, _ = blocks.shape
+    packed = np.zeros((2 * n - 1, samples * n))
+    i, j = np.indices((n, n))
+    for sample in range(samples):
+        packed[i - j + n - 1, sample * n + j] = blocks[sample]
+    return packed
+
+
+@eqx.filter_jit
+def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Array) -> Array:
+    state = tuple(jnp.split(rows, np.cumsum(widths)[:-1], axis=-1))
+    return jnp.concatenate(flow(0.0, state), axis=-1)
+
+
+@eqx.filter_jit
+def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Array) -> Array:
+    if rows.ndim == 1:
+        return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
+
+    # Samples do not influence each other: one direction per unit serves the whole batch.
+    def column(direction: Array) -> Array:
+        tangent = jnp.broadcast_to(direction, rows.shape)
+        return jax.jvp(lambda y: _flat_field(flow, widths, y), (rows,), (tangent,))[1]
+
+    columns = jax.vmap(column)(jnp.eye(rows.shape[-1], dtype=rows.dtype))
+    return jnp.moveaxis(columns, 0, -1)
+
+
+def _at_rest(system: _HostSystem, start: np.ndarray, times: Any) -> Integration:
+    state = system.unflatten(start)
+    saved = system.unflatten(np.tile(start, (len(times), 1)))
+    return Integration(
+        saved, 0.0, state, int(Status.CONVERGED), 1, 0, 0, 0, interpolation=lambda t: state
+    )
+
+
+def _failed(system: _HostSystem, start: np.ndarray, times: Any, reason: str) -> Integration:
+    saved = system.unflatten(np.tile(start, (len(times), 1)))
+    status, message = int(Status.SOLVER_FAILED), f"SciPy says: {reason}"
+    return Integration(saved, 0.0, system.unflatten(start), status, message=message)

@@ -1,0 +1,207 @@
+"""What `simulate` returns: activities in time, what follows from them, and how it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn.checks import is_traced
+from pcdyn.errors import DenseOutputError, ShapeError, Status, TimesError, worst_status
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Trajectory(eqx.Module):
+    """The activities of a network in time.
+
+    Arrays are NumPy arrays on the host (JAX arrays under a transformation such as `jax.vmap`).
+    Axes are time first, then the sample if there is a batch, then units or layers.
+
+    - `times`: shape `(time,)`, in units of the activity time constant.
+    - `activities`: `activities[l]` is layer l = 0 … L, shape `(time, [batch,] n_l)`, clamped
+      layers included.
+    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L.
+    - `energies`: E_1 … E_L, shape `(time, [batch,] L)`.
+    - `vector_field_norms`: ‖dx_l/dt‖ of each free layer, shape `(time, [batch,] free layers)`.
+    - `status_codes`: a `pcdyn.Status` as an integer, one for all or one per sample.
+    - `end_time`: where integration ended, one for all or one per sample.
+    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
+      the solver, its step choice and its stopping test; one for all or one per sample; `None`
+      where the method does not report them.
+    - `compile_seconds`, `run_seconds`: wall time.
+    - `integrator`: its name; `fallback`: why another one took over, or an empty string.
+    - `message`: how it ended, with the remedy if it failed.
+    - `free_layers`: the indices of the layers that were not clamped.
+
+    With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
+    and one that failed is NaN after its end.
+    """
+
+    times: Any
+    activities: tuple[Any, ...]
+    prediction_errors: tuple[Any, ...]
+    energies: Any
+    vector_field_norms: Any
+    status_codes: Any
+    end_time: Any
+    vector_field_evaluations: Any
+    jacobian_evaluations: Any
+    accepted_steps: Any
+    rejected_steps: Any
+    compile_seconds: Any = 0.0
+    run_seconds: Any = 0.0
+    interpolation: Callable[[Any], tuple[Any, ...]] | None = None
+    integrator: str = eqx.field(static=True, default="")
+    fallback: str = eqx.field(static=True, default="")
+    message: str = eqx.field(static=True, default="")
+    free_layers: tuple[int, ...] = eqx.field(static=True, default=())
+
+    @property
+    def status(self) -> Status | tuple[Status, ...]:
+        """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`."""
+        codes = np.asarray(self.status_codes)
+        if codes.ndim == 0:
+            return Status(int(codes))
+        return tuple(Status(int(code)) for code in codes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every sample is an accurate solution up to its end."""
+        return worst_status(self.status_codes).ok
+
+    @property
+    def free_energy(self) -> Any:
+        """F = Σ_l E_l, shape `(time, [batch])`."""
+        return self.energies.sum(-1)
+
+    @property
+    def output_loss(self) -> Any:
+        """ℒ = E_L, shape `(time, [batch])`."""
+        return self.energies[..., -1]
+
+    @property
+    def residual_energy(self) -> Any:
+        """Ẽ = F − ℒ, shape `(time, [batch])`."""
+        return self.energies[..., :-1].sum(-1)
+
+    @property
+    def final(self) -> tuple[Any, ...]:
+        """The activities x_0 … x_L at the last time."""
+        return tuple(x[-1] for x in self.activities)
+
+    def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
+
+        Arguments: `reference`, activities x_0 … x_L (entries may be `None` where not needed), or
+        anything with such `activities`; `layers` to compare, the free ones unless given. A
+        reference without a time axis is held constant in time.
+        """
+        here, there = self._pair(reference, layers)
+        return np.linalg.norm(here - there, axis=-1) if _on_host(here) else _norm(here - there)
+
+    def cosine_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Cosine similarity of the activities with `reference`; arguments as `distance_to`.
+
+        NaN where either vanishes, for it has no direction there.
+        """
+        here, there = self._pair(reference, layers)
+        module = np if _on_host(here) else jnp
+        product = (here * there).sum(-1)
+        lengths = module.sqrt((here**2).sum(-1) * (there**2).sum(-1))
+        return product / module.where(lengths > 0, lengths, np.nan)
+
+    def angle_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Angle of the activities to `reference` in radians; arguments as `distance_to`."""
+        cosine = self.cosine_to(reference, layers=layers)
+        module = np if _on_host(cosine) else jnp
+        return module.arccos(module.clip(cosine, -1, 1))
+
+    def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
+        there = reference if isinstance(reference, list | tuple) else reference.activities
+        if len(there) != len(self.activities):
+            raise ShapeError(
+                f"the reference has {len(there)} layers, the trajectory {len(self.activities)}; "
+                "give all activities x_0 … x_L, with None where not needed"
+            )
+        chosen = self.free_layers if layers is None else layers
+        module = np if _on_host(self.times) else jnp
+        here = module.concatenate([self.activities[i] for i in chosen], axis=-1)
+        stacked = module.concatenate([module.asarray(there[i]) for i in chosen], axis=-1)
+        if stacked.ndim < here.ndim:
+            stacked = stacked[None]
+        if stacked.shape[-1] != here.shape[-1]:
+            raise ShapeError(
+                f"the reference has {stacked.shape[-1]} units, the trajectory {here.shape[-1]}"
+            )
+        return here, module.broadcast_to(stacked, here.shape)
+
+    def __call__(self, t: float) -> tuple[Any, ...]:
+        """The activities x_0 … x_L at any time between 0 and the end, by dense output.
+
+        Raises `DenseOutputError` without `dense=True`, and `TimesError` outside that range.
+        """
+        if self.interpolation is None:
+            raise DenseOutputError(
+                "this trajectory holds its saved times only: simulate with dense=True, or name "
+                "the times you need"
+            )
+        if not is_traced(t, self.end_time):
+            end = float(np.min(np.asarray(self.end_time)))
+            if not 0 <= float(t) <= end:
+                raise TimesError(f"t={float(t):g} is outside of the integrated range 0 … {end:g}")
+        return self.interpolation(t)
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the activities of the free layers; see `pcdyn.plotting.activities`."""
+        # plotting stands above this module: importing it here keeps matplotlib out of start-up.
+        from pcdyn import plotting
+
+        return plotting.activities(self, ax=ax, **options)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with named dimensions and units; see `pcdyn.storage`."""
+        from pcdyn import storage
+
+        return storage.to_xarray(self)
+
+    def to_netcdf(self, path: Any) -> None:
+        """Write to a NetCDF file, at once or not at all; see `pcdyn.storage`."""
+        from pcdyn import storage
+
+        storage.save(self, path)
+
+    def __repr__(self) -> str:
+        if is_traced(self.times) or np.ndim(self.times) != 1:
+            return f"Trajectory of several networks with {self.integrator}: not indexed yet"
+        widths = [x.shape[-1] for x in self.activities]
+        batch = self.energies.shape[1] if np.ndim(self.energies) == 3 else None
+        samples = "one sample" if batch is None else f"{batch} samples"
+        lines = [
+            f"Trajectory of {widths} units, {samples}, {len(self.times)} times from "
+            f"{self.times[0]:g} to {self.times[-1]:g}",
+            f"  {self.integrator}: {self.message}",
+            f"  evaluations {_total(self.vector_field_evaluations)}, steps accepted "
+            f"{_total(self.accepted_steps)}, rejected {_total(self.rejected_steps)}",
+            f"  free energy {np.mean(self.free_energy[0]):.4g} → "
+            f"{np.mean(self.free_energy[-1]):.4g}, largest vector field at the end "
+            f"{np.max(self.vector_field_norms[-1]):.2g}",
+            f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
+        ]
+        return "\n".join(lines)
+
+
+def _total(count: Any) -> str:
+    return "not reported" if count is None else str(int(np.sum(count)))
+
+
+def _on_host(array: Any) -> bool:
+    return isinstance(array, np.ndarray)
+
+
+def _norm(x: Any) -> Any:
+    return jnp.linalg.norm(x, axis=-1)

@@ -1,0 +1,39 @@
+"""Strict settings for every test: float64, no silent promotion, types and shapes checked."""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy, JAX and Matplotlib are imported: they read these once. The workers of pytest-xdist
+# share the machine, so that each keeps to one BLAS thread and takes no more GPU memory (where
+# there is a GPU) than it uses.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("pcdyn", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("pcdyn")
+
+# Modules imported from here on have their annotations checked at each call.
+jaxtyping.install_import_hook("pcdyn", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Switch the checks off for tests marked `unchecked`: users run pcdyn without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("unchecked"):
+            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
