@@ -313,7 +313,7 @@ def test_vmap_over_networks_is_a_loop(clamp: str) -> None:
     """Equilibrium, spectrum and exact flow of stacked networks are those of each one."""
     made = [
         build_case(
-            seed=s, widths=(2, 3, 2), clamp=clamp, precision="full", bias=True, activations=["identity"]
+            seed=s, widths=(2, 3, 2), clamp=clamp, precision="full", bias=True
         )
         for s in range(3)
     ]  # fmt: skip

@@ -74,7 +74,7 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
     ("integer bias", lambda: Dense(np.eye(2), np.ones(2, int)), DtypeError, "bias"),
     ("NaN bias", lambda: Dense(np.eye(2), NAN), NonFiniteError, "bias"),
     ("unknown activation", lambda: Dense(np.eye(2), None, "wave"), ActivationError, "'wave'"),
-    ("empty range", lambda: Activation("wave", jnp.sin, None, 1, 1), ActivationError, "'wave'"),
+    ("empty range", lambda: Activation("wave", jnp.sin, None, 1.0, 1.0), ActivationError, "'wave'"),
     ("empty network", lambda: Network([]), ShapeError, "at least one layer"),
     ("mismatched layers", lambda: Network([Dense(np.ones((3, 2))), Dense(np.ones((2, 2)))]),
      ShapeError, "layer 2"),
@@ -193,7 +193,7 @@ def test_python_numbers_become_the_default_float() -> None:
     assert as_float_array([1, 2], "x").dtype == jnp.float64
     assert as_float_array(3, "x").dtype == jnp.float64
     assert as_float_array(np.ones(2, np.float32), "x").dtype == jnp.float32
-    assert problem(input=[1, 2], time_constants=[1, 2, 1]).input.dtype == jnp.float64
+    assert problem(time_constants=[1, 2, 1]).time_constants[0].dtype == jnp.float64
 
 
 def test_shapes_are_checked_under_jit_and_values_are_not() -> None:

@@ -1,0 +1,99 @@
+"""Regenerate the paper's figures and check its claims: `python -m experiments --help`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import matplotlib
+import tyro
+from tqdm import tqdm
+
+NAMES = (
+    "figure1_target_propagation",
+    "figure1_linear_equilibrium",
+    "figure2_interpolation",
+    "figure2_nonlinear",
+    "figure3_precision",
+    "figure3_ratios",
+    "figure4_energies",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Run experiments, save data, pictures and manifests, and print the table of claims."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Experiments to run; all unless given."""
+    preset: Literal["paper", "code"] = "paper"
+    """Settings of the paper (as corrected) or of the authors' code."""
+    fast: bool = False
+    """The same code on fewer networks."""
+    output: Path = Path("paper_figures")
+    """Folder for data, pictures and manifests."""
+
+
+def configure() -> None:
+    """Float64, a persistent compilation cache, and a backend that needs no screen."""
+    jax.config.update("jax_enable_x64", True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcdyn" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    matplotlib.use("agg")
+
+
+def main(options: Options) -> int:
+    """Run; returns the exit status, 1 if a claim that should hold does not."""
+    unknown = sorted(set(options.names) - set(NAMES))
+    if unknown:
+        print(f"unknown experiment {', '.join(unknown)}; known: {', '.join(NAMES)}")
+        return 2
+    configure()
+    print("float64 is on; JAX runs on", jax.devices()[0])
+    from experiments.index import Row, table, write_index
+
+    rows: list[Row] = []
+    started = time.perf_counter()
+    for name in tqdm(options.names or NAMES, desc="experiments", unit="figure"):
+        rows += run_experiment(name, options)
+    print(table(rows))
+    print(f"{time.perf_counter() - started:.1f} s")
+    if set(options.names or NAMES) == set(NAMES):
+        write_index(options.output, rows, preset=options.preset, fast=options.fast)
+    return int(any(row.claim.holds != row.claim.expected_to_hold for row in rows))
+
+
+def run_experiment(name: str, options: Options) -> list[Any]:
+    """Run, check, draw and save one experiment."""
+    from matplotlib import pyplot as plt
+
+    from experiments.base import save
+    from experiments.index import Row
+
+    module: Any = importlib.import_module(f"experiments.{name}")
+    config = module.PRESETS[options.preset]
+    if options.fast:
+        config = dataclasses.replace(config, **module.FAST)
+    started = time.perf_counter()
+    data = module.run(config)
+    claims = module.check(data)
+    figure = module.plot(data)
+    save(
+        name, options.output, config, data, figure,
+        preset=options.preset, fast=options.fast,
+        seconds=round(time.perf_counter() - started, 2),
+        claims=[dataclasses.asdict(claim) for claim in claims],
+    )  # fmt: skip
+    plt.close(figure)
+    return [Row(name, module.PANELS, claim) for claim in claims]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, prog="python -m experiments")))

@@ -1,0 +1,130 @@
+"""What all experiments share: claims, random networks, and saving without partial files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import xarray
+from matplotlib.figure import Figure
+
+import pcdyn
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A statement of the paper with what was measured; `expected_to_hold` is false for findings."""
+
+    text: str
+    measured: str
+    expected: str
+    holds: bool
+    expected_to_hold: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """What the tables print."""
+        if self.holds == self.expected_to_hold:
+            return "holds" if self.holds else "does not hold (finding)"
+        return "FAILS" if self.expected_to_hold else "holds (UNEXPECTED)"
+
+
+class Experiment(Protocol):
+    """What every experiment module offers."""
+
+    PRESETS: dict[str, Any]
+    FAST: dict[str, Any]
+    PANELS: str
+
+    def run(self, config: Any) -> xarray.Dataset: ...
+    def check(self, data: xarray.Dataset) -> list[Claim]: ...
+    def plot(self, data: xarray.Dataset) -> Figure: ...
+
+
+def gaussian_weights(
+    key: jax.Array, *, networks: int, layers: int, width: int, std: float, identity: bool = False
+) -> jax.Array:
+    """Square weights N(0, std²), plus the identity if asked; (networks, layers, width, width)."""
+    weights = std * jr.normal(key, (networks, layers, width, width))
+    return weights + jnp.eye(width)[None, None] if identity else weights
+
+
+def network_of(weights: jax.Array, activation: str) -> pcdyn.Network:
+    """The network with these weights, shape (layers, n, n), and one activation."""
+    return pcdyn.Network([pcdyn.Dense(weight, activation=activation) for weight in weights])
+
+
+def cosine(a: Any, b: Any) -> Any:
+    """Cosine similarity along the last axis."""
+    return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+
+
+def largest_rise(values: Any, *, axis: int) -> float:
+    """The largest increase from one entry to the next along `axis` (negative: always falls)."""
+    return float(np.max(np.diff(np.asarray(values), axis=axis)))
+
+
+def save(
+    name: str, folder: Path, config: Any, data: xarray.Dataset, figure: Figure, **notes: Any
+) -> None:
+    """Write data, PNG, PDF and manifest of an experiment, each at once or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{name}.nc", lambda path: data.to_netcdf(path, engine="h5netcdf"))
+    # Dates and program versions would make equal pictures differ.
+    _write(
+        folder / f"{name}.png",
+        lambda path: figure.savefig(path, format="png", dpi=150, metadata={"Software": None}),
+    )
+    _write(
+        folder / f"{name}.pdf",
+        lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}),
+    )
+    manifest = {
+        "experiment": name,
+        "settings": dataclasses.asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("pcdyn", "jax", "diffrax", "equinox", "numpy", "scipy")},
+        },
+        "device": str(jax.devices()[0]),
+        "float64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "values_sha256": values_hash(data),
+        **notes,
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    _write(folder / f"{name}.json", lambda path: Path(path).write_text(text))
+
+
+def values_hash(data: xarray.Dataset) -> str:
+    """SHA-256 of the names and values of a data set, whatever file holds it."""
+    digest = hashlib.sha256()
+    for name in sorted(str(variable) for variable in data.variables):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(data[name].values).tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, write: Callable[[str], Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

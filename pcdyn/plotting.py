@@ -1,0 +1,207 @@
+"""Axes in, artists out; never computes.
+
+What is drawn is what a trajectory holds. Wrap figures in `style()` for the look of pcdyn; a
+function that is given no axes makes its own in that style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import matplotlib.style
+import numpy as np
+from jaxtyping import ArrayLike
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from pcdyn.errors import ShapeError
+from pcdyn.trajectory import Trajectory
+
+STYLE_SHEET = Path(__file__).parent / "data" / "pcdyn.mplstyle"
+TIME_LABEL = "time (activity time constants)"
+
+# More entries than there are colours would only cover the figure.
+_LARGEST_LEGEND = 8
+
+
+def style() -> AbstractContextManager[None]:
+    """A context in which Matplotlib draws in the style of pcdyn, colour-blind safe."""
+    return matplotlib.style.context(STYLE_SHEET)
+
+
+def activities(
+    trajectory: Trajectory,
+    *,
+    ax: Axes | None = None,
+    layer: int | None = None,
+    sample: int = 0,
+    equilibrium: Sequence[Any] | None = None,
+) -> list[Line2D]:
+    """Draw the activity of each unit against time.
+
+    Arguments: `layer`, all free layers unless given; `sample` of a batch; `equilibrium`,
+    activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not needed), drawn as
+    dashed lines in the colours of their units.
+
+    Returns the lines of the units, then those of the equilibrium. Raises `ShapeError` if there is
+    no such layer or sample, or if the equilibrium has other shapes.
+    """
+    times = _checked(trajectory, sample)
+    layers = trajectory.free_layers if layer is None else (layer,)
+    if not all(0 <= index < len(trajectory.activities) for index in layers):
+        raise ShapeError(
+            f"there is no layer {layer}; layers are 0 … {len(trajectory.activities) - 1}"
+        )
+    if equilibrium is not None and len(equilibrium) != len(trajectory.activities):
+        raise ShapeError(
+            f"the equilibrium has {len(equilibrium)} layers, the trajectory "
+            f"{len(trajectory.activities)}; give all activities x_0 … x_L"
+        )
+    shown = {
+        index: _of_sample(trajectory.activities[index], sample, axis=1, dimensions=2)
+        for index in layers
+    }
+    rest = {
+        index: _of_sample(equilibrium[index], sample, axis=0, dimensions=1)
+        for index in layers
+        if equilibrium is not None and equilibrium[index] is not None
+    }
+    for index, levels in rest.items():
+        if levels.shape != shown[index].shape[1:]:
+            raise ShapeError(
+                f"the equilibrium of layer {index} has shape {levels.shape}, not "
+                f"{shown[index].shape[1:]}"
+            )
+    ax = _axes(ax)
+    lines, dashed = [], []
+    for index, values in shown.items():
+        labels = [f"layer {index}, unit {unit}" for unit in range(values.shape[1])]
+        drawn = ax.plot(times, values, label=labels)
+        lines += drawn
+        dashed += [
+            ax.axhline(level, color=line.get_color(), linestyle="--", linewidth=1)
+            for line, level in zip(drawn, rest.get(index, ()), strict=False)
+        ]
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("activity")
+    if len(lines) <= _LARGEST_LEGEND:
+        ax.legend()
+    return lines + dashed
+
+
+def distance(
+    times: ArrayLike,
+    values: ArrayLike,
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    log: bool = True,
+) -> list[Line2D]:
+    """Draw distances of shape `(time, [batch])`, such as `Trajectory.distance_to` returns.
+
+    The samples of a batch share one colour and one label. `log` makes the axis logarithmic.
+    Returns the lines. Raises `ShapeError` for other shapes.
+    """
+    array = np.asarray(values)
+    times = np.asarray(times)
+    if array.ndim not in (1, 2) or times.shape != array.shape[:1]:
+        raise ShapeError(
+            f"distances need shape (time,) or (time, batch), got {array.shape} at "
+            f"{times.shape} times"
+        )
+    ax = _axes(ax)
+    columns = array.reshape(len(times), -1)
+    lines = ax.plot(times, columns[:, 0], label=label)
+    for column in columns.T[1:]:
+        lines += ax.plot(times, column, color=lines[0].get_color())
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("Euclidean distance")
+    if label is not None:
+        ax.legend()
+    return lines
+
+
+def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
+    """Draw the output loss ℒ, the residual energy Ẽ and the free energy F against time.
+
+    Returns the three lines in that order. Raises `ShapeError` if there is no such `sample`.
+    """
+    times = _checked(trajectory, sample)
+    # As mathematics, for ordinary fonts lack these letters.
+    shown = {
+        r"output loss $\mathcal{L}$": trajectory.output_loss,
+        r"residual energy $\widetilde{E}$": trajectory.residual_energy,
+        "free energy $F$": trajectory.free_energy,
+    }
+    values = [_of_sample(energy, sample, axis=1, dimensions=1) for energy in shown.values()]
+    ax = _axes(ax)
+    lines = []
+    for label, energy in zip(shown, values, strict=True):
+        lines += ax.plot(times, energy, label=label)
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("energy")
+    ax.legend()
+    return lines
+
+
+def mean_band(
+    x: ArrayLike,
+    values: ArrayLike,
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    axis: int = 0,
+    color: Any = None,
+) -> list[Artist]:
+    """Draw the mean over `axis` of two-dimensional `values`, in a band of ± one standard deviation.
+
+    The deviation is that of the values at hand (divided by their number). Returns the line and the
+    band. The axes keep their labels. Raises `ShapeError` if the other axis is not that of `x`.
+    """
+    x, values = np.asarray(x), np.asarray(values)
+    if values.ndim != 2 or axis not in (-2, -1, 0, 1) or x.shape != (values.shape[1 - axis % 2],):
+        raise ShapeError(
+            f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
+        )
+    mean, deviation = values.mean(axis=axis), values.std(axis=axis)
+    ax = _axes(ax)
+    (line,) = ax.plot(x, mean, label=label, color=color)
+    band = ax.fill_between(
+        x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25, linewidth=0
+    )
+    if label is not None:
+        ax.legend()
+    return [line, band]
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    with style():
+        return plt.subplots()[1]
+
+
+def _checked(trajectory: Trajectory, sample: int) -> np.ndarray:
+    """The times of a trajectory that has this sample."""
+    if np.ndim(trajectory.times) != 1:
+        raise ShapeError(
+            "this trajectory is of several networks: take one first, such as "
+            "jax.tree.map(lambda x: x[0], trajectory)"
+        )
+    samples = trajectory.energies.shape[1] if np.ndim(trajectory.energies) == 3 else 1
+    if not 0 <= sample < samples:
+        raise ShapeError(f"there is no sample {sample}; samples are 0 … {samples - 1}")
+    return np.asarray(trajectory.times)
+
+
+def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:
+    """`values` of one sample; without an axis for the batch they have `dimensions` axes."""
+    array = np.asarray(values)
+    return array.take(sample, axis=axis) if array.ndim > dimensions else array

@@ -1,0 +1,241 @@
+"""Trajectories survive xarray and NetCDF to the bit, and damaged files say what they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+import xarray
+
+from pcdyn import Trajectory, simulate, storage
+from pcdyn.errors import DataError, ShapeError, Status
+from pcdyn.integrators import Diffrax
+from tests.networks import build_case
+
+COUNTS = (
+    "vector_field_evaluations",
+    "jacobian_evaluations",
+    "accepted_steps",
+    "rejected_steps",
+)
+
+
+def _trajectory(
+    batch: int | None = None, clamp: str = "both", widths: tuple[int, ...] = (2, 3, 2, 1),
+    **options: Any,
+) -> Trajectory:  # fmt: skip
+    case = build_case(seed=3, widths=widths, activations=["tanh"], clamp=clamp, batch=batch)
+    times = np.linspace(0, 2, 5)
+    return simulate(case.problem, **{"t1": 2.0, "times": times, **options})
+
+
+def _single() -> Trajectory:
+    return _trajectory()
+
+
+def _without_counts() -> Trajectory:
+    trajectory = _trajectory(integrator="kvaerno3")
+    assert trajectory.vector_field_evaluations is None
+    return trajectory
+
+
+def _batch() -> Trajectory:
+    return _trajectory(batch=3, clamp="input", widths=(2, 3, 2))
+
+
+def _generative() -> Trajectory:
+    return _trajectory(clamp="none", widths=(2, 1))
+
+
+def _failed_samples() -> Trajectory:
+    """Samples that ended in different ways, with NaN after the end of one."""
+    trajectory = _trajectory(batch=3, per_sample=True, until="equilibrium", t1=200.0)
+    activities = tuple(np.array(x) for x in trajectory.activities)
+    for layer in activities:
+        # Of unusual bits, for those of an ordinary NaN could be restored by chance.
+        layer[-1, 1] = np.array(0xFFF8_0000_0000_BEEF, np.uint64).view(np.float64)
+    codes = np.array([Status.CONVERGED, Status.NON_FINITE, Status.REACHED_T1])
+    return eqx.tree_at(lambda t: (t.activities, t.status_codes), trajectory, (activities, codes))
+
+
+def _fallback() -> Trajectory:
+    trajectory = _trajectory(integrator=Diffrax("tsit5", max_steps=1))
+    assert trajectory.fallback
+    return trajectory
+
+
+def _float32() -> Trajectory:
+    return jax.tree.map(lambda x: x.astype(np.float32) if np.ndim(x) else x, _single())
+
+
+TRAJECTORIES = [
+    _single, _without_counts, _batch, _generative, _failed_samples, _fallback, _float32,
+]  # fmt: skip
+
+
+def assert_same(actual: Trajectory, expected: Trajectory) -> None:
+    """Equal to the bit, in all but dense output."""
+    ours = jax.tree_util.tree_flatten_with_path(actual)[0]
+    theirs = jax.tree_util.tree_flatten_with_path(expected)[0]
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), path
+        assert one.tobytes() == other.tobytes(), path
+    for name in ("integrator", "fallback", "message", "free_layers", "status"):
+        assert getattr(actual, name) == getattr(expected, name)
+    for name in COUNTS:
+        assert (getattr(actual, name) is None) == (getattr(expected, name) is None)
+
+
+@pytest.mark.parametrize("make", TRAJECTORIES)
+def test_round_trips_are_exact(make: Any, tmp_path: Path) -> None:
+    trajectory = make()
+    assert_same(storage.from_xarray(trajectory.to_xarray()), trajectory)
+    path = tmp_path / "run.nc"
+    trajectory.to_netcdf(path)
+    loaded = storage.load(path)
+    assert_same(loaded, trajectory)
+    assert repr(loaded) == repr(trajectory)
+    assert os.listdir(tmp_path) == ["run.nc"]
+
+
+def test_dense_output_is_not_stored(tmp_path: Path) -> None:
+    trajectory = _trajectory(dense=True)
+    trajectory.to_netcdf(tmp_path / "run.nc")
+    loaded = storage.load(tmp_path / "run.nc")
+    assert loaded.interpolation is None
+    assert_same(loaded, eqx.tree_at(lambda t: t.interpolation, trajectory, None))
+
+
+@pytest.mark.parametrize("engine", ["h5netcdf", None])
+def test_plain_xarray_reads_the_file(engine: Any, tmp_path: Path) -> None:
+    trajectory = _batch()
+    trajectory.to_netcdf(tmp_path / "run.nc")
+    with xarray.open_dataset(tmp_path / "run.nc", engine=engine) as dataset:
+        dataset.load()
+    assert dict(dataset.sizes) == {
+        "time": 5, "sample": 3, "unit_0": 2, "unit_1": 3, "unit_2": 2, "predicted_layer": 2,
+        "free_layer": 2,
+    }  # fmt: skip
+    assert dataset.activity_1.dims == ("time", "sample", "unit_1")
+    assert dataset.prediction_error_2.dims == ("time", "sample", "unit_2")
+    assert dataset.energy.dims == ("time", "sample", "predicted_layer")
+    assert dataset.vector_field_norm.dims == ("time", "sample", "free_layer")
+    assert dataset.status.dims == ()
+    assert dataset.time.attrs["units"] == "activity time constants"
+    assert dataset.end_time.attrs["units"] == "activity time constants"
+    assert all("units" in dataset[name].attrs for name in dataset.data_vars if name != "status")
+    assert dataset.predicted_layer.values.tolist() == [1, 2]
+    assert dataset.free_layer.values.tolist() == [1, 2]
+    assert dataset.attrs["free_layers"].tolist() == [1, 2]
+    assert dataset.attrs["integrator"] == trajectory.integrator
+    assert dataset.attrs["pcdyn_version"]
+    for name in ("free_energy", "output_loss", "residual_energy"):
+        assert dataset[name].dims == ("time", "sample")
+        np.testing.assert_array_equal(dataset[name], getattr(trajectory, name))
+
+
+def test_a_count_that_is_not_reported_is_absent() -> None:
+    trajectory = _without_counts()
+    dataset = trajectory.to_xarray()
+    for name in COUNTS:
+        assert (name in dataset) == (getattr(trajectory, name) is not None)
+
+
+def test_results_per_sample_have_the_sample_dimension() -> None:
+    dataset = _failed_samples().to_xarray()
+    assert dataset.status.dims == dataset.end_time.dims == ("sample",)
+    assert dataset.accepted_steps.dims == ("sample",)
+
+
+def test_several_networks_are_refused(tmp_path: Path) -> None:
+    several = jax.tree.map(lambda x: np.stack([x, x]), _single())
+    with pytest.raises(ShapeError, match="several networks"):
+        several.to_xarray()
+    with pytest.raises(ShapeError, match="several networks"):
+        several.to_netcdf(tmp_path / "run.nc")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file .*absent\.nc: check the path"):
+        storage.load(tmp_path / "absent.nc")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_named(kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "run.nc"
+    _single().to_netcdf(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(DataError, match=r"run\.nc cannot be read .*truncated.*copy it again"):
+        storage.load(path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.nc"
+    path.write_text("These are notes. " * 100)
+    with pytest.raises(DataError, match=r"notes\.nc cannot be read as NetCDF"):
+        storage.load(path)
+
+
+@pytest.mark.parametrize("missing", ["energy", "time", "activity_1", "message"])
+def test_a_netcdf_file_of_something_else_is_named(missing: str, tmp_path: Path) -> None:
+    dataset = _single().to_xarray()
+    if missing == "message":
+        del dataset.attrs["message"]
+    else:
+        dataset = dataset.drop_vars(missing)
+    path = tmp_path / "other.nc"
+    dataset.to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(DataError, match=r"other\.nc: .*not a trajectory of pcdyn"):
+        storage.load(path)
+    with pytest.raises(DataError, match="it lacks"):
+        storage.from_xarray(dataset)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="create the folder"):
+        _single().to_netcdf(tmp_path / "absent" / "run.nc")
+
+
+def _write_half(self: Any, path: Path, **options: Any) -> None:
+    Path(path).write_bytes(b"half a file")
+    raise OSError("no space left on device")
+
+
+def _fail(*arguments: Any) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("before", [None, b"an earlier run"])
+@pytest.mark.parametrize(
+    ("owner", "name", "failure"),
+    [(xarray.Dataset, "to_netcdf", _write_half), (os, "fsync", _fail), (os, "replace", _fail)],
+)
+def test_a_failed_write_leaves_what_was_there(
+    owner: Any, name: str, failure: Any, before: bytes | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = tmp_path / "run.nc"
+    if before is not None:
+        path.write_bytes(before)
+    trajectory = _single()
+    monkeypatch.setattr(owner, name, failure)
+    with pytest.raises(OSError, match="no space left"):
+        trajectory.to_netcdf(path)
+    assert os.listdir(tmp_path) == ([] if before is None else ["run.nc"])
+    assert before is None or path.read_bytes() == before
+
+
+def test_an_earlier_file_is_replaced(tmp_path: Path) -> None:
+    _batch().to_netcdf(tmp_path / "run.nc")
+    trajectory = _single()
+    trajectory.to_netcdf(str(tmp_path / "run.nc"))
+    assert_same(storage.load(str(tmp_path / "run.nc")), trajectory)
