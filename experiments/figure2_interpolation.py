@@ -72,14 +72,14 @@ def run(config: Config) -> xarray.Dataset:
     exact, euler, fastest, prediction, target, delta = results
     dims = ("ratio", "network")
     unstable = fastest * config.euler_step > 2
+    # Diverged draws are counted, never averaged.
+    euler = np.where(unstable[..., None], np.nan, euler)
     return xarray.Dataset(
         {
             "cosine_to_tp": (dims, cosine(exact, target)),
             "cosine_to_bp": (dims, cosine(exact - prediction, delta)),
-            "euler_cosine_to_tp": (dims, np.where(unstable, np.nan, cosine(euler, target))),
-            "euler_cosine_to_bp": (
-                dims, np.where(unstable, np.nan, cosine(euler - prediction, delta))
-            ),
+            "euler_cosine_to_tp": (dims, cosine(euler, target)),
+            "euler_cosine_to_bp": (dims, cosine(euler - prediction, delta)),
             "euler_unstable": (dims, unstable),
         },
         coords={"ratio": ratios},
@@ -157,7 +157,8 @@ def plot(data: xarray.Dataset) -> Figure:
                 label=f"Euler, stable draws, to {name.upper()}",
             )  # fmt: skip
         axes[0].set(ylabel="cosine similarity")
-        axes[0].legend(loc="center left", fontsize=7)
+        axes[0].legend(loc="lower right", fontsize=8)
+        axes[0].set_ylim(-0.75, 1.1)
         axes[0].set_title(f"Exact equilibria and Euler (η = {data.attrs['euler_step']:g})")
         axes[1].plot(data.ratio, data.euler_unstable.mean("network"), color="black")
         axes[1].set(ylabel="share of draws\nEuler diverges", xlabel="precision ratio $Π_2/Π_1$")

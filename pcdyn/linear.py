@@ -171,9 +171,7 @@ def linear_equilibrium(
 def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
     layers, energy = _linear_parts(problem)
     if problem.input is None or problem.output is None:
-        raise InputError(
-            'the method "output_space" needs both ends clamped; use method="cholesky"'
-        )
+        raise InputError('the method "output_space" needs both ends clamped; use method="cholesky"')
     depth = problem.network.depth
     # products[l] = P_lᵀ, so that each row of Π⁻¹ acts on a batch of n_L vectors.
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
@@ -283,7 +281,9 @@ def _modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
     scale = jnp.ones(matrix.shape[0], matrix.dtype)
     if problem.time_constants is not None:
         constants = [problem.time_constants[index] for index in problem.free_layers]
-        scale = jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, constants)])
+        scale = jnp.concatenate(
+            [jnp.full(w, c**-0.5) for w, c in zip(widths, constants, strict=True)]
+        )
     rates, modes = jnp.linalg.eigh(matrix * jnp.outer(scale, scale))
     return rates, modes, scale
 

@@ -72,7 +72,7 @@ class Network(eqx.Module):
     `widths` holds n_0 … n_L. Raises `ShapeError` where layers do not fit together.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Any, ...]
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, layers: Sequence[Layer], *, input_width: int | None = None):
@@ -132,8 +132,7 @@ def _output_width(layer: Layer, index: int, width: int) -> int:
     shape = getattr(output, "shape", None)
     if shape is None or len(shape) != 1:
         raise ShapeError(
-            f"layer {index} must return one vector of predictions, got {output}; "
-            "flatten its output"
+            f"layer {index} must return one vector of predictions, got {output}; flatten its output"
         )
     return shape[0]
 
@@ -189,9 +188,7 @@ def _weight_initialiser(
     if initialisation == "orthogonal":
         return jax.nn.initializers.orthogonal()
     if initialisation == "fan_in":
-        return jax.nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=1, out_axis=0
-        )
+        return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
     raise InputError(
         f'unknown initialisation {initialisation!r}; known are "fan_in" and "orthogonal", '
         "or give std"

@@ -16,7 +16,8 @@ from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
 
-State = tuple[Float[Array, "..."], ...]
+# Arrays of JAX inside a computation, of NumPy once a result is on the host.
+State = tuple[Any, ...]
 
 
 class InferenceProblem(eqx.Module):

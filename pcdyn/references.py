@@ -56,13 +56,14 @@ def backpropagation(problem: InferenceProblem) -> Backpropagation:
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
     for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
     """
-    if problem.output is None:
+    target = problem.output
+    if target is None:
         raise InputError("backpropagation needs a target: this problem's output is free")
     network = problem.network
     activities = feedforward(problem)
 
     def output_energy(prediction: Array) -> tuple[Array, Array]:
-        error = problem.output - prediction
+        error = target - prediction
         energy = problem.energy.layer_energy(network.depth, error)
         return jnp.sum(energy), energy
 

@@ -224,9 +224,7 @@ def _without_non_finite(run: Integration, times: Array, state: State) -> Integra
     # After a failure there is no state to show.
     beyond = jnp.append(times > end_time, failed | (status > Status.CONVERGED))
     keep = finite & ~(beyond & (status > Status.CONVERGED))
-    states = tuple(
-        jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan) for x in run.states
-    )
+    states = tuple(jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan) for x in run.states)
     return dataclasses.replace(run, states=states, status=status, end_time=end_time)
 
 
@@ -339,9 +337,7 @@ def _run(
     if not method.runs_in_jax:
         return _run_on_host(problem, state, times, t1, method, until, per_sample), ""
     # As arrays, tolerances and steps can change without compiling again.
-    numbers = jax.tree.map(
-        lambda x: np.asarray(x) if isinstance(x, float) else x, (method, until)
-    )
+    numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, (method, until))
     run = _integrate_compiled(
         problem, state, times, np.asarray(float(t1)), *numbers, per_sample, dense
     )
@@ -382,7 +378,7 @@ def _run_on_host(
 
 
 @eqx.filter_jit
-def _finish_arrays(run: Integration, times: Array, state: State) -> Integration:
+def _finish_arrays(run: Integration, times: Any, state: State) -> Integration:
     return _without_non_finite(_with_end_row(run, times), times, state)
 
 
@@ -398,9 +394,7 @@ def _finish(run: Integration, times: np.ndarray, state: State) -> Integration:
     return dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
 
 
-def _sample(
-    problem: InferenceProblem, state: State, index: int
-) -> tuple[InferenceProblem, State]:
+def _sample(problem: InferenceProblem, state: State, index: int) -> tuple[InferenceProblem, State]:
     single = _with_data(
         problem,
         None if problem.input is None else problem.input[index],
@@ -419,16 +413,20 @@ def _stack(runs: list[Integration]) -> Integration:
         return None if any(value is None for value in values) else np.stack(values)
 
     return Integration(
-        states=tuple(np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs])),
+        states=tuple(
+            np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs], strict=True)
+        ),
         end_time=column("end_time"),
-        end_state=tuple(np.stack(layer) for layer in zip(*[r.end_state for r in runs])),
+        end_state=tuple(
+            np.stack(layer) for layer in zip(*[r.end_state for r in runs], strict=True)
+        ),
         status=column("status"),
         evaluations=column("evaluations"),
         jacobian_evaluations=column("jacobian_evaluations"),
         accepted_steps=column("accepted_steps"),
         rejected_steps=column("rejected_steps"),
         interpolation=lambda t: tuple(
-            np.stack(layer) for layer in zip(*[each(t) for each in interpolations])
+            np.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
         ),
         message=message,
     )

@@ -127,23 +127,25 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
 
     Raises `DataError` if the data set lacks a part of a trajectory.
     """
-    layers = sum(str(name).startswith("activity_") for name in dataset.data_vars)
+    # Indexing the data set itself would make up a coordinate that is missing.
+    variables = dataset.variables
+    layers = sum(str(name).startswith("activity_") for name in variables)
     try:
         return Trajectory(
-            times=dataset["time"].values,
-            activities=tuple(dataset[f"activity_{l}"].values for l in range(layers)),
+            times=variables["time"].values,
+            activities=tuple(variables[f"activity_{l}"].values for l in range(layers)),
             prediction_errors=tuple(
-                dataset[f"prediction_error_{l}"].values for l in range(1, layers)
+                variables[f"prediction_error_{l}"].values for l in range(1, layers)
             ),
-            energies=dataset["energy"].values,
-            vector_field_norms=dataset["vector_field_norm"].values,
-            status_codes=dataset["status"].values,
-            end_time=dataset["end_time"].values,
-            **{name: dataset[name].values if name in dataset else None for name in _COUNTS},
+            energies=variables["energy"].values,
+            vector_field_norms=variables["vector_field_norm"].values,
+            status_codes=variables["status"].values,
+            end_time=variables["end_time"].values,
+            **{name: variables[name].values if name in variables else None for name in _COUNTS},
             **{name: float(dataset.attrs[name]) for name in _SECONDS},
             **{name: str(dataset.attrs[name]) for name in _TEXTS},
             # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
-            free_layers=tuple(int(index) for index in dataset["free_layer"].values),
+            free_layers=tuple(int(index) for index in variables["free_layer"].values),
         )
     except KeyError as error:
         raise DataError(

@@ -19,10 +19,10 @@ class Stopwatch:
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            self._spans.append((now - duration, now))
+            self._spans.append((now - duration_secs, now))
 
     def __enter__(self) -> Stopwatch:
         self._spans: list[tuple[float, float]] = []

@@ -42,8 +42,8 @@ class UntilEquilibrium(eqx.Module):
     float64 and 1e-3 in float32.
     """
 
-    tolerance: float | None = None
-    minimum_time: float = 0.0
+    tolerance: Any = None
+    minimum_time: Any = 0.0
 
     def __check_init__(self) -> None:
         if self.tolerance is not None and not (0 < self.tolerance < math.inf):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
@@ -183,10 +183,10 @@ class Diffrax(Integrator):
             throw=False,
             adjoint=diffrax.ForwardMode(),
         )
-        states, last = solution.ys
+        states, last = cast(Any, solution.ys)
         return Integration(
             states=states,
-            end_time=solution.ts[1][0],
+            end_time=cast(Any, solution.ts)[1][0],
             end_state=jax.tree.map(lambda x: x[0], last),
             status=_status(solution.result),
             evaluations=self._evaluations(solver, solution.stats["num_steps"], until),

@@ -213,13 +213,13 @@ def _banded(blocks: np.ndarray) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Array) -> Array:
+def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
     state = tuple(jnp.split(rows, np.cumsum(widths)[:-1], axis=-1))
     return jnp.concatenate(flow(0.0, state), axis=-1)
 
 
 @eqx.filter_jit
-def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Array) -> Array:
+def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
     if rows.ndim == 1:
         return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
 

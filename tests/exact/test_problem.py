@@ -35,18 +35,18 @@ def time_constant(case: Case, index: int) -> float:
     return 1.0 if case.time_constants is None else case.time_constants[index]
 
 
-@few(max_examples=25)
+@few(max_examples=15)
 @given(case=cases(activations=SMOOTH))
 def test_field_is_maths_section_2(case: Case) -> None:
     """τ_l ẋ_l = −Π_l ε_l + W_{l+1}ᵀ diag(f'_{l+1}) Π_{l+1} ε_{l+1}, in NumPy."""
     assert_close(case.problem.vector_field(case.state), case.field(), ROUND_OFF)
 
 
-@few(max_examples=12)
+@few(max_examples=8)
 @given(case=cases(activations=SMOOTH))
 def test_field_is_the_gradient_of_an_independent_energy(case: Case) -> None:
     """τ_l ẋ_l = −∂F/∂x_l, by jax.grad of a free energy written for this test."""
-    gradient = per_sample(case, jax.grad(lambda x: jax_free_energy(case, x)))(
+    gradient = jax.jit(per_sample(case, jax.grad(lambda x: jax_free_energy(case, x))))(
         tuple(jnp.asarray(x) for x in case.activities)
     )
     expected = [-np.asarray(gradient[i]) / time_constant(case, i) for i in case.free]
@@ -86,7 +86,7 @@ def test_every_setting_at_once(clamp: str) -> None:
         assert_close(case.problem.vector_field(case.state), case.field(), ROUND_OFF)
 
 
-@few(max_examples=12)
+@few(max_examples=8)
 @given(case=cases(activations=SMOOTH))
 def test_state_and_activities_are_inverse(case: Case) -> None:
     """activities(state_of(a)) = a and state_of(activities(s)) = s; clamped layers are the data."""
@@ -114,7 +114,7 @@ def test_batch_rows_are_single_samples(case: Case) -> None:
 
 @few(max_examples=10)
 @given(
-    case=cases(activations=("tanh",), min_depth=2, widths=st.integers(2, 3)),
+    case=cases(activations=("tanh",), shapes=((2, 3, 2), (3, 3, 3), (2, 2, 2, 2))),
     seed=st.integers(0, 99),
 )
 def test_hidden_units_may_be_permuted(case: Case, seed: int) -> None:

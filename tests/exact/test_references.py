@@ -54,7 +54,7 @@ def loss_of(case: Case, weights: Sequence[Any], biases: Sequence[Any], nudges: S
     return 0.5 * error @ (jnp.asarray(case.precision(case.depth)) @ error)
 
 
-@few(max_examples=15)
+@few(max_examples=10)
 @given(case=cases(clamps=("both",), activations=SMOOTH))
 def test_backpropagation_is_autodiff_of_the_loss(case: Case) -> None:
     """δ_l = −∂ℒ/∂x̂_l and ∂ℒ/∂W_l, ∂ℒ/∂b_l (summed over the batch) by jax.grad."""
@@ -71,7 +71,7 @@ def test_backpropagation_is_autodiff_of_the_loss(case: Case) -> None:
         return loss_of(case, *arguments)
 
     data = (jnp.asarray(case.activities[0]), jnp.asarray(case.activities[-1]))
-    loss, (of_weights, of_biases, of_nudges) = per_sample(case, one)(*data)
+    loss, (of_weights, of_biases, of_nudges) = jax.jit(per_sample(case, one))(*data)
     assert_close(result.loss, loss, ROUND_OFF)
     assert_close(result.activities, case.feedforward(case.activities[0]), ROUND_OFF)
     assert_close(result.deltas, [-np.asarray(g) for g in of_nudges], ROUND_OFF)
@@ -153,7 +153,7 @@ def test_backpropagation_through_equinox_layers(batch: int | None) -> None:
 
         return one(x, target) if batch is None else jnp.sum(jax.vmap(one)(x, target))
 
-    expected = eqx.filter_grad(loss)(network.layers)
+    expected = eqx.filter_jit(eqx.filter_grad(loss))(network.layers)
     ours = eqx.filter(result.weight_gradient.layers, eqx.is_inexact_array)
     assert_close(ours, eqx.filter(expected, eqx.is_inexact_array), ROUND_OFF)
     assert_close(jnp.sum(result.loss), float(loss(network.layers)), ROUND_OFF)
@@ -169,7 +169,7 @@ def test_feedforward_is_a_numpy_loop(case: Case) -> None:
 @st.composite
 def square_cases(draw: st.DrawFn, activations: Sequence[str] = INVERTIBLE) -> Case:
     """Square networks with orthogonal weights, so that inverses do not amplify errors."""
-    width, depth = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    width, depth = draw(st.sampled_from([1, 3])), draw(st.integers(1, 3))
     case = build_case(
         seed=draw(st.integers(0, 2**32 - 1)), widths=(width,) * (depth + 1), clamp="output",
         activations=activations, bias=draw(st.booleans()), batch=draw(st.sampled_from([None, 3])),
@@ -178,7 +178,7 @@ def square_cases(draw: st.DrawFn, activations: Sequence[str] = INVERTIBLE) -> Ca
     return case.replace(weights=weights)
 
 
-@few(max_examples=20)
+@few(max_examples=12)
 @given(case=square_cases())
 def test_targets_of_a_reachable_output_are_its_feedforward_pass(case: Case) -> None:
     """Where T = feedforward(x_0): t_l are its activities, and feedforward(t_0) = T."""
@@ -194,7 +194,7 @@ def test_targets_of_a_reachable_output_are_its_feedforward_pass(case: Case) -> N
     assert_close(again[-1], case.activities[-1], ROUND_OFF)
 
 
-@few(max_examples=20)
+@few(max_examples=12)
 @given(case=square_cases(("tanh", "sigmoid", "softplus", "identity")))
 def test_reachability_is_a_numpy_loop(case: Case) -> None:
     """A sample exists if t_L … t_1 all lie inside the open ranges, in a NumPy loop.

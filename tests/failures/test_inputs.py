@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,9 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
      InputError, "not both"),
     ("negative std", lambda: weights([2, 2], std=-1.0), InputError, "-1.0"),
     ("NaN std", lambda: weights([2, 2], std=np.nan), InputError, "nan"),
+    ("unknown initialisation",
+     lambda: inspect.unwrap(mlp)([2, 2], activation="tanh", key=jr.key(0), initialisation="he"),
+     InputError, "'he'"),
     ("mlp activation", lambda: mlp([2, 2], activation="wave", key=jr.key(0)), ActivationError,
      "'wave'"),
     # Precisions.
