@@ -6,15 +6,19 @@ that only those two can be checked there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from pcdyn.errors import DtypeError, NonFiniteError
+
+# What users may pass as an array; JAX's ArrayLike leaves lists out.
+Numbers = ArrayLike | Sequence[Any]
 
 
 def is_traced(*trees: Any) -> bool:

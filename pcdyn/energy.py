@@ -8,16 +8,15 @@ sample never depends on how many others are simulated beside it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from pcdyn.checks import as_float_array, is_traced
+from pcdyn.checks import Numbers, as_float_array, is_traced
 from pcdyn.errors import PrecisionError, ShapeError
 
 
@@ -47,7 +46,7 @@ class Gaussian(Energy):
 
     precisions: tuple[Float[Array, "..."], ...] | Float[Array, ""] | None
 
-    def __init__(self, precisions: ArrayLike | Sequence[Any] | None = None):
+    def __init__(self, precisions: Numbers | None = None):
         if precisions is None:
             self.precisions = None
         elif isinstance(precisions, list | tuple):
@@ -117,7 +116,7 @@ class Gaussian(Energy):
                 )
 
 
-def _checked_precision(value: ArrayLike, name: str) -> Float[Array, "..."]:
+def _checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
     precision = as_float_array(value, name)
     if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
         raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "

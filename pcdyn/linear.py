@@ -14,10 +14,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from pcdyn.activations import identity
-from pcdyn.checks import is_traced
+from pcdyn.checks import Numbers, is_traced
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, NotLinearError, SingularHessianError
 from pcdyn.network import Activities, Dense, Network
@@ -30,8 +30,8 @@ class BlockTridiagonal(eqx.Module):
     `diagonal[i]` has shape `(n_i, n_i)`, `upper[i]` shape `(n_i, n_{i+1})`.
     """
 
-    diagonal: tuple[Float[Array, "n n"], ...]
-    upper: tuple[Float[Array, "n m"], ...]
+    diagonal: tuple[Float[Array, "_ _"], ...]
+    upper: tuple[Float[Array, "_ _"], ...]
 
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""
@@ -234,7 +234,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
 
 
 def single_layer_flow(
-    problem: InferenceProblem, layer: int, activities: Sequence[ArrayLike]
+    problem: InferenceProblem, layer: int, activities: Sequence[Numbers]
 ) -> ExactFlow:
     """The exact trajectory of one hidden layer with its neighbours held fixed (A.4).
 
@@ -254,7 +254,7 @@ def single_layer_flow(
         input=activities[layer - 1],
         output=activities[layer + 1],
         energy=Gaussian(precisions),
-        time_constants=None if constants is None else constants[layer - 1 : layer + 2],  # type: ignore
+        time_constants=None if constants is None else constants[layer - 1 : layer + 2],
     )
     return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
 

@@ -11,10 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn.activations import Activation, get_activation, identity
-from pcdyn.checks import as_float_array
+from pcdyn.checks import Numbers, as_float_array
 from pcdyn.errors import InputError, ShapeError
 
 Layer = Callable[[Array], Array]
@@ -36,8 +36,8 @@ class Dense(eqx.Module):
 
     def __init__(
         self,
-        weight: ArrayLike,
-        bias: ArrayLike | None = None,
+        weight: Numbers,
+        bias: Numbers | None = None,
         activation: str | Activation = identity,
     ):
         weight = as_float_array(weight, "weight")

@@ -90,7 +90,8 @@ def activities(
     ax.set_xlabel(TIME_LABEL)
     ax.set_ylabel("activity")
     if len(lines) <= _LARGEST_LEGEND:
-        ax.legend()
+        # Beside the axes: activities that have settled fill them from top to bottom.
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return lines + dashed
 
 

@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.checks import as_float_array, is_traced
+from pcdyn.checks import Numbers, as_float_array, is_traced
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
@@ -56,10 +56,10 @@ class InferenceProblem(eqx.Module):
         self,
         network: Network,
         *,
-        input: ArrayLike | None = None,
-        output: ArrayLike | None = None,
+        input: Numbers | None = None,
+        output: Numbers | None = None,
         energy: Energy | None = None,
-        time_constants: Sequence[float] | None = None,
+        time_constants: Sequence[Numbers] | None = None,
     ):
         self.network = network
         self.input = _clamped_layer(input, "input", network.widths[0], network.dtype)
@@ -163,7 +163,7 @@ class InferenceProblem(eqx.Module):
             for index, g in zip(self.free_layers, gradient, strict=True)
         )
 
-    def feedforward_state(self, input: ArrayLike | None = None) -> State:
+    def feedforward_state(self, input: Numbers | None = None) -> State:
         """The state of a feedforward pass from the clamped input, or from the `input` given.
 
         Raises `InputError` if the input is free and none is given.
@@ -195,7 +195,7 @@ class InferenceProblem(eqx.Module):
             std * jr.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)
         )
 
-    def initial_state(self, initial: str | Sequence[ArrayLike] = "feedforward") -> State:
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """`"feedforward"`, `"zeros"`, or a given state, checked against this problem.
 
         Raises `InputError` for an unknown name, `ShapeError`, `DtypeError` or `NonFiniteError`
@@ -240,7 +240,7 @@ class InferenceProblem(eqx.Module):
         return [(*batch, self.network.widths[index]) for index in self.free_layers]
 
 
-def _clamped_layer(value: ArrayLike | None, name: str, width: int, dtype: Any) -> Array | None:
+def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> Array | None:
     if value is None:
         return None
     array = as_float_array(value, name)
@@ -263,7 +263,7 @@ def _check_same_batch(input: Array, output: Array) -> None:
 
 
 def _checked_time_constants(
-    values: Sequence[float] | None, network: Network
+    values: Sequence[Numbers] | None, network: Network
 ) -> tuple[Float[Array, ""], ...] | None:
     if values is None:
         return None

@@ -102,7 +102,7 @@ class TargetPropagation(eqx.Module):
     """
 
     values: Activities
-    reachable: tuple[Bool[Array, "*batch n"], ...]
+    reachable: tuple[Bool[Array, "..."], ...]
     exists: Bool[Array, "*batch"]
 
     @property

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
-from pcdyn.checks import is_traced
+from pcdyn.checks import Numbers, is_traced
 from pcdyn.errors import (
     IntegratorError,
     ShapeError,
@@ -36,8 +36,8 @@ def simulate(
     problem: InferenceProblem,
     *,
     t1: float,
-    times: ArrayLike | None = None,
-    initial: str | Sequence[ArrayLike] = "feedforward",
+    times: Numbers | None = None,
+    initial: str | Sequence[Numbers] = "feedforward",
     integrator: str | Integrator = "tsit5",
     until: Literal["equilibrium"] | UntilEquilibrium | None = None,
     per_sample: bool = False,
@@ -110,7 +110,7 @@ def _stopping(
     )
 
 
-def _checked_times(t1: float, times: ArrayLike | None) -> np.ndarray:
+def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
     if not (math.isfinite(t1) and t1 > 0):
         raise TimesError(f"t1 must be positive and finite, got {t1}; time starts at 0")
     if times is None:

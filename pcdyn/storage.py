@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -143,7 +143,7 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
             end_time=variables["end_time"].values,
             **{name: variables[name].values if name in variables else None for name in _COUNTS},
             **{name: float(dataset.attrs[name]) for name in _SECONDS},
-            **{name: str(dataset.attrs[name]) for name in _TEXTS},
+            **cast(Any, {name: str(dataset.attrs[name]) for name in _TEXTS}),
             # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
             free_layers=tuple(int(index) for index in variables["free_layer"].values),
         )

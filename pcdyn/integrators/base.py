@@ -98,7 +98,7 @@ class Integrator(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def fixed_step(self) -> float | None:
+    def fixed_step(self) -> Any:
         """The step size, or `None` if the method chooses it."""
 
     @abc.abstractmethod

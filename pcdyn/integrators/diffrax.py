@@ -62,9 +62,9 @@ class Diffrax(Integrator):
     """
 
     solver: Any
-    rtol: float | None
-    atol: float | None
-    dt: float | None
+    rtol: Any
+    atol: Any
+    dt: Any
     controller: Any
     max_steps: int = eqx.field(static=True)
     fallback: str | None = eqx.field(static=True)
@@ -108,7 +108,7 @@ class Diffrax(Integrator):
         return True
 
     @property
-    def fixed_step(self) -> float | None:
+    def fixed_step(self) -> Any:
         return self.dt
 
     def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
@@ -126,7 +126,7 @@ class Diffrax(Integrator):
 
         if not isinstance(self.solver, str):
             return self.solver
-        cls = getattr(diffrax, _SOLVERS[self.solver])
+        cls: Any = getattr(diffrax, _SOLVERS[self.solver])
         if issubclass(cls, diffrax.AbstractImplicitSolver) and self.dt is not None:
             # A fixed step has no tolerances from which the root finder could take its own.
             return cls(root_finder=diffrax.VeryChord(rtol=1e-10, atol=1e-12))

@@ -21,7 +21,7 @@ class Euler(Integrator):
     not exactly `dt`; this one is the plain loop. It stops at the first non-finite state.
     """
 
-    dt: float
+    dt: Any
 
     def __check_init__(self) -> None:
         check_step("Euler", self.dt)
@@ -35,7 +35,7 @@ class Euler(Integrator):
         return True
 
     @property
-    def fixed_step(self) -> float:
+    def fixed_step(self) -> Any:
         return self.dt
 
     def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:

@@ -35,8 +35,8 @@ class SciPy(Integrator):
     """
 
     method: str = eqx.field(static=True, default="LSODA")
-    rtol: float | None = None
-    atol: float | None = None
+    rtol: Any = None
+    atol: Any = None
 
     def __check_init__(self) -> None:
         if self.method not in _METHODS:
