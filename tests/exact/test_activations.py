@@ -69,9 +69,9 @@ def test_function_undoes_inverse(activation: Activation, data: st.DataObject) ->
     assert activation.inverse is not None
     assert bool(activation.in_range(jnp.asarray(y)))
     returned = float(activation(activation.inverse(jnp.asarray(y))))
-    # Round-off of x = f⁻¹(y) moves f(x) by |x f'(x)| EPS, and |x f'(x)| ≤ max(1, |y|) for all of
-    # them; near the ends of arctan the result of tan carries the error of π/2 itself, also EPS.
-    assert abs(returned - y) <= 16 * EPS * max(1, abs(y))
+    # Round-off of x = f⁻¹(y) moves f(x) by |x f'(x)| EPS ≤ max(1, |y|) EPS for all of them. XLA's
+    # arctanh itself is off by up to 33 EPS (near √2 − 1, against NumPy's).
+    assert abs(returned - y) <= 64 * EPS * max(1, abs(y))
 
 
 @pytest.mark.parametrize("y", [1e-300, 1e-12, 1e-3, 1.0, 40.0, 1e3, 1e300])

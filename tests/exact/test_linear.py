@@ -370,6 +370,27 @@ def test_singular_hessian_is_refused(case: Case) -> None:
         linear_equilibrium(case.problem)
 
 
+def test_singular_hessian_is_never_missed() -> None:
+    """With n_0 > n_1 and the input free H is singular, whatever the weights: all 500 give NaN.
+
+    A small last Cholesky pivot is not enough to see it: where an earlier pivot is small the last
+    one is round-off divided by it.
+    """
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(500, 2, 3)) / np.sqrt(3))
+    targets = jnp.asarray(rng.normal(size=(500, 2)))
+
+    def equilibrium(weight: Any, target: Any) -> Any:
+        return linear_equilibrium(InferenceProblem(Network([Dense(weight)]), output=target))[0]
+
+    found = np.asarray(jax.jit(jax.vmap(equilibrium))(weights, targets))
+    missed = np.flatnonzero(~np.isnan(found).any(axis=-1))
+    for row in missed[:1]:
+        with pytest.raises(SingularHessianError):
+            equilibrium(weights[row], targets[row])
+    assert missed.size == 0
+
+
 def test_only_linear_gaussian_networks_have_closed_forms() -> None:
     """The layer and its activation are named."""
     curved = mlp([2, 2, 2], activation="identity", output_activation="tanh", key=jr.key(0))

@@ -45,6 +45,10 @@ def _data(line: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
+def _axes(artist: Any) -> Any:
+    return artist.axes
+
+
 def _texts(ax: Any) -> list[str]:
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
@@ -62,7 +66,7 @@ def test_activities_are_those_of_the_free_layers(single: Trajectory) -> None:
         np.testing.assert_array_equal(x, single.times)
         np.testing.assert_array_equal(y, values)
         assert line.get_label() == label
-    ax = lines[0].axes
+    ax = _axes(lines[0])
     assert (ax.get_xlabel(), ax.get_ylabel()) == (TIME, "activity")
     assert _texts(ax) == [label for label, _ in expected]
 
@@ -108,7 +112,7 @@ def test_many_units_have_no_legend() -> None:
     case = build_case(seed=1, widths=(2, 9, 1))
     lines = plotting.activities(simulate(case.problem, t1=1.0))
     assert len(lines) == 9
-    assert lines[0].axes.get_legend() is None
+    assert _axes(lines[0]).get_legend() is None
 
 
 def test_energies(batch: Trajectory) -> None:
@@ -117,7 +121,7 @@ def test_energies(batch: Trajectory) -> None:
     for line, values in zip(lines, expected, strict=True):
         np.testing.assert_array_equal(_data(line)[0], batch.times)
         np.testing.assert_array_equal(_data(line)[1], values[:, 2])
-    ax = lines[0].axes
+    ax = _axes(lines[0])
     assert (ax.get_xlabel(), ax.get_ylabel()) == (TIME, "energy")
     assert [text.split()[0] for text in _texts(ax)] == ["output", "residual", "free"]
 
@@ -128,7 +132,7 @@ def test_distance(log: bool, scale: str, single: Trajectory) -> None:
     (line,) = plotting.distance(single.times, values, label="to the end", log=log)
     np.testing.assert_array_equal(_data(line)[0], single.times)
     np.testing.assert_array_equal(_data(line)[1], values)
-    ax = line.axes
+    ax = _axes(line)
     assert ax.get_yscale() == scale
     assert (ax.get_xlabel(), ax.get_ylabel()) == (TIME, "Euclidean distance")
     assert _texts(ax) == ["to the end"]
@@ -141,7 +145,7 @@ def test_distances_of_a_batch_share_colour_and_label(batch: Trajectory) -> None:
         np.testing.assert_array_equal(_data(line)[1], column)
     assert len({line.get_color() for line in lines}) == 1
     assert _texts(lines[0].axes) == ["from zero"]
-    assert plotting.distance(batch.times, values)[0].axes.get_legend() is None
+    assert _axes(plotting.distance(batch.times, values)[0]).get_legend() is None
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, -2])
@@ -202,17 +206,16 @@ def test_the_style_ends_with_its_context(single: Trajectory) -> None:
         assert not matplotlib.rcParams["axes.spines.top"]
         assert matplotlib.rcParams["figure.constrained_layout.use"]
     assert matplotlib.rcParams == before
-    ax = plotting.energies(single)[0].axes
-    assert ax is not None and not ax.spines["top"].get_visible()
+    ax = _axes(plotting.energies(single)[0])
+    assert not ax.spines["top"].get_visible()
     assert matplotlib.rcParams == before
 
 
 def test_a_figure_drawn_outside_the_style_keeps_it(single: Trajectory) -> None:
-    ax = plotting.energies(single)[0].axes
-    assert ax is not None
+    ax = _axes(plotting.energies(single)[0])
     with plotting.style():
         size = plt.subplots()[1].get_xticklabels()[0].get_fontsize()
-    ax.figure.canvas.draw()  # pyright: ignore[reportAttributeAccessIssue]
+    ax.figure.canvas.draw()
     assert {label.get_fontsize() for label in ax.get_xticklabels()} == {size}
 
 
