@@ -18,7 +18,8 @@ from pcdyn.checks import Numbers, as_float_array
 from pcdyn.errors import InputError, ShapeError
 
 Layer = Callable[[Array], Array]
-Activities = tuple[Float[Array, "..."], ...]
+# Arrays of JAX inside a computation, of NumPy once a result is on the host.
+Activities = tuple[Any, ...]
 
 
 class Dense(eqx.Module):

@@ -16,7 +16,7 @@ from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
 
-# Arrays of JAX inside a computation, of NumPy once a result is on the host.
+# Layers like those of Activities, but only the free ones.
 State = tuple[Any, ...]
 
 
@@ -111,7 +111,7 @@ class InferenceProblem(eqx.Module):
 
     def prediction_errors(
         self, activities: Activities, first_prediction: Array | None = None
-    ) -> tuple[Float[Array, "..."], ...]:
+    ) -> Activities:
         """ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes.
 
         `first_prediction` saves computing μ_1 again, which is constant during inference.

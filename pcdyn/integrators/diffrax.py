@@ -127,7 +127,7 @@ class Diffrax(Integrator):
         if not isinstance(self.solver, str):
             return self.solver
         cls: Any = getattr(diffrax, _SOLVERS[self.solver])
-        if issubclass(cls, diffrax.AbstractImplicitSolver) and self.dt is not None:
+        if self.dt is not None and issubclass(cls, diffrax.AbstractImplicitSolver):
             # A fixed step has no tolerances from which the root finder could take its own.
             return cls(root_finder=diffrax.VeryChord(rtol=1e-10, atol=1e-12))
         return cls()
