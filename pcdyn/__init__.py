@@ -8,7 +8,7 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 `jax.config.update("jax_enable_x64", True)` before building networks.
 """
 
-from pcdyn import activations, datasets, errors, linear, references
+from pcdyn import activations, datasets, errors, linear, references, storage
 from pcdyn.activations import Activation
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import PcdynError, SimulationError, Status
@@ -18,6 +18,7 @@ from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import backpropagation, feedforward, target_propagation
 from pcdyn.simulate import simulate
+from pcdyn.storage import load
 from pcdyn.trajectory import Trajectory
 
 __version__ = "0.1.0"
@@ -45,8 +46,10 @@ __all__ = [
     "feedforward",
     "linear",
     "linear_equilibrium",
+    "load",
     "mlp",
     "references",
     "simulate",
+    "storage",
     "target_propagation",
 ]

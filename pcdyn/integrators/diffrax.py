@@ -128,8 +128,11 @@ class Diffrax(Integrator):
             return self.solver
         cls: Any = getattr(diffrax, _SOLVERS[self.solver])
         if self.dt is not None and issubclass(cls, diffrax.AbstractImplicitSolver):
-            # A fixed step has no tolerances from which the root finder could take its own.
-            return cls(root_finder=diffrax.VeryChord(rtol=1e-10, atol=1e-12))
+            # A fixed step has no tolerances from which the root finder could take its own, and
+            # diffrax's chord method gives up where it cannot ask for a smaller step.
+            from optimistix import Newton
+
+            return cls(root_finder=Newton(rtol=1e-10, atol=1e-12))
         return cls()
 
     def tolerances(

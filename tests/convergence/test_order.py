@@ -32,7 +32,7 @@ METHODS = {
     "dopri8": (8, (1, 2, 3)),
     "implicit_euler": (1, (6, 7, 8, 9)),
     "kvaerno3": (3, (4, 5, 6, 7)),
-    "kvaerno5": (5, (2, 3, 4)),
+    "kvaerno5": (5, (4, 5, 6)),
 }
 
 

@@ -249,6 +249,7 @@ def test_missing_file_is_an_error_that_names_it(folder: Path):
         mnist("test")
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
