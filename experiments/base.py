@@ -74,7 +74,7 @@ def cosine(a: Any, b: Any) -> Any:
 
 def largest_rise(values: Any, *, axis: int) -> float:
     """The largest increase from one entry to the next along `axis` (negative: always falls)."""
-    return float(np.max(np.diff(np.asarray(values), axis=axis)))
+    return np.diff(np.asarray(values, dtype=float), axis=axis).max().item()
 
 
 def save(
@@ -82,13 +82,13 @@ def save(
 ) -> None:
     """Write data, PNG, PDF and manifest of an experiment, each at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{name}.nc", lambda path: data.to_netcdf(path, engine="h5netcdf"))
+    write_atomically(folder / f"{name}.nc", lambda path: data.to_netcdf(path, engine="h5netcdf"))
     # Dates and program versions would make equal pictures differ.
-    _write(
+    write_atomically(
         folder / f"{name}.png",
         lambda path: figure.savefig(path, format="png", dpi=150, metadata={"Software": None}),
     )
-    _write(
+    write_atomically(
         folder / f"{name}.pdf",
         lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}),
     )
@@ -106,7 +106,7 @@ def save(
         **notes,
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    _write(folder / f"{name}.json", lambda path: Path(path).write_text(text))
+    write_atomically(folder / f"{name}.json", lambda path: Path(path).write_text(text))
 
 
 def values_hash(data: xarray.Dataset) -> str:
@@ -118,7 +118,8 @@ def values_hash(data: xarray.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, write: Callable[[str], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: all of it or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     try:

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, network_of
+from experiments.base import Claim, gaussian_weights, largest_rise, network_of
 from pcdyn import plotting
 
 PANELS = "1A, 1B"
@@ -28,7 +28,7 @@ class Config:
     width: int = 5
     weight_std: float = 0.2
     target_std: float = 0.3
-    t1: float = 2000.0
+    t1: float = 20_000.0  # the slowest mode of these networks decays at a rate of 0.002
     shown: float = 30.0
     seed: int = 0
 
@@ -77,7 +77,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
     """The flow ends at the targets, and the free energy falls to zero without ever rising."""
     error = np.abs(data.activity[:, -1] - data.target).max("unit").values
     energy = data.free_energy.values
-    rise = float(np.max(np.diff(energy, axis=1)))
+    rise = largest_rise(energy, axis=1)
     return [
         Claim(
             "1A: activities reach the TP targets (input free)",

@@ -37,6 +37,10 @@ class Config:
 
 PRESETS = {"paper": Config(), "code": Config(weight_std=0.05)}
 FAST = {"networks": 20}
+# The floor and the final cosines depend on the size of the weights; these belong to the paper's.
+PAPER_STD = PRESETS["paper"].weight_std
+PAPER_FLOOR = 3.5e-3
+PAPER_COSINES_TO_TP = (0.8, 0.94)
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -86,6 +90,7 @@ def run(config: Config) -> xarray.Dataset:
             "time": ("time", times, {"units": "activity time constants"}),
             "ratio": shown, "sweep": sweep,
         },
+        attrs={"weight_std": config.weight_std},
     )  # fmt: skip
 
 
@@ -96,23 +101,27 @@ def check(data: xarray.Dataset) -> list[Claim]:
     floor = float(squared[:, -1].mean())
     rise = float(squared.diff("time").max())
     slope = float(np.polyfit(np.log(data.sweep[:5]), np.log(data.floor.mean("network")[:5]), 1)[0])
+    as_in_paper = bool(np.isclose(data.attrs["weight_std"], PAPER_STD))
+    at_floor = PAPER_FLOOR / 2 < floor < PAPER_FLOOR * 2 if as_in_paper else floor < 0.1
     claims = [
         Claim(
             f"3C: prediction errors approach BP's deltas (ratio {float(data.ratio[0]):g})",
             f"squared relative distance 1 → {floor:.1e}, largest rise {rise:.1e}",
-            "a floor of about 3.5e-3 (within a factor 2) at std .2236",
-            bool(3.5e-3 / 2 < floor < 3.5e-3 * 2 and rise < 1e-12),
+            f"falls to about {PAPER_FLOOR:g} (within a factor 2)" if as_in_paper else "falls",
+            at_floor and rise < 1e-12,
         ),
         Claim(
             "3C: the unsquared floor is O(ratio)", f"order {slope:.4f}", "1 ± 0.01",
             abs(slope - 1) < 0.01,
         ),
     ]  # fmt: skip
-    for index, expected in ((1, 0.8), (2, 0.94)):
+    for index, paper_cosine in enumerate(PAPER_COSINES_TO_TP, start=1):
         ratio = float(data.ratio[index])
         away = data.cosine_to_feedforward[index]
         towards = data.cosine_to_tp[index]
-        end, error = float(towards[:, -1].mean()), float(towards[:, -1].std(ddof=1)) / n**0.5
+        start, end = float(towards[:, 0].mean()), float(towards[:, -1].mean())
+        error = float(towards[:, -1].std(ddof=1)) / n**0.5
+        near_paper = abs(end - paper_cosine) < max(3 * error, 0.03)
         fall = float(away[:, -1].mean())
         fall_error = float(away[:, -1].std(ddof=1)) / n**0.5
         claims.append(
@@ -126,9 +135,9 @@ def check(data: xarray.Dataset) -> list[Claim]:
         claims.append(
             Claim(
                 f"3F: cosine to TP rises (ratio {ratio:g})",
-                f"{float(towards[:, 0].mean()):.2f} → {end:.3f} ± {error:.3f} (s.e.)",
-                f"about {expected:g} (within 3 s.e. or .03)",
-                abs(end - expected) < max(3 * error, 0.03),
+                f"{start:.2f} → {end:.3f} ± {error:.3f} (s.e.)",
+                f"to about {paper_cosine:g} (within 3 s.e. or .03)" if as_in_paper else "rises",
+                near_paper if as_in_paper else end > start + 3 * error,
             )
         )
     return claims

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
-from experiments.base import Claim
+from experiments.base import Claim, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +46,8 @@ def write_index(folder: Path, rows: list[Row], *, preset: str, fast: bool) -> No
             )) + " |"
             for row in mine
         ]  # fmt: skip
-    path = folder / "index.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "index.md", lambda path: Path(path).write_text(text, "utf-8"))
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.errors import (
@@ -22,9 +20,9 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
-from pcdyn.integrators import Diffrax, Integration, Integrator, SciPy, UntilEquilibrium
-from pcdyn.integrators import get_integrator as _get_integrator
+from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, field_norms
+from pcdyn.integrators.run import integrate, on_host, run_compiled
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
@@ -72,7 +70,7 @@ def simulate(
     Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
     state raise, before anything runs.
     """
-    method = _get_integrator(integrator)
+    method = get_integrator(integrator)
     stop = _stopping(until, problem)
     method.check(problem, stop, dense)
     save_times = _checked_times(t1, times)
@@ -84,11 +82,13 @@ def simulate(
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
-        run = _integrate(problem, state, save_times, t1, method, stop, per_sample, dense)
+        run = integrate(problem, state, save_times, t1, method, stop, per_sample, dense)
         return _traced_trajectory(problem, run, save_times, method)
     with Stopwatch() as clock:
-        run, fallback = _run(problem, state, save_times, t1, method, stop, per_sample, dense)
-        observed = _on_host(_observe(problem, run.states))
+        run, fallback = run_compiled(
+            problem, state, save_times, t1, method, stop, per_sample, dense
+        )
+        observed = on_host(_observe(problem, run.states))
     trajectory = _trajectory(problem, run, observed, save_times, method, fallback, clock)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
@@ -131,122 +131,6 @@ def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
             f"times from {array[0]:g} to {array[-1]:g} leave the integrated range 0 … {t1:g}"
         )
     return array
-
-
-def _integrate(
-    problem: InferenceProblem,
-    state: State,
-    times: Any,
-    t1: Any,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-    dense: bool,
-) -> Integration:
-    """Integrate in JAX; the end state becomes one more row after the saved times."""
-    if not per_sample:
-        return _checked_run(problem, state, times, t1, method, until, dense)
-
-    def one(input: Array | None, output: Array | None, sample: State) -> Integration:
-        single = _with_data(problem, input, output)
-        return _checked_run(single, sample, times, t1, method, until, dense)
-
-    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, state))
-
-
-def _with_data(
-    problem: InferenceProblem, input: Array | None, output: Array | None
-) -> InferenceProblem:
-    return eqx.tree_at(
-        lambda p: (p.input, p.output), problem, (input, output), is_leaf=lambda x: x is None
-    )
-
-
-def _batch_of(run: Integration) -> Integration:
-    """Time first, then the sample; one dense output for all."""
-    interpolation = run.interpolation
-    if interpolation is not None:
-        interpolation = _EachSample(interpolation)
-    return dataclasses.replace(
-        run,
-        states=tuple(jnp.moveaxis(x, 0, 1) for x in run.states),
-        interpolation=interpolation,
-    )
-
-
-class _EachSample(eqx.Module):
-    """Dense outputs of several samples as one function of time."""
-
-    interpolations: Any
-
-    def __call__(self, t: Any) -> State:
-        return eqx.filter_vmap(lambda each: each(t))(self.interpolations)
-
-
-def _checked_run(
-    problem: InferenceProblem,
-    state: State,
-    times: Any,
-    t1: Any,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    dense: bool,
-) -> Integration:
-    times = jnp.asarray(times)
-    run = method.integrate(problem, state, times, t1, until, dense)
-    run = _with_end_row(run, times)
-    run = _without_non_finite(run, times, state)
-    return run if method.fixed_step is None else _with_stability(problem, run)
-
-
-def _with_end_row(run: Integration, times: Array) -> Integration:
-    """Hold the end state at times after the end; add it as a last row."""
-    reached = times <= run.end_time
-
-    def extend(saved: Array, end: Array) -> Array:
-        mask = reached.reshape(-1, *[1] * end.ndim)
-        return jnp.concatenate([jnp.where(mask, saved, end[None]), end[None]])
-
-    states = tuple(extend(s, e) for s, e in zip(run.states, run.end_state, strict=True))
-    return dataclasses.replace(run, states=states)
-
-
-def _without_non_finite(run: Integration, times: Array, state: State) -> Integration:
-    """End a run before its first non-finite row, whatever the solver thought of it."""
-    rows = jnp.stack([_finite_rows(x) for x in run.states]).all(axis=0)
-    finite = jnp.cumprod(rows).astype(bool)
-    failed = ~finite[-1]
-    last_good = jnp.max(jnp.where(finite[:-1], times, 0))
-    failure = run.status > Status.CONVERGED
-    status = jnp.where(failed & (~failure | (run.status == Status.NON_FINITE)),
-                       int(Status.NON_FINITE), run.status)  # fmt: skip
-    end_time = jnp.where(failed, jnp.minimum(last_good, run.end_time), run.end_time)
-    # After a failure there is no state to show.
-    beyond = jnp.append(times > end_time, failed | (status > Status.CONVERGED))
-    keep = finite & ~(beyond & (status > Status.CONVERGED))
-    states = tuple(jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan) for x in run.states)
-    return dataclasses.replace(run, states=states, status=status, end_time=end_time)
-
-
-def _finite_rows(x: Array) -> Array:
-    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
-
-
-def _with_stability(problem: InferenceProblem, run: Integration) -> Integration:
-    """A fixed step is unstable if it lets the free energy rise, which the flow never does."""
-    energy = jax.vmap(problem.free_energy)(run.states)
-    energy = energy.reshape(energy.shape[0], -1)
-    last = jnp.where(jnp.isnan(energy[-1]), -jnp.inf, energy[-1])
-    margin = 1e-3 * energy[0] + 1e3 * jnp.finfo(energy.dtype).eps
-    unstable = jnp.any(last > jnp.nanmin(energy, axis=0) + margin)
-    ok = run.status <= Status.CONVERGED
-    status = jnp.where(unstable & ok, int(Status.UNSTABLE_STEP), run.status)
-    return dataclasses.replace(run, status=status)
-
-
-@eqx.filter_jit
-def _integrate_compiled(*arguments: Any) -> Integration:
-    return _integrate(*arguments)
 
 
 class Observed(eqx.Module):
@@ -323,156 +207,6 @@ class _DenseActivities(eqx.Module):
         return self.problem.activities(self.interpolation(jnp.asarray(t)))
 
 
-def _run(
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-    dense: bool,
-) -> tuple[Integration, str]:
-    """Integrate on JAX's device or the host, with the fallback; results on the host."""
-    if not method.runs_in_jax:
-        return _run_on_host(problem, state, times, t1, method, until, per_sample), ""
-    # As arrays, tolerances and steps can change without compiling again.
-    numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, (method, until))
-    run = _integrate_compiled(
-        problem, state, times, np.asarray(float(t1)), *numbers, per_sample, dense
-    )
-    # The interpolation stays as JAX made it: diffrax evaluates it in JAX.
-    run = dataclasses.replace(
-        _on_host(dataclasses.replace(run, interpolation=None)), interpolation=run.interpolation
-    )
-    gave_up = np.isin(run.status, (Status.MAX_STEPS, Status.STEP_TOO_SMALL))
-    if not (isinstance(method, Diffrax) and method.fallback and gave_up.any()):
-        return run, ""
-    other = SciPy(method.fallback, rtol=method.rtol, atol=method.atol)
-    reason = f"{other.method}, because {method.name} {worst_status(run.status).explanation}"
-    if not per_sample:
-        return _run_on_host(problem, state, times, t1, other, until, False), reason
-    return _with_samples(
-        run, np.flatnonzero(gave_up), problem, state, times, t1, other, until
-    ), f"{reason} (samples {np.flatnonzero(gave_up).tolist()})"
-
-
-def _run_on_host(
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-) -> Integration:
-    if not per_sample:
-        run = method.integrate(problem, state, times, t1, until, True)
-        return _on_host(_finish(run, times, state))
-    runs = []
-    for index in range(state[0].shape[0]):
-        single, start = _sample(problem, state, index)
-        runs.append(_on_host(_finish(method.integrate(single, start, times, t1, until, True),
-                                     times, start)))  # fmt: skip
-    return _stack(runs)
-
-
-@eqx.filter_jit
-def _finish_arrays(run: Integration, times: Any, state: State) -> Integration:
-    return _without_non_finite(_with_end_row(run, times), times, state)
-
-
-def _finish(run: Integration, times: np.ndarray, state: State) -> Integration:
-    numbers = dataclasses.replace(
-        run,
-        interpolation=None,
-        end_time=np.asarray(run.end_time),
-        status=np.asarray(int(run.status)),
-        message="",
-    )
-    finished = _finish_arrays(numbers, times, state)
-    return dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
-
-
-def _sample(problem: InferenceProblem, state: State, index: int) -> tuple[InferenceProblem, State]:
-    single = _with_data(
-        problem,
-        None if problem.input is None else problem.input[index],
-        None if problem.output is None else problem.output[index],
-    )
-    return single, tuple(x[index] for x in state)
-
-
-def _stack(runs: list[Integration]) -> Integration:
-    """One integration of several samples, sample after time."""
-    interpolations = [run.interpolation for run in runs]
-    message = next((run.message for run in runs if run.message), "")
-
-    def column(name: str) -> Any:
-        values = [getattr(run, name) for run in runs]
-        return None if any(value is None for value in values) else np.stack(values)
-
-    return Integration(
-        states=tuple(
-            np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs], strict=True)
-        ),
-        end_time=column("end_time"),
-        end_state=tuple(
-            np.stack(layer) for layer in zip(*[r.end_state for r in runs], strict=True)
-        ),
-        status=column("status"),
-        evaluations=column("evaluations"),
-        jacobian_evaluations=column("jacobian_evaluations"),
-        accepted_steps=column("accepted_steps"),
-        rejected_steps=column("rejected_steps"),
-        interpolation=lambda t: tuple(
-            np.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
-        ),
-        message=message,
-    )
-
-
-def _with_samples(
-    run: Integration,
-    samples: np.ndarray,
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: SciPy,
-    until: UntilEquilibrium | None,
-) -> Integration:
-    """`run` with some samples integrated again by another method."""
-    chosen = _with_data(
-        problem,
-        None if problem.input is None else problem.input[samples],
-        None if problem.output is None else problem.output[samples],
-    )
-    part = tuple(x[samples] for x in state)
-    again = _run_on_host(chosen, part, times, t1, method, until, True)
-    states = tuple(np.array(x) for x in run.states)
-    for mine, theirs in zip(states, again.states, strict=True):
-        mine[:, samples] = theirs
-
-    def merged(name: str) -> Any:
-        mine, theirs = getattr(run, name), getattr(again, name)
-        if mine is None or theirs is None:
-            return None
-        values = np.array(np.broadcast_to(mine, run.status.shape))
-        values[samples] = theirs
-        return values
-
-    names = ("end_time", "status", "evaluations", "jacobian_evaluations", "accepted_steps")
-    return dataclasses.replace(
-        run, states=states, interpolation=None, rejected_steps=None, message=again.message,
-        **{name: merged(name) for name in names},
-    )  # fmt: skip
-
-
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
-
-
 def _trajectory(
     problem: InferenceProblem,
     run: Integration,
@@ -494,7 +228,7 @@ def _trajectory(
     observed = jax.tree.map(lambda x: x[rows], observed)
     message = _message(worst, run, method, problem, observed)
     return _build(
-        _on_host(problem), run, observed, states, all_times, method,
+        on_host(problem), run, observed, states, all_times, method,
         fallback=fallback, message=message,
         compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
@@ -126,14 +127,14 @@ class Diffrax(Integrator):
 
         if not isinstance(self.solver, str):
             return self.solver
-        cls: Any = getattr(diffrax, _SOLVERS[self.solver])
-        if self.dt is not None and issubclass(cls, diffrax.AbstractImplicitSolver):
-            # A fixed step has no tolerances from which the root finder could take its own, and
-            # diffrax's chord method gives up where it cannot ask for a smaller step.
-            from optimistix import Newton
+        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
+        if self.dt is None or not _is_implicit(solver):
+            return solver
+        # A fixed step has no tolerances from which the root finder could take its own, and
+        # diffrax's chord method gives up where it cannot ask for a smaller step.
+        from optimistix import Newton
 
-            return cls(root_finder=Newton(rtol=1e-10, atol=1e-12))
-        return cls()
+        return dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
 
     def tolerances(
         self, problem: InferenceProblem, state: State, until: UntilEquilibrium | None

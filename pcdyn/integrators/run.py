@@ -1,0 +1,291 @@
+"""Run an integrator: on JAX's device or the host, batch or sample by sample, with the fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pcdyn.errors import Status, worst_status
+from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
+from pcdyn.integrators.diffrax import Diffrax
+from pcdyn.integrators.scipy import SciPy
+from pcdyn.problem import InferenceProblem, State
+
+
+def integrate(
+    problem: InferenceProblem,
+    state: State,
+    times: Any,
+    t1: Any,
+    method: Integrator,
+    until: UntilEquilibrium | None,
+    per_sample: bool,
+    dense: bool,
+) -> Integration:
+    """Integrate in JAX; the end state becomes one more row after the saved times."""
+    if not per_sample:
+        return _checked_run(problem, state, times, t1, method, until, dense)
+
+    def one(input: Array | None, output: Array | None, sample: State) -> Integration:
+        single = _with_data(problem, input, output)
+        return _checked_run(single, sample, times, t1, method, until, dense)
+
+    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, state))
+
+
+def _with_data(
+    problem: InferenceProblem, input: Array | None, output: Array | None
+) -> InferenceProblem:
+    return eqx.tree_at(
+        lambda p: (p.input, p.output), problem, (input, output), is_leaf=lambda x: x is None
+    )
+
+
+def _take(problem: InferenceProblem, state: State, samples: Any) -> tuple[InferenceProblem, State]:
+    """One sample (an index) or several (an array of indices) of a batch."""
+    input, output, state = jax.tree.map(
+        lambda x: x[samples], (problem.input, problem.output, state)
+    )
+    return _with_data(problem, input, output), state
+
+
+def _batch_of(run: Integration) -> Integration:
+    """Time first, then the sample; one dense output for all."""
+    interpolation = run.interpolation
+    if interpolation is not None:
+        interpolation = _EachSample(interpolation)
+    return dataclasses.replace(
+        run,
+        states=tuple(jnp.moveaxis(x, 0, 1) for x in run.states),
+        interpolation=interpolation,
+    )
+
+
+class _EachSample(eqx.Module):
+    """Dense outputs of several samples as one function of time."""
+
+    interpolations: Any
+
+    def __call__(self, t: Any) -> State:
+        return eqx.filter_vmap(lambda each: each(t))(self.interpolations)
+
+
+def _checked_run(
+    problem: InferenceProblem,
+    state: State,
+    times: Any,
+    t1: Any,
+    method: Integrator,
+    until: UntilEquilibrium | None,
+    dense: bool,
+) -> Integration:
+    times = jnp.asarray(times)
+    run = method.integrate(problem, state, times, t1, until, dense)
+    run = _with_end_row(run, times)
+    run = _without_non_finite(run, times, state)
+    return run if method.fixed_step is None else _with_stability(problem, run, state)
+
+
+def _with_end_row(run: Integration, times: Array) -> Integration:
+    """Hold the end state at times after the end; add it as a last row."""
+    reached = times <= run.end_time
+
+    def extend(saved: Array, end: Array) -> Array:
+        mask = reached.reshape(-1, *[1] * end.ndim)
+        return jnp.concatenate([jnp.where(mask, saved, end[None]), end[None]])
+
+    states = tuple(extend(s, e) for s, e in zip(run.states, run.end_state, strict=True))
+    return dataclasses.replace(run, states=states)
+
+
+def _without_non_finite(run: Integration, times: Array, state: State) -> Integration:
+    """End a run before its first non-finite row, whatever the solver thought of it."""
+    rows = jnp.stack([_finite_rows(x) for x in run.states]).all(axis=0)
+    finite = jnp.cumprod(rows).astype(bool)
+    failed = ~finite[-1]
+    last_good = jnp.max(jnp.where(finite[:-1], times, 0))
+    failure = run.status > Status.CONVERGED
+    status = jnp.where(failed & (~failure | (run.status == Status.NON_FINITE)),
+                       int(Status.NON_FINITE), run.status)  # fmt: skip
+    end_time = jnp.where(failed, jnp.minimum(last_good, run.end_time), run.end_time)
+    # After a failure there is no state to show.
+    beyond = jnp.append(times > end_time, failed | (status > Status.CONVERGED))
+    keep = finite & ~(beyond & (status > Status.CONVERGED))
+    states = tuple(jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan) for x in run.states)
+    return dataclasses.replace(run, states=states, status=status, end_time=end_time)
+
+
+def _finite_rows(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+
+
+def _with_stability(problem: InferenceProblem, run: Integration, state: State) -> Integration:
+    """A fixed step is unstable if it lets the free energy rise, which the flow never does."""
+    states = jax.tree.map(lambda x, saved: jnp.concatenate([x[None], saved]), state, run.states)
+    energy = jax.vmap(problem.free_energy)(states)
+    energy = energy.reshape(energy.shape[0], -1)
+    last = jnp.where(jnp.isnan(energy[-1]), -jnp.inf, energy[-1])
+    margin = 1e-3 * energy[0] + 1e3 * jnp.finfo(energy.dtype).eps
+    unstable = jnp.any(last > jnp.nanmin(energy, axis=0) + margin)
+    ok = run.status <= Status.CONVERGED
+    status = jnp.where(unstable & ok, int(Status.UNSTABLE_STEP), run.status)
+    return dataclasses.replace(run, status=status)
+
+
+@eqx.filter_jit
+def _integrate_compiled(*arguments: Any) -> Integration:
+    return integrate(*arguments)
+
+
+def run_compiled(
+    problem: InferenceProblem,
+    state: State,
+    times: np.ndarray,
+    t1: float,
+    method: Integrator,
+    until: UntilEquilibrium | None,
+    per_sample: bool,
+    dense: bool,
+) -> tuple[Integration, str]:
+    """Integrate on JAX's device or the host, with the fallback; results on the host."""
+    if not method.runs_in_jax:
+        return _run_on_host(problem, state, times, t1, method, until, per_sample), ""
+    # As arrays, tolerances and steps can change without compiling again.
+    numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, (method, until))
+    run = _integrate_compiled(
+        problem, state, times, np.asarray(float(t1)), *numbers, per_sample, dense
+    )
+    # The interpolation stays as JAX made it: diffrax evaluates it in JAX.
+    run = dataclasses.replace(
+        on_host(dataclasses.replace(run, interpolation=None)), interpolation=run.interpolation
+    )
+    gave_up = np.isin(run.status, (Status.MAX_STEPS, Status.STEP_TOO_SMALL))
+    if not (isinstance(method, Diffrax) and method.fallback and gave_up.any()):
+        return run, ""
+    other = SciPy(method.fallback, rtol=method.rtol, atol=method.atol)
+    reason = f"{other.method}, because {method.name} {worst_status(run.status).explanation}"
+    if not per_sample:
+        return _run_on_host(problem, state, times, t1, other, until, False), reason
+    return _with_samples(
+        run, np.flatnonzero(gave_up), problem, state, times, t1, other, until
+    ), f"{reason} (samples {np.flatnonzero(gave_up).tolist()})"
+
+
+def _run_on_host(
+    problem: InferenceProblem,
+    state: State,
+    times: np.ndarray,
+    t1: float,
+    method: Integrator,
+    until: UntilEquilibrium | None,
+    per_sample: bool,
+) -> Integration:
+    if not per_sample:
+        run = method.integrate(problem, state, times, t1, until, True)
+        return on_host(_finish(run, times, state))
+    runs = []
+    for index in range(state[0].shape[0]):
+        single, start = _take(problem, state, index)
+        run = method.integrate(single, start, times, t1, until, True)
+        runs.append(on_host(_finish(run, times, start)))
+    return _stack(runs)
+
+
+@eqx.filter_jit
+def _finish_arrays(run: Integration, times: Any, state: State) -> Integration:
+    return _without_non_finite(_with_end_row(run, times), times, state)
+
+
+def _finish(run: Integration, times: np.ndarray, state: State) -> Integration:
+    numbers = dataclasses.replace(
+        run,
+        interpolation=None,
+        end_time=np.asarray(run.end_time),
+        status=np.asarray(int(run.status)),
+        message="",
+    )
+    finished = _finish_arrays(numbers, times, state)
+    return dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
+
+
+def _stack(runs: list[Integration]) -> Integration:
+    """One integration of several samples, sample after time."""
+    interpolations = [run.interpolation for run in runs]
+    message = next((run.message for run in runs if run.message), "")
+
+    def column(name: str) -> Any:
+        values = [getattr(run, name) for run in runs]
+        return None if any(value is None for value in values) else np.stack(values)
+
+    return Integration(
+        states=tuple(
+            np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs], strict=True)
+        ),
+        end_time=column("end_time"),
+        end_state=tuple(
+            np.stack(layer) for layer in zip(*[r.end_state for r in runs], strict=True)
+        ),
+        status=column("status"),
+        evaluations=column("evaluations"),
+        jacobian_evaluations=column("jacobian_evaluations"),
+        accepted_steps=column("accepted_steps"),
+        rejected_steps=column("rejected_steps"),
+        interpolation=lambda t: tuple(
+            np.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
+        ),
+        message=message,
+    )
+
+
+def _with_samples(
+    run: Integration,
+    samples: np.ndarray,
+    problem: InferenceProblem,
+    state: State,
+    times: np.ndarray,
+    t1: float,
+    method: SciPy,
+    until: UntilEquilibrium | None,
+) -> Integration:
+    """`run` with some samples integrated again by another method."""
+    chosen, start = _take(problem, state, samples)
+    again = _run_on_host(chosen, start, times, t1, method, until, True)
+
+    def replaced(mine: State, theirs: State, axis: int) -> State:
+        layers = tuple(np.array(x) for x in mine)
+        for layer, part in zip(layers, theirs, strict=True):
+            np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(part, axis, 0)
+        return layers
+
+    def interpolation(t: Any) -> State:
+        return replaced(run.interpolation(t), again.interpolation(t), 0)
+
+    def merged(name: str) -> Any:
+        mine, theirs = getattr(run, name), getattr(again, name)
+        if mine is None or theirs is None:
+            return None
+        values = np.array(np.broadcast_to(mine, run.status.shape))
+        values[samples] = theirs
+        return values
+
+    names = ("end_time", "status", "evaluations", "jacobian_evaluations", "accepted_steps")
+    return dataclasses.replace(
+        run,
+        states=replaced(run.states, again.states, 1),
+        end_state=replaced(run.end_state, again.end_state, 0),
+        interpolation=None if run.interpolation is None else interpolation,
+        rejected_steps=None,
+        message=again.message,
+        **{name: merged(name) for name in names},
+    )
+
+
+def on_host(tree: Any) -> Any:
+    """The same tree with NumPy arrays instead of JAX's."""
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
