@@ -192,6 +192,8 @@ class Trajectory(eqx.Module):
             f"{np.max(self.vector_field_norms[-1]):.2g}",
             f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
         ]
+        if self.fallback:
+            lines.insert(2, f"  fell back to {self.fallback}")
         return "\n".join(lines)
 
 
