@@ -103,10 +103,11 @@ def save(
         "float64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "values_sha256": values_hash(data),
+        "data": data.attrs,
         **notes,
     }
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(folder / f"{name}.json", lambda path: Path(path).write_text(text))
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / f"{name}.json", lambda path: Path(path).write_text(text, "utf-8"))
 
 
 def values_hash(data: xarray.Dataset) -> str:

@@ -79,8 +79,9 @@ def run(config: Config) -> xarray.Dataset:
     dims = ("ratio", "network", "time")
     return xarray.Dataset(
         {
-            "activity": (("ratio", "network", "time", "unit"), hidden[:3]),
-            "equilibrium": (("ratio", "network", "unit"), rest[:3]),
+            # One network is drawn; those of the others would fill megabytes.
+            "activity": (("ratio", "time", "unit"), hidden[:3, 0]),
+            "equilibrium": (("ratio", "unit"), rest[:3, 0]),
             "error_to_bp": (dims, error[:3] / size[:3, :, None]),
             "cosine_to_feedforward": (dims, cosine(hidden[:3], prediction[:3, :, None])),
             "cosine_to_tp": (dims, cosine(hidden[:3], target[:3, :, None])),
@@ -153,8 +154,8 @@ def plot(data: xarray.Dataset) -> Figure:
         c.set(xscale="log", yscale="log", ylabel=r"$\|Πε-δ\|^2/\|δ\|^2$")
         c.set_title(f"C  distance to BP, ratio {float(data.ratio[0]):g}")
         for unit in range(data.sizes["unit"]):
-            (line,) = d.plot(time, data.activity[1, 0, 1:, unit])
-            d.axhline(float(data.equilibrium[1, 0, unit]), color=line.get_color(), ls="--")
+            (line,) = d.plot(time, data.activity[1, 1:, unit])
+            d.axhline(float(data.equilibrium[1, unit]), color=line.get_color(), ls="--")
         d.set(xscale="log", ylabel="hidden activity $x_1$")
         d.set_title(f"D  activities, ratio {float(data.ratio[1]):g}")
         for ax, name, title in (
