@@ -21,8 +21,8 @@ from pcdyn.errors import (
     worst_status,
 )
 from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
-from pcdyn.integrators.base import Flow, field_norms
-from pcdyn.integrators.run import integrate, on_host, run_compiled
+from pcdyn.integrators.base import Flow, Request, field_norms
+from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
@@ -73,23 +73,26 @@ def simulate(
     method = get_integrator(integrator)
     stop = _stopping(until, problem)
     method.check(problem, stop, dense)
-    save_times = _checked_times(t1, times)
-    state = problem.initial_state(initial)
-    if per_sample and state[0].ndim != 2:
+    request = Request(
+        problem=problem,
+        state=problem.initial_state(initial),
+        times=_checked_times(t1, times),
+        t1=float(t1),
+        until=stop,
+        dense=dense,
+    )
+    if per_sample and request.state[0].ndim != 2:
         raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
-    if is_traced(problem, state):
+    if is_traced(problem, request.state):
         if not method.runs_in_jax:
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
-        run = integrate(problem, state, save_times, t1, method, stop, per_sample, dense)
-        return _traced_trajectory(problem, run, save_times, method)
+        return _traced_trajectory(request, integrate(method, request, per_sample), method)
     with Stopwatch() as clock:
-        run, fallback = run_compiled(
-            problem, state, save_times, t1, method, stop, per_sample, dense
-        )
+        run, fallback = integrate_with_fallback(method, request, per_sample)
         observed = on_host(_observe(problem, run.states))
-    trajectory = _trajectory(problem, run, observed, save_times, method, fallback, clock)
+    trajectory = _trajectory(request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
@@ -152,11 +155,10 @@ def _observe(problem: InferenceProblem, states: State) -> Observed:
     return jax.vmap(at)(states)
 
 
-def _traced_trajectory(
-    problem: InferenceProblem, run: Integration, times: np.ndarray, method: Integrator
-) -> Trajectory:
-    states = tuple(x[:-1] for x in run.states)
-    return _build(problem, run, _observe(problem, states), states, jnp.asarray(times), method)
+def _traced_trajectory(request: Request, run: Integration, method: Integrator) -> Trajectory:
+    states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
+    observed = _observe(request.problem, states)
+    return _build(request.problem, run, observed, states, times, method)
 
 
 def _build(
@@ -208,16 +210,15 @@ class _DenseActivities(eqx.Module):
 
 
 def _trajectory(
-    problem: InferenceProblem,
+    request: Request,
     run: Integration,
     observed: Observed,
-    times: np.ndarray,
     method: Integrator,
     fallback: str,
     clock: Stopwatch,
 ) -> Trajectory:
     """The trajectory without padding: the times reached, and the end if it came early."""
-    end = float(np.max(run.end_time))
+    times, end = request.times, float(np.max(run.end_time))
     worst = worst_status(run.status)
     rows = np.flatnonzero(times <= end)
     ended_early = worst is not Status.REACHED_T1 and (rows.size == 0 or times[rows[-1]] < end)
@@ -226,21 +227,14 @@ def _trajectory(
     all_times = np.append(times, end)[rows]
     states = tuple(x[rows] for x in run.states)
     observed = jax.tree.map(lambda x: x[rows], observed)
-    message = _message(worst, run, method, problem, observed)
     return _build(
-        on_host(problem), run, observed, states, all_times, method,
-        fallback=fallback, message=message,
+        on_host(request.problem), run, observed, states, all_times, method,
+        fallback=fallback, message=_message(worst, run, method),
         compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
     )  # fmt: skip
 
 
-def _message(
-    status: Status,
-    run: Integration,
-    method: Integrator,
-    problem: InferenceProblem,
-    observed: Observed,
-) -> str:
+def _message(status: Status, run: Integration, method: Integrator) -> str:
     text = f"{status.name}: {status.explanation}"
     if method.fixed_step is not None and status in (Status.NON_FINITE, Status.UNSTABLE_STEP):
         text += f" (dt={method.fixed_step:g})"

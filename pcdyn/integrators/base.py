@@ -1,4 +1,4 @@
-"""The contract that every integrator keeps: flow, initial state and times in, `Integration` out."""
+"""The contract that every integrator keeps: `Request` in, `Integration` out."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ class UntilEquilibrium(eqx.Module):
         return (t >= self.minimum_time) & jnp.all(field_norms(field) <= self.tolerance)
 
 
+class Request(eqx.Module):
+    """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
+
+    It stops before t1 where `until` says so, and keeps dense output if `dense`.
+    """
+
+    problem: InferenceProblem
+    state: State
+    times: Any
+    t1: Any
+    until: UntilEquilibrium | None
+    dense: bool = eqx.field(static=True)
+
+
 class Integration(eqx.Module):
     """What an integrator returns, before anything is derived from it.
 
@@ -106,16 +120,8 @@ class Integrator(eqx.Module):
         """Raise `IntegratorError` or `ToleranceError` for what this integrator cannot do."""
 
     @abc.abstractmethod
-    def integrate(
-        self,
-        problem: InferenceProblem,
-        state: State,
-        times: Any,
-        t1: Any,
-        until: UntilEquilibrium | None,
-        dense: bool,
-    ) -> Integration:
-        """Integrate from t = 0 to `t1`, saving at `times`."""
+    def integrate(self, request: Request) -> Integration:
+        """Integrate; what goes wrong on the way is a status, not an exception."""
 
 
 def check_step(name: str, dt: float) -> None:

@@ -14,6 +14,7 @@ from pcdyn.integrators.base import (
     Flow,
     Integration,
     Integrator,
+    Request,
     UntilEquilibrium,
     check_step,
     check_tolerances,
@@ -136,10 +137,9 @@ class Diffrax(Integrator):
 
         return dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
 
-    def tolerances(
-        self, problem: InferenceProblem, state: State, until: UntilEquilibrium | None
-    ) -> tuple[Any, Any]:
+    def tolerances(self, request: Request) -> tuple[Any, Any]:
         """rtol and atol, with the defaults filled in."""
+        problem, state, until = request.problem, request.state, request.until
         double = problem.network.dtype == jnp.float64
         rtol, atol = (1e-6, 1e-9) if double else (1e-4, 1e-6)
         if until is not None:
@@ -154,15 +154,8 @@ class Diffrax(Integrator):
             atol if self.atol is None else self.atol,
         )
 
-    def integrate(
-        self,
-        problem: InferenceProblem,
-        state: State,
-        times: Any,
-        t1: Any,
-        until: UntilEquilibrium | None,
-        dense: bool,
-    ) -> Integration:
+    def integrate(self, request: Request) -> Integration:
+        problem, state, until = request.problem, request.state, request.until
         import diffrax
 
         flow, solver = Flow(problem), self._solver()
@@ -170,17 +163,18 @@ class Diffrax(Integrator):
         if until is not None:
             event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow(t, y)))
         saveat = diffrax.SaveAt(
-            subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)], dense=dense
+            subs=[diffrax.SubSaveAt(ts=request.times), diffrax.SubSaveAt(t1=True)],
+            dense=request.dense,
         )
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(flow),
             solver,
             0.0,
-            t1,
+            request.t1,
             self.dt,
             state,
             saveat=saveat,
-            stepsize_controller=self._controller(problem, state, t1, until),
+            stepsize_controller=self._controller(request),
             event=event,
             max_steps=self.max_steps,
             # throw=True would insert a host callback, which keeps JAX from caching the program.
@@ -197,20 +191,18 @@ class Diffrax(Integrator):
             jacobian_evaluations=None if _is_implicit(solver) else 0,
             accepted_steps=solution.stats["num_accepted_steps"],
             rejected_steps=solution.stats["num_rejected_steps"],
-            interpolation=DiffraxInterpolation(solution.interpolation) if dense else None,
+            interpolation=DiffraxInterpolation(solution.interpolation) if request.dense else None,
         )
 
-    def _controller(
-        self, problem: InferenceProblem, state: State, t1: Any, until: UntilEquilibrium | None
-    ) -> Any:
+    def _controller(self, request: Request) -> Any:
         import diffrax
 
         if self.controller is not None:
             return self.controller
         if self.dt is not None:
             return diffrax.ConstantStepSize()
-        rtol, atol = self.tolerances(problem, state, until)
-        smallest = 4 * jnp.finfo(jnp.result_type(float)).eps * t1
+        rtol, atol = self.tolerances(request)
+        smallest = 4 * jnp.finfo(jnp.result_type(float)).eps * request.t1
         return diffrax.PIDController(rtol, atol, norm=largest_sample_rms, dtmin=smallest)
 
     def _evaluations(self, solver: Any, steps: Any, until: UntilEquilibrium | None) -> Any:

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn.errors import IntegratorError, Status
-from pcdyn.integrators.base import Flow, Integration, Integrator, UntilEquilibrium, check_step
+from pcdyn.integrators.base import (
+    Flow,
+    Integration,
+    Integrator,
+    Request,
+    UntilEquilibrium,
+    check_step,
+)
 from pcdyn.problem import InferenceProblem, State
 
 
@@ -44,17 +51,11 @@ class Euler(Integrator):
                 "Euler has no dense output; give the times at which to save instead"
             )
 
-    def integrate(
-        self,
-        problem: InferenceProblem,
-        state: State,
-        times: Any,
-        t1: Any,
-        until: UntilEquilibrium | None,
-        dense: bool,
-    ) -> Integration:
-        flow = Flow(problem)
-        dt = jnp.asarray(self.dt, problem.network.dtype)
+    def integrate(self, request: Request) -> Integration:
+        until, state, t1 = request.until, request.state, request.t1
+        flow = Flow(request.problem)
+        dtype = request.problem.network.dtype
+        dt = jnp.asarray(self.dt, dtype)
 
         def update(state: State) -> State:
             return jax.tree.map(lambda x, v: x + dt * v, state, flow(0.0, state))
@@ -79,20 +80,19 @@ class Euler(Integrator):
         def save(carry: Any, save_step: Any) -> Any:
             whole, fraction = save_step
             carry = advance(carry, whole)
-            state = carry[1]
-            moved = jax.tree.map(
-                lambda x, v: jnp.where(fraction > 0, x + fraction * dt * v, x),
-                state,
-                flow(0.0, state),
-            )
-            return carry, moved
+
+            def interpolate(state: State) -> State:
+                field = flow(0.0, state)
+                return jax.tree.map(lambda x, v: x + fraction * dt * v, state, field)
+
+            return carry, jax.lax.cond(fraction > 0, interpolate, lambda state: state, carry[1])
 
         # Times that are meant to be multiples of dt are so only up to round-off.
-        steps = jnp.asarray(times) / self.dt
+        steps = request.times / self.dt
         nearest = jnp.round(steps)
         on_grid = jnp.abs(steps - nearest) <= 1e-6 * jnp.maximum(nearest, 1)
         whole = jnp.where(on_grid, nearest, jnp.floor(steps))
-        fraction = jnp.where(on_grid, 0, steps - whole).astype(problem.network.dtype)
+        fraction = jnp.where(on_grid, 0, steps - whole).astype(dtype)
         last = jnp.round(jnp.asarray(t1) / self.dt).astype(int)
         start = (jnp.asarray(0), state, finished(0, state))
         carry, states = jax.lax.scan(save, start, (whole.astype(int), fraction))
@@ -102,7 +102,8 @@ class Euler(Integrator):
         status = jnp.where(finite, status, Status.NON_FINITE)
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
-        return Integration(states, end_time, end_state, status, step + tests, 0, step, 0)
+        evaluations = step + tests + jnp.sum(fraction > 0)
+        return Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
 
 
 def _all_finite(state: State) -> Any:

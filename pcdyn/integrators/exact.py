@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pcdyn.errors import IntegratorError, Status
-from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
+from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
 from pcdyn.linear import exact_flow, hessian
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import InferenceProblem
 
 
 class Exact(Integrator):
@@ -39,31 +37,23 @@ class Exact(Integrator):
                 'Exact would ignore until="equilibrium": use pcdyn.linear_equilibrium(problem)'
             )
 
-    def integrate(
-        self,
-        problem: InferenceProblem,
-        state: State,
-        times: Any,
-        t1: Any,
-        until: UntilEquilibrium | None,
-        dense: bool,
-    ) -> Integration:
-        flow = exact_flow(problem, state)
-        times = jnp.asarray(times, problem.network.dtype)
+    def integrate(self, request: Request) -> Integration:
+        flow, dtype = exact_flow(request.problem, request.state), request.problem.network.dtype
+        times = jnp.asarray(request.times, dtype)
         states = jax.vmap(flow)(times)
         # e^{−H·0} is the identity only up to round-off; the start is known exactly.
         states = tuple(
             jnp.where((times == 0).reshape(-1, *[1] * x.ndim), x[None], s)
-            for x, s in zip(state, states, strict=True)
+            for x, s in zip(request.state, states, strict=True)
         )
         return Integration(
             states=states,
-            end_time=jnp.asarray(t1),
-            end_state=flow(jnp.asarray(t1, problem.network.dtype)),
+            end_time=jnp.asarray(request.t1),
+            end_state=flow(jnp.asarray(request.t1, dtype)),
             status=jnp.asarray(int(Status.REACHED_T1)),
             evaluations=0,
             jacobian_evaluations=0,
             accepted_steps=0,
             rejected_steps=0,
-            interpolation=flow if dense else None,
+            interpolation=flow if request.dense else None,
         )

@@ -12,47 +12,39 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn.errors import Status, worst_status
-from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
+from pcdyn.integrators.base import Integration, Integrator, Request
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, State
 
 
-def integrate(
-    problem: InferenceProblem,
-    state: State,
-    times: Any,
-    t1: Any,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-    dense: bool,
-) -> Integration:
+def integrate(method: Integrator, request: Request, per_sample: bool) -> Integration:
     """Integrate in JAX; the end state becomes one more row after the saved times."""
     if not per_sample:
-        return _checked_run(problem, state, times, t1, method, until, dense)
+        return _checked_run(method, request)
 
-    def one(input: Array | None, output: Array | None, sample: State) -> Integration:
-        single = _with_data(problem, input, output)
-        return _checked_run(single, sample, times, t1, method, until, dense)
+    def one(input: Array | None, output: Array | None, state: State) -> Integration:
+        return _checked_run(method, _with_data(request, input, output, state))
 
-    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, state))
+    problem = request.problem
+    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, request.state))
 
 
 def _with_data(
-    problem: InferenceProblem, input: Array | None, output: Array | None
-) -> InferenceProblem:
+    request: Request, input: Array | None, output: Array | None, state: State
+) -> Request:
     return eqx.tree_at(
-        lambda p: (p.input, p.output), problem, (input, output), is_leaf=lambda x: x is None
+        lambda r: (r.problem.input, r.problem.output, r.state),
+        request,
+        (input, output, state),
+        is_leaf=lambda x: x is None,
     )
 
 
-def _take(problem: InferenceProblem, state: State, samples: Any) -> tuple[InferenceProblem, State]:
+def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
-    input, output, state = jax.tree.map(
-        lambda x: x[samples], (problem.input, problem.output, state)
-    )
-    return _with_data(problem, input, output), state
+    data = (request.problem.input, request.problem.output, request.state)
+    return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
 
 
 def _batch_of(run: Integration) -> Integration:
@@ -76,20 +68,15 @@ class _EachSample(eqx.Module):
         return eqx.filter_vmap(lambda each: each(t))(self.interpolations)
 
 
-def _checked_run(
-    problem: InferenceProblem,
-    state: State,
-    times: Any,
-    t1: Any,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    dense: bool,
-) -> Integration:
-    times = jnp.asarray(times)
-    run = method.integrate(problem, state, times, t1, until, dense)
-    run = _with_end_row(run, times)
-    run = _without_non_finite(run, times, state)
-    return run if method.fixed_step is None else _with_stability(problem, run, state)
+def _checked_run(method: Integrator, request: Request) -> Integration:
+    run = _finish(method.integrate(request), request.times, request.state)
+    if method.fixed_step is None:
+        return run
+    return _with_stability(run, request.problem, request.state)
+
+
+def _finish(run: Integration, times: Array, state: State) -> Integration:
+    return _without_non_finite(_with_end_row(run, times), times, state)
 
 
 def _with_end_row(run: Integration, times: Array) -> Integration:
@@ -125,7 +112,7 @@ def _finite_rows(x: Array) -> Array:
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
 
 
-def _with_stability(problem: InferenceProblem, run: Integration, state: State) -> Integration:
+def _with_stability(run: Integration, problem: InferenceProblem, state: State) -> Integration:
     """A fixed step is unstable if it lets the free energy rise, which the flow never does."""
     states = jax.tree.map(lambda x, saved: jnp.concatenate([x[None], saved]), state, run.states)
     energy = jax.vmap(problem.free_energy)(states)
@@ -139,28 +126,24 @@ def _with_stability(problem: InferenceProblem, run: Integration, state: State) -
 
 
 @eqx.filter_jit
-def _integrate_compiled(*arguments: Any) -> Integration:
-    return integrate(*arguments)
+def _integrate_compiled(method: Integrator, request: Request, per_sample: bool) -> Integration:
+    return integrate(method, request, per_sample)
 
 
-def run_compiled(
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-    dense: bool,
+def integrate_with_fallback(
+    method: Integrator, request: Request, per_sample: bool
 ) -> tuple[Integration, str]:
-    """Integrate on JAX's device or the host, with the fallback; results on the host."""
+    """Integrate on JAX's device or the host; the result is on the host.
+
+    Also returns why the fallback took over, or an empty string.
+    """
     if not method.runs_in_jax:
-        return _run_on_host(problem, state, times, t1, method, until, per_sample), ""
-    # As arrays, tolerances and steps can change without compiling again.
-    numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, (method, until))
-    run = _integrate_compiled(
-        problem, state, times, np.asarray(float(t1)), *numbers, per_sample, dense
+        return _integrate_on_host(method, request, per_sample), ""
+    # As arrays, times, tolerances and steps can change without compiling again.
+    method, request = jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, float) else x, (method, request)
     )
+    run = _integrate_compiled(method, request, per_sample)
     # The interpolation stays as JAX made it: diffrax evaluates it in JAX.
     run = dataclasses.replace(
         on_host(dataclasses.replace(run, interpolation=None)), interpolation=run.interpolation
@@ -171,38 +154,23 @@ def run_compiled(
     other = SciPy(method.fallback, rtol=method.rtol, atol=method.atol)
     reason = f"{other.method}, because {method.name} {worst_status(run.status).explanation}"
     if not per_sample:
-        return _run_on_host(problem, state, times, t1, other, until, False), reason
-    return _with_samples(
-        run, np.flatnonzero(gave_up), problem, state, times, t1, other, until
-    ), f"{reason} (samples {np.flatnonzero(gave_up).tolist()})"
+        return _integrate_on_host(other, request, per_sample), reason
+    samples = np.flatnonzero(gave_up)
+    again = _integrate_on_host(other, _take(request, samples), per_sample)
+    return _replace_samples(run, samples, again), f"{reason} (samples {samples.tolist()})"
 
 
-def _run_on_host(
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: Integrator,
-    until: UntilEquilibrium | None,
-    per_sample: bool,
-) -> Integration:
+def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -> Integration:
     if not per_sample:
-        run = method.integrate(problem, state, times, t1, until, True)
-        return on_host(_finish(run, times, state))
-    runs = []
-    for index in range(state[0].shape[0]):
-        single, start = _take(problem, state, index)
-        run = method.integrate(single, start, times, t1, until, True)
-        runs.append(on_host(_finish(run, times, start)))
-    return _stack(runs)
+        return _finish_on_host(method.integrate(request), request)
+    singles = [_take(request, index) for index in range(request.state[0].shape[0])]
+    return _stack([_finish_on_host(method.integrate(single), single) for single in singles])
 
 
-@eqx.filter_jit
-def _finish_arrays(run: Integration, times: Any, state: State) -> Integration:
-    return _without_non_finite(_with_end_row(run, times), times, state)
+_finish_compiled = eqx.filter_jit(_finish)
 
 
-def _finish(run: Integration, times: np.ndarray, state: State) -> Integration:
+def _finish_on_host(run: Integration, request: Request) -> Integration:
     numbers = dataclasses.replace(
         run,
         interpolation=None,
@@ -210,8 +178,10 @@ def _finish(run: Integration, times: np.ndarray, state: State) -> Integration:
         status=np.asarray(int(run.status)),
         message="",
     )
-    finished = _finish_arrays(numbers, times, state)
-    return dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
+    finished = _finish_compiled(numbers, request.times, request.state)
+    return on_host(
+        dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
+    )
 
 
 def _stack(runs: list[Integration]) -> Integration:
@@ -243,19 +213,8 @@ def _stack(runs: list[Integration]) -> Integration:
     )
 
 
-def _with_samples(
-    run: Integration,
-    samples: np.ndarray,
-    problem: InferenceProblem,
-    state: State,
-    times: np.ndarray,
-    t1: float,
-    method: SciPy,
-    until: UntilEquilibrium | None,
-) -> Integration:
-    """`run` with some samples integrated again by another method."""
-    chosen, start = _take(problem, state, samples)
-    again = _run_on_host(chosen, start, times, t1, method, until, True)
+def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) -> Integration:
+    """`run` with some samples replaced by those of another integration."""
 
     def replaced(mine: State, theirs: State, axis: int) -> State:
         layers = tuple(np.array(x) for x in mine)

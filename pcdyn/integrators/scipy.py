@@ -15,6 +15,7 @@ from pcdyn.integrators.base import (
     Flow,
     Integration,
     Integrator,
+    Request,
     UntilEquilibrium,
     check_tolerances,
 )
@@ -71,21 +72,14 @@ class SciPy(Integrator):
             atol if self.atol is None else self.atol,
         )
 
-    def integrate(
-        self,
-        problem: InferenceProblem,
-        state: State,
-        times: Any,
-        t1: Any,
-        until: UntilEquilibrium | None,
-        dense: bool,
-    ) -> Integration:
+    def integrate(self, request: Request) -> Integration:
         from scipy.integrate import solve_ivp
 
+        problem, state, until = request.problem, request.state, request.until
         system = _HostSystem(problem, state)
         start = system.flatten(state)
         if until is not None and until.minimum_time == 0 and system.below(start, until):
-            return _at_rest(system, start, times)
+            return _at_rest(system, start, request.times)
         largest = max(float(jnp.max(jnp.abs(x))) for x in problem.activities(state))
         rtol, atol = self._tolerances(largest, until)
         options = system.jacobian_options(self.method)
@@ -95,7 +89,7 @@ class SciPy(Integrator):
             try:
                 solution = solve_ivp(
                     system.field,
-                    (0.0, float(t1)),
+                    (0.0, float(request.t1)),
                     start,
                     method=self.method,
                     rtol=rtol,
@@ -105,12 +99,10 @@ class SciPy(Integrator):
                 )
             except (ValueError, np.linalg.LinAlgError) as error:
                 # The implicit methods raise on a Jacobian with NaN.
-                return _failed(system, start, times, str(error))
-        return self._package(system, solution, times, until)
+                return _failed(system, start, request.times, str(error))
+        return self._package(system, solution, request)
 
-    def _package(
-        self, system: _HostSystem, solution: Any, times: Any, until: UntilEquilibrium | None
-    ) -> Integration:
+    def _package(self, system: _HostSystem, solution: Any, request: Request) -> Integration:
         status = {0: Status.REACHED_T1, 1: Status.CONVERGED}.get(
             solution.status, Status.STEP_TOO_SMALL
         )
@@ -122,7 +114,7 @@ class SciPy(Integrator):
         # The event's own evaluations are counted with the solver's.
         evaluations = solution.nfev + system.event_evaluations
         rejected = None if per_step is None else (solution.nfev - 2) // per_step - accepted
-        saved = np.asarray(solution.sol(np.minimum(np.asarray(times), end_time)))
+        saved = np.asarray(solution.sol(np.minimum(np.asarray(request.times), end_time)))
         return Integration(
             states=system.unflatten(saved.T),
             end_time=end_time,
