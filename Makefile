@@ -29,7 +29,7 @@ format: .venv/installed
 # The stamp is older than what it depends on, or missing, when something must be installed.
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pcdyn needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; give another one: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@

@@ -15,6 +15,8 @@ import matplotlib
 import tyro
 from tqdm import tqdm
 
+from experiments.base import Claim, save
+
 NAMES = (
     "figure1_target_propagation",
     "figure1_linear_equilibrium",
@@ -36,8 +38,18 @@ class Options:
     """Settings of the paper (as corrected) or of the authors' code."""
     fast: bool = False
     """The same code on fewer networks."""
-    output: Path = Path("paper_figures")
-    """Folder for data, pictures and manifests."""
+    output: Path | None = None
+    """Folder for data, pictures and manifests; `paper_figures` for the full paper preset, a folder
+    of their own under `build` for other settings."""
+
+    @property
+    def folder(self) -> Path:
+        """Where to save."""
+        if self.output is not None:
+            return self.output
+        if self.preset == "paper" and not self.fast:
+            return Path("paper_figures")
+        return Path("build") / f"figures-{self.preset}{'-fast' if self.fast else ''}"
 
 
 def configure() -> None:
@@ -57,25 +69,21 @@ def main(options: Options) -> int:
         return 2
     configure()
     print("float64 is on; JAX runs on", jax.devices()[0])
-    from experiments.index import Row, table, write_index
+    from experiments.index import table, write_index
 
-    rows: list[Row] = []
+    claims = []
     started = time.perf_counter()
     for name in tqdm(options.names or NAMES, desc="experiments", unit="figure"):
-        rows += run_experiment(name, options)
-    print(table(rows))
-    print(f"{time.perf_counter() - started:.1f} s")
-    if set(options.names or NAMES) == set(NAMES):
-        write_index(options.output, rows, preset=options.preset, fast=options.fast)
-    return int(any(row.claim.holds != row.claim.expected_to_hold for row in rows))
+        claims += run_experiment(name, options)
+    print(table(claims))
+    print(f"{time.perf_counter() - started:.1f} s, saved in {options.folder}")
+    write_index(options.folder, NAMES)
+    return int(any(claim.holds != claim.expected_to_hold for claim in claims))
 
 
-def run_experiment(name: str, options: Options) -> list[Any]:
+def run_experiment(name: str, options: Options) -> list[Claim]:
     """Run, check, draw and save one experiment."""
     from matplotlib import pyplot as plt
-
-    from experiments.base import save
-    from experiments.index import Row
 
     module: Any = importlib.import_module(f"experiments.{name}")
     config = module.PRESETS[options.preset]
@@ -86,13 +94,13 @@ def run_experiment(name: str, options: Options) -> list[Any]:
     claims = module.check(data)
     figure = module.plot(data)
     save(
-        name, options.output, config, data, figure,
-        preset=options.preset, fast=options.fast,
+        name, options.folder, config, data, figure,
+        panels=module.PANELS, preset=options.preset, fast=options.fast,
         seconds=round(time.perf_counter() - started, 2),
         claims=[dataclasses.asdict(claim) for claim in claims],
     )  # fmt: skip
     plt.close(figure)
-    return [Row(name, module.PANELS, claim) for claim in claims]
+    return claims
 
 
 if __name__ == "__main__":

@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.base import Claim, write_atomically
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One claim of one experiment."""
-
-    experiment: str
-    panels: str
-    claim: Claim
-
-
-def table(rows: list[Row]) -> str:
+def table(claims: Sequence[Claim]) -> str:
     """The claims as plain text, one line each."""
-    width = max(len(row.claim.text) for row in rows)
+    width = max(len(claim.text) for claim in claims)
     return "\n".join(
-        f"{row.claim.text:<{width}}  {row.claim.verdict:<24}  {row.claim.measured} "
-        f"(expected {row.claim.expected})"
-        for row in rows
+        f"{claim.text:<{width}}  {claim.verdict:<24}  {claim.measured} (expected {claim.expected})"
+        for claim in claims
     )
 
 
-def write_index(folder: Path, rows: list[Row], *, preset: str, fast: bool) -> None:
-    """Write `index.md`: every panel with its claims, what was measured, and the verdict."""
+def write_index(folder: Path, names: Sequence[str]) -> None:
+    """Write `index.md` from the manifests in `folder`: every panel with its claims and verdicts."""
     lines = [
         "# Figures of the paper, regenerated",
         "",
-        f"Written by `python -m experiments --preset {preset}{' --fast' if fast else ''}`. Each "
-        "figure has its data (`.nc`), picture (`.png`, `.pdf`) and manifest (`.json`: settings, "
-        "seed, versions, time, hash) beside it.",
+        "Written by `python -m experiments`. Each figure has its data (`.nc`), picture (`.png`, "
+        "`.pdf`) and manifest (`.json`: settings, seed, versions, time, hash) beside it.",
     ]
-    for name in dict.fromkeys(row.experiment for row in rows):
-        mine = [row for row in rows if row.experiment == name]
-        lines += ["", f"## {mine[0].panels}", "", f"![{name}]({name}.png)", ""]
-        lines += ["| claim | measured | expected | verdict |", "|---|---|---|---|"]
-        lines += [
-            "| " + " | ".join(_cell(text) for text in (
-                row.claim.text, row.claim.measured, row.claim.expected, row.claim.verdict
-            )) + " |"
-            for row in mine
-        ]  # fmt: skip
+    for name in names:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            lines += _section(name, json.loads(path.read_text("utf-8")))
     text = "\n".join(lines) + "\n"
     write_atomically(folder / "index.md", lambda path: Path(path).write_text(text, "utf-8"))
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _section(name: str, manifest: dict[str, Any]) -> list[str]:
+    settings = f"preset `{manifest['preset']}`{', fast' if manifest['fast'] else ''}"
+    lines = ["", f"## {manifest['panels']}", "", f"![{name}]({name}.png)", ""]
+    lines += [f"`{name}`, {settings}, {manifest['time'][:10]}.", ""]
+    lines += ["| claim | measured | expected | verdict |", "|---|---|---|---|"]
+    for fields in manifest["claims"]:
+        claim = Claim(**fields)
+        cells = (claim.text, claim.measured, claim.expected, claim.verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines

@@ -28,8 +28,11 @@ class Energy(eqx.Module):
         """E_l of layer l = `index` for its prediction error, per sample."""
 
     @abc.abstractmethod
-    def check_widths(self, widths: tuple[int, ...]) -> None:
-        """Raise `ShapeError` if this energy does not fit layers of `widths` n_0 … n_L."""
+    def check(self, widths: tuple[int, ...]) -> None:
+        """Raise an `InputError` if this energy does not fit layers of `widths` n_0 … n_L.
+
+        A problem calls it once the energy's arrays have the dtype of the network.
+        """
 
 
 class Gaussian(Energy):
@@ -100,7 +103,9 @@ class Gaussian(Energy):
             return precision
         return jnp.diag(jnp.broadcast_to(precision, (width,)))
 
-    def check_widths(self, widths: tuple[int, ...]) -> None:
+    def check(self, widths: tuple[int, ...]) -> None:
+        # In a lower precision a small number can vanish, a matrix become singular.
+        Gaussian(self.precisions)
         if not isinstance(self.precisions, tuple):
             return
         if len(self.precisions) != len(widths) - 1:

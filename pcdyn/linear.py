@@ -244,13 +244,15 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     constant coefficients. Raises `NotLinearError`.
     """
     rates, modes, scale = _modes(problem)
+    flat = _is_flat(rates)
     start = jnp.concatenate(initial, axis=-1)
     drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
     return ExactFlow(
-        rates=rates,
+        # Round-off in a flat direction would grow with time; neither rate nor drive is there.
+        rates=jnp.where(flat, 0, rates),
         modes=modes,
         initial=_times(start, 1 / scale) @ modes,
-        drive=_times(drive, scale) @ modes,
+        drive=_times(_times(drive, scale) @ modes, jnp.where(flat, 0, 1).astype(rates.dtype)),
         scale=scale,
         widths=tuple(x.shape[-1] for x in initial),
     )
@@ -294,8 +296,13 @@ def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
 def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
     """1 / `spectrum`, in descending order; infinite for flat directions (within round-off)."""
     rates = spectrum(problem)
-    flat = rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
+    flat = _is_flat(rates)
     return jnp.where(flat, jnp.inf, 1 / jnp.where(flat, 1, rates))
+
+
+def _is_flat(rates: Float[Array, " N"]) -> Array:
+    """Which decay rates are zero within round-off."""
+    return rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
 
 
 def _modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.checks import Numbers, as_float_array, is_traced
+from pcdyn.checks import Numbers, as_float_array, check_finite, is_traced
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
@@ -67,8 +67,10 @@ class InferenceProblem(eqx.Module):
         if self.input is not None and self.output is not None:
             _check_same_batch(self.input, self.output)
         energy = Gaussian() if energy is None else energy
-        energy.check_widths(network.widths)
-        self.energy = jax.tree.map(lambda leaf: leaf.astype(network.dtype), energy)
+        self.energy = jax.tree.map(
+            lambda x: x.astype(network.dtype) if eqx.is_inexact_array(x) else x, energy
+        )
+        self.energy.check(network.widths)
         self.time_constants = _checked_time_constants(time_constants, network)
         if not self.free_layers:
             raise InputError(
@@ -251,7 +253,9 @@ def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> 
         )
     if array.shape[0] == 0:
         raise ShapeError(f"{name} has an empty batch")
-    return array.astype(dtype)
+    array = array.astype(dtype)
+    check_finite(array, f"{name} as {array.dtype}")
+    return array
 
 
 def _check_same_batch(input: Array, output: Array) -> None:

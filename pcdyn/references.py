@@ -96,7 +96,8 @@ class TargetPropagation(eqx.Module):
 
     - `reachable`: for each layer l = 1 … L, whether each unit's target lies strictly inside the
       range of the activation, boolean, shaped like the layer.
-    - `exists`: whether all targets of a sample exist, boolean, per sample.
+    - `exists`: whether all targets of a sample exist, boolean, per sample: they are reachable and,
+      where a weight is tall, consistent.
     - `values`: numbers for x_0 … x_L that are targets only for the samples that exist, and mean
       nothing for the others; `targets` is the checked way to them.
     """
@@ -119,10 +120,12 @@ class TargetPropagation(eqx.Module):
             units = np.unique(np.argwhere(~np.asarray(mask))[:, -1])
             if units.size:
                 parts.append(f"layer {index} units {units.tolist()}")
+        where = f"outside the open range of the activation at {'; '.join(parts)}"
+        inconsistent = "a weight with more rows than columns does not reach the layer above"
         return (
             f"{int((~exists).sum())} of {exists.size} samples have no target propagation target: "
-            f"outside the open range of the activation at {'; '.join(parts)}. Choose targets "
-            "inside the range, or select the samples whose `exists` is true"
+            f"{where if parts else inconsistent}. Choose other targets, or select the samples "
+            "whose `exists` is true"
         )
 
 
@@ -132,8 +135,9 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagation:
     The equilibrium of the flow with the input free, where the targets exist (Theorem 3.3, Eq 3).
     They exist only where every t_l, l ≥ 1, lies strictly inside the range of f_l; an unreachable
     target is reported as such and never turned into a number. For weights that are not square the
-    Moore–Penrose inverse is used (paper, A.9), so that the targets solve each layer in the
-    least-squares or minimum-norm sense only.
+    Moore–Penrose inverse is used (paper, A.9): a wide weight has many targets, of which this is
+    the one of least norm; a tall one has none unless T happens to be consistent, and then
+    `values` holds the least-squares solution while `exists` is false.
 
     Raises `InputError` if the output is free, `ShapeError` for a layer that is not a `Dense`,
     `ActivationError` for an activation without inverse and `SingularWeightError` for a singular
@@ -152,7 +156,9 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagation:
         # f(1) is, and it keeps NaN out of the reachable samples' derivatives.
         inside = layer.activation(jnp.ones_like(values[0]))
         preimage = layer.activation.inverse(jnp.where(in_range, values[0], inside))  # type: ignore
-        values.insert(0, _solve_layer(layer, preimage))
+        below = _solve_layer(layer, preimage)
+        exists = exists & _solves(layer, below, preimage)
+        values.insert(0, below)
     return TargetPropagation(tuple(values), tuple(reachable), exists)
 
 
@@ -178,6 +184,17 @@ def _check_full_rank(weight: np.ndarray, index: int) -> None:
             f"the weight of layer {index} is singular: its singular values range from "
             f"{smallest:.2e} to {largest:.2e}; no target propagation target exists"
         )
+
+
+def _solves(layer: Dense, below: Array, preimage: Array) -> Array:
+    """Whether W t_{l−1} + b_l is f_l⁻¹(t_l), to what a solve can give; a tall weight may fail."""
+    rows, columns = layer.weight.shape
+    if rows <= columns:
+        return jnp.ones(below.shape[:-1], bool)
+    reached = jnp.vectorize(layer.preactivation, signature="(n)->(m)")(below)
+    size = jnp.linalg.norm(preimage, axis=-1)
+    eps = jnp.finfo(preimage.dtype).eps
+    return jnp.linalg.norm(reached - preimage, axis=-1) <= jnp.sqrt(eps) * size
 
 
 def _solve_layer(layer: Dense, preimage: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:

@@ -28,6 +28,7 @@ from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
 
 _DEFAULT_SAVES = 101
+_MOST_SAMPLES_NAMED = 20
 
 
 def simulate(
@@ -65,7 +66,8 @@ def simulate(
     the trajectory's `fallback` says so (`pcdyn.Diffrax(…, fallback=None)` switches it off).
 
     Under `jax.vmap` or `jax.jit`, over networks and data alike, nothing is raised, trimmed or
-    handed to SciPy: look at `status_codes`. The times must be known then.
+    handed to SciPy: look at `status_codes`. The times must be known then. Derivatives are taken
+    in forward mode (`jax.jvp`, `jax.jacfwd`); `pcdyn.Exact` has reverse mode as well.
 
     Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
     state raise, before anything runs.
@@ -114,8 +116,8 @@ def _stopping(
 
 
 def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
-    if not (math.isfinite(t1) and t1 > 0):
-        raise TimesError(f"t1 must be positive and finite, got {t1}; time starts at 0")
+    if np.ndim(t1) != 0 or not (math.isfinite(t1) and t1 > 0):
+        raise TimesError(f"t1 must be one positive and finite number, got {t1}; time starts at 0")
     if times is None:
         return np.linspace(0.0, t1, _DEFAULT_SAVES)
     array = np.asarray(times, dtype=float)
@@ -240,5 +242,7 @@ def _message(status: Status, run: Integration, method: Integrator) -> str:
         text += f" (dt={method.fixed_step:g})"
     failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
     if np.ndim(run.status) and failed.size:
-        text += f"; samples {failed.tolist()} of {np.size(run.status)}"
+        shown = ", ".join(map(str, failed[:_MOST_SAMPLES_NAMED]))
+        more = ", …" if failed.size > _MOST_SAMPLES_NAMED else ""
+        text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
     return f"{text}. {run.message}" if run.message else text

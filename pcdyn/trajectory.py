@@ -39,7 +39,9 @@ class Trajectory(eqx.Module):
     - `free_layers`: the indices of the layers that were not clamped.
 
     With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
-    and one that failed is NaN after its end.
+    and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
+    of several networks has their axis before all others: take one with
+    `jax.tree.map(lambda x: x[0], trajectory)`.
     """
 
     times: Any
@@ -64,6 +66,7 @@ class Trajectory(eqx.Module):
     @property
     def status(self) -> Status | tuple[Status, ...]:
         """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`."""
+        self._one_network()
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return Status(int(codes))
@@ -71,7 +74,7 @@ class Trajectory(eqx.Module):
 
     @property
     def ok(self) -> bool:
-        """Whether every sample is an accurate solution up to its end."""
+        """Whether every sample was integrated to its end without a failure."""
         return worst_status(self.status_codes).ok
 
     @property
@@ -91,7 +94,9 @@ class Trajectory(eqx.Module):
 
     @property
     def final(self) -> tuple[Any, ...]:
-        """The activities x_0 … x_L at the last time."""
+        """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
+        if len(self.times) == 0:
+            raise TimesError(f"no time was saved before the run ended: {self.message}")
         return tuple(x[-1] for x in self.activities)
 
     def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
@@ -122,36 +127,66 @@ class Trajectory(eqx.Module):
         return module.arccos(module.clip(cosine, -1, 1))
 
     def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
+        """Both as arrays of shape (time, [batch,] units) that fit together."""
         there = reference if isinstance(reference, list | tuple) else reference.activities
         if len(there) != len(self.activities):
             raise ShapeError(
                 f"the reference has {len(there)} layers, the trajectory {len(self.activities)}; "
                 "give all activities x_0 … x_L, with None where not needed"
             )
+        self._check_same_times(reference)
         chosen = self.free_layers if layers is None else layers
         module = np if _on_host(self.times) else jnp
         here = module.concatenate([self.activities[i] for i in chosen], axis=-1)
         stacked = module.concatenate([module.asarray(there[i]) for i in chosen], axis=-1)
-        if stacked.ndim < here.ndim:
-            stacked = stacked[None]
-        if stacked.shape[-1] != here.shape[-1]:
+        if isinstance(reference, Trajectory):
+            # One sample against a batch: the same for every sample, time by time.
+            if (here.ndim, stacked.ndim) == (3, 2):
+                stacked = stacked[:, None]
+            fits = stacked.ndim == here.ndim and stacked.shape[1:] in (
+                here.shape[1:],
+                (1, here.shape[-1]),
+            )
+        else:
+            fits = stacked.shape in (here.shape, here.shape[1:], here.shape[-1:])
+        if not fits:
             raise ShapeError(
-                f"the reference has {stacked.shape[-1]} units, the trajectory {here.shape[-1]}"
+                f"the reference of shape {stacked.shape} does not fit the trajectory of shape "
+                f"{here.shape}: (time, [batch,] units of the layers that are compared)"
             )
         return here, module.broadcast_to(stacked, here.shape)
+
+    def _check_same_times(self, reference: Any) -> None:
+        if not isinstance(reference, Trajectory) or is_traced(self.times, reference.times):
+            return
+        mine, theirs = np.asarray(self.times), np.asarray(reference.times)
+        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=1e-6, atol=0):
+            raise TimesError(
+                "the two trajectories are saved at different times; simulate both with the same "
+                "t1 and times"
+            )
+
+    def _one_network(self) -> None:
+        if not is_traced(self.times) and np.ndim(self.times) != 1:
+            raise ShapeError(
+                "this trajectory is of several networks: take one first, such as "
+                "jax.tree.map(lambda x: x[0], trajectory)"
+            )
 
     def __call__(self, t: float) -> tuple[Any, ...]:
         """The activities x_0 … x_L at any time between 0 and the end, by dense output.
 
-        Raises `DenseOutputError` without `dense=True`, and `TimesError` outside that range.
+        A sample that ended before the others is held, or NaN if it failed. Raises
+        `DenseOutputError` without `dense=True`, and `TimesError` outside that range.
         """
+        self._one_network()
         if self.interpolation is None:
             raise DenseOutputError(
                 "this trajectory holds its saved times only: simulate with dense=True, or name "
                 "the times you need"
             )
         if not is_traced(t, self.end_time):
-            end = float(np.min(np.asarray(self.end_time)))
+            end = float(np.max(np.asarray(self.end_time)))
             if not 0 <= float(t) <= end:
                 raise TimesError(f"t={float(t):g} is outside of the integrated range 0 … {end:g}")
         return self.interpolation(t)
@@ -181,6 +216,8 @@ class Trajectory(eqx.Module):
         widths = [x.shape[-1] for x in self.activities]
         batch = self.energies.shape[1] if np.ndim(self.energies) == 3 else None
         samples = "one sample" if batch is None else f"{batch} samples"
+        if len(self.times) == 0:
+            return f"Trajectory of {widths} units, {samples}, no saved times: {self.message}"
         lines = [
             f"Trajectory of {widths} units, {samples}, {len(self.times)} times from "
             f"{self.times[0]:g} to {self.times[-1]:g}",

@@ -39,7 +39,9 @@ class UntilEquilibrium(eqx.Module):
 
     The norm is Euclidean, absolute and per layer: a large clamped value or a large activity does
     not loosen it. Nothing stops before `minimum_time`. Unless a tolerance is given it is 1e-6 in
-    float64 and 1e-3 in float32.
+    float64 and 1e-3 in float32, which suits precisions and time constants of order 1: where
+    precisions are tiny or time constants huge the field is small everywhere, and the tolerance
+    must be smaller in proportion.
     """
 
     tolerance: Any = None
@@ -122,6 +124,25 @@ class Integrator(eqx.Module):
     @abc.abstractmethod
     def integrate(self, request: Request) -> Integration:
         """Integrate; what goes wrong on the way is a status, not an exception."""
+
+
+def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any]:
+    """rtol and atol of an adaptive method, with defaults for what was not given.
+
+    1e-6 and 1e-9 in float64, 1e-4 and 1e-6 in float32; tighter with `until`.
+    """
+    dtype, until = request.problem.network.dtype, request.until
+    default_rtol, default_atol = (1e-6, 1e-9) if dtype == jnp.float64 else (1e-4, 1e-6)
+    if until is not None:
+        # An explicit method hovers where its own error control lets it; a hundredth of the
+        # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
+        activities = request.problem.activities(request.state)
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+        floor = 20 * float(jnp.finfo(dtype).eps)
+        wanted = until.tolerance / (100 * jnp.maximum(largest, 1))
+        default_rtol = jnp.clip(wanted, floor, default_rtol)
+        default_atol = jnp.minimum(default_atol, until.tolerance / 100)
+    return (default_rtol if rtol is None else rtol, default_atol if atol is None else atol)
 
 
 def check_step(name: str, dt: float) -> None:

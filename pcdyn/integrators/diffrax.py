@@ -18,7 +18,9 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
     check_tolerances,
+    default_tolerances,
 )
+from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, State
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class Diffrax(Integrator):
     - `dt`: a fixed step instead.
     - `controller`: any diffrax step size controller instead, with its own tolerances.
     - `max_steps`: after so many steps it gives up.
-    - `fallback`: the SciPy method that takes over, and says so, where this one runs out of steps
-      or its step vanishes; `None` switches it off.
+    - `fallback`: the SciPy method that takes over, and says so, where an adaptive method runs out
+      of steps or its step vanishes; `None` switches it off.
 
     The error of a batch is the largest error of any of its samples, each the root mean square
     over units: one sample is integrated as exactly among 256 as alone. Saved times are
@@ -95,6 +97,8 @@ class Diffrax(Integrator):
         if max_steps < 1:
             raise IntegratorError(f"max_steps must be positive, got {max_steps}")
         check_tolerances("Diffrax", rtol, atol)
+        if fallback is not None:
+            SciPy(fallback)
         if dt is not None:
             check_step("Diffrax", dt)
         self.solver, self.rtol, self.atol, self.dt = solver, rtol, atol, dt
@@ -104,6 +108,23 @@ class Diffrax(Integrator):
     def name(self) -> str:
         label = self.solver if isinstance(self.solver, str) else type(self.solver).__name__.lower()
         return label if self.dt is None else f"{label} with fixed step"
+
+    @property
+    def successor(self) -> SciPy | None:
+        """What takes over where this one gives up, with the same tolerances.
+
+        Nothing does for a fixed step, or for a controller whose tolerances are unknown.
+        """
+        import diffrax
+
+        if self.fallback is None or self.dt is not None:
+            return None
+        if self.controller is None:
+            return SciPy(self.fallback, rtol=self.rtol, atol=self.atol)
+        if isinstance(self.controller, diffrax.PIDController):
+            rtol, atol = float(self.controller.rtol), float(self.controller.atol)
+            return SciPy(self.fallback, rtol=rtol, atol=atol)
+        return None
 
     @property
     def runs_in_jax(self) -> bool:
@@ -117,6 +138,11 @@ class Diffrax(Integrator):
         import diffrax
 
         check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
+        if isinstance(self.solver, diffrax.HalfSolver):
+            raise IntegratorError(
+                "diffrax cannot run HalfSolver without reverse-mode derivatives; choose a solver "
+                "with an error estimate of its own"
+            )
         adaptive = isinstance(self._solver(), diffrax.AbstractAdaptiveSolver)
         if self.dt is None and self.controller is None and not adaptive:
             raise IntegratorError(
@@ -136,23 +162,6 @@ class Diffrax(Integrator):
         from optimistix import Newton
 
         return dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
-
-    def tolerances(self, request: Request) -> tuple[Any, Any]:
-        """rtol and atol, with the defaults filled in."""
-        problem, state, until = request.problem, request.state, request.until
-        double = problem.network.dtype == jnp.float64
-        rtol, atol = (1e-6, 1e-9) if double else (1e-4, 1e-6)
-        if until is not None:
-            # An explicit method hovers where its own error control lets it; a hundredth of the
-            # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
-            largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in problem.activities(state)]))
-            floor = 20 * float(jnp.finfo(problem.network.dtype).eps)
-            rtol = jnp.clip(until.tolerance / (100 * jnp.maximum(largest, 1)), floor, rtol)
-            atol = jnp.minimum(atol, until.tolerance / 100)
-        return (
-            rtol if self.rtol is None else self.rtol,
-            atol if self.atol is None else self.atol,
-        )
 
     def integrate(self, request: Request) -> Integration:
         problem, state, until = request.problem, request.state, request.until
@@ -182,11 +191,20 @@ class Diffrax(Integrator):
             adjoint=diffrax.ForwardMode(),
         )
         states, last = cast(Any, solution.ys)
+        end_state = jax.tree.map(lambda x: x[0], last)
+        end_time, status = cast(Any, solution.ts)[1][0], _status(solution.result)
+        if until is not None:
+            # diffrax saves nothing where the event has already happened at the start.
+            at_rest = until.reached(0.0, flow(0.0, state))
+            states, end_state = jax.tree.map(
+                lambda saved, x: jnp.where(at_rest, x, saved), (states, end_state), (state, state)
+            )
+            end_time = jnp.where(at_rest, 0, end_time)
         return Integration(
             states=states,
-            end_time=cast(Any, solution.ts)[1][0],
-            end_state=jax.tree.map(lambda x: x[0], last),
-            status=_status(solution.result),
+            end_time=end_time,
+            end_state=end_state,
+            status=status,
             evaluations=self._evaluations(solver, solution.stats["num_steps"], until),
             jacobian_evaluations=None if _is_implicit(solver) else 0,
             accepted_steps=solution.stats["num_accepted_steps"],
@@ -201,17 +219,24 @@ class Diffrax(Integrator):
             return self.controller
         if self.dt is not None:
             return diffrax.ConstantStepSize()
-        rtol, atol = self.tolerances(request)
-        smallest = 4 * jnp.finfo(jnp.result_type(float)).eps * request.t1
-        return diffrax.PIDController(rtol, atol, norm=largest_sample_rms, dtmin=smallest)
+        rtol, atol = default_tolerances(self.rtol, self.atol, request)
+        # Far below what time can resolve: a step gets there only where none is small enough.
+        smallest = jnp.finfo(jnp.result_type(float)).eps ** 2 * request.t1
+        return diffrax.PIDController(
+            rtol, atol, norm=largest_sample_rms, dtmin=smallest, force_dtmin=False
+        )
 
     def _evaluations(self, solver: Any, steps: Any, until: UntilEquilibrium | None) -> Any:
-        """Vector-field evaluations of an explicit method; Newton iterations are not reported."""
-        if _is_implicit(solver):
+        """Vector-field evaluations of an explicit method; others do not report theirs."""
+        import diffrax
+
+        if isinstance(solver, diffrax.AbstractERK):
+            tableau: Any = solver.tableau
+            stages, reused = tableau.num_stages, int(tableau.fsal)
+        elif isinstance(solver, diffrax.Euler):
+            stages, reused = 1, 0
+        else:
             return None
-        tableau = getattr(solver, "tableau", None)
-        stages = 1 if tableau is None else tableau.num_stages
-        reused = 0 if tableau is None or not tableau.fsal else 1
         first_step_choice = 2 if self.dt is None and self.controller is None else 0
         tests = 0 if until is None else steps + 1
         return (stages - reused) * steps + reused + first_step_choice + tests
@@ -233,8 +258,8 @@ def largest_sample_rms(error: Any) -> Any:
     squares = sum(jnp.sum(jnp.abs(x) ** 2, axis=-1) for x in leaves)
     mean = squares / units
     # The derivative of a square root at zero is infinite, also where the error vanishes exactly.
-    positive = mean > 0
-    return jnp.max(jnp.where(positive, jnp.sqrt(jnp.where(positive, mean, 1)), 0))
+    zero = mean == 0
+    return jnp.max(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, mean))))
 
 
 def _is_implicit(solver: Any) -> bool:

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.errors import Status, worst_status
+from pcdyn.errors import Status
 from pcdyn.integrators.base import Integration, Integrator, Request
 from pcdyn.integrators.diffrax import Diffrax
-from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, State
 
 
@@ -69,14 +68,45 @@ class _EachSample(eqx.Module):
 
 
 def _checked_run(method: Integrator, request: Request) -> Integration:
-    run = _finish(method.integrate(request), request.times, request.state)
-    if method.fixed_step is None:
+    run = _finish(method.integrate(request), request)
+    if method.fixed_step is not None:
+        run = _with_stability(run, request.problem, request.state)
+    return _with_held_ends(run, request.state)
+
+
+class HeldEnds(eqx.Module):
+    """Dense output that holds the end state after the end, or is NaN there after a failure."""
+
+    interpolation: Any
+    start: State
+    end_state: State
+    end_time: Any
+    failed: Any
+
+    def __call__(self, t: Any) -> State:
+        inside = self.interpolation(jnp.minimum(t, self.end_time))
+        beyond = jax.tree.map(lambda x: jnp.where(self.failed, jnp.nan, x), self.end_state)
+        before = _where(t > self.end_time, beyond, inside)
+        return _where(t <= 0, self.start, before)
+
+
+def _where(condition: Any, yes: State, no: State) -> State:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _with_held_ends(run: Integration, start: State) -> Integration:
+    if run.interpolation is None:
         return run
-    return _with_stability(run, request.problem, request.state)
+    failed = run.status > Status.CONVERGED
+    held = HeldEnds(run.interpolation, start, run.end_state, run.end_time, failed)
+    return dataclasses.replace(run, interpolation=held)
 
 
-def _finish(run: Integration, times: Array, state: State) -> Integration:
-    return _without_non_finite(_with_end_row(run, times), times, state)
+def _finish(run: Integration, request: Request) -> Integration:
+    run = _without_non_finite(_with_end_row(run, request.times), request.times)
+    # As given: the solver's own end can be rounded to the dtype of its time.
+    reached = run.status == Status.REACHED_T1
+    return dataclasses.replace(run, end_time=jnp.where(reached, request.t1, run.end_time))
 
 
 def _with_end_row(run: Integration, times: Array) -> Integration:
@@ -91,7 +121,7 @@ def _with_end_row(run: Integration, times: Array) -> Integration:
     return dataclasses.replace(run, states=states)
 
 
-def _without_non_finite(run: Integration, times: Array, state: State) -> Integration:
+def _without_non_finite(run: Integration, times: Array) -> Integration:
     """End a run before its first non-finite row, whatever the solver thought of it."""
     rows = jnp.stack([_finite_rows(x) for x in run.states]).all(axis=0)
     finite = jnp.cumprod(rows).astype(bool)
@@ -149,10 +179,11 @@ def integrate_with_fallback(
         on_host(dataclasses.replace(run, interpolation=None)), interpolation=run.interpolation
     )
     gave_up = np.isin(run.status, (Status.MAX_STEPS, Status.STEP_TOO_SMALL))
-    if not (isinstance(method, Diffrax) and method.fallback and gave_up.any()):
+    other = method.successor if isinstance(method, Diffrax) else None
+    if other is None or not gave_up.any():
         return run, ""
-    other = SciPy(method.fallback, rtol=method.rtol, atol=method.atol)
-    reason = f"{other.method}, because {method.name} {worst_status(run.status).explanation}"
+    why = "ran out of steps" if np.any(run.status == Status.MAX_STEPS) else "could not step on"
+    reason = f"{other.method}, because {method.name} {why}"
     if not per_sample:
         return _integrate_on_host(other, request, per_sample), reason
     samples = np.flatnonzero(gave_up)
@@ -178,10 +209,9 @@ def _finish_on_host(run: Integration, request: Request) -> Integration:
         status=np.asarray(int(run.status)),
         message="",
     )
-    finished = _finish_compiled(numbers, request.times, request.state)
-    return on_host(
-        dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
-    )
+    finished = _finish_compiled(numbers, dataclasses.replace(request, t1=np.asarray(request.t1)))
+    restored = dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
+    return on_host(_with_held_ends(restored, request.state))
 
 
 def _stack(runs: list[Integration]) -> Integration:
@@ -207,7 +237,7 @@ def _stack(runs: list[Integration]) -> Integration:
         accepted_steps=column("accepted_steps"),
         rejected_steps=column("rejected_steps"),
         interpolation=lambda t: tuple(
-            np.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
+            jnp.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
         ),
         message=message,
     )

@@ -18,10 +18,12 @@ from pcdyn.integrators.base import (
     Request,
     UntilEquilibrium,
     check_tolerances,
+    default_tolerances,
 )
 from pcdyn.problem import InferenceProblem, State
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+_MOST_NON_FINITE = 200
 _EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
 SCIPY_NAMES = {method.lower(): method for method in _METHODS}
 
@@ -29,10 +31,11 @@ SCIPY_NAMES = {method.lower(): method for method in _METHODS}
 class SciPy(Integrator):
     """Integrate with `scipy.integrate.solve_ivp`, in float64 on the host's CPU.
 
-    Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, 1e-6 and
-    1e-9 unless given and tighter with `until`, as in `pcdyn.Diffrax`. Radau, BDF and LSODA get
-    the Jacobian of the vector field by automatic differentiation; that of a batch is block
-    diagonal and is handed over as a sparse or banded matrix. Dense output is always there.
+    Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, with the
+    defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
+    dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
+    differentiation; that of a batch is block diagonal and is handed over as a sparse or banded
+    matrix. Dense output is always there.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
@@ -62,16 +65,6 @@ class SciPy(Integrator):
         # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.
         check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
 
-    def _tolerances(self, largest: float, until: UntilEquilibrium | None) -> tuple[float, float]:
-        rtol, atol = 1e-6, 1e-9
-        if until is not None and until.tolerance is not None:
-            rtol = float(np.clip(until.tolerance / (100 * max(largest, 1.0)), 1e-13, rtol))
-            atol = min(atol, until.tolerance / 100)
-        return (
-            rtol if self.rtol is None else self.rtol,
-            atol if self.atol is None else self.atol,
-        )
-
     def integrate(self, request: Request) -> Integration:
         from scipy.integrate import solve_ivp
 
@@ -80,8 +73,9 @@ class SciPy(Integrator):
         start = system.flatten(state)
         if until is not None and until.minimum_time == 0 and system.below(start, until):
             return _at_rest(system, start, request.times)
-        largest = max(float(jnp.max(jnp.abs(x))) for x in problem.activities(state))
-        rtol, atol = self._tolerances(largest, until)
+        if not np.isfinite(system.field(0.0, start)).all():
+            return _failed(system, start, request.times, Status.NON_FINITE, "")
+        rtol, atol = map(float, default_tolerances(self.rtol, self.atol, request))
         options = system.jacobian_options(self.method)
         if until is not None:
             options["events"] = system.equilibrium_event(until)
@@ -97,9 +91,12 @@ class SciPy(Integrator):
                     dense_output=True,
                     **options,
                 )
+            except _NonFiniteField:
+                return _failed(system, start, request.times, Status.NON_FINITE, "")
             except (ValueError, np.linalg.LinAlgError) as error:
                 # The implicit methods raise on a Jacobian with NaN.
-                return _failed(system, start, request.times, str(error))
+                reason = f"SciPy says: {error}"
+                return _failed(system, start, request.times, Status.SOLVER_FAILED, reason)
         return self._package(system, solution, request)
 
     def _package(self, system: _HostSystem, solution: Any, request: Request) -> Integration:
@@ -129,16 +126,20 @@ class SciPy(Integrator):
         )
 
 
+class _NonFiniteField(Exception):
+    """The vector field has been NaN or infinite for many evaluations in a row."""
+
+
 class _HostSystem:
     """A problem as SciPy sees it: one flat float64 vector, sample after sample."""
 
     def __init__(self, problem: InferenceProblem, state: State):
-        cpu = jax.local_devices(backend="cpu")[0]
         arrays, rest = eqx.partition(Flow(problem), eqx.is_array)
-        self._flow = eqx.combine(jax.device_put(arrays, cpu), rest)
+        self._flow = eqx.combine(jax.device_put(arrays, _host_device()), rest)
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
         self._dtype = problem.network.dtype
+        self._non_finite = 0
         self.event_evaluations = 0
 
     def flatten(self, state: State) -> np.ndarray:
@@ -153,8 +154,12 @@ class _HostSystem:
 
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
         rows = y.reshape(*self._batch, -1).astype(self._dtype)
-        field = _flat_field(self._flow, self._widths, rows)
-        return np.asarray(field, dtype=np.float64).reshape(-1)
+        field = np.asarray(_flat_field(self._flow, self._widths, rows), dtype=np.float64)
+        # A step can run into NaN and be halved; a solver that cannot get out of it never returns.
+        self._non_finite = 0 if np.isfinite(field).all() else self._non_finite + 1
+        if self._non_finite > _MOST_NON_FINITE:
+            raise _NonFiniteField
+        return field.reshape(-1)
 
     def blocks(self, y: np.ndarray) -> np.ndarray:
         """∂(dx/dt)/∂x of each sample, shape (samples, N, N)."""
@@ -192,6 +197,14 @@ class _HostSystem:
 
         event.terminal = True  # type: ignore[attr-defined]
         return event
+
+
+def _host_device() -> Any:
+    """The CPU, or JAX's default device where JAX was told to do without a CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def _banded(blocks: np.ndarray) -> np.ndarray:
@@ -232,7 +245,11 @@ def _at_rest(system: _HostSystem, start: np.ndarray, times: Any) -> Integration:
     )
 
 
-def _failed(system: _HostSystem, start: np.ndarray, times: Any, reason: str) -> Integration:
+def _failed(
+    system: _HostSystem, start: np.ndarray, times: Any, status: Status, message: str
+) -> Integration:
+    state = system.unflatten(start)
     saved = system.unflatten(np.tile(start, (len(times), 1)))
-    status, message = int(Status.SOLVER_FAILED), f"SciPy says: {reason}"
-    return Integration(saved, 0.0, system.unflatten(start), status, message=message)
+    return Integration(
+        saved, 0.0, state, int(status), interpolation=lambda t: state, message=message
+    )
