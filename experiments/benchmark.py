@@ -102,10 +102,8 @@ def time_start_up() -> None:
                 runs = [seconds_of("-c", _FIRST, integrator, cache) for _ in range(2)]
             cold.append(runs[0])
             warm.append(runs[1])
-        report(
-            f"{integrator}: seconds to the first trajectory, cold", float(np.median(cold)), limit
-        )
-        ratio = float(np.median(warm) / np.median(cold))
+        first, second = float(np.median(cold)), float(np.median(warm))
+        report(f"{integrator}: seconds to the first trajectory, cold", first, limit)
         report(f"{integrator}: second run with the compilation cache / cold", second / first, 1.0)
     with tempfile.TemporaryDirectory() as cache:
         figures = seconds_of("-m", "experiments", "--output", cache, XDG_CACHE_HOME=cache)
