@@ -61,7 +61,11 @@ class UntilEquilibrium(eqx.Module):
 
     def reached(self, t: Any, field: State) -> Array:
         """Whether to stop at time t, one boolean for all samples."""
-        return (t >= self.minimum_time) & jnp.all(field_norms(field) <= self.tolerance)
+        norms = field_norms(field)
+        tolerance, minimum = (
+            jnp.asarray(x, norms.dtype) for x in (self.tolerance, self.minimum_time)
+        )
+        return (t >= minimum) & jnp.all(norms <= tolerance)
 
 
 class Request(eqx.Module):
@@ -139,9 +143,9 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         activities = request.problem.activities(request.state)
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
         floor = 20 * float(jnp.finfo(dtype).eps)
-        wanted = until.tolerance / (100 * jnp.maximum(largest, 1))
-        default_rtol = jnp.clip(wanted, floor, default_rtol)
-        default_atol = jnp.minimum(default_atol, until.tolerance / 100)
+        wanted = jnp.asarray(until.tolerance, dtype) / 100
+        default_rtol = jnp.clip(wanted / jnp.maximum(largest, 1), floor, default_rtol)
+        default_atol = jnp.minimum(default_atol, wanted)
     return (default_rtol if rtol is None else rtol, default_atol if atol is None else atol)
 
 

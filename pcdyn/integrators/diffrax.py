@@ -168,22 +168,26 @@ class Diffrax(Integrator):
         import diffrax
 
         flow, solver = Flow(problem), self._solver()
+        # Time has the dtype of the state, for their products are added to it.
+        dtype = problem.network.dtype
+        times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
+        dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
         event = None
         if until is not None:
             event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow(t, y)))
         saveat = diffrax.SaveAt(
-            subs=[diffrax.SubSaveAt(ts=request.times), diffrax.SubSaveAt(t1=True)],
+            subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,
         )
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(flow),
             solver,
-            0.0,
-            request.t1,
-            self.dt,
+            jnp.zeros((), dtype),
+            t1,
+            dt,
             state,
             saveat=saveat,
-            stepsize_controller=self._controller(request),
+            stepsize_controller=self._controller(request, t1),
             event=event,
             max_steps=self.max_steps,
             # throw=True would insert a host callback, which keeps JAX from caching the program.
@@ -212,16 +216,17 @@ class Diffrax(Integrator):
             interpolation=DiffraxInterpolation(solution.interpolation) if request.dense else None,
         )
 
-    def _controller(self, request: Request) -> Any:
+    def _controller(self, request: Request, t1: Any) -> Any:
         import diffrax
 
         if self.controller is not None:
             return self.controller
         if self.dt is not None:
             return diffrax.ConstantStepSize()
-        rtol, atol = default_tolerances(self.rtol, self.atol, request)
+        tolerances = default_tolerances(self.rtol, self.atol, request)
+        rtol, atol = (jnp.asarray(tolerance, t1.dtype) for tolerance in tolerances)
         # Far below what time can resolve: a step gets there only where none is small enough.
-        smallest = jnp.finfo(jnp.result_type(float)).eps ** 2 * request.t1
+        smallest = jnp.finfo(t1.dtype).eps ** 2 * t1
         return diffrax.PIDController(
             rtol, atol, norm=largest_sample_rms, dtmin=smallest, force_dtmin=False
         )
@@ -237,9 +242,9 @@ class Diffrax(Integrator):
             stages, reused = 1, 0
         else:
             return None
-        first_step_choice = 2 if self.dt is None and self.controller is None else 0
-        tests = 0 if until is None else steps + 1
-        return (stages - reused) * steps + reused + first_step_choice + tests
+        # At the start twice: for a start at rest, and by diffrax.
+        tests = 0 if until is None else steps + 2
+        return (stages - reused) * steps + reused + tests
 
 
 class DiffraxInterpolation(eqx.Module):

@@ -68,6 +68,7 @@ class _EachSample(eqx.Module):
 
 
 def _checked_run(method: Integrator, request: Request) -> Integration:
+    request = dataclasses.replace(request, times=jnp.asarray(request.times))
     run = _finish(method.integrate(request), request)
     if method.fixed_step is not None:
         run = _with_stability(run, request.problem, request.state)
@@ -103,10 +104,12 @@ def _with_held_ends(run: Integration, start: State) -> Integration:
 
 
 def _finish(run: Integration, request: Request) -> Integration:
-    run = _without_non_finite(_with_end_row(run, request.times), request.times)
+    times = jnp.asarray(request.times, jnp.asarray(run.end_time).dtype)
+    run = _without_non_finite(_with_end_row(run, times), times)
     # As given: the solver's own end can be rounded to the dtype of its time.
-    reached = run.status == Status.REACHED_T1
-    return dataclasses.replace(run, end_time=jnp.where(reached, request.t1, run.end_time))
+    reached, t1 = run.status == Status.REACHED_T1, jnp.asarray(request.t1, float)
+    end_time = jnp.where(reached, t1, jnp.asarray(run.end_time, float))
+    return dataclasses.replace(run, end_time=end_time)
 
 
 def _with_end_row(run: Integration, times: Array) -> Integration:
@@ -169,11 +172,8 @@ def integrate_with_fallback(
     """
     if not method.runs_in_jax:
         return _integrate_on_host(method, request, per_sample), ""
-    # As arrays, times, tolerances and steps can change without compiling again.
-    method, request = jax.tree.map(
-        lambda x: np.asarray(x) if isinstance(x, float) else x, (method, request)
-    )
-    run = _integrate_compiled(method, request, per_sample)
+    arrays = _numbers_as_arrays((method, request))
+    run = _integrate_compiled(arrays[0], arrays[1], per_sample)
     # The interpolation stays as JAX made it: diffrax evaluates it in JAX.
     run = dataclasses.replace(
         on_host(dataclasses.replace(run, interpolation=None)), interpolation=run.interpolation
@@ -202,14 +202,9 @@ _finish_compiled = eqx.filter_jit(_finish)
 
 
 def _finish_on_host(run: Integration, request: Request) -> Integration:
-    numbers = dataclasses.replace(
-        run,
-        interpolation=None,
-        end_time=np.asarray(run.end_time),
-        status=np.asarray(int(run.status)),
-        message="",
-    )
-    finished = _finish_compiled(numbers, dataclasses.replace(request, t1=np.asarray(request.t1)))
+    arrays = dataclasses.replace(run, interpolation=None, message="")
+    arrays, numbers = _numbers_as_arrays((arrays, request))
+    finished = _finish_compiled(arrays, numbers)
     restored = dataclasses.replace(finished, interpolation=run.interpolation, message=run.message)
     return on_host(_with_held_ends(restored, request.state))
 
@@ -273,6 +268,11 @@ def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) 
         message=again.message,
         **{name: merged(name) for name in names},
     )
+
+
+def _numbers_as_arrays(tree: Any) -> Any:
+    """As arrays, times, tolerances, steps and counts can change without compiling again."""
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, tree)
 
 
 def on_host(tree: Any) -> Any:
