@@ -236,7 +236,10 @@ def test_reachability_is_a_numpy_loop(case: Case) -> None:
 def test_weights_that_are_not_square_use_the_moore_penrose_inverse(
     widths: tuple[int, ...], bias: bool, batch: int | None
 ) -> None:
-    """t_{l−1} = W_l⁺(f_l⁻¹(t_l) − b_l) with numpy.linalg.pinv; identity activations."""
+    """t_{l−1} = W_l⁺(f_l⁻¹(t_l) − b_l) with numpy.linalg.pinv; identity activations.
+
+    A random target is not in the range of a tall weight: then no target exists.
+    """
     case = build_case(seed=5, widths=widths, clamp="output", bias=bias, batch=batch)
     targets, condition = [case.activities[-1]], 1.0
     for weight, shift in zip(reversed(case.weights), reversed(case.biases), strict=True):
@@ -244,7 +247,10 @@ def test_weights_that_are_not_square_use_the_moore_penrose_inverse(
         targets.insert(0, centred @ np.linalg.pinv(weight).T)
         condition *= np.linalg.cond(weight) * max(1, np.linalg.norm(np.linalg.pinv(weight), 2))
     # A pseudo-inverse is accurate to its condition number; layers multiply.
-    assert_close(target_propagation(case.problem).targets, targets, 10 * condition * EPS)
+    found = target_propagation(case.problem)
+    assert_close(found.values, targets, 10 * condition * EPS)
+    tall = any(weight.shape[0] > weight.shape[1] for weight in case.weights)
+    assert np.all(np.asarray(found.exists) == (not tall))
 
 
 def test_unreachable_target_names_samples_layer_and_units() -> None:
