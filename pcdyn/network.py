@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -169,28 +170,38 @@ def mlp(
         raise InputError("give std or initialisation, not both: std already says what to draw")
     if std is not None and not (math.isfinite(std) and std >= 0):
         raise InputError(f"std must be finite and not negative, got {std}")
-    draw = _weight_initialiser(std, initialisation or "fan_in")
-    dtype = jnp.zeros(()).dtype if dtype is None else dtype
-    keys = jr.split(key, len(widths) - 1)
+    initialisation = initialisation or "fan_in"
+    if initialisation not in get_args(Initialisation):
+        raise InputError(
+            f'unknown initialisation {initialisation!r}; known are "fan_in" and "orthogonal", '
+            "or give std"
+        )
+    dtype = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
+    shapes = tuple((n_out, n_in) for n_in, n_out in itertools.pairwise(widths))
+    weights = _draw_weights(key, std, shapes, initialisation, dtype)
     layers = []
-    for index, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
-        is_last = index == len(widths) - 2
-        chosen = output_activation if is_last and output_activation is not None else activation
-        weight = draw(keys[index], (n_out, n_in), dtype)
-        layers.append(Dense(weight, jnp.zeros(n_out, dtype) if bias else None, chosen))
+    for index, weight in enumerate(weights, start=1):
+        is_output = index == len(weights)
+        chosen = output_activation if is_output and output_activation is not None else activation
+        layers.append(Dense(weight, jnp.zeros(len(weight), dtype) if bias else None, chosen))
     return Network(layers)
 
 
-def _weight_initialiser(
-    std: float | None, initialisation: str
-) -> Callable[[PRNGKeyArray, tuple[int, int], Any], Array]:
+# One program for all layers: its start-up is a part of every first trajectory.
+@functools.partial(jax.jit, static_argnames=("shapes", "initialisation", "dtype"))
+def _draw_weights(
+    key: PRNGKeyArray,
+    std: Any,
+    shapes: tuple[tuple[int, int], ...],
+    initialisation: str,
+    dtype: Any,
+) -> list[Array]:
     if std is not None:
-        return jax.nn.initializers.normal(std)
-    if initialisation == "orthogonal":
-        return jax.nn.initializers.orthogonal()
-    if initialisation == "fan_in":
-        return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-    raise InputError(
-        f'unknown initialisation {initialisation!r}; known are "fan_in" and "orthogonal", '
-        "or give std"
-    )
+        draw = jax.nn.initializers.normal(std)
+    elif initialisation == "orthogonal":
+        draw = jax.nn.initializers.orthogonal()
+    else:
+        scaling = jax.nn.initializers.variance_scaling
+        draw = scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+    keys = jr.split(key, len(shapes))
+    return [draw(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)]
