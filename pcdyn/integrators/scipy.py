@@ -176,9 +176,12 @@ class _HostSystem:
         if method == "LSODA":
             band = sum(self._widths) - 1
             return {"jac": lambda t, y: _banded(self.blocks(y)), "lband": band, "uband": band}
-        from scipy.sparse import block_diag
+        from scipy.sparse import block_diag, csc_array
 
-        return {"jac": lambda t, y: block_diag(list(self.blocks(y)), format="csc")}
+        def jacobian(t: float, y: np.ndarray) -> Any:
+            return block_diag([csc_array(block) for block in self.blocks(y)], format="csc")
+
+        return {"jac": jacobian}
 
     def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
         """Whether the vector field is below the tolerance in every layer and sample."""
