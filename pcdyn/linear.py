@@ -7,8 +7,8 @@ and time constant, and works under `jax.jit`, `jax.vmap` and `jax.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -43,6 +43,20 @@ class BlockTridiagonal(eqx.Module):
             columns = slice(offsets[i + 1], offsets[i + 1] + sizes[i + 1])
             matrix = matrix.at[rows, columns].set(block).at[columns, rows].set(block.T)
         return matrix
+
+    def times(self, vector: State) -> State:
+        """The product with a vector, one part `(n_i,)` for each block row."""
+        products = [block @ x for block, x in zip(self.diagonal, vector, strict=True)]
+        for i, block in enumerate(self.upper):
+            products[i] = products[i] + block @ vector[i + 1]
+            products[i + 1] = products[i + 1] + block.T @ vector[i]
+        return tuple(products)
+
+    def plus_diagonal(self, amount: Any) -> BlockTridiagonal:
+        """The matrix plus `amount` times the identity."""
+        eyes = (jnp.eye(len(block), dtype=block.dtype) for block in self.diagonal)
+        diagonal = tuple(b + amount * eye for b, eye in zip(self.diagonal, eyes, strict=True))
+        return BlockTridiagonal(diagonal, self.upper)
 
     def cholesky(self) -> BlockCholesky:
         """The block Cholesky factorisation, O(Σ n³); NaN if the matrix is not positive definite."""
@@ -131,17 +145,29 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
     """
     layers, energy = _linear_parts(problem)
-    network, depth = problem.network, problem.network.depth
+    jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
+    return gauss_newton_hessian(problem, energy, jacobians)
+
+
+def gauss_newton_hessian(
+    problem: InferenceProblem, energy: Gaussian, jacobians: Mapping[int, Array]
+) -> BlockTridiagonal:
+    """`hessian` with any Jacobians J_l = ∂μ_l/∂x_{l−1}, shape (n_l, n_{l−1}), for the weights.
+
+    For one sample of a nonlinear network it is the Hessian of F without the curvature of the
+    predictions.
+    """
+    network = problem.network
     diagonal, upper = [], []
     for index in problem.free_layers:
         width = network.widths[index]
         block = jnp.zeros((width, width), network.dtype)
         if index > 0:
             block = block + energy.matrix(index, width, network.dtype)
-        if index < depth:
-            weight = layers[index].weight
-            weighted = energy.weigh(index + 1, weight.T)
-            block = block + weighted @ weight
+        if index < network.depth:
+            jacobian = jacobians[index + 1]
+            weighted = energy.weigh(index + 1, jacobian.T)
+            block = block + weighted @ jacobian
             if index + 1 in problem.free_layers:
                 upper.append(-weighted)
         diagonal.append(block)

@@ -100,10 +100,15 @@ class Network(eqx.Module):
 
     def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
         """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
-        activities = [input]
-        for index in range(1, self.depth + 1):
-            activities.append(self.predict(index, activities[-1]))
-        return tuple(activities)
+        return _feedforward(self, input)
+
+
+@eqx.filter_jit
+def _feedforward(network: Network, input: Array) -> Activities:
+    activities = [input]
+    for index in range(1, network.depth + 1):
+        activities.append(network.predict(index, activities[-1]))
+    return tuple(activities)
 
 
 def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ...]:

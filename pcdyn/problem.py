@@ -90,6 +90,12 @@ class InferenceProblem(eqx.Module):
         clamped = self.input if self.input is not None else self.output
         return None if clamped is None else clamped.shape[:-1]
 
+    def with_data(self, input: Array | None, output: Array | None) -> InferenceProblem:
+        """The same problem with other clamped data, such as one sample of a batch."""
+        return eqx.tree_at(
+            lambda p: (p.input, p.output), self, (input, output), is_leaf=lambda x: x is None
+        )
+
     def activities(self, state: State) -> Activities:
         """All layers x_0 … x_L: the free ones from `state`, the clamped ones from the data."""
         free = iter(state)

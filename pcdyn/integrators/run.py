@@ -32,12 +32,8 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
 def _with_data(
     request: Request, input: Array | None, output: Array | None, state: State
 ) -> Request:
-    return eqx.tree_at(
-        lambda r: (r.problem.input, r.problem.output, r.state),
-        request,
-        (input, output, state),
-        is_leaf=lambda x: x is None,
-    )
+    problem = request.problem.with_data(input, output)
+    return dataclasses.replace(request, problem=problem, state=state)
 
 
 def _take(request: Request, samples: Any) -> Request:
