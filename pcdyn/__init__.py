@@ -8,11 +8,19 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 `jax.config.update("jax_enable_x64", True)` before building networks.
 """
 
-from pcdyn import activations, datasets, errors, linear, references, storage
+from pcdyn import activations, datasets, errors, linear, references, solvers, storage
 from pcdyn.activations import Activation
 from pcdyn.energy import Energy, Gaussian
-from pcdyn.errors import PcdynError, SimulationError, Status
+from pcdyn.equilibrium import Equilibrium, equilibrium
+from pcdyn.errors import (
+    EquilibriumStatus,
+    NotConvergedError,
+    PcdynError,
+    SimulationError,
+    Status,
+)
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
+from pcdyn.landscape import Equilibria, multiple_equilibria
 from pcdyn.linear import linear_equilibrium
 from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
@@ -28,11 +36,15 @@ __all__ = [
     "Dense",
     "Diffrax",
     "Energy",
+    "Equilibria",
+    "Equilibrium",
+    "EquilibriumStatus",
     "Euler",
     "Exact",
     "Gaussian",
     "InferenceProblem",
     "Network",
+    "NotConvergedError",
     "PcdynError",
     "SciPy",
     "SimulationError",
@@ -42,14 +54,17 @@ __all__ = [
     "activations",
     "backpropagation",
     "datasets",
+    "equilibrium",
     "errors",
     "feedforward",
     "linear",
     "linear_equilibrium",
     "load",
     "mlp",
+    "multiple_equilibria",
     "references",
     "simulate",
+    "solvers",
     "storage",
     "target_propagation",
 ]

@@ -24,7 +24,8 @@ class Activation:
     on which `inverse` is the unique preimage (for ReLU, the positive numbers).
 
     Arguments: `name` for messages; `function`, applied to arrays of any shape; `inverse`, or
-    `None` if f is not injective; `lower` and `upper`, the ends of the open range.
+    `None` if f is not injective; `lower` and `upper`, the ends of the open range; `kinks`, the
+    points where the derivative jumps.
 
     Calling an activation applies it. Two activations are equal, and share compiled code, when
     they hold the same functions: build a custom one once and reuse it.
@@ -35,6 +36,7 @@ class Activation:
     inverse: Elementwise | None = None
     lower: float = -math.inf
     upper: float = math.inf
+    kinks: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lower < self.upper:
@@ -66,7 +68,7 @@ def _identity(x: Array) -> Array:
 identity = Activation("identity", _identity, _identity)
 tanh = Activation("tanh", jnp.tanh, jnp.arctanh, -1.0, 1.0)
 sigmoid = Activation("sigmoid", jax.nn.sigmoid, jax.scipy.special.logit, 0.0, 1.0)
-relu = Activation("relu", jax.nn.relu, _identity, 0.0)
+relu = Activation("relu", jax.nn.relu, _identity, 0.0, kinks=(0.0,))
 softplus = Activation("softplus", jax.nn.softplus, _softplus_inverse, 0.0)
 
 
@@ -86,7 +88,7 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     def inverse(y: Array) -> Array:
         return jnp.where(y > 0, y, y / slope)
 
-    return Activation(f"leaky_relu({slope:g})", forward, inverse)
+    return Activation(f"leaky_relu({slope:g})", forward, inverse, kinks=(0.0,))
 
 
 _BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}

@@ -127,6 +127,54 @@ _EXPLANATIONS = {
 }
 
 
+class EquilibriumStatus(enum.IntEnum):
+    """How the search for an equilibrium ended; `explanation` gives cause and remedy."""
+
+    CONVERGED = 0
+    SLIDING = 1
+    ITERATION_LIMIT = 2
+    STALLED = 3
+    NON_FINITE = 4
+
+    @property
+    def ok(self) -> bool:
+        """Whether the point is stationary, in the generalised sense at kinks."""
+        return self in (EquilibriumStatus.CONVERGED, EquilibriumStatus.SLIDING)
+
+    @property
+    def explanation(self) -> str:
+        """Cause and remedy in one sentence."""
+        return _EQUILIBRIUM_EXPLANATIONS[self]
+
+
+_EQUILIBRIUM_EXPLANATIONS = {
+    EquilibriumStatus.CONVERGED: "the gradient of the free energy is below the tolerance",
+    EquilibriumStatus.SLIDING: (
+        "stationary at kinks of the activations: zero lies between the one-sided gradients there, "
+        "where no gradient vanishes"
+    ),
+    EquilibriumStatus.ITERATION_LIMIT: (
+        "ran out of iterations: raise max_iterations, loosen the tolerance, or use another method"
+    ),
+    EquilibriumStatus.STALLED: (
+        "no step lowered the free energy any more, but its gradient is not below the tolerance: "
+        "use float64, loosen the tolerance, or use another method"
+    ),
+    EquilibriumStatus.NON_FINITE: (
+        "the free energy or its gradient became NaN or infinite: take a smaller step, or look for "
+        "an activation that overflows"
+    ),
+}
+
+
+class NotConvergedError(PcdynError, RuntimeError):
+    """No equilibrium was found; `equilibrium` holds what was, with the status of each sample."""
+
+    def __init__(self, message: str, equilibrium: Any = None):
+        super().__init__(message)
+        self.equilibrium = equilibrium
+
+
 class SimulationError(PcdynError, RuntimeError):
     """A simulation failed while it ran.
 

@@ -1,0 +1,65 @@
+"""Equilibrium solvers are values under one contract: a problem of one sample and a start in."""
+
+from __future__ import annotations
+
+from pcdyn.energy import Gaussian
+from pcdyn.errors import InputError
+from pcdyn.kinks import has_kinks
+from pcdyn.linear import is_linear
+from pcdyn.problem import InferenceProblem
+from pcdyn.solvers.base import Solution, Solver
+from pcdyn.solvers.closed_form import ClosedForm
+from pcdyn.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
+from pcdyn.solvers.flow import FlowToRest
+from pcdyn.solvers.gauss_newton import GaussNewton
+from pcdyn.solvers.pseudo_transient import PseudoTransient
+
+__all__ = [
+    "ClosedForm",
+    "ErrorDescent",
+    "FixedPoint",
+    "FlowToRest",
+    "GaussNewton",
+    "GradientDescent",
+    "PseudoTransient",
+    "Solution",
+    "Solver",
+    "default_solvers",
+    "get_solver",
+]
+
+_BY_NAME = {
+    "closed_form": ClosedForm,
+    "gauss_newton": GaussNewton,
+    "nesterov": ErrorDescent,
+    "pseudo_transient": PseudoTransient,
+    "fixed_point": FixedPoint,
+    "flow": FlowToRest,
+}
+
+
+def get_solver(method: str | Solver) -> Solver:
+    """The solver of that name, or the given one itself; raises `InputError` for an unknown name."""
+    if isinstance(method, Solver):
+        return method
+    if method not in _BY_NAME:
+        known = ", ".join(_BY_NAME)
+        raise InputError(
+            f"unknown method {method!r}; known are {known}, or pass a value such as "
+            "pcdyn.solvers.GradientDescent(dt=0.1)"
+        )
+    return _BY_NAME[method]()
+
+
+def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
+    """What to try in turn, each where the one before it did not converge.
+
+    A linear network has a closed form. Otherwise Gauss–Newton; where it stalls, Nesterov in error
+    coordinates (both ends clamped), then pseudo-transient continuation.
+    """
+    if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
+        return (ClosedForm(),)
+    both = problem.input is not None and problem.output is not None
+    # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.
+    middle = (ErrorDescent(),) if both and not has_kinks(problem.network) else ()
+    return (GaussNewton(), *middle, PseudoTransient())

@@ -1,0 +1,41 @@
+"""The closed form of linear networks, as a solver."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.linear import hessian, linear_equilibrium
+from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers.base import Solution, Solver, all_finite, final_status
+
+
+class ClosedForm(Solver):
+    """`pcdyn.linear_equilibrium` of a linear network.
+
+    `via` is `"output_space"` (both ends clamped: the S-matrix, n_L × n_L), `"cholesky"` (block
+    tridiagonal, any clamps), or by default whichever is smaller.
+    """
+
+    via: Literal["output_space", "cholesky"] | None = eqx.field(static=True, default=None)
+
+    @property
+    def name(self) -> str:
+        return "closed_form"
+
+    def check(self, problem: InferenceProblem) -> None:
+        hessian(problem)
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        # The S-matrix costs a multiplication of n_L rows per layer, the blocks a factorisation.
+        widths = problem.network.widths
+        both = problem.input is not None and problem.output is not None
+        narrow = widths[-1] <= sum(widths[1:-1]) / max(len(widths) - 2, 1)
+        via = self.via or ("output_space" if both and narrow else "cholesky")
+        solved = problem.state_of(linear_equilibrium(problem, method=via))
+        finite = all_finite(solved)
+        status = final_status(True, finite, EquilibriumStatus.CONVERGED)
+        return Solution(solved, status, jnp.asarray(1), jnp.asarray(0))

@@ -1,0 +1,235 @@
+"""First-order methods: as the field runs inference, and Nesterov's in error coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn.errors import EquilibriumStatus, InputError
+from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers.base import (
+    Solution,
+    Solver,
+    all_finite,
+    choose,
+    dot,
+    final_status,
+    gradient,
+    layer_norms,
+    step,
+)
+from pcdyn.solvers.chain import Chain, pull_through
+from pcdyn.solvers.gauss_newton import gaussian_energy
+
+
+class GradientDescent(Solver):
+    """The paper's update `x ← x − dt · ∂F/∂x`, explicit Euler on the flow, until it rests.
+
+    `dt` must be below 2 / the largest eigenvalue of the Hessian. `max_iterations` updates at most.
+    """
+
+    dt: Any
+    max_iterations: int = eqx.field(static=True, default=10_000)
+
+    @property
+    def name(self) -> str:
+        return "gradient_descent"
+
+    def check(self, problem: InferenceProblem) -> None:
+        _positive(self.name, "dt", self.dt)
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        def update(state: State, slope: State) -> State:
+            return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
+
+        return _iterate(problem, state, tolerance, update, self.max_iterations)
+
+
+class FixedPoint(Solver):
+    """The authors' fixed-point iteration `x_l ← μ_l + Π_l⁻¹ (∂μ_{l+1}/∂x_l)ᵀ Π_{l+1} ε_{l+1}`.
+
+    All layers at once. It is gradient descent with the step Π_l⁻¹, and converges only where every
+    eigenvalue of Π⁻¹H is below 2 (for unit precisions and a linear network: ‖…‖ of the couplings
+    below 1), where H is the Hessian at the equilibrium; otherwise it runs away and says so.
+    """
+
+    max_iterations: int = eqx.field(static=True, default=10_000)
+
+    @property
+    def name(self) -> str:
+        return "fixed_point"
+
+    def check(self, problem: InferenceProblem) -> None:
+        gaussian_energy(self.name, problem)
+        if problem.input is None:
+            raise InputError("fixed_point needs a clamped input: x_0 has no prediction to go to")
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        energy = gaussian_energy(self.name, problem)
+
+        def update(state: State, slope: State) -> State:
+            return tuple(
+                x - energy.unweigh(index, g)
+                for index, x, g in zip(problem.free_layers, state, slope, strict=True)
+            )
+
+        return _iterate(problem, state, tolerance, update, self.max_iterations)
+
+
+def _iterate(
+    problem: InferenceProblem, state: State, tolerance: Any, update: Any, max_iterations: int
+) -> Solution:
+    """Repeat an update of the activities until their gradient is small."""
+
+    def proceed(carry: Any) -> Any:
+        _, slope, iterations = carry
+        resting = jnp.all(layer_norms(slope) <= tolerance)
+        return ~resting & (iterations < max_iterations) & all_finite(slope)
+
+    def body(carry: Any) -> Any:
+        state, slope, iterations = carry
+        state = update(state, slope)
+        return state, gradient(problem, state), iterations + 1
+
+    start = (state, gradient(problem, state), jnp.asarray(0))
+    state, slope, iterations = jax.lax.while_loop(proceed, body, start)
+    converged = jnp.all(layer_norms(slope) <= tolerance)
+    status = final_status(converged, all_finite(slope), EquilibriumStatus.ITERATION_LIMIT)
+    return Solution(state, status, iterations, 2 * (iterations + 1))
+
+
+_RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
+_PATIENCE = 50
+_STALLED = int(EquilibriumStatus.STALLED)
+
+
+class _Descent(eqx.Module):
+    """What is carried from iteration to iteration.
+
+    `ahead` is `errors` moved on by momentum; `stale` counts iterations since F was lowest.
+    """
+
+    errors: State
+    ahead: State
+    lowest: Any
+    stale: Any
+    rate: Any
+    status: Any
+    iterations: Any
+
+
+class ErrorDescent(Solver):
+    """Gradient descent in error coordinates (ePC), preconditioned by the precisions.
+
+    The signal of an output error reaches every layer in one pass, where in the activities it
+    travels one layer per step. The model's Hessian `1 + Π⁻½ Jᵀ Π_L J Π⁻½` has no eigenvalue below
+    1; its largest is estimated by `power_iterations` products and sets the `rate`, unless that is
+    given. `nesterov` adds momentum, dropped where it points uphill, and then needs about √κ instead
+    of κ iterations. A rate at which F grows, or does not fall for long, is halved.
+    """
+
+    nesterov: bool = eqx.field(static=True, default=True)
+    rate: Any = None
+    power_iterations: int = eqx.field(static=True, default=12)
+    max_iterations: int = eqx.field(static=True, default=5_000)
+
+    @property
+    def name(self) -> str:
+        return "nesterov" if self.nesterov else "error_descent"
+
+    def check(self, problem: InferenceProblem) -> None:
+        gaussian_energy(self.name, problem)
+        if self.rate is not None:
+            _positive(self.name, "rate", self.rate)
+        if problem.input is None or problem.output is None:
+            raise InputError(
+                f"{self.name} needs both ends clamped: only then do the errors determine the "
+                "activities and the output error"
+            )
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        chain, dtype = Chain(problem), problem.network.dtype
+
+        def look(errors: State) -> tuple[Any, State, State]:
+            """F, the residual of the activities, and the preconditioned gradient."""
+            _, output_error, pulls = chain.with_pulls(errors)
+            covector = chain.gaussian.weigh(chain.depth, output_error)
+            pulled = chain.unweighted(pull_through(pulls, covector))
+            slope = jax.tree.map(jnp.subtract, errors, pulled)
+            energy = chain.energy_of(errors, output_error)
+            return energy, chain.residual(errors, output_error, pulls), slope
+
+        def proceed(now: _Descent) -> Any:
+            return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
+
+        def iterate(now: _Descent) -> _Descent:
+            # One look serves the step from `ahead` and the check of convergence there.
+            energy, residual, slope = look(now.ahead)
+            converged = jnp.all(layer_norms(residual) <= tolerance)
+            new = step(now.ahead, -now.rate, slope)
+            progress = jax.tree.map(jnp.subtract, new, now.errors)
+            root = jnp.sqrt(now.rate)
+            downhill = dot(chain.weighted(slope), progress) <= 0
+            keeps = downhill if self.nesterov else jnp.asarray(False)
+            momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
+            lower = energy < now.lowest
+            stale = jnp.where(lower, 0, now.stale + 1)
+            grew = ~(energy <= 2 * now.lowest) | (stale > _PATIENCE)
+            status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
+            return _Descent(
+                errors=choose(converged, now.ahead, choose(grew, now.errors, new)),
+                ahead=choose(grew, now.errors, step(new, momentum, progress)),
+                lowest=jnp.minimum(energy, now.lowest),
+                stale=jnp.where(grew, 0, stale),
+                rate=jnp.where(grew, now.rate / 2, now.rate),
+                status=jnp.where(converged, int(EquilibriumStatus.CONVERGED), status),
+                iterations=now.iterations + 1,
+            )
+
+        start = chain.errors(state)
+        rate = self._first_rate(chain, start) if self.rate is None else self.rate
+        first = _Descent(
+            errors=start,
+            ahead=start,
+            lowest=chain.energy(start),
+            stale=jnp.asarray(0),
+            rate=jnp.asarray(rate, dtype),
+            status=jnp.asarray(_RUNNING),
+            iterations=jnp.asarray(0),
+        )
+        end = jax.lax.while_loop(proceed, iterate, first)
+        hidden, output_error = chain.activities(end.errors)
+        finite = all_finite((hidden, output_error))
+        status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
+        passes = 3 * end.iterations + 2 * self.power_iterations
+        return Solution(hidden, status, end.iterations, passes)
+
+    def _first_rate(self, chain: Chain, errors: State) -> Any:
+        """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
+        _, output_error, pulls = chain.with_pulls(errors)
+
+        def pull(covector: Any) -> State:
+            return pull_through(pulls, covector)
+
+        def body(_: Any, carry: Any) -> Any:
+            covector, _ = carry
+            covector = covector / jnp.linalg.norm(covector)
+            spread = chain.unweighted(pull(covector))
+            moved = jax.linear_transpose(pull, covector)(spread)[0]
+            image = chain.gaussian.weigh(chain.depth, moved)
+            return image, jnp.linalg.norm(image)
+
+        start = jnp.cos(jnp.arange(1.0, output_error.shape[0] + 1, dtype=output_error.dtype))
+        _, largest = jax.lax.fori_loop(
+            0, self.power_iterations, body, (start, jnp.zeros((), start.dtype))
+        )
+        # Power iteration approaches from below.
+        return 1 / (1 + 1.1 * largest)
+
+
+def _positive(name: str, option: str, value: Any) -> None:
+    if not 0 < float(value) < float("inf"):
+        raise InputError(f"{name} needs a positive and finite {option}, got {value}")

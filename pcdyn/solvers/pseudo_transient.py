@@ -1,0 +1,100 @@
+"""Pseudo-transient continuation: implicit Euler along the flow, with steps that grow at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers.base import (
+    Solution,
+    Solver,
+    all_finite,
+    choose,
+    conjugate_gradients,
+    dot,
+    gradient,
+    layer_norms,
+    step,
+)
+
+
+class PseudoTransient(Solver):
+    """Newton–Krylov steps `(1/Δt + ∂²F/∂x²) δ = −∂F/∂x` with a growing pseudo-time step Δt.
+
+    Small steps follow the gradient flow and so stay in its basin; large ones are Newton's and
+    converge quadratically. Δt grows as the gradient falls (switched evolution relaxation) and
+    shrinks where a step would raise F. Linear systems are solved by conjugate gradients with
+    Hessian products. Arguments: `first_step`, the first Δt in activity time constants;
+    `growth`, the largest factor between steps; `cg_tolerance`, relative; `max_iterations`.
+    """
+
+    first_step: float = 0.5
+    growth: float = 4.0
+    cg_tolerance: float = eqx.field(static=True, default=1e-3)
+    max_iterations: int = eqx.field(static=True, default=200)
+
+    @property
+    def name(self) -> str:
+        return "pseudo_transient"
+
+    def check(self, problem: InferenceProblem) -> None:
+        """Every problem is fine."""
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        dtype = problem.network.dtype
+        running = int(EquilibriumStatus.ITERATION_LIMIT)
+        smallest = jnp.finfo(dtype).eps
+
+        def proceed(carry: Any) -> Any:
+            _, _, _, status, iterations, _ = carry
+            return (status == running) & (iterations < self.max_iterations)
+
+        def body(carry: Any) -> Any:
+            state, slope, time_step, _, iterations, passes = carry
+            energy = problem.free_energy(state)
+            direction, products = self._step(problem, state, slope, time_step)
+            trial = step(state, 1, direction)
+            trial_slope = gradient(problem, trial)
+            slack = 8 * smallest * energy
+            lower = problem.free_energy(trial) <= energy + slack
+            accepted = lower & all_finite(trial_slope)
+            before, after = _size(slope), _size(trial_slope)
+            factor = jnp.clip(
+                before / jnp.maximum(after, smallest * before), 0.5, jnp.asarray(self.growth, dtype)
+            )
+            next_step = time_step * jnp.where(accepted, factor, 0.25)
+            state, slope = choose(accepted, (trial, trial_slope), (state, slope))
+            converged = jnp.all(layer_norms(slope) <= tolerance)
+            status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
+            stalled = ~converged & (next_step < smallest)
+            status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
+            return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
+
+        slope = gradient(problem, state)
+        converged = jnp.all(layer_norms(slope) <= tolerance)
+        status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
+        status = jnp.where(all_finite(slope), status, int(EquilibriumStatus.NON_FINITE))
+        first_step = jnp.asarray(self.first_step, dtype)
+        start = (state, slope, first_step, status, jnp.asarray(0), jnp.asarray(2))
+        state, _, _, status, iterations, passes = jax.lax.while_loop(proceed, body, start)
+        return Solution(state, status, iterations, passes)
+
+    def _step(
+        self, problem: InferenceProblem, state: State, slope: State, time_step: Any
+    ) -> tuple[State, Any]:
+        """The step, and the number of Hessian products it took."""
+        _, curve = jax.linearize(lambda y: gradient(problem, y), state)
+
+        def product(tangent: State) -> State:
+            return jax.tree.map(lambda h, v: h + v / time_step, curve(tangent), tangent)
+
+        return conjugate_gradients(product, jax.tree.map(jnp.negative, slope), self.cg_tolerance)
+
+
+def _size(slope: State) -> Any:
+    return jnp.sqrt(dot(slope, slope))
