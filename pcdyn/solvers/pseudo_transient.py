@@ -36,7 +36,7 @@ class PseudoTransient(Solver):
     first_step: float = 0.5
     growth: float = 4.0
     cg_tolerance: float = eqx.field(static=True, default=1e-3)
-    max_iterations: int = eqx.field(static=True, default=200)
+    max_iterations: int = eqx.field(static=True, default=1000)
 
     @property
     def name(self) -> str:
@@ -48,6 +48,7 @@ class PseudoTransient(Solver):
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         dtype = problem.network.dtype
         running = int(EquilibriumStatus.ITERATION_LIMIT)
+        first_step = jnp.asarray(self.first_step, dtype)
         smallest = jnp.finfo(dtype).eps
 
         def proceed(carry: Any) -> Any:
@@ -67,7 +68,9 @@ class PseudoTransient(Solver):
             factor = jnp.clip(
                 before / jnp.maximum(after, smallest * before), 0.5, jnp.asarray(self.growth, dtype)
             )
-            next_step = time_step * jnp.where(accepted, factor, 0.25)
+            # The gradient grows on the way out of a saddle, where the flow needs time, not care.
+            onward = jnp.maximum(time_step * factor, jnp.minimum(2 * time_step, first_step / 5))
+            next_step = jnp.where(accepted, onward, 0.25 * time_step)
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = jnp.all(layer_norms(slope) <= tolerance)
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
@@ -79,7 +82,6 @@ class PseudoTransient(Solver):
         converged = jnp.all(layer_norms(slope) <= tolerance)
         status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
         status = jnp.where(all_finite(slope), status, int(EquilibriumStatus.NON_FINITE))
-        first_step = jnp.asarray(self.first_step, dtype)
         start = (state, slope, first_step, status, jnp.asarray(0), jnp.asarray(2))
         state, _, _, status, iterations, passes = jax.lax.while_loop(proceed, body, start)
         return Solution(state, status, iterations, passes)

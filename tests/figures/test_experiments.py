@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from experiments.__main__ import NAMES, Options, main
+from experiments.__main__ import EXTRA, NAMES, Options, main
 from experiments.base import Claim, save, values_hash
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *EXTRA])
 def test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures(
     name: str, tmp_path: Path
 ) -> None:
