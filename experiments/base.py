@@ -62,6 +62,15 @@ def gaussian_weights(
     return weights + jnp.eye(width)[None, None] if identity else weights
 
 
+def linear_problems(
+    keys: jax.Array, *, networks: int, width: int, std: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The 5-5-5 linear problems of A.9: weights N(0, std²), inputs N(1, 1), targets N(−1, 1)."""
+    weights = gaussian_weights(keys[0], networks=networks, layers=2, width=width, std=std)
+    inputs, outputs = (jr.normal(key, (networks, width)) for key in keys[1:3])
+    return weights, 1 + inputs, -1 + outputs
+
+
 def network_of(weights: jax.Array, activation: str) -> pcdyn.Network:
     """The network with these weights, shape (layers, n, n), and one activation."""
     return pcdyn.Network([pcdyn.Dense(weight, activation=activation) for weight in weights])
@@ -100,7 +109,7 @@ def save(
             **{p: version(p) for p in ("pcdyn", "jax", "diffrax", "equinox", "numpy", "scipy")},
         },
         "device": str(jax.devices()[0]),
-        "float64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
+        "float64": jnp.zeros(()).dtype == jnp.float64,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "values_sha256": values_hash(data),
         "data": data.attrs,

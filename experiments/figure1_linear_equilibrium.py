@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, largest_rise, network_of
+from experiments.base import Claim, largest_rise, linear_problems, network_of
 from pcdyn import plotting
 
 PANELS = "1C, 1D"
@@ -40,11 +40,9 @@ FAST = {"networks": 8}
 def run(config: Config) -> xarray.Dataset:
     """The exact, the adaptive and the Euler trajectory of each network at the Euler times."""
     keys = jr.split(jr.key(config.seed), 3)
-    shape = (config.networks, config.width)
-    weights = gaussian_weights(
-        keys[0], networks=config.networks, layers=2, width=config.width, std=config.weight_std
+    weights, inputs, outputs = linear_problems(
+        keys, networks=config.networks, width=config.width, std=config.weight_std
     )
-    inputs, outputs = 1 + jr.normal(keys[1], shape), -1 + jr.normal(keys[2], shape)
     times = config.euler_step * np.arange(config.euler_steps + 1)
     integrators = {
         "exact": pcdyn.Exact(),

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, gaussian_weights, network_of
+from experiments.base import Claim, cosine, linear_problems, network_of
 from pcdyn import plotting
 
 PANELS = "2 left"
@@ -43,11 +43,9 @@ FAST = {"networks": 20, "ratios": 13}
 def run(config: Config) -> xarray.Dataset:
     """Exact equilibria and the authors' Euler iteration for each network and ratio."""
     keys = jr.split(jr.key(config.seed), 3)
-    shape = (config.networks, config.width)
-    weights = gaussian_weights(
-        keys[0], networks=config.networks, layers=2, width=config.width, std=config.weight_std
+    weights, inputs, outputs = linear_problems(
+        keys, networks=config.networks, width=config.width, std=config.weight_std
     )
-    inputs, outputs = 1 + jr.normal(keys[1], shape), -1 + jr.normal(keys[2], shape)
     ratios = np.logspace(config.lowest_decade, config.highest_decade, config.ratios)
     t1 = config.euler_step * config.euler_steps
 

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, network_of
+from experiments.base import Claim, linear_problems, network_of
 from pcdyn import plotting
 
 PANELS = "3A, 3B"
@@ -57,11 +57,9 @@ def random_covariances(key: jax.Array, config: Config) -> tuple[np.ndarray, int]
 def run(config: Config) -> xarray.Dataset:
     """Integrate each network from its feedforward pass and compare with the closed form."""
     keys = jr.split(jr.key(config.seed), 4)
-    shape = (config.networks, config.width)
-    weights = gaussian_weights(
-        keys[0], networks=config.networks, layers=2, width=config.width, std=config.weight_std
+    weights, inputs, outputs = linear_problems(
+        keys, networks=config.networks, width=config.width, std=config.weight_std
     )
-    inputs, outputs = 1 + jr.normal(keys[1], shape), -1 + jr.normal(keys[2], shape)
     covariances, rejected = random_covariances(keys[3], config)
     times = np.linspace(0, config.t1, 241)
 

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, gaussian_weights, network_of
+from experiments.base import Claim, cosine, linear_problems, network_of
 from pcdyn import plotting
 
 PANELS = "3C, 3D, 3E, 3F"
@@ -46,11 +46,9 @@ PAPER_COSINES_TO_TP = (0.8, 0.94)
 def run(config: Config) -> xarray.Dataset:
     """Exact trajectories at three ratios, and exact equilibria over decades of low ratios."""
     keys = jr.split(jr.key(config.seed), 3)
-    shape = (config.networks, config.width)
-    weights = gaussian_weights(
-        keys[0], networks=config.networks, layers=2, width=config.width, std=config.weight_std
+    weights, inputs, outputs = linear_problems(
+        keys, networks=config.networks, width=config.width, std=config.weight_std
     )
-    inputs, outputs = 1 + jr.normal(keys[1], shape), -1 + jr.normal(keys[2], shape)
     times = np.concatenate([[0], np.geomspace(1e-4, config.t1, 160)])
 
     def one(ratio: Any, weights: Any, input: Any, output: Any) -> Any:

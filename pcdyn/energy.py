@@ -20,6 +20,27 @@ from pcdyn.checks import Numbers, as_float_array, is_traced
 from pcdyn.errors import PrecisionError, ShapeError
 
 
+class LayerEnergies(eqx.Module):
+    """What follows from `energies`, E_1 … E_L on the last axis."""
+
+    energies: eqx.AbstractVar[Any]
+
+    @property
+    def free_energy(self) -> Any:
+        """F = Σ_l E_l, shaped like `energies` without the last axis."""
+        return self.energies.sum(-1)
+
+    @property
+    def output_loss(self) -> Any:
+        """ℒ = E_L, shaped like `energies` without the last axis."""
+        return self.energies[..., -1]
+
+    @property
+    def residual_energy(self) -> Any:
+        """Ẽ = F − ℒ, shaped like `energies` without the last axis."""
+        return self.energies[..., :-1].sum(-1)
+
+
 class Energy(eqx.Module):
     """What a layer's prediction error costs; a new energy is one small final class."""
 

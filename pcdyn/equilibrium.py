@@ -13,17 +13,19 @@ import jax.random as jr
 import numpy as np
 
 from pcdyn.checks import Numbers, is_traced
+from pcdyn.energy import LayerEnergies
 from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ToleranceError
 from pcdyn.hessian import solve_hessian
 from pcdyn.integrators.run import on_host
-from pcdyn.kinks import SlidingPoint, has_kinks, slide
+from pcdyn.kinks import SlidingPoint
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers import FlowToRest, Solution, Solver, default_solvers, get_solver
-from pcdyn.solvers.base import all_finite, gradient, layer_norms
+from pcdyn.solvers.run import solve_in_turn, solve_on_host
+from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 
 
-class Equilibrium(eqx.Module):
+class Equilibrium(LayerEnergies):
     """Where inference ends, and how surely.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are the sample,
@@ -79,21 +81,6 @@ class Equilibrium(eqx.Module):
     def state(self) -> State:
         """The free layers of `activities`."""
         return self.problem.state_of(self.activities)
-
-    @property
-    def free_energy(self) -> Any:
-        """F = Σ_l E_l, per sample."""
-        return self.energies.sum(-1)
-
-    @property
-    def output_loss(self) -> Any:
-        """ℒ = E_L, per sample."""
-        return self.energies[..., -1]
-
-    @property
-    def residual_energy(self) -> Any:
-        """Ẽ = F − ℒ, per sample."""
-        return self.energies[..., :-1].sum(-1)
 
     def basin(
         self,
@@ -216,14 +203,14 @@ def equilibrium(
     if is_traced(problem, start):
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))
         frozen = eqx.combine(frozen, (batched, state))
-        solution, ran = _solve_in_turn(*frozen, solvers, tolerance)
+        solution, ran = solve_in_turn(*frozen, solvers, tolerance)
         solution = eqx.tree_at(
             lambda s: s.state, solution, _with_derivatives(batched, solution.state)
         )
         observed = _observe(batched, solution.state)
         return _build(problem, start, solution, observed, tolerance, ran)
     with Stopwatch() as clock:
-        solution, sliding, ran = _solve_on_host(batched, state, solvers, tolerance)
+        solution, sliding, ran = solve_on_host(batched, state, solvers, tolerance)
         # Copies, for the sliding samples get other numbers.
         observed = jax.tree.map(np.array, _observe(batched, solution.state))
         found = _build(
@@ -265,93 +252,9 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
 
 
 @eqx.filter_jit
-def _solve(problem: InferenceProblem, state: State, solver: Solver, tolerance: Any) -> Solution:
-    """Solve every sample; each stops changing when it has converged."""
-
-    def one(input: Any, output: Any, state: State) -> Solution:
-        # The verdict is of the residual computed again, in another order of operations.
-        return solver.solve(problem.with_data(input, output), state, 0.9 * tolerance)
-
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
-
-
-def _follow_up(before: Solution | None, after: Solution) -> Solution:
-    """The solution of the second solver, with the costs of both."""
-    if before is None:
-        return after
-    done = before.status == EquilibriumStatus.CONVERGED
-    iterations = jnp.where(done, before.iterations, after.iterations)
-    return Solution(after.state, after.status, iterations, before.passes + after.passes)
-
-
-def _restart(solution: Solution, start: State) -> State:
-    """Where the next solver begins: at the end of the last one, if that is finite."""
-    finite = jax.vmap(all_finite)(solution.state)
-    return tuple(
-        jnp.where(finite[:, None], x, s) for x, s in zip(solution.state, start, strict=True)
-    )
-
-
-def _solve_in_turn(
-    problem: InferenceProblem, start: State, solvers: Sequence[Solver], tolerance: Any
-) -> tuple[Solution, str]:
-    solution, state = None, start
-    for solver in solvers:
-        solution = _follow_up(solution, _solve(problem, state, solver, tolerance))
-        state = _restart(solution, start)
-    assert solution is not None
-    return solution, ", ".join(solver.name for solver in solvers)
-
-
-def _solve_on_host(
-    problem: InferenceProblem, start: State, solvers: Sequence[Solver], tolerance: float
-) -> tuple[Solution, dict[int, SlidingPoint], str]:
-    """As `_solve_in_turn`, but a solver that nobody needs is not even compiled.
-
-    Where activations have kinks, the samples that a solver leaves are looked at for sliding ones.
-    """
-    solution, sliding, state, ran = None, {}, start, []
-    for solver in solvers:
-        # As arrays, tolerances and steps can change without compiling again.
-        numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, solver)
-        goal = np.asarray(tolerance, problem.network.dtype)
-        solution = _follow_up(solution, _solve(problem, state, numbers, goal))
-        solution = on_host(solution)
-        ran.append(solver.name)
-        if has_kinks(problem.network):
-            solution, sliding = _slide_rest(problem, solution, tolerance)
-        done = solution.status == EquilibriumStatus.CONVERGED
-        done[list(sliding)] = True
-        if done.all():
-            break
-        state = _restart(solution, start)
-    assert solution is not None
-    return solution, sliding, ", ".join([*ran, *(["kinks"] if sliding else [])])
-
-
-def _slide_rest(
-    problem: InferenceProblem, solution: Solution, tolerance: float
-) -> tuple[Solution, dict[int, SlidingPoint]]:
-    """The solution with sliding points in place of what has not converged, where there are any."""
-    state, points = tuple(np.array(x) for x in solution.state), {}
-    for sample in np.flatnonzero(solution.status != EquilibriumStatus.CONVERGED):
-        one = tuple(x[sample] for x in state)
-        if not all(np.isfinite(x).all() for x in one):
-            continue
-        data = (problem.input, problem.output)
-        input, output = (None if x is None else x[sample] for x in data)
-        found = slide(problem.with_data(input, output), one, tolerance)
-        if found is not None:
-            points[int(sample)] = found
-            for layer, values in zip(state, found.state, strict=True):
-                layer[sample] = values
-    return dataclasses.replace(solution, state=state), points
-
-
-@eqx.filter_jit
 def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
     errors = problem.prediction_errors(problem.activities(state))
-    return errors, problem.energies_of(errors), layer_norms(gradient(problem, state))
+    return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
 
 
 def _build(
@@ -421,5 +324,5 @@ def _with_derivatives(problem: InferenceProblem, state: State) -> State:
 def _implicit_jvp(primals: Any, tangents: Any) -> Any:
     problem, state = primals
     tangent, _ = tangents
-    _, change = eqx.filter_jvp(lambda p: gradient(p, state), (problem,), (tangent,))
+    _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
     return state, jax.tree.map(jnp.negative, solve_hessian(problem, state, change))

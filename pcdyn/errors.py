@@ -81,7 +81,7 @@ class DataError(InputError):
 class Status(enum.IntEnum):
     """How a simulation ended; `explanation` gives cause and remedy.
 
-    The integer values are what `pcdyn.Trajectory.status` holds under `jax.vmap` and in files.
+    The integer values are what `pcdyn.Trajectory.status_codes` holds under `jax.vmap` and in files.
     """
 
     REACHED_T1 = 0

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pcdyn.linear import BlockTridiagonal
+from pcdyn.block_tridiagonal import BlockTridiagonal
 from pcdyn.problem import InferenceProblem, State
 
 

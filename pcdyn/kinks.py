@@ -3,9 +3,9 @@
 At a kink the free energy has two one-sided gradients. A point is stationary in the generalised
 sense if zero lies between them: if some slopes between the one-sided ones, for the units at their
 kinks, make the gradient vanish. The flow comes to rest there if the kink is a valley and not a
-ridge. With a given set of units held at their kinks the free energy is
-smooth, and the equilibrium solves a Newton system with one constraint per held unit, whose
-multipliers are those slopes; which units are held follows by an active-set search.
+ridge. With a given set of units held at their kinks the free energy is smooth, and the equilibrium
+solves a Newton system with one constraint per held unit, whose multipliers are those slopes; which
+units are held follows by an active-set search.
 
 On the host in NumPy, for the few samples of a batch that need it.
 """
@@ -213,7 +213,7 @@ def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tu
         rights.append(right)
         layers.append(_Held(layer, mask, kinks, jnp.maximum(left, right)))
     smooth = eqx.tree_at(lambda p: p.network.layers, problem, tuple(layers))
-    slope = jax.grad(smooth.free_energy)(state)
+    slope = smooth.gradient(state)
     hessian = free_energy_hessian(smooth, state).dense()
     errors = smooth.prediction_errors(activities)
     weighted = [

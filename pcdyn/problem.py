@@ -159,16 +159,21 @@ class InferenceProblem(eqx.Module):
         """Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
         return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
 
-    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
-        """dx_l/dt = −(1/τ_l) ∂F/∂x_l of every free layer, shaped like `state`."""
+    def gradient(self, state: State, first_prediction: Array | None = None) -> State:
+        """∂F/∂x_l of every free layer, shaped like `state`, whatever the time constants."""
 
         def total(state: State) -> Float[Array, ""]:
             return jnp.sum(self.free_energy(state, first_prediction))
 
-        gradient = jax.grad(total)(state)
+        return jax.grad(total)(state)
+
+    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+        """dx_l/dt = −(1/τ_l) ∂F/∂x_l of every free layer, shaped like `state`."""
         return tuple(
             -g if self.time_constants is None else -g / self.time_constants[index]
-            for index, g in zip(self.free_layers, gradient, strict=True)
+            for index, g in zip(
+                self.free_layers, self.gradient(state, first_prediction), strict=True
+            )
         )
 
     def feedforward_state(self, input: Numbers | None = None) -> State:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from pcdyn.activations import Elementwise
 from pcdyn.checks import is_traced
 from pcdyn.errors import (
     ActivationError,
@@ -148,32 +149,34 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagation:
     values, reachable = [problem.output], []
     exists = jnp.ones(problem.output.shape[:-1], bool)
     for index in range(problem.network.depth, 0, -1):
-        layer = _invertible_dense(problem.network, index)
+        layer, inverse = _invertible_dense(problem.network, index)
         in_range = layer.activation.in_range(values[0])
         exists = exists & jnp.all(in_range, axis=-1)
         reachable.insert(0, in_range)
         # Where a target does not exist any number may stand, as long as it is inside the range:
         # f(1) is, and it keeps NaN out of the reachable samples' derivatives.
         inside = layer.activation(jnp.ones_like(values[0]))
-        preimage = layer.activation.inverse(jnp.where(in_range, values[0], inside))  # type: ignore
+        preimage = inverse(jnp.where(in_range, values[0], inside))
         below = _solve_layer(layer, preimage)
         exists = exists & _solves(layer, below, preimage)
         values.insert(0, below)
     return TargetPropagation(tuple(values), tuple(reachable), exists)
 
 
-def _invertible_dense(network: Network, index: int) -> Dense:
+def _invertible_dense(network: Network, index: int) -> tuple[Dense, Elementwise]:
+    """A layer and the inverse of its activation."""
     layer = network.layers[index - 1]
     if not isinstance(layer, Dense):
         raise ShapeError(f"layer {index} is a {type(layer).__name__}: only Dense can be inverted")
-    if layer.activation.inverse is None:
+    inverse = layer.activation.inverse
+    if inverse is None:
         raise ActivationError(
             f"activation {layer.activation.name!r} of layer {index} has no inverse; give one with "
             "pcdyn.Activation(name, function, inverse, lower, upper)"
         )
     if not is_traced(layer.weight):
         _check_full_rank(np.asarray(layer.weight), index)
-    return layer
+    return layer, inverse
 
 
 def _check_full_rank(weight: np.ndarray, index: int) -> None:

@@ -21,9 +21,10 @@ from pcdyn.errors import (
     worst_status,
 )
 from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
-from pcdyn.integrators.base import Flow, Request, field_norms
+from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
 
@@ -152,7 +153,7 @@ def _observe(problem: InferenceProblem, states: State) -> Observed:
 
     def at(state: State) -> Observed:
         errors = problem.prediction_errors(problem.activities(state), flow.first_prediction)
-        return Observed(errors, problem.energies_of(errors), field_norms(flow(0.0, state)))
+        return Observed(errors, problem.energies_of(errors), layer_norms(flow(0.0, state)))
 
     return jax.vmap(at)(states)
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn.checks import is_traced
+from pcdyn.energy import LayerEnergies
 from pcdyn.errors import DenseOutputError, ShapeError, Status, TimesError, worst_status
 
 if TYPE_CHECKING:
     import xarray
 
 
-class Trajectory(eqx.Module):
+class Trajectory(LayerEnergies):
     """The activities of a network in time.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation such as `jax.vmap`).
@@ -76,21 +77,6 @@ class Trajectory(eqx.Module):
     def ok(self) -> bool:
         """Whether every sample was integrated to its end without a failure."""
         return worst_status(self.status_codes).ok
-
-    @property
-    def free_energy(self) -> Any:
-        """F = Σ_l E_l, shape `(time, [batch])`."""
-        return self.energies.sum(-1)
-
-    @property
-    def output_loss(self) -> Any:
-        """ℒ = E_L, shape `(time, [batch])`."""
-        return self.energies[..., -1]
-
-    @property
-    def residual_energy(self) -> Any:
-        """Ẽ = F − ℒ, shape `(time, [batch])`."""
-        return self.energies[..., :-1].sum(-1)
 
     @property
     def final(self) -> tuple[Any, ...]:

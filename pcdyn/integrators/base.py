@@ -8,10 +8,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import layer_norms
 
 
 class Flow(eqx.Module):
@@ -27,11 +28,6 @@ class Flow(eqx.Module):
     def __call__(self, t: Any, state: State, args: Any = None) -> State:
         """dx/dt at `state`; the flow does not depend on time."""
         return self.problem.vector_field(state, self.first_prediction)
-
-
-def field_norms(field: State) -> Float[Array, "*batch layers"]:
-    """The Euclidean norm of the vector field of each free layer, per sample."""
-    return jnp.stack([jnp.linalg.norm(layer, axis=-1) for layer in field], axis=-1)
 
 
 class UntilEquilibrium(eqx.Module):
@@ -61,7 +57,7 @@ class UntilEquilibrium(eqx.Module):
 
     def reached(self, t: Any, field: State) -> Array:
         """Whether to stop at time t, one boolean for all samples."""
-        norms = field_norms(field)
+        norms = layer_norms(field)
         tolerance, minimum = (
             jnp.asarray(x, norms.dtype) for x in (self.tolerance, self.minimum_time)
         )

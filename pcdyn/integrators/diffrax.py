@@ -213,7 +213,7 @@ class Diffrax(Integrator):
             jacobian_evaluations=None if _is_implicit(solver) else 0,
             accepted_steps=solution.stats["num_accepted_steps"],
             rejected_steps=solution.stats["num_rejected_steps"],
-            interpolation=DiffraxInterpolation(solution.interpolation) if request.dense else None,
+            interpolation=_Interpolation(solution.interpolation) if request.dense else None,
         )
 
     def _controller(self, request: Request, t1: Any) -> Any:
@@ -247,7 +247,7 @@ class Diffrax(Integrator):
         return (stages - reused) * steps + reused + tests
 
 
-class DiffraxInterpolation(eqx.Module):
+class _Interpolation(eqx.Module):
     """diffrax's dense output as a function of time."""
 
     interpolation: Any

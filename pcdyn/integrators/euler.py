@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +17,7 @@ from pcdyn.integrators.base import (
     check_step,
 )
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import all_finite
 
 
 class Euler(Integrator):
@@ -68,7 +68,7 @@ class Euler(Integrator):
         def advance(carry: Any, stop: Any) -> Any:
             def proceed(carry: Any) -> Any:
                 step, state, done = carry
-                return (step < stop) & ~done & _all_finite(state)
+                return (step < stop) & ~done & all_finite(state)
 
             def body(carry: Any) -> Any:
                 step, state, _ = carry
@@ -97,14 +97,10 @@ class Euler(Integrator):
         start = (jnp.asarray(0), state, finished(0, state))
         carry, states = jax.lax.scan(save, start, (whole.astype(int), fraction))
         step, end_state, done = advance(carry, last)
-        finite = _all_finite(end_state)
+        finite = all_finite(end_state)
         status = jnp.where(done, Status.CONVERGED, Status.REACHED_T1)
         status = jnp.where(finite, status, Status.NON_FINITE)
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
         evaluations = step + tests + jnp.sum(fraction > 0)
         return Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
-
-
-def _all_finite(state: State) -> Any:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in eqx.filter(state, eqx.is_array)]))

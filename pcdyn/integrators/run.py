@@ -15,6 +15,7 @@ from pcdyn.errors import Status
 from pcdyn.integrators.base import Integration, Integrator, Request
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import choose
 
 
 def integrate(method: Integrator, request: Request, per_sample: bool) -> Integration:
@@ -71,7 +72,7 @@ def _checked_run(method: Integrator, request: Request) -> Integration:
     return _with_held_ends(run, request.state)
 
 
-class HeldEnds(eqx.Module):
+class _HeldEnds(eqx.Module):
     """Dense output that holds the end state after the end, or is NaN there after a failure."""
 
     interpolation: Any
@@ -83,19 +84,15 @@ class HeldEnds(eqx.Module):
     def __call__(self, t: Any) -> State:
         inside = self.interpolation(jnp.minimum(t, self.end_time))
         beyond = jax.tree.map(lambda x: jnp.where(self.failed, jnp.nan, x), self.end_state)
-        before = _where(t > self.end_time, beyond, inside)
-        return _where(t <= 0, self.start, before)
-
-
-def _where(condition: Any, yes: State, no: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+        before = choose(t > self.end_time, beyond, inside)
+        return choose(t <= 0, self.start, before)
 
 
 def _with_held_ends(run: Integration, start: State) -> Integration:
     if run.interpolation is None:
         return run
     failed = run.status > Status.CONVERGED
-    held = HeldEnds(run.interpolation, start, run.end_state, run.end_time, failed)
+    held = _HeldEnds(run.interpolation, start, run.end_state, run.end_time, failed)
     return dataclasses.replace(run, interpolation=held)
 
 

@@ -79,7 +79,7 @@ class SciPy(Integrator):
         rtol, atol = map(float, default_tolerances(self.rtol, self.atol, request))
         options = system.jacobian_options(self.method)
         if until is not None:
-            options["events"] = system.equilibrium_event(until)
+            options["events"] = _AtEquilibrium(system, until)
         with np.errstate(all="ignore"):
             try:
                 solution = solve_ivp(
@@ -190,16 +190,19 @@ class _HostSystem:
         norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]
         return bool(max(norms) <= until.tolerance)
 
-    def equilibrium_event(self, until: UntilEquilibrium) -> Any:
-        """A terminal event: positive before equilibrium, negative at it."""
 
-        def event(t: float, y: np.ndarray) -> float:
-            if t < until.minimum_time:
-                return 1.0
-            return -1.0 if self.below(y, until) else 1.0
+class _AtEquilibrium:
+    """A terminal event of solve_ivp: positive before equilibrium, negative at it."""
 
-        event.terminal = True  # type: ignore[attr-defined]
-        return event
+    terminal = True
+
+    def __init__(self, system: _HostSystem, until: UntilEquilibrium):
+        self._system, self._until = system, until
+
+    def __call__(self, t: float, y: np.ndarray) -> float:
+        if t < self._until.minimum_time:
+            return 1.0
+        return -1.0 if self._system.below(y, self._until) else 1.0
 
 
 def _host_device() -> Any:

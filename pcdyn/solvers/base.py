@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import dot, step
 
 
 class Solution(eqx.Module):
@@ -46,37 +47,6 @@ class Solver(eqx.Module):
         """
 
 
-def gradient(problem: InferenceProblem, state: State) -> State:
-    """∂F/∂x_l of every free layer, whatever the time constants."""
-    return jax.grad(lambda y: jnp.sum(problem.free_energy(y)))(state)
-
-
-def layer_norms(state: State) -> Any:
-    """The Euclidean norm of each layer, on the last axis."""
-    return jnp.stack([jnp.linalg.norm(layer, axis=-1) for layer in state], axis=-1)
-
-
-def dot(a: State, b: State) -> Any:
-    """The inner product of two states of one sample."""
-    return sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))
-
-
-def step(state: State, length: Any, direction: State) -> State:
-    """state + length · direction."""
-    return jax.tree.map(lambda x, d: x + length * d, state, direction)
-
-
-def choose(condition: Any, yes: Any, no: Any) -> Any:
-    """One of two trees of arrays."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def all_finite(tree: Any) -> Any:
-    """Whether every entry of every array is finite."""
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-
-
 def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
     """The status of a run from what is known of its end."""
     status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), int(otherwise))
@@ -86,8 +56,8 @@ def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> A
 def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State, Any]:
     """Solve until the residual falls by `tolerance`, or a direction of negative curvature shows.
 
-    There it returns what it has, which is a descent direction (Steihaug). Also returns the number
-    of products.
+    There it returns what it has, which is a descent direction (Steihaug); the solvers of JAX and
+    lineax would go on and lose it. Also returns the number of products.
     """
     target = tolerance**2 * dot(rhs, rhs)
     units = sum(x.size for x in rhs)

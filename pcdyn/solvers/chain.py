@@ -73,15 +73,14 @@ class Chain(eqx.Module):
         """Π_l⁻¹ v_l, l = 1 … L−1."""
         return tuple(self.gaussian.unweigh(i, v) for i, v in enumerate(vectors, start=1))
 
-    def with_pulls(self, errors: State) -> tuple[State, Any, tuple[Pull, ...]]:
-        """`activities`, and for l = 2 … L the map of a covector of layer l to one of l − 1."""
-        x, pulls, hidden = self.first_prediction + errors[0], [], []
+    def with_pulls(self, errors: State) -> tuple[Any, tuple[Pull, ...]]:
+        """The output error r; for l = 2 … L the map from covectors of layer l to layer l − 1."""
+        x, pulls = self.first_prediction + errors[0], []
         for index in range(2, self.depth + 1):
-            hidden.append(x)
             prediction, pull = jax.vjp(lambda y, i=index: self.problem.network.predict(i, y), x)
             pulls.append(lambda covector, pull=pull: pull(covector)[0])
             x = prediction + errors[index - 1] if index < self.depth else prediction
-        return tuple(hidden), self.target - x, tuple(pulls)
+        return self.target - x, tuple(pulls)
 
     def residual(self, errors: State, output_error: Any, pulls: tuple[Pull, ...]) -> State:
         """∂F/∂x_l = Π_l ε_l − (∂μ_{l+1}/∂x_l)ᵀ Π_{l+1} ε_{l+1} of the hidden layers."""
@@ -99,6 +98,6 @@ def pull_through(pulls: tuple[Pull, ...], covector: Any) -> State:
     return tuple(covectors)
 
 
-def transposed_jacobians(pulls: tuple[Pull, ...], width: int, dtype: Any) -> State:
+def output_jacobians(pulls: tuple[Pull, ...], width: int, dtype: Any) -> State:
     """J_l = ∂μ_L/∂x_l, l = 1 … L−1, each of shape (n_L, n_l), by n_L backward passes."""
     return jax.vmap(lambda v: pull_through(pulls, v))(jnp.eye(width, dtype=dtype))

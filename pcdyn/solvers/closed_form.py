@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.linear import hessian, linear_equilibrium
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, all_finite, final_status
+from pcdyn.solvers.base import Solution, Solver, final_status
+from pcdyn.states import all_finite
 
 
 class ClosedForm(Solver):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
-from pcdyn.solvers.base import all_finite, choose, dot, layer_norms, step
+from pcdyn.solvers.base import Solution
+from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
 _SUFFICIENT_DECREASE = 1e-4
 _SHORTEST_STEP = 2.0**-10
@@ -29,8 +30,8 @@ class Linearisation(eqx.Module):
     """A model of the free energy around a point in the solver's own coordinates.
 
     `residual` is ∂F/∂x of the activities, which decides convergence; `slope` the gradient in the
-    solver's coordinates; `propose(damping)` gives the step that minimises the damped model;
-    `passes` says what all of it costs.
+    solver's coordinates; `propose(damping)` gives the step that minimises the damped model, and
+    the passes that this took; `passes` is what all else costs.
     """
 
     energy: Any
@@ -38,15 +39,6 @@ class Linearisation(eqx.Module):
     slope: Any
     propose: Callable[[Any], Any]
     passes: Any = eqx.field(static=True)
-
-
-class Outcome(eqx.Module):
-    """Where the descent ended."""
-
-    point: Any
-    status: Any
-    iterations: Any
-    passes: Any
 
 
 class _Memory(eqx.Module):
@@ -109,8 +101,11 @@ def descend(
     start: Any,
     tolerance: Any,
     max_iterations: int,
-) -> Outcome:
-    """Minimise `energy` from `start` until the residual of every layer is at most `tolerance`."""
+) -> Solution:
+    """Minimise `energy` from `start` until the residual of every layer is at most `tolerance`.
+
+    The `state` of the solution is in the coordinates of `start`.
+    """
 
     def proceed(now: _Search) -> Any:
         return (now.status == _RUNNING) & (now.iterations < max_iterations)
@@ -118,7 +113,8 @@ def descend(
     def iterate(now: _Search) -> _Search:
         model = linearise(now.point)
         converged = jnp.all(layer_norms(model.residual) <= tolerance)
-        memory = now.memory.with_proposal(model.propose(now.damping), now.iterations == 0)
+        proposed, spent = model.propose(now.damping)
+        memory = now.memory.with_proposal(proposed, now.iterations == 0)
         direction = _descent_direction(model, memory)
         length, trials = _line_search(energy, now.point, model, direction)
         rests = converged | (length == 0)
@@ -134,14 +130,14 @@ def descend(
             status=jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE)),
             iterations=now.iterations + jnp.where(converged, 0, 1),
             # What is computed beside the check of a converged point is not charged to it.
-            passes=now.passes + jnp.where(converged, 2, model.passes + trials),
+            passes=now.passes + jnp.where(converged, 2, model.passes + spent + trials),
         )
 
     dtype, zero = jax.tree.leaves(start)[0].dtype, jnp.asarray(0)
     nowhere = _Memory.empty(start)
     first = _Search(start, nowhere, jnp.zeros((), dtype), jnp.asarray(_RUNNING), zero, zero)
     end = jax.lax.while_loop(proceed, iterate, first)
-    return Outcome(end.point, end.status, end.iterations, end.passes)
+    return Solution(end.point, end.status, end.iterations, end.passes)
 
 
 def _descent_direction(model: Linearisation, memory: _Memory) -> Any:

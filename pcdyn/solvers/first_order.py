@@ -10,19 +10,10 @@ import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import (
-    Solution,
-    Solver,
-    all_finite,
-    choose,
-    dot,
-    final_status,
-    gradient,
-    layer_norms,
-    step,
-)
+from pcdyn.solvers.base import Solution, Solver, final_status
 from pcdyn.solvers.chain import Chain, pull_through
 from pcdyn.solvers.gauss_newton import gaussian_energy
+from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
 
 class GradientDescent(Solver):
@@ -52,8 +43,8 @@ class FixedPoint(Solver):
     """The authors' fixed-point iteration `x_l ← μ_l + Π_l⁻¹ (∂μ_{l+1}/∂x_l)ᵀ Π_{l+1} ε_{l+1}`.
 
     All layers at once. It is gradient descent with the step Π_l⁻¹, and converges only where every
-    eigenvalue of Π⁻¹H is below 2 (for unit precisions and a linear network: ‖…‖ of the couplings
-    below 1), where H is the Hessian at the equilibrium; otherwise it runs away and says so.
+    eigenvalue of Π⁻¹H is below 2, H being the Hessian at the equilibrium; otherwise it runs away
+    and says so.
     """
 
     max_iterations: int = eqx.field(static=True, default=10_000)
@@ -92,9 +83,9 @@ def _iterate(
     def body(carry: Any) -> Any:
         state, slope, iterations = carry
         state = update(state, slope)
-        return state, gradient(problem, state), iterations + 1
+        return state, problem.gradient(state), iterations + 1
 
-    start = (state, gradient(problem, state), jnp.asarray(0))
+    start = (state, problem.gradient(state), jnp.asarray(0))
     state, slope, iterations = jax.lax.while_loop(proceed, body, start)
     converged = jnp.all(layer_norms(slope) <= tolerance)
     status = final_status(converged, all_finite(slope), EquilibriumStatus.ITERATION_LIMIT)
@@ -155,7 +146,7 @@ class ErrorDescent(Solver):
 
         def look(errors: State) -> tuple[Any, State, State]:
             """F, the residual of the activities, and the preconditioned gradient."""
-            _, output_error, pulls = chain.with_pulls(errors)
+            output_error, pulls = chain.with_pulls(errors)
             covector = chain.gaussian.weigh(chain.depth, output_error)
             pulled = chain.unweighted(pull_through(pulls, covector))
             slope = jax.tree.map(jnp.subtract, errors, pulled)
@@ -209,7 +200,7 @@ class ErrorDescent(Solver):
 
     def _first_rate(self, chain: Chain, errors: State) -> Any:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
-        _, output_error, pulls = chain.with_pulls(errors)
+        output_error, pulls = chain.with_pulls(errors)
 
         def pull(covector: Any) -> State:
             return pull_through(pulls, covector)

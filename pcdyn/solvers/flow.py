@@ -18,7 +18,7 @@ class FlowToRest(Solver):
     """Integrate the flow until the vector field is small, or to `t1`.
 
     Arguments: `integrator`, any that runs in JAX and can watch for equilibrium; `t1`, in activity
-    time constants.
+    time constants. Its `passes` are 0 for an implicit integrator, which does not report them.
     """
 
     integrator: Integrator = eqx.field(default_factory=Diffrax)

@@ -8,6 +8,7 @@ over depth, or Gaussian message passing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -19,8 +20,8 @@ from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.linear import gauss_newton_hessian
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, gradient
-from pcdyn.solvers.chain import Chain, pull_through, transposed_jacobians
+from pcdyn.solvers.base import Solution, Solver, conjugate_gradients
+from pcdyn.solvers.chain import Chain, output_jacobians, pull_through
 from pcdyn.solvers.damped import Linearisation, descend
 
 
@@ -55,7 +56,7 @@ class GaussNewton(Solver):
         narrow = chain.problem.network.widths[-1] <= self.explicit_width
 
         def linearise(errors: State) -> Linearisation:
-            _, output_error, pulls = chain.with_pulls(errors)
+            output_error, pulls = chain.with_pulls(errors)
             weighted_output = chain.gaussian.weigh(chain.depth, output_error)
             slope = jax.tree.map(
                 jnp.subtract, chain.weighted(errors), pull_through(pulls, weighted_output)
@@ -76,8 +77,8 @@ class GaussNewton(Solver):
 
         start = chain.errors(state)
         end = descend(linearise, chain.energy, start, tolerance, self.max_iterations)
-        hidden, _ = chain.activities(end.point)
-        return Solution(hidden, end.status, end.iterations, end.passes)
+        hidden, _ = chain.activities(end.state)
+        return dataclasses.replace(end, state=hidden)
 
     def _matrix_free_step(self, chain: Chain, slope: State, output_error: Any, pulls: Any) -> Any:
         def pushed(tangents: State) -> Any:
@@ -90,7 +91,7 @@ class GaussNewton(Solver):
 
         steepest = chain.unweighted(slope)
 
-        def propose(damping: Any) -> State:
+        def propose(damping: Any) -> tuple[State, Any]:
             def s_product(covector: Any) -> Any:
                 own = chain.gaussian.unweigh(chain.depth, covector)
                 return own + pushed(spread(covector)) / (1 + damping)
@@ -98,10 +99,12 @@ class GaussNewton(Solver):
             # For the correction and not for the new errors: its right-hand side shrinks with the
             # residual, and so does the error that conjugate gradients leave.
             rhs = pushed(steepest) / (1 + damping)
-            (solved,), _ = conjugate_gradients(
+            (solved,), products = conjugate_gradients(
                 lambda v: (s_product(v[0]),), (rhs,), self.cg_tolerance
             )
-            return jax.tree.map(lambda s, g: (s - g) / (1 + damping), spread(solved), steepest)
+            move = jax.tree.map(lambda s, g: (s - g) / (1 + damping), spread(solved), steepest)
+            # Each product is a backward and a tangent pass, as are its two ends together.
+            return move, 2 * (products + 1)
 
         return propose
 
@@ -109,22 +112,21 @@ class GaussNewton(Solver):
         gaussian = gaussian_energy(self.name, problem)
 
         def linearise(state: State) -> Linearisation:
-            slope = gradient(problem, state)
+            slope = problem.gradient(state)
             matrix = gauss_newton_hessian(problem, gaussian, layer_jacobians(problem, state))
             largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
 
-            def propose(damping: Any) -> State:
+            def propose(damping: Any) -> tuple[State, int]:
                 damped = matrix.plus_diagonal(damping * largest)
-                return jax.tree.map(jnp.negative, damped.cholesky().solve(slope))
+                return jax.tree.map(jnp.negative, damped.cholesky().solve(slope)), 0
 
             return Linearisation(problem.free_energy(state), slope, slope, propose, 3)
 
-        end = descend(linearise, problem.free_energy, state, tolerance, self.max_iterations)
-        return Solution(end.point, end.status, end.iterations, end.passes)
+        return descend(linearise, problem.free_energy, state, tolerance, self.max_iterations)
 
 
 def _explicit_step(chain: Chain, errors: State, output_error: Any, pulls: Any) -> Any:
-    jacobians = transposed_jacobians(pulls, output_error.shape[0], output_error.dtype)
+    jacobians = output_jacobians(pulls, output_error.shape[0], output_error.dtype)
     spread = chain.unweighted(jacobians)
     moved = sum(j @ e for j, e in zip(jacobians, errors, strict=True))
     hidden_part = sum(j @ s.T for j, s in zip(jacobians, spread, strict=True))
@@ -132,11 +134,12 @@ def _explicit_step(chain: Chain, errors: State, output_error: Any, pulls: Any) -
         chain.depth, jnp.eye(output_error.shape[0], dtype=output_error.dtype)
     )
 
-    def propose(damping: Any) -> State:
+    def propose(damping: Any) -> tuple[State, int]:
         s_matrix = own_part + hidden_part / (1 + damping)
-        rhs = output_error + moved - damping / (1 + damping) * moved
+        rhs = output_error + moved / (1 + damping)
         solved = jsl.cho_solve(jsl.cho_factor(s_matrix, lower=True), rhs)
-        return tuple((solved @ s - e) / (1 + damping) for s, e in zip(spread, errors, strict=True))
+        pairs = zip(spread, errors, strict=True)
+        return tuple((solved @ s - e) / (1 + damping) for s, e in pairs), 0
 
     return propose
 

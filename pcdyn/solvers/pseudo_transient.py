@@ -10,17 +10,8 @@ import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import (
-    Solution,
-    Solver,
-    all_finite,
-    choose,
-    conjugate_gradients,
-    dot,
-    gradient,
-    layer_norms,
-    step,
-)
+from pcdyn.solvers.base import Solution, Solver, conjugate_gradients
+from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
 
 class PseudoTransient(Solver):
@@ -60,7 +51,7 @@ class PseudoTransient(Solver):
             energy = problem.free_energy(state)
             direction, products = self._step(problem, state, slope, time_step)
             trial = step(state, 1, direction)
-            trial_slope = gradient(problem, trial)
+            trial_slope = problem.gradient(trial)
             slack = 8 * smallest * energy
             lower = problem.free_energy(trial) <= energy + slack
             accepted = lower & all_finite(trial_slope)
@@ -78,7 +69,7 @@ class PseudoTransient(Solver):
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 
-        slope = gradient(problem, state)
+        slope = problem.gradient(state)
         converged = jnp.all(layer_norms(slope) <= tolerance)
         status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
         status = jnp.where(all_finite(slope), status, int(EquilibriumStatus.NON_FINITE))
@@ -90,7 +81,7 @@ class PseudoTransient(Solver):
         self, problem: InferenceProblem, state: State, slope: State, time_step: Any
     ) -> tuple[State, Any]:
         """The step, and the number of Hessian products it took."""
-        _, curve = jax.linearize(lambda y: gradient(problem, y), state)
+        _, curve = jax.linearize(problem.gradient, state)
 
         def product(tangent: State) -> State:
             return jax.tree.map(lambda h, v: h + v / time_step, curve(tangent), tangent)

@@ -102,6 +102,5 @@ def test_global_error_falls_with_the_order_of_the_method(name: str) -> None:
             final = given.stack([run.final[i] for i in given.free])
             errors.append(np.linalg.norm(final - expected))
         slope = -np.polyfit(exponents, np.log2(errors), 1)[0]
-        print(name, activation, slope, errors, -np.diff(np.log2(errors)))
         assert slope >= order - 0.1, (activation, errors)
         assert order > 4 or slope <= order + 0.1, (activation, errors)

@@ -122,7 +122,7 @@ def small_server(
     write(root, idx(PIXELS), idx(CLASSES), zipped=True)
     for name, array in ((IMAGES, PIXELS), (LABELS, CLASSES)):
         digest = hashlib.sha256(idx(array)).hexdigest()
-        monkeypatch.setitem(datasets._MNIST.sha256, name, digest)  # pyright: ignore
+        monkeypatch.setitem(datasets._MNIST.sha256, name, digest)
     return root, serve(root)
 
 

@@ -157,7 +157,7 @@ def test_mean_band(axis: int) -> None:
     np.testing.assert_array_equal(_data(line)[0], x)
     np.testing.assert_allclose(_data(line)[1], seeds.mean(axis=0))
     low, high = seeds.mean(axis=0) - seeds.std(axis=0), seeds.mean(axis=0) + seeds.std(axis=0)
-    corners = band.get_paths()[0].vertices  # pyright: ignore[reportAttributeAccessIssue]
+    corners = band.get_paths()[0].vertices
     for position, ends in zip(x, zip(low, high, strict=True), strict=True):
         heights = corners[corners[:, 0] == position, 1]
         np.testing.assert_allclose((heights.min(), heights.max()), ends)
