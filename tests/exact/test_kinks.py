@@ -100,7 +100,7 @@ def test_no_nearby_point_is_lower(seed: int) -> None:
 
 
 def test_the_flow_hovers_where_the_kinks_are_solved() -> None:
-    """Euler's chatter around a kink is of the order of its step."""
+    """Euler's chatter around a kink is its step times a jump of the gradient, here of order 1."""
     sliding = 0
     for seed in range(8):
         case = relu_case(seed)
@@ -109,7 +109,7 @@ def test_the_flow_hovers_where_the_kinks_are_solved() -> None:
         found = slide(case.problem, hovering, 1e-8)
         assert found is not None
         distance = np.linalg.norm(case.stack(found.state) - case.stack(hovering))
-        assert distance < 0.05
+        assert distance < 5e-3
         sliding += any(mask.any() for mask in found.at_kink)
     assert sliding >= 2
 
