@@ -94,12 +94,7 @@ class Gaussian(Energy):
 
     def weigh(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """Π_l ε_l, the precision-weighted prediction error of layer l = `index`."""
-        precision = self.precision(index)
-        if precision is None:
-            return error
-        if precision.ndim == 2:
-            return error @ precision
-        return jnp.broadcast_to(precision, error.shape) * error
+        return weigh(self.precision(index), error)
 
     def unweigh(self, index: int, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """Π_l⁻¹ v, the inverse of `weigh`: a product with the covariance of layer l = `index`."""
@@ -140,6 +135,17 @@ class Gaussian(Energy):
                     f"precision of layer {index} has shape {precision.shape}, but the layer has "
                     f"{widths[index]} units"
                 )
+
+
+def weigh(
+    precision: Float[Array, "..."] | None, error: Float[Array, "*batch n"]
+) -> Float[Array, "*batch n"]:
+    """Π ε for a precision as given: scalar, diagonal or matrix; `None` means 1."""
+    if precision is None:
+        return error
+    if precision.ndim == 2:
+        return error @ precision
+    return jnp.broadcast_to(precision, error.shape) * error
 
 
 def _checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from pcdyn.states import dot, step
 
 
 class Solution(eqx.Module):
-    """Where a solver ended, for one sample.
+    """Where a solver ended, per sample.
 
     `status` is a `pcdyn.EquilibriumStatus` as an integer. `passes` counts forward, backward and
     tangent passes through the network; one evaluation of the vector field takes two.
@@ -41,10 +42,21 @@ class Solver(eqx.Module):
 
     @abc.abstractmethod
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        """Solve one sample from `state`; the batch comes by `jax.vmap`.
+        """Solve every sample of a batch from `state`; each stops changing once it is solved.
 
         It has converged when ‖∂F/∂x_l‖ is at most `tolerance` in every free layer.
         """
+
+
+def solve_each(
+    solve: Callable[[InferenceProblem, State], Solution], problem: InferenceProblem, state: State
+) -> Solution:
+    """Apply a function that solves one sample to every sample of a batch."""
+
+    def one(input: Any, output: Any, state: State) -> Solution:
+        return solve(problem.with_data(input, output), state)
+
+    return eqx.filter_vmap(one)(problem.input, problem.output, state)
 
 
 def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
@@ -57,29 +69,35 @@ def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State
     """Solve until the residual falls by `tolerance`, or a direction of negative curvature shows.
 
     There it returns what it has, which is a descent direction (Steihaug); the solvers of JAX and
-    lineax would go on and lose it. Also returns the number of products.
+    lineax would go on and lose it. One sample or a batch, of which each is solved by itself. Also
+    returns the number of products.
     """
-    target = tolerance**2 * dot(rhs, rhs)
-    units = sum(x.size for x in rhs)
+    first = dot(rhs, rhs)
+    target = tolerance**2 * first
+    units = sum(x.shape[-1] for x in rhs)
 
-    def proceed(carry: Any) -> Any:
+    def unsolved(carry: Any) -> Any:
         _, _, _, squared, count, flat = carry
         return (squared > target) & (count < 2 * units) & ~flat
 
     def body(carry: Any) -> Any:
-        x, residual, direction, squared, count, _ = carry
+        x, residual, direction, squared, count, flat = carry
+        active = unsolved(carry)
         image = product(direction)
         curvature = dot(direction, image)
-        flat = ~(curvature > 0)
-        length = squared / jnp.where(flat, 1, curvature)
-        length = jnp.where(flat, jnp.where(count == 0, 1.0, 0.0).astype(length.dtype), length)
+        flat = flat | (active & ~(curvature > 0))
+        length = squared / jnp.where(curvature > 0, curvature, 1)
+        # Downhill without curvature: the right-hand side itself, if there is nothing better.
+        length = jnp.where(flat, jnp.where(count == 0, 1, 0).astype(length.dtype), length)
+        length = jnp.where(active, length, 0)
         x = step(x, length, direction)
         residual = step(residual, -length, image)
         after = dot(residual, residual)
         direction = step(residual, after / jnp.where(squared > 0, squared, 1), direction)
-        return x, residual, direction, after, count + 1, flat
+        return x, residual, direction, after, count + active.astype(int), flat
 
     zero = jax.tree.map(jnp.zeros_like, rhs)
-    start = (zero, rhs, rhs, dot(rhs, rhs), jnp.asarray(0), jnp.asarray(False))
-    x, *_, count, _ = jax.lax.while_loop(proceed, body, start)
+    none = jnp.zeros(first.shape, int)
+    start = (zero, rhs, rhs, first, none, none > 0)
+    x, *_, count, _ = jax.lax.while_loop(lambda carry: jnp.any(unsolved(carry)), body, start)
     return x, count

@@ -1,103 +1,181 @@
-"""A network in error coordinates: activities from prediction errors, and products with Jacobians.
+"""A network in error coordinates: activities from prediction errors, one pass for all layers.
 
-With the input clamped the activities follow from the errors e_1 … e_{L−1} by one forward pass,
+With both ends clamped the activities follow from the errors e_1 … e_{L−1} by one forward pass,
 `x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = ½ Σ e_lᵀ Π_l e_l + ½ rᵀ Π_L r` with the output
-error `r = T − μ_L`. One sample throughout.
+error `r = T − μ_L`.
+
+Consecutive layers of the same kind are stacked and run in a loop that is compiled once, so that a
+deep network does not take long to compile. *Stacked* values hold one array `(layers, batch, n)` for
+each such run of layers; the first hidden layer stands alone, for its prediction is constant.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 
-from pcdyn.energy import Gaussian
+from pcdyn.energy import Gaussian, weigh
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers.damped import Look
+from pcdyn.states import dot, largest_norm
 
-Pull = Callable[[Any], Any]
+Stacked = tuple[Any, ...]
+# Loops of up to so many layers are written out, which is faster to run and not slow to compile.
+_WRITTEN_OUT = 4
 
 
 class Chain(eqx.Module):
     """A problem with both ends clamped, as a function of its errors."""
 
-    problem: InferenceProblem
     first_prediction: Any
     target: Any
+    layers: tuple[Any, ...]
+    output_layer: Any
+    precisions: tuple[Any, ...]
+    covariances: tuple[Any, ...]
+    output_precision: Any
+    output_covariance: Any
+    lengths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, problem: InferenceProblem):
-        self.problem = problem
+        network, energy = problem.network, problem.energy
+        assert isinstance(energy, Gaussian), "the solvers have checked this"
         self.first_prediction = problem.first_prediction()
         self.target = problem.output
+        self.output_layer = network.layers[-1]
+        self.output_precision = energy.precision(network.depth)
+        each = [
+            (network.layers[i - 1], energy.precision(i), network.widths[i - 1 : i + 1])
+            for i in range(2, network.depth)
+        ]
+        runs = [_stack(list(run)) for _, run in itertools.groupby(each, _structure)]
+        self.layers = tuple(layer for layer, _, _ in runs)
+        self.precisions = (_stack([energy.precision(1)]), *(p for _, p, _ in runs))
+        self.covariances = tuple(
+            None if p is None else jax.vmap(_covariance)(p) for p in self.precisions
+        )
+        self.output_covariance = _covariance(self.output_precision)
+        self.lengths = (1, *(len(list(run)) for _, run in itertools.groupby(each, _structure)))
 
-    @property
-    def gaussian(self) -> Gaussian:
-        """The energy, which the solvers have checked to be Gaussian."""
-        energy = self.problem.energy
-        assert isinstance(energy, Gaussian)
-        return energy
+    def stack(self, layers: State) -> Stacked:
+        """One array per hidden layer as one array per run."""
+        each = iter(layers)
+        return tuple(jnp.stack(list(itertools.islice(each, n))) for n in self.lengths)
 
-    @property
-    def depth(self) -> int:
-        return self.problem.network.depth
+    def unstack(self, stacked: Stacked) -> State:
+        """One array per run as one array per hidden layer."""
+        return tuple(layer for run in stacked for layer in run)
 
-    def errors(self, state: State) -> State:
+    def errors(self, state: State) -> Stacked:
         """e_1 … e_{L−1} of hidden activities."""
-        activities = self.problem.activities(state)
-        return self.problem.prediction_errors(activities, self.first_prediction)[:-1]
+        activities = self.stack(state)
+        predictions = (self.first_prediction[None], *self.predictions(activities)[:-1])
+        return jax.tree.map(jnp.subtract, activities, predictions)
 
-    def activities(self, errors: State) -> tuple[State, Any]:
+    def predictions(self, activities: Stacked) -> tuple[Any, ...]:
+        """μ_2 … μ_L from the hidden activities, stacked, and the output's by itself."""
+        results, below = [], activities[0][-1]
+        for layer, here in zip(self.layers, activities[1:], strict=True):
+            lower = jnp.concatenate([below[None], here[:-1]]) if len(here) > 1 else below[None]
+            # Layer by layer: XLA multiplies one after the other faster than a batch of matrices.
+            results.append(_scan(lambda _, f, x: (None, _apply(f, x)), None, layer, lower)[1])
+            below = here[-1]
+        return (*results, _apply(self.output_layer, below))
+
+    def _output_error(self, errors: Stacked) -> tuple[Any, Stacked]:
+        hidden, output_error = self.activities(errors)
+        return output_error, hidden
+
+    def activities(self, errors: Stacked) -> tuple[Stacked, Any]:
         """The hidden activities x_1 … x_{L−1} and the output error r."""
-        hidden = [self.first_prediction + errors[0]]
-        for index, error in enumerate(errors[1:], start=2):
-            hidden.append(self.problem.network.predict(index, hidden[-1]) + error)
-        output = self.problem.network.predict(self.depth, hidden[-1])
-        return tuple(hidden), self.target - output
 
-    def energy(self, errors: State) -> Any:
-        """F(e)."""
-        return self.energy_of(errors, self.activities(errors)[1])
+        def climb(x: Any, layer: Any, error: Any) -> tuple[Any, Any]:
+            x = _apply(layer, x) + error
+            return x, x
 
-    def energy_of(self, errors: State, output_error: Any) -> Any:
-        """F from the errors and the output error that belongs to them."""
-        each = [*errors, output_error]
-        return sum(self.gaussian.layer_energy(i, e) for i, e in enumerate(each, start=1))
+        x = self.first_prediction + errors[0][0]
+        hidden = [x[None]]
+        for layer, error in zip(self.layers, errors[1:], strict=True):
+            x, run = _scan(climb, x, layer, error)
+            hidden.append(run)
+        return tuple(hidden), self.target - _apply(self.output_layer, x)
 
-    def weighted(self, errors: State) -> State:
+    def look(self, errors: Stacked) -> Look:
+        """F, ∂F/∂e and the size of ∂F/∂x by one forward and two backward passes."""
+
+        output_error, pull_chain, hidden = jax.vjp(self._output_error, errors, has_aux=True)
+        weighted = self.weighted(errors)
+        output_weighted = weigh(self.output_precision, output_error)
+        energy = 0.5 * (dot(errors, weighted) + dot((output_error,), (output_weighted,)))
+        slope = jax.tree.map(jnp.add, weighted, pull_chain(output_weighted)[0])
+        _, pull = jax.vjp(self.predictions, hidden)
+        (above,) = pull((*weighted[1:], output_weighted))
+        residual = jax.tree.map(jnp.subtract, weighted, above)
+        return Look(energy, slope, largest_norm(residual))
+
+    def linearise(
+        self, errors: Stacked
+    ) -> tuple[Callable[[Stacked], Any], Callable[[Any], Stacked]]:
+        """Products with the Jacobians J_l = ∂μ_L/∂x_l: `Σ_l J_l v_l`, and `J_lᵀ v` for all l."""
+
+        _, push = jax.linearize(lambda e: self.target - self.activities(e)[1], errors)
+        transposed = jax.linear_transpose(push, errors)
+        return push, lambda covector: transposed(covector)[0]
+
+    def weighted(self, errors: Stacked) -> Stacked:
         """Π_l e_l, l = 1 … L−1."""
-        return tuple(self.gaussian.weigh(i, e) for i, e in enumerate(errors, start=1))
+        return _each_layer(self.precisions, errors)
 
-    def unweighted(self, vectors: State) -> State:
+    def unweighted(self, vectors: Stacked) -> Stacked:
         """Π_l⁻¹ v_l, l = 1 … L−1."""
-        return tuple(self.gaussian.unweigh(i, v) for i, v in enumerate(vectors, start=1))
-
-    def with_pulls(self, errors: State) -> tuple[Any, tuple[Pull, ...]]:
-        """The output error r; for l = 2 … L the map from covectors of layer l to layer l − 1."""
-        x, pulls = self.first_prediction + errors[0], []
-        for index in range(2, self.depth + 1):
-            prediction, pull = jax.vjp(lambda y, i=index: self.problem.network.predict(i, y), x)
-            pulls.append(lambda covector, pull=pull: pull(covector)[0])
-            x = prediction + errors[index - 1] if index < self.depth else prediction
-        return self.target - x, tuple(pulls)
-
-    def residual(self, errors: State, output_error: Any, pulls: tuple[Pull, ...]) -> State:
-        """∂F/∂x_l = Π_l ε_l − (∂μ_{l+1}/∂x_l)ᵀ Π_{l+1} ε_{l+1} of the hidden layers."""
-        weighted = [*self.weighted(errors), self.gaussian.weigh(self.depth, output_error)]
-        above = [pull(covector) for pull, covector in zip(pulls, weighted[1:], strict=True)]
-        return tuple(w - a for w, a in zip(weighted[:-1], above, strict=True))
+        return _each_layer(self.covariances, vectors)
 
 
-def pull_through(pulls: tuple[Pull, ...], covector: Any) -> State:
-    """J_lᵀ v for l = 1 … L−1: an output covector pulled back through the whole chain."""
-    covectors: list[Any] = []
-    for pull in reversed(pulls):
-        covector = pull(covector)
-        covectors.insert(0, covector)
-    return tuple(covectors)
+def _structure(layer: Any) -> Any:
+    """What layers share that one loop can run."""
+    arrays, static = eqx.partition(layer, eqx.is_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    return [(x.shape, x.dtype) for x in leaves], tree, static
 
 
-def output_jacobians(pulls: tuple[Pull, ...], width: int, dtype: Any) -> State:
-    """J_l = ∂μ_L/∂x_l, l = 1 … L−1, each of shape (n_L, n_l), by n_L backward passes."""
-    return jax.vmap(lambda v: pull_through(pulls, v))(jnp.eye(width, dtype=dtype))
+def _stack(trees: list[Any]) -> Any:
+    arrays = [eqx.filter(tree, eqx.is_array) for tree in trees]
+    static = eqx.filter(trees[0], eqx.is_array, inverse=True)
+    return eqx.combine(jax.tree.map(lambda *each: jnp.stack(each), *arrays), static)
+
+
+def _apply(layer: Any, x: Any) -> Any:
+    return jnp.vectorize(layer, signature="(n)->(m)")(x)
+
+
+def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:
+    """`body(carry, layer, value)` over a run of layers and stacked values."""
+    arrays, static = eqx.partition(layers, eqx.is_array)
+
+    def step(carry: Any, now: Any) -> tuple[Any, Any]:
+        return body(carry, eqx.combine(now[0], static), now[1])
+
+    if len(values) == 1:
+        # Its width may change, which a loop does not allow.
+        carry, result = step(carry, jax.tree.map(lambda x: x[0], (arrays, values)))
+        return carry, jax.tree.map(lambda x: x[None], result)
+    return jax.lax.scan(step, carry, (arrays, values), unroll=len(values) <= _WRITTEN_OUT)
+
+
+def _each_layer(precisions: tuple[Any, ...], vectors: Stacked) -> Stacked:
+    return tuple(jax.vmap(weigh)(p, v) for p, v in zip(precisions, vectors, strict=True))
+
+
+def _covariance(precision: Any) -> Any:
+    if precision is None:
+        return None
+    if precision.ndim < 2:
+        return 1 / precision
+    identity = jnp.eye(len(precision), dtype=precision.dtype)
+    return jsl.cho_solve(jsl.cho_factor(precision, lower=True), identity)

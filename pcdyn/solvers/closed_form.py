@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
@@ -37,6 +38,7 @@ class ClosedForm(Solver):
         narrow = widths[-1] <= sum(widths[1:-1]) / max(len(widths) - 2, 1)
         via = self.via or ("output_space" if both and narrow else "cholesky")
         solved = problem.state_of(linear_equilibrium(problem, method=via))
-        finite = all_finite(solved)
+        finite = jax.vmap(all_finite)(solved)
         status = final_status(True, finite, EquilibriumStatus.CONVERGED)
-        return Solution(solved, status, jnp.asarray(1), jnp.asarray(0))
+        none = jnp.zeros(finite.shape, int)
+        return Solution(solved, status, none + 1, none)

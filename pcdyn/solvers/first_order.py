@@ -8,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.energy import weigh
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, final_status
-from pcdyn.solvers.chain import Chain, pull_through
+from pcdyn.solvers.base import Solution, Solver, final_status, solve_each
+from pcdyn.solvers.chain import Chain, Stacked
 from pcdyn.solvers.gauss_newton import gaussian_energy
 from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
@@ -36,7 +37,9 @@ class GradientDescent(Solver):
         def update(state: State, slope: State) -> State:
             return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
 
-        return _iterate(problem, state, tolerance, update, self.max_iterations)
+        return solve_each(
+            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
+        )
 
 
 class FixedPoint(Solver):
@@ -67,7 +70,9 @@ class FixedPoint(Solver):
                 for index, x, g in zip(problem.free_layers, state, slope, strict=True)
             )
 
-        return _iterate(problem, state, tolerance, update, self.max_iterations)
+        return solve_each(
+            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
+        )
 
 
 def _iterate(
@@ -98,13 +103,13 @@ _STALLED = int(EquilibriumStatus.STALLED)
 
 
 class _Descent(eqx.Module):
-    """What is carried from iteration to iteration.
+    """What is carried from iteration to iteration, per sample.
 
     `ahead` is `errors` moved on by momentum; `stale` counts iterations since F was lowest.
     """
 
-    errors: State
-    ahead: State
+    errors: Stacked
+    ahead: Stacked
     lowest: Any
     stale: Any
     rate: Any
@@ -124,7 +129,7 @@ class ErrorDescent(Solver):
 
     nesterov: bool = eqx.field(static=True, default=True)
     rate: Any = None
-    power_iterations: int = eqx.field(static=True, default=12)
+    power_iterations: int = eqx.field(static=True, default=6)
     max_iterations: int = eqx.field(static=True, default=5_000)
 
     @property
@@ -144,79 +149,69 @@ class ErrorDescent(Solver):
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         chain, dtype = Chain(problem), problem.network.dtype
 
-        def look(errors: State) -> tuple[Any, State, State]:
-            """F, the residual of the activities, and the preconditioned gradient."""
-            output_error, pulls = chain.with_pulls(errors)
-            covector = chain.gaussian.weigh(chain.depth, output_error)
-            pulled = chain.unweighted(pull_through(pulls, covector))
-            slope = jax.tree.map(jnp.subtract, errors, pulled)
-            energy = chain.energy_of(errors, output_error)
-            return energy, chain.residual(errors, output_error, pulls), slope
-
-        def proceed(now: _Descent) -> Any:
+        def runs(now: _Descent) -> Any:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
         def iterate(now: _Descent) -> _Descent:
             # One look serves the step from `ahead` and the check of convergence there.
-            energy, residual, slope = look(now.ahead)
-            converged = jnp.all(layer_norms(residual) <= tolerance)
-            new = step(now.ahead, -now.rate, slope)
+            seen, running = chain.look(now.ahead), runs(now)
+            converged = seen.residual <= tolerance
+            new = step(now.ahead, -now.rate, chain.unweighted(seen.slope))
             progress = jax.tree.map(jnp.subtract, new, now.errors)
             root = jnp.sqrt(now.rate)
-            downhill = dot(chain.weighted(slope), progress) <= 0
-            keeps = downhill if self.nesterov else jnp.asarray(False)
+            keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
             momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
-            lower = energy < now.lowest
-            stale = jnp.where(lower, 0, now.stale + 1)
-            grew = ~(energy <= 2 * now.lowest) | (stale > _PATIENCE)
+            stale = jnp.where(seen.energy < now.lowest, 0, now.stale + 1)
+            grew = ~(seen.energy <= 2 * now.lowest) | (stale > _PATIENCE)
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
+            status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), status)
+            errors = choose(converged, now.ahead, choose(grew, now.errors, new))
+            ahead = choose(grew, now.errors, step(new, momentum, progress))
             return _Descent(
-                errors=choose(converged, now.ahead, choose(grew, now.errors, new)),
-                ahead=choose(grew, now.errors, step(new, momentum, progress)),
-                lowest=jnp.minimum(energy, now.lowest),
+                errors=choose(running, errors, now.errors),
+                ahead=choose(running, ahead, now.ahead),
+                lowest=jnp.minimum(seen.energy, now.lowest),
                 stale=jnp.where(grew, 0, stale),
-                rate=jnp.where(grew, now.rate / 2, now.rate),
-                status=jnp.where(converged, int(EquilibriumStatus.CONVERGED), status),
-                iterations=now.iterations + 1,
+                rate=jnp.where(grew & running, now.rate / 2, now.rate),
+                status=jnp.where(running, status, now.status),
+                iterations=now.iterations + running.astype(int),
             )
 
         start = chain.errors(state)
+        batch = (len(chain.target),)
         rate = self._first_rate(chain, start) if self.rate is None else self.rate
+        none = jnp.zeros(batch, int)
         first = _Descent(
             errors=start,
             ahead=start,
-            lowest=chain.energy(start),
-            stale=jnp.asarray(0),
-            rate=jnp.asarray(rate, dtype),
-            status=jnp.asarray(_RUNNING),
-            iterations=jnp.asarray(0),
+            lowest=jnp.full(batch, jnp.inf, dtype),
+            stale=none,
+            rate=jnp.broadcast_to(jnp.asarray(rate, dtype), batch),
+            status=none + _RUNNING,
+            iterations=none,
         )
-        end = jax.lax.while_loop(proceed, iterate, first)
+        end = jax.lax.while_loop(lambda now: jnp.any(runs(now)), iterate, first)
         hidden, output_error = chain.activities(end.errors)
-        finite = all_finite((hidden, output_error))
+        state = chain.unstack(hidden)
+        finite = jax.vmap(all_finite)((*state, output_error))
         status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
-        passes = 3 * end.iterations + 2 * self.power_iterations
-        return Solution(hidden, status, end.iterations, passes)
+        passes = 3 * end.iterations + (0 if self.rate is not None else 2 * self.power_iterations)
+        return Solution(state, status, end.iterations, passes)
 
-    def _first_rate(self, chain: Chain, errors: State) -> Any:
+    def _first_rate(self, chain: Chain, errors: Stacked) -> Any:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
-        output_error, pulls = chain.with_pulls(errors)
-
-        def pull(covector: Any) -> State:
-            return pull_through(pulls, covector)
+        push, pull = chain.linearise(errors)
 
         def body(_: Any, carry: Any) -> Any:
             covector, _ = carry
-            covector = covector / jnp.linalg.norm(covector)
-            spread = chain.unweighted(pull(covector))
-            moved = jax.linear_transpose(pull, covector)(spread)[0]
-            image = chain.gaussian.weigh(chain.depth, moved)
-            return image, jnp.linalg.norm(image)
+            covector = covector / jnp.linalg.norm(covector, axis=-1, keepdims=True)
+            image = weigh(chain.output_precision, push(chain.unweighted(pull(covector))))
+            return image, jnp.linalg.norm(image, axis=-1)
 
-        start = jnp.cos(jnp.arange(1.0, output_error.shape[0] + 1, dtype=output_error.dtype))
-        _, largest = jax.lax.fori_loop(
-            0, self.power_iterations, body, (start, jnp.zeros((), start.dtype))
-        )
+        batch, width = chain.target.shape
+        probe = jnp.cos(jnp.arange(1.0, width + 1, dtype=chain.target.dtype))
+        start = (jnp.broadcast_to(probe, (batch, width)), jnp.zeros(batch, probe.dtype))
+        _, largest = jax.lax.fori_loop(0, self.power_iterations, body, start)
         # Power iteration approaches from below.
         return 1 / (1 + 1.1 * largest)
 

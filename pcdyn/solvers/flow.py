@@ -11,7 +11,7 @@ from pcdyn.errors import EquilibriumStatus, IntegratorError, Status
 from pcdyn.integrators import Diffrax, Integrator, UntilEquilibrium
 from pcdyn.integrators.base import Request
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver
+from pcdyn.solvers.base import Solution, Solver, solve_each
 
 
 class FlowToRest(Solver):
@@ -37,6 +37,9 @@ class FlowToRest(Solver):
         self.integrator.check(problem, UntilEquilibrium(), False)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+
+    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         slowest = 1.0
         if problem.time_constants is not None:
             # The tolerance is one of the gradient, the field is the gradient over τ.

@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
-from pcdyn.energy import Gaussian
+from pcdyn.block_tridiagonal import BlockCholesky
+from pcdyn.energy import Gaussian, weigh
 from pcdyn.errors import InputError
 from pcdyn.linear import gauss_newton_hessian
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, conjugate_gradients
-from pcdyn.solvers.chain import Chain, output_jacobians, pull_through
-from pcdyn.solvers.damped import Linearisation, descend
+from pcdyn.solvers.chain import Chain, Stacked
+from pcdyn.solvers.damped import Look, Propose, descend
+from pcdyn.states import largest_norm, scale, step
 
 
 class GaussNewton(Solver):
@@ -53,95 +55,89 @@ class GaussNewton(Solver):
         return self._in_activities(problem, state, tolerance)
 
     def _in_error_coordinates(self, chain: Chain, state: State, tolerance: Any) -> Solution:
-        narrow = chain.problem.network.widths[-1] <= self.explicit_width
+        width = chain.target.shape[-1]
+        narrow = width <= self.explicit_width
 
-        def linearise(errors: State) -> Linearisation:
-            output_error, pulls = chain.with_pulls(errors)
-            weighted_output = chain.gaussian.weigh(chain.depth, output_error)
-            slope = jax.tree.map(
-                jnp.subtract, chain.weighted(errors), pull_through(pulls, weighted_output)
-            )
+        def factorise(errors: Stacked, damping: Any) -> Propose:
+            push, pull = chain.linearise(errors)
+            lessened = 1 / (1 + damping)
             if narrow:
-                propose = _explicit_step(chain, errors, output_error, pulls)
-                passes = 3 + chain.problem.network.widths[-1]
+                solve = _cholesky(chain, push, pull, lessened)
             else:
-                propose = self._matrix_free_step(chain, slope, output_error, pulls)
-                passes = 3
-            return Linearisation(
-                energy=chain.energy_of(errors, output_error),
-                residual=chain.residual(errors, output_error, pulls),
-                slope=slope,
-                propose=propose,
-                passes=passes,
-            )
+                solve = self._conjugate_gradients(chain, push, pull, lessened)
+
+            def propose(slope: Stacked) -> tuple[Stacked, Any]:
+                # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
+                steepest = scale(lessened, chain.unweighted(slope))
+                solved, passes = solve(push(steepest))
+                spread = scale(lessened, chain.unweighted(pull(solved)))
+                return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
+
+            return propose
 
         start = chain.errors(state)
-        end = descend(linearise, chain.energy, start, tolerance, self.max_iterations)
+        end = descend(
+            chain.look, factorise, start, tolerance, self.max_iterations,
+            look_passes=3, matrix_passes=1 + 2 * width if narrow else 1,
+        )  # fmt: skip
         hidden, _ = chain.activities(end.state)
-        return dataclasses.replace(end, state=hidden)
+        return dataclasses.replace(end, state=chain.unstack(hidden))
 
-    def _matrix_free_step(self, chain: Chain, slope: State, output_error: Any, pulls: Any) -> Any:
-        def pushed(tangents: State) -> Any:
-            """Σ_l J_l v_l, the transpose of pulling back."""
-            push = jax.linear_transpose(lambda v: pull_through(pulls, v), output_error)
-            return push(tangents)[0]
+    def _conjugate_gradients(self, chain: Chain, push: Any, pull: Any, lessened: Any) -> Any:
+        def s_product(covector: tuple[Any]) -> tuple[Any]:
+            own = weigh(chain.output_covariance, covector[0])
+            return step((own,), lessened, (push(chain.unweighted(pull(covector[0]))),))
 
-        def spread(covector: Any) -> State:
-            return chain.unweighted(pull_through(pulls, covector))
+        def solve(covector: Any) -> tuple[Any, Any]:
+            (solved,), products = conjugate_gradients(s_product, (covector,), self.cg_tolerance)
+            return solved, 2 * products
 
-        steepest = chain.unweighted(slope)
-
-        def propose(damping: Any) -> tuple[State, Any]:
-            def s_product(covector: Any) -> Any:
-                own = chain.gaussian.unweigh(chain.depth, covector)
-                return own + pushed(spread(covector)) / (1 + damping)
-
-            # For the correction and not for the new errors: its right-hand side shrinks with the
-            # residual, and so does the error that conjugate gradients leave.
-            rhs = pushed(steepest) / (1 + damping)
-            (solved,), products = conjugate_gradients(
-                lambda v: (s_product(v[0]),), (rhs,), self.cg_tolerance
-            )
-            move = jax.tree.map(lambda s, g: (s - g) / (1 + damping), spread(solved), steepest)
-            # Each product is a backward and a tangent pass, as are its two ends together.
-            return move, 2 * (products + 1)
-
-        return propose
+        return solve
 
     def _in_activities(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         gaussian = gaussian_energy(self.name, problem)
 
-        def linearise(state: State) -> Linearisation:
+        def look(state: State) -> Look:
             slope = problem.gradient(state)
-            matrix = gauss_newton_hessian(problem, gaussian, layer_jacobians(problem, state))
-            largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
+            return Look(problem.free_energy(state), slope, largest_norm(slope))
 
-            def propose(damping: Any) -> tuple[State, int]:
-                damped = matrix.plus_diagonal(damping * largest)
-                return jax.tree.map(jnp.negative, damped.cholesky().solve(slope)), 0
+        def factorise(state: State, damping: Any) -> Propose:
+            def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
+                one = problem.with_data(input, output)
+                matrix = gauss_newton_hessian(one, gaussian, layer_jacobians(one, state))
+                largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
+                return matrix.plus_diagonal(damping * largest).cholesky()
 
-            return Linearisation(problem.free_energy(state), slope, slope, propose, 3)
+            factors = eqx.filter_vmap(factor)(problem.input, problem.output, state, damping)
 
-        return descend(linearise, problem.free_energy, state, tolerance, self.max_iterations)
+            def propose(slope: State) -> tuple[State, Any]:
+                solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)
+                return jax.tree.map(jnp.negative, solved), 0
+
+            return propose
+
+        return descend(
+            look, factorise, state, tolerance, self.max_iterations,
+            look_passes=2, matrix_passes=1,
+        )  # fmt: skip
 
 
-def _explicit_step(chain: Chain, errors: State, output_error: Any, pulls: Any) -> Any:
-    jacobians = output_jacobians(pulls, output_error.shape[0], output_error.dtype)
-    spread = chain.unweighted(jacobians)
-    moved = sum(j @ e for j, e in zip(jacobians, errors, strict=True))
-    hidden_part = sum(j @ s.T for j, s in zip(jacobians, spread, strict=True))
-    own_part = chain.gaussian.unweigh(
-        chain.depth, jnp.eye(output_error.shape[0], dtype=output_error.dtype)
+def _cholesky(chain: Chain, push: Any, pull: Any, lessened: Any) -> Any:
+    """Solutions with S, whose columns are those of the identity, pulled down and pushed up."""
+    batch, width = chain.target.shape
+    identity = jnp.eye(width, dtype=chain.target.dtype)
+
+    def column(covector: Any) -> Any:
+        covectors = jnp.broadcast_to(covector, (batch, width))
+        through = push(chain.unweighted(pull(covectors)))
+        return step((weigh(chain.output_covariance, covectors),), lessened, (through,))[0]
+
+    columns = jax.vmap(column, out_axes=-1)(identity)
+    factors, _ = jax.vmap(lambda s: jsl.cho_factor(s, lower=True))(columns)
+    return lambda covector: (
+        jax.vmap(lambda f, v: jsl.cho_solve((f, True), v))(factors, covector),
+        0,
     )
-
-    def propose(damping: Any) -> tuple[State, int]:
-        s_matrix = own_part + hidden_part / (1 + damping)
-        rhs = output_error + moved / (1 + damping)
-        solved = jsl.cho_solve(jsl.cho_factor(s_matrix, lower=True), rhs)
-        pairs = zip(spread, errors, strict=True)
-        return tuple((solved @ s - e) / (1 + damping) for s, e in pairs), 0
-
-    return propose
 
 
 def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:

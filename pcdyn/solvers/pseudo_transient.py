@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, conjugate_gradients
+from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, solve_each
 from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
 
@@ -37,6 +37,9 @@ class PseudoTransient(Solver):
         """Every problem is fine."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+
+    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         dtype = problem.network.dtype
         running = int(EquilibriumStatus.ITERATION_LIMIT)
         first_step = jnp.asarray(self.first_step, dtype)

@@ -21,13 +21,8 @@ from pcdyn.states import all_finite
 
 @eqx.filter_jit
 def _solve(problem: InferenceProblem, state: State, solver: Solver, tolerance: Any) -> Solution:
-    """Solve every sample; each stops changing when it has converged."""
-
-    def one(input: Any, output: Any, state: State) -> Solution:
-        # The verdict is of the residual computed again, in another order of operations.
-        return solver.solve(problem.with_data(input, output), state, 0.9 * tolerance)
-
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+    # The verdict is of the residual computed again, in another order of operations.
+    return solver.solve(problem, state, 0.9 * tolerance)
 
 
 def _follow_up(before: Solution | None, after: Solution) -> Solution:
