@@ -26,7 +26,7 @@ NAMES = (
     "figure3_ratios",
     "figure4_energies",
 )
-EXTRA = ("equilibrium_basins",)
+EXTRA = ("equilibrium_basins", "inference_speed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Options:
     """Run experiments, save data, pictures and manifests, and print the table of claims."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Experiments to run; the paper's figures unless given. Extra: equilibrium_basins."""
+    """Experiments to run; the paper's figures unless given. Extra: equilibrium_basins and
+    inference_speed."""
     preset: Literal["paper", "code"] = "paper"
     """Settings of the paper (as corrected) or of the authors' code."""
     fast: bool = False

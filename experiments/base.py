@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -74,6 +75,30 @@ def linear_problems(
 def network_of(weights: jax.Array, activation: str) -> pcdyn.Network:
     """The network with these weights, shape (layers, n, n), and one activation."""
     return pcdyn.Network([pcdyn.Dense(weight, activation=activation) for weight in weights])
+
+
+def trained_classifier(
+    network: pcdyn.Network, digits: Any, *, epochs: int, key: jax.Array, batch: int = 64
+) -> pcdyn.Network:
+    """The network after `epochs` of BP on digits: squared error, rate .05, momentum .9."""
+    images, targets = jnp.asarray(digits.images), jnp.asarray(digits.one_hot)
+    weights, static = eqx.partition(network, eqx.is_array)
+
+    def loss(weights: Any, x: Any, y: Any) -> Any:
+        errors = eqx.combine(weights, static).feedforward(x)[-1] - y
+        return 0.5 * jnp.mean(jnp.sum(errors**2, axis=-1))
+
+    def update(carry: Any, rows: Any) -> tuple[Any, None]:
+        weights, momentum = carry
+        slope = jax.grad(loss)(weights, images[rows], targets[rows])
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, slope)
+        return (jax.tree.map(lambda w, m: w - 0.05 * m, weights, momentum), momentum), None
+
+    shuffled = jnp.concatenate([jr.permutation(k, len(images)) for k in jr.split(key, epochs)])
+    batches = shuffled[: len(shuffled) // batch * batch].reshape(-1, batch)
+    start = (weights, jax.tree.map(jnp.zeros_like, weights))
+    (weights, _), _ = jax.jit(lambda c, b: jax.lax.scan(update, c, b))(start, batches)
+    return eqx.combine(weights, static)
 
 
 def cosine(a: Any, b: Any) -> Any:

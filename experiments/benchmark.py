@@ -1,22 +1,32 @@
 """Speed, as ratios measured side by side: `python -m experiments.benchmark`.
 
 Prints, each beside its limit: the vector-field evaluations that Tsit5 and fixed-step Euler need for
-the same error, and the time of fresh Python processes to a first trajectory and to all figures.
+the same error; equilibrium solvers against each other and the flow; and the time of fresh Python
+processes to a first trajectory and to all figures. The whole of it goes to
+`paper_figures/benchmark.md`; names of parts run only those and write nothing.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.random as jr
 import numpy as np
+import tyro
 
 import pcdyn
+from experiments import equilibrium_benchmark
+from experiments.base import write_atomically
+from experiments.timing import Row
 
 TARGET = 1e-6
 
@@ -69,14 +79,7 @@ def seconds_of(*arguments: str, **variables: str) -> float:
     return time.perf_counter() - started
 
 
-def report(what: str, measured: float, limit: float, *, at_least: bool = False) -> None:
-    """Print one line with its verdict."""
-    met = measured >= limit if at_least else measured <= limit
-    bound = f"{'at least' if at_least else 'at most'} {limit:g}"
-    print(f"{what:<62} {measured:>9.2f}  {bound:<14} {'met' if met else 'MISSED'}")
-
-
-def compare_evaluations() -> None:
+def evaluations() -> Iterator[Row]:
     """Vector-field evaluations for the same error, Euler's over Tsit5's."""
     for widths, activation in (
         ([5, 5, 5], "identity"), ([5, 5, 5], "tanh"), ([20, 20, 20, 20], "tanh"),
@@ -88,13 +91,16 @@ def compare_evaluations() -> None:
             output=0.5 * jr.normal(keys[2], (widths[-1],)),
         )  # fmt: skip
         tsit5, euler = (evaluations_for(problem, name) for name in ("tsit5", "euler"))
-        name = f"{'-'.join(map(str, widths))} {activation}"
-        print(f"{name}: tsit5 {tsit5[0]} ({tsit5[1]:.1e}), euler {euler[0]} ({euler[1]:.1e})")
-        report(f"{name}: evaluations of euler / tsit5", euler[0] / tsit5[0], 10, at_least=True)
+        yield Row(
+            f"{'-'.join(map(str, widths))} {activation}, error {TARGET:g}: evaluations of Euler / "
+            "Tsit5",
+            euler[0] / tsit5[0], 10, True,
+            f"Tsit5 {tsit5[0]} ({tsit5[1]:.1e}), Euler {euler[0]} ({euler[1]:.1e})",
+        )  # fmt: skip
 
 
-def time_start_up() -> None:
-    """From process start to the first trajectory, and all figures, in seconds."""
+def start_up() -> Iterator[Row]:
+    """From process start to the first trajectory, and all figures, in seconds; median of 3."""
     for integrator, limit in (("tsit5", 4.0), ("lsoda", 2.5)):
         cold, warm = [], []
         for _ in range(3):
@@ -103,21 +109,64 @@ def time_start_up() -> None:
             cold.append(runs[0])
             warm.append(runs[1])
         first, second = float(np.median(cold)), float(np.median(warm))
-        report(f"{integrator}: seconds to the first trajectory, cold", first, limit)
-        report(f"{integrator}: second run with the compilation cache / cold", second / first, 1.0)
+        yield Row(f"{integrator}: seconds to the first trajectory, cold", first, limit)
+        yield Row(f"{integrator}: second run with the cache / cold", second / first, 1.0)
     with tempfile.TemporaryDirectory() as cache:
         figures = seconds_of("-m", "experiments", "--output", cache, XDG_CACHE_HOME=cache)
-    report("all figures, paper preset: seconds, cold", figures, 60.0)
+    yield Row("all figures, paper preset: seconds, cold", figures, 60.0)
 
 
-def main() -> None:
-    """Print every measurement beside its limit."""
+PARTS = {
+    "evaluations": evaluations,
+    "equilibrium": equilibrium_benchmark.rows,
+    "start-up": start_up,
+}
+
+
+def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
+    """Print every measurement beside its limit; `names` of parts run only those."""
+    unknown = sorted(set(names) - set(PARTS))
+    if unknown:
+        print(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        return 2
     jax.config.update("jax_enable_x64", True)
-    print(f"vector-field evaluations for relative error {TARGET:g}")
-    compare_evaluations()
-    print("start-up (median of 3)")
-    time_start_up()
+    sections = []
+    for name in names or PARTS:
+        print(name)
+        table = []
+        for row in PARTS[name]():
+            print(
+                f"{row.what:<86} {row.measured:>9.2f}  {row.bound:<13} {row.verdict:<6} {row.note}"
+            )
+            table.append(row)
+        sections.append(_markdown(name, table))
+    if not names:
+        text = f"# Benchmark\n\n{_ABOUT.format(_machine())}\n" + "".join(sections)
+        path = Path("paper_figures") / "benchmark.md"
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+    return 0
+
+
+_ABOUT = """Written by `python -m experiments.benchmark` on {}. Ratios of the best of
+many runs taken in turns in one process; they move by a third from run to run on a busy machine."""
+
+
+def _machine() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("pcdyn", "jax", "diffrax"))
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}), {jax.devices()[0]}, Python "
+        f"{platform.python_version()}, {libraries}, {time.strftime('%Y-%m-%d', time.gmtime())}"
+    )
+
+
+def _markdown(name: str, table: list[Row]) -> str:
+    lines = [f"\n## {name}\n", "| what | measured | limit | | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row.what} | {row.measured:.3g} | {row.bound} | {row.verdict} | {row.note} |"
+        for row in table
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(tyro.cli(main, prog="python -m experiments.benchmark"))

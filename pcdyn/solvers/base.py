@@ -65,6 +65,23 @@ def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> A
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
 
 
+def round_off(weighted: State, activities: State) -> Any:
+    """The round-off of F, per sample, from precision-weighted errors and the activities there.
+
+    Prediction errors are differences of activities, each of which is rounded.
+    """
+    size = dot(jax.tree.map(jnp.abs, weighted), jax.tree.map(jnp.abs, activities))
+    return 4 * jnp.finfo(size.dtype).eps * size
+
+
+def energy_round_off(problem: InferenceProblem, state: State) -> Any:
+    """The round-off of F at a state, per sample."""
+    activities = problem.activities(state)
+    errors = problem.prediction_errors(activities)
+    weighted = jax.grad(lambda e: jnp.sum(problem.energies_of(e)))(errors)
+    return round_off(weighted, activities[1:])
+
+
 def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State, Any]:
     """Solve until the residual falls by `tolerance`, or a direction of negative curvature shows.
 

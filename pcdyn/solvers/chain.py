@@ -22,6 +22,7 @@ import jax.scipy.linalg as jsl
 
 from pcdyn.energy import Gaussian, weigh
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers.base import round_off
 from pcdyn.solvers.damped import Look
 from pcdyn.states import dot, largest_norm
 
@@ -62,6 +63,13 @@ class Chain(eqx.Module):
         )
         self.output_covariance = _covariance(self.output_precision)
         self.lengths = (1, *(len(list(run)) for _, run in itertools.groupby(each, _structure)))
+
+    def take(self, samples: Any) -> Chain:
+        """Some samples of the batch."""
+        return eqx.tree_at(
+            lambda c: (c.first_prediction, c.target), self,
+            (self.first_prediction[samples], self.target[samples]),
+        )  # fmt: skip
 
     def stack(self, layers: State) -> Stacked:
         """One array per hidden layer as one array per run."""
@@ -118,6 +126,12 @@ class Chain(eqx.Module):
         (above,) = pull((*weighted[1:], output_weighted))
         residual = jax.tree.map(jnp.subtract, weighted, above)
         return Look(energy, slope, largest_norm(residual))
+
+    def round_off(self, errors: Stacked) -> Any:
+        """The round-off of F."""
+        hidden, output_error = self.activities(errors)
+        weighted = (*self.weighted(errors), weigh(self.output_precision, output_error))
+        return round_off(weighted, (*hidden, self.target))
 
     def linearise(
         self, errors: Stacked

@@ -8,6 +8,8 @@ modes (Walker & Ni 2011). Where some sample's residual falls little, M is comput
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,36 @@ class Look(eqx.Module):
     residual: Any
 
 
+class Model(eqx.Module):
+    """A batch of problems in the coordinates of a solver: tuples of arrays `(…, batch, n)`."""
+
+    @property
+    @abc.abstractmethod
+    def look_passes(self) -> int:
+        """Passes through the network that a look costs."""
+
+    @property
+    @abc.abstractmethod
+    def matrix_passes(self) -> int:
+        """Passes through the network that a new matrix costs."""
+
+    @abc.abstractmethod
+    def look(self, point: Any) -> Look:
+        """What is seen at a point."""
+
+    @abc.abstractmethod
+    def factorise(self, point: Any, damping: Any) -> Propose:
+        """The model around a point, with a damping per sample."""
+
+    @abc.abstractmethod
+    def round_off(self, point: Any) -> Any:
+        """How surely F is known at a point, per sample."""
+
+    @abc.abstractmethod
+    def take(self, samples: Any) -> Model:
+        """Some samples of the batch."""
+
+
 class _Memory(eqx.Module):
     """The last steps, for Anderson acceleration, in no particular order; rows are samples.
 
@@ -63,15 +95,19 @@ class _Memory(eqx.Module):
         gram = jnp.zeros((len(nothing), _REMEMBERED, _REMEMBERED), nothing.dtype)
         return _Memory(stack, stack, gram, nothing, nothing)
 
-    def with_proposal(self, proposed: Any, count: Any) -> _Memory:
-        """One more proposal; before the first there is nothing to take differences with."""
-        proposed = _rows(proposed)
-        change = jnp.where(count == 0, 0, proposed - self.proposed)
+    def with_proposal(self, proposed: Any, count: Any, follows: Any, turn: Any) -> _Memory:
+        """One more proposal of those whose `turn` it is.
+
+        Only where it `follows` another is there a difference to take; others forget one instead.
+        """
+        change, arrival = proposed - self.proposed, proposed - self.proposed + self.moved
         place = count % _REMEMBERED
+        change, arrival = (jnp.where(follows[:, None], x, 0) for x in (change, arrival))
         proposals = self.proposals.at[:, place].set(change)
-        arrivals = self.arrivals.at[:, place].set(change + self.moved)
+        arrivals = self.arrivals.at[:, place].set(arrival)
         products = jnp.einsum("bmn,bn->bm", proposals, change)
         gram = self.gram.at[:, place].set(products).at[:, :, place].set(products)
+        proposed = jnp.where(turn[:, None], proposed, self.proposed)
         return _Memory(proposals, arrivals, gram, proposed, self.moved)
 
     def accelerated(self) -> Any:
@@ -102,97 +138,170 @@ def _from_rows(rows: Any, like: Any) -> Any:
 
 
 class _Search(eqx.Module):
-    """What is carried from step to step; `length` of the last one, `renew` the matrix for the next.
+    """What is carried from trial to trial, per sample but for the `count` of trials and `renew`.
 
-    All are per sample except `count`, the steps of the batch, and `renew`.
+    A trial is at `point + length · direction`; `fresh` samples get a new direction first. `renew`
+    asks for a new matrix.
     """
 
     point: Any
     seen: Look
     memory: _Memory
-    damping: Any
+    direction: Any
     length: Any
+    fresh: Any
+    damping: Any
     status: Any
     iterations: Any
     passes: Any
     count: Any
     renew: Any
 
+    def take(self, samples: Any) -> _Search:
+        """Some samples of the batch."""
 
-def descend(
-    look: Callable[[Any], Look],
-    factorise: Callable[[Any, Any], Propose],
-    start: Any,
-    tolerance: Any,
-    max_iterations: int,
-    *,
-    look_passes: int,
-    matrix_passes: int,
-) -> Solution:
+        def rows(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[samples], tree)
+
+        def layers(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[..., samples, :], tree)
+
+        seen = self.seen
+        return _Search(
+            point=layers(self.point),
+            seen=Look(rows(seen.energy), layers(seen.slope), rows(seen.residual)),
+            memory=rows(self.memory),
+            direction=layers(self.direction),
+            length=rows(self.length),
+            fresh=rows(self.fresh),
+            damping=rows(self.damping),
+            status=rows(self.status),
+            iterations=rows(self.iterations),
+            passes=rows(self.passes),
+            count=self.count,
+            renew=self.renew,
+        )
+
+
+def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
     """Minimise F of every sample from `start` until its largest residual is at most `tolerance`.
 
-    `factorise(point, damping)` is the model around a point. A sample that is solved moves no more.
-    The `state` of the solution is in the coordinates of `start`.
+    Once no more than one sample in four is unsolved, those go on by themselves. The `state` of
+    the solution is in the coordinates of `start`.
     """
-
-    def with_new_matrix(now: _Search) -> _Search:
-        propose = factorise(now.point, now.damping)
-
-        def go(now: _Search) -> _Search:
-            running = now.status == _RUNNING
-            proposed, spent = propose(now.seen.slope)
-            memory = now.memory.with_proposal(proposed, now.count)
-            direction = _descent_direction(now.seen.slope, proposed, memory)
-            length, seen, trials = _line_search(look, now, direction, running)
-            moved = scale(length, _without_nan(direction))
-            brings_much = (length == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
-            status = _verdict(seen, tolerance)
-            stalled = (length == 0) & (now.damping >= _LARGEST_DAMPING) & (status == _RUNNING)
-            status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
-            status = jnp.where(running, status, now.status)
-            spent = spent + look_passes * trials
-            return _Search(
-                point=step(now.point, 1, moved),
-                seen=seen,
-                memory=eqx.tree_at(lambda m: m.moved, memory, _rows(moved)),
-                damping=_next_damping(now.damping, length),
-                length=length,
-                status=status,
-                iterations=now.iterations + running.astype(int),
-                passes=now.passes + jnp.where(running, spent, 0),
-                count=now.count + 1,
-                # The first step is the longest: the matrix of its start serves no further.
-                renew=(now.count == 0) | jnp.any((status == _RUNNING) & ~brings_much),
-            )
-
-        def keeps_matrix(now: _Search) -> Any:
-            return unfinished(now) & ~now.renew
-
-        spent = jnp.where(now.status == _RUNNING, matrix_passes, 0)
-        now = eqx.tree_at(
-            lambda s: (s.renew, s.passes), now, (jnp.asarray(False), now.passes + spent)
-        )
-        return jax.lax.while_loop(keeps_matrix, go, now)
-
-    def unfinished(now: _Search) -> Any:
-        return jnp.any(now.status == _RUNNING) & (now.count < max_iterations)
-
-    seen = look(start)
+    seen = model.look(start)
     zero, none = jnp.zeros_like(seen.energy), jnp.zeros(seen.energy.shape, int)
-    first = _Search(
+    now = _Search(
         point=start,
         seen=seen,
         memory=_Memory.empty(start),
-        damping=zero,
+        direction=jax.tree.map(jnp.zeros_like, start),
         length=zero,
+        fresh=none == 0,
+        damping=zero,
         status=_verdict(seen, tolerance),
         iterations=none,
-        passes=none + look_passes,
+        passes=none + model.look_passes,
         count=jnp.asarray(0),
         renew=jnp.asarray(True),
     )
-    end = jax.lax.while_loop(unfinished, with_new_matrix, first)
-    return Solution(end.point, end.status, end.iterations, end.passes)
+    few = len(zero) // 4
+    now = _search(model, now, tolerance, max_iterations, few)
+    end = Solution(now.point, now.status, now.iterations, now.passes)
+    if few == 0:
+        return end
+    samples = jnp.argsort(~_active(now, max_iterations))[:few]
+    rest = _search(model.take(samples), now.take(samples), tolerance, max_iterations, 0)
+    return Solution(
+        jax.tree.map(lambda x, y: x.at[..., samples, :].set(y), end.state, rest.point),
+        end.status.at[samples].set(rest.status),
+        end.iterations.at[samples].set(rest.iterations),
+        end.passes.at[samples].set(rest.passes),
+    )
+
+
+def _active(now: _Search, max_iterations: Any) -> Any:
+    return (now.status == _RUNNING) & (now.iterations < max_iterations)
+
+
+def _search(model: Model, now: _Search, tolerance: Any, max_iterations: Any, few: int) -> _Search:
+    """Search until no more than `few` samples are unsolved."""
+
+    def unfinished(now: _Search) -> Any:
+        return jnp.sum(_active(now, max_iterations)) > few
+
+    def with_new_matrix(now: _Search) -> _Search:
+        propose, slack = model.factorise(now.point, now.damping), model.round_off(now.point)
+
+        def trial(now: _Search) -> _Search:
+            active = _active(now, max_iterations)
+            now, spent = _with_direction(now, active, propose)
+            return _after_trial(model, now, active, slack, tolerance, spent)
+
+        spent = jnp.where(_active(now, max_iterations), model.matrix_passes, 0)
+        now = eqx.tree_at(
+            lambda s: (s.renew, s.passes), now, (jnp.asarray(False), now.passes + spent)
+        )
+        return jax.lax.while_loop(lambda now: unfinished(now) & ~now.renew, trial, now)
+
+    return jax.lax.while_loop(unfinished, with_new_matrix, now)
+
+
+def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Search, Any]:
+    """With directions for the fresh samples; also the passes that each of them spent."""
+    turn = active & now.fresh
+    proposed, spent = propose(now.seen.slope)
+    follows = turn & (now.iterations > 0)
+    memory = now.memory.with_proposal(_rows(proposed), now.count, follows, turn)
+    direction = _descent_direction(now.seen.slope, proposed, memory)
+    # A model that could not be factorised proposes NaN.
+    direction = jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0), direction)
+    now = dataclasses.replace(
+        now,
+        memory=memory,
+        direction=choose(turn, direction, now.direction),
+        length=jnp.where(turn, 1, now.length),
+    )
+    return now, jnp.where(turn, spent, 0)
+
+
+def _after_trial(
+    model: Model, now: _Search, active: Any, slack: Any, tolerance: Any, spent: Any
+) -> _Search:
+    """Take the step where F has fallen enough; elsewhere halve its length, or give up."""
+    fall = dot(now.seen.slope, now.direction)
+    moved = scale(jnp.where(active, now.length, 0), now.direction)
+    seen = model.look(step(now.point, 1, moved))
+    enough = now.seen.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
+    taken = active & (seen.energy <= enough) & (fall < 0)
+    given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
+    decided = taken | given_up
+    accepted = jnp.where(taken, now.length, 0)
+    moved = scale(jnp.where(taken, 1, 0).astype(accepted.dtype), moved)
+    brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
+    seen = choose(taken, seen, now.seen)
+    status = jnp.where(taken, _verdict(seen, tolerance), now.status)
+    stalled = given_up & (now.damping >= _LARGEST_DAMPING)
+    status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
+    memory = eqx.tree_at(
+        lambda m: m.moved, now.memory,
+        jnp.where(decided[:, None], _rows(moved), now.memory.moved),
+    )  # fmt: skip
+    return dataclasses.replace(
+        now,
+        point=step(now.point, 1, moved),
+        seen=seen,
+        memory=memory,
+        length=now.length / 2,
+        fresh=decided,
+        damping=jnp.where(decided, _next_damping(now.damping, accepted), now.damping),
+        status=status,
+        iterations=now.iterations + decided.astype(int),
+        passes=now.passes + spent + jnp.where(active, model.look_passes, 0),
+        count=now.count + 1,
+        # The first step is the longest: the matrix of its start serves no further.
+        renew=(now.count == 0) | jnp.any((status == _RUNNING) & decided & ~brings_much),
+    )
 
 
 def _verdict(seen: Look, tolerance: Any) -> Any:
@@ -206,47 +315,6 @@ def _descent_direction(slope: Any, proposed: Any, memory: _Memory) -> Any:
     direction = _from_rows(memory.accelerated(), proposed)
     steep = dot(slope, direction) < 0.1 * dot(slope, proposed)
     return choose(steep, direction, proposed)
-
-
-def _without_nan(direction: Any) -> Any:
-    # A model that could not be factorised proposes NaN; its length is 0, which times NaN is NaN.
-    return jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0), direction)
-
-
-def _line_search(
-    look: Callable[[Any], Look], now: _Search, direction: Any, running: Any
-) -> tuple[Any, Look, Any]:
-    """The first of the lengths 1, ½, ¼ … at which F has fallen enough, or 0; and the trials.
-
-    Also what is seen there.
-    """
-    fall = dot(now.seen.slope, direction)
-    # Differences below round-off of F say nothing.
-    slack = 8 * jnp.finfo(fall.dtype).eps * now.seen.energy
-
-    def is_low(length: Any, seen: Look) -> Any:
-        enough = now.seen.energy + _SUFFICIENT_DECREASE * length * fall + slack
-        return (seen.energy <= enough) & (fall <= 0)
-
-    def too_high(length: Any, seen: Look) -> Any:
-        return running & ~is_low(length, seen) & (length > _SHORTEST_STEP)
-
-    def shorten(carry: Any) -> Any:
-        length, seen, trials = carry
-        high = too_high(length, seen)
-        length = jnp.where(high, length / 2, length)
-        return length, look_at(length), trials + high.astype(int)
-
-    def look_at(length: Any) -> Look:
-        return look(step(now.point, length, direction))
-
-    length = jnp.where(running, 1, 0).astype(fall.dtype)
-    start = (length, look_at(length), jnp.ones(length.shape, int))
-    length, seen, trials = jax.lax.while_loop(
-        lambda carry: jnp.any(too_high(carry[0], carry[1])), shorten, start
-    )
-    accepted = running & is_low(length, seen)
-    return jnp.where(accepted, length, 0), choose(accepted, seen, now.seen), trials
 
 
 def _next_damping(damping: Any, length: Any) -> Any:

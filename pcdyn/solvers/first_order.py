@@ -24,7 +24,7 @@ class GradientDescent(Solver):
     """
 
     dt: Any
-    max_iterations: int = eqx.field(static=True, default=10_000)
+    max_iterations: int = 10_000
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class FixedPoint(Solver):
     and says so.
     """
 
-    max_iterations: int = eqx.field(static=True, default=10_000)
+    max_iterations: int = 10_000
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class FixedPoint(Solver):
 
 
 def _iterate(
-    problem: InferenceProblem, state: State, tolerance: Any, update: Any, max_iterations: int
+    problem: InferenceProblem, state: State, tolerance: Any, update: Any, max_iterations: Any
 ) -> Solution:
     """Repeat an update of the activities until their gradient is small."""
 
@@ -130,7 +130,7 @@ class ErrorDescent(Solver):
     nesterov: bool = eqx.field(static=True, default=True)
     rate: Any = None
     power_iterations: int = eqx.field(static=True, default=6)
-    max_iterations: int = eqx.field(static=True, default=5_000)
+    max_iterations: int = 5_000
 
     @property
     def name(self) -> str:

@@ -21,9 +21,9 @@ from pcdyn.energy import Gaussian, weigh
 from pcdyn.errors import InputError
 from pcdyn.linear import gauss_newton_hessian
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, conjugate_gradients
+from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
 from pcdyn.solvers.chain import Chain, Stacked
-from pcdyn.solvers.damped import Look, Propose, descend
+from pcdyn.solvers.damped import Look, Model, Propose, descend
 from pcdyn.states import largest_norm, scale, step
 
 
@@ -38,7 +38,7 @@ class GaussNewton(Solver):
     point than the gradient flow: `Equilibrium.basin` looks.
     """
 
-    max_iterations: int = eqx.field(static=True, default=50)
+    max_iterations: int = 50
     explicit_width: int = eqx.field(static=True, default=32)
     cg_tolerance: float = eqx.field(static=True, default=1e-4)
 
@@ -50,94 +50,124 @@ class GaussNewton(Solver):
         gaussian_energy(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        if problem.input is not None and problem.output is not None:
-            return self._in_error_coordinates(Chain(problem), state, tolerance)
-        return self._in_activities(problem, state, tolerance)
-
-    def _in_error_coordinates(self, chain: Chain, state: State, tolerance: Any) -> Solution:
-        width = chain.target.shape[-1]
-        narrow = width <= self.explicit_width
-
-        def factorise(errors: Stacked, damping: Any) -> Propose:
-            push, pull = chain.linearise(errors)
-            lessened = 1 / (1 + damping)
-            if narrow:
-                solve = _cholesky(chain, push, pull, lessened)
-            else:
-                solve = self._conjugate_gradients(chain, push, pull, lessened)
-
-            def propose(slope: Stacked) -> tuple[Stacked, Any]:
-                # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
-                steepest = scale(lessened, chain.unweighted(slope))
-                solved, passes = solve(push(steepest))
-                spread = scale(lessened, chain.unweighted(pull(solved)))
-                return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
-
-            return propose
-
-        start = chain.errors(state)
-        end = descend(
-            chain.look, factorise, start, tolerance, self.max_iterations,
-            look_passes=3, matrix_passes=1 + 2 * width if narrow else 1,
-        )  # fmt: skip
+        if problem.input is None or problem.output is None:
+            return descend(InActivities(problem), state, tolerance, self.max_iterations)
+        chain = Chain(problem)
+        explicit = problem.network.widths[-1] <= self.explicit_width
+        model = InErrors(chain, explicit, self.cg_tolerance)
+        end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
         return dataclasses.replace(end, state=chain.unstack(hidden))
 
-    def _conjugate_gradients(self, chain: Chain, push: Any, pull: Any, lessened: Any) -> Any:
-        def s_product(covector: tuple[Any]) -> tuple[Any]:
-            own = weigh(chain.output_covariance, covector[0])
-            return step((own,), lessened, (push(chain.unweighted(pull(covector[0]))),))
 
+class InErrors(Model):
+    """Both ends clamped: errors as coordinates, solved in the output space."""
+
+    chain: Chain
+    explicit: bool = eqx.field(static=True)
+    cg_tolerance: float = eqx.field(static=True)
+
+    @property
+    def look_passes(self) -> int:
+        return 3
+
+    @property
+    def matrix_passes(self) -> int:
+        return 1 + 2 * self.chain.target.shape[-1] if self.explicit else 1
+
+    def look(self, point: Stacked) -> Look:
+        return self.chain.look(point)
+
+    def round_off(self, point: Stacked) -> Any:
+        return self.chain.round_off(point)
+
+    def take(self, samples: Any) -> InErrors:
+        return dataclasses.replace(self, chain=self.chain.take(samples))
+
+    def factorise(self, point: Stacked, damping: Any) -> Propose:
+        push, pull = self.chain.linearise(point)
+        lessened = 1 / (1 + damping)
+
+        def s_product(covector: Any) -> Any:
+            """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
+            own = weigh(self.chain.output_covariance, covector)
+            through = push(self.chain.unweighted(pull(covector)))
+            return step((own,), lessened, (through,))[0]
+
+        solver = self._cholesky if self.explicit else self._conjugate_gradients
+        solve = solver(s_product)
+
+        def propose(slope: Stacked) -> tuple[Stacked, Any]:
+            # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
+            steepest = scale(lessened, self.chain.unweighted(slope))
+            solved, passes = solve(push(steepest))
+            spread = scale(lessened, self.chain.unweighted(pull(solved)))
+            return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
+
+        return propose
+
+    def _cholesky(self, s_product: Any) -> Any:
+        batch, width = self.chain.target.shape
+        identity = jnp.eye(width, dtype=self.chain.target.dtype)
+        columns = jax.vmap(
+            lambda row: s_product(jnp.broadcast_to(row, (batch, width))), out_axes=-1
+        )(identity)
+        factors = jax.vmap(lambda s: jsl.cho_factor(s, lower=True)[0])(columns)
+        solve = jax.vmap(lambda factor, rhs: jsl.cho_solve((factor, True), rhs))
+        return lambda covector: (solve(factors, covector), 0)
+
+    def _conjugate_gradients(self, s_product: Any) -> Any:
         def solve(covector: Any) -> tuple[Any, Any]:
-            (solved,), products = conjugate_gradients(s_product, (covector,), self.cg_tolerance)
+            (solved,), products = conjugate_gradients(
+                lambda v: (s_product(v[0]),), (covector,), self.cg_tolerance
+            )
             return solved, 2 * products
 
         return solve
 
-    def _in_activities(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        gaussian = gaussian_energy(self.name, problem)
 
-        def look(state: State) -> Look:
-            slope = problem.gradient(state)
-            return Look(problem.free_energy(state), slope, largest_norm(slope))
+class InActivities(Model):
+    """Any clamps: activities as coordinates, solved by block Cholesky."""
 
-        def factorise(state: State, damping: Any) -> Propose:
-            def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
-                one = problem.with_data(input, output)
-                matrix = gauss_newton_hessian(one, gaussian, layer_jacobians(one, state))
-                largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
-                return matrix.plus_diagonal(damping * largest).cholesky()
+    problem: InferenceProblem
 
-            factors = eqx.filter_vmap(factor)(problem.input, problem.output, state, damping)
+    @property
+    def look_passes(self) -> int:
+        return 2
 
-            def propose(slope: State) -> tuple[State, Any]:
-                solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)
-                return jax.tree.map(jnp.negative, solved), 0
+    @property
+    def matrix_passes(self) -> int:
+        return 1
 
-            return propose
+    def look(self, point: State) -> Look:
+        slope = self.problem.gradient(point)
+        return Look(self.problem.free_energy(point), slope, largest_norm(slope))
 
-        return descend(
-            look, factorise, state, tolerance, self.max_iterations,
-            look_passes=2, matrix_passes=1,
-        )  # fmt: skip
+    def round_off(self, point: State) -> Any:
+        return energy_round_off(self.problem, point)
 
+    def take(self, samples: Any) -> InActivities:
+        data = (self.problem.input, self.problem.output)
+        input, output = (None if x is None else x[samples] for x in data)
+        return dataclasses.replace(self, problem=self.problem.with_data(input, output))
 
-def _cholesky(chain: Chain, push: Any, pull: Any, lessened: Any) -> Any:
-    """Solutions with S, whose columns are those of the identity, pulled down and pushed up."""
-    batch, width = chain.target.shape
-    identity = jnp.eye(width, dtype=chain.target.dtype)
+    def factorise(self, point: State, damping: Any) -> Propose:
+        gaussian = gaussian_energy("gauss_newton", self.problem)
 
-    def column(covector: Any) -> Any:
-        covectors = jnp.broadcast_to(covector, (batch, width))
-        through = push(chain.unweighted(pull(covectors)))
-        return step((weigh(chain.output_covariance, covectors),), lessened, (through,))[0]
+        def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
+            one = self.problem.with_data(input, output)
+            matrix = gauss_newton_hessian(one, gaussian, layer_jacobians(one, state))
+            largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
+            return matrix.plus_diagonal(damping * largest).cholesky()
 
-    columns = jax.vmap(column, out_axes=-1)(identity)
-    factors, _ = jax.vmap(lambda s: jsl.cho_factor(s, lower=True))(columns)
-    return lambda covector: (
-        jax.vmap(lambda f, v: jsl.cho_solve((f, True), v))(factors, covector),
-        0,
-    )
+        data = (self.problem.input, self.problem.output)
+        factors = eqx.filter_vmap(factor)(*data, point, damping)
+
+        def propose(slope: State) -> tuple[State, Any]:
+            solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)
+            return jax.tree.map(jnp.negative, solved), 0
+
+        return propose
 
 
 def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:

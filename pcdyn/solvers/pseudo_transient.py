@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, solve_each
+from pcdyn.solvers.base import (
+    Solution,
+    Solver,
+    conjugate_gradients,
+    energy_round_off,
+    solve_each,
+)
 from pcdyn.states import all_finite, choose, dot, layer_norms, step
 
 
@@ -27,7 +33,7 @@ class PseudoTransient(Solver):
     first_step: float = 0.5
     growth: float = 4.0
     cg_tolerance: float = eqx.field(static=True, default=1e-3)
-    max_iterations: int = eqx.field(static=True, default=1000)
+    max_iterations: int = 1000
 
     @property
     def name(self) -> str:
@@ -55,8 +61,7 @@ class PseudoTransient(Solver):
             direction, products = self._step(problem, state, slope, time_step)
             trial = step(state, 1, direction)
             trial_slope = problem.gradient(trial)
-            slack = 8 * smallest * energy
-            lower = problem.free_energy(trial) <= energy + slack
+            lower = problem.free_energy(trial) <= energy + energy_round_off(problem, state)
             accepted = lower & all_finite(trial_slope)
             before, after = _size(slope), _size(trial_slope)
             factor = jnp.clip(

@@ -34,6 +34,7 @@ def _follow_up(before: Solution | None, after: Solution) -> Solution:
     return Solution(after.state, after.status, iterations, before.passes + after.passes)
 
 
+@eqx.filter_jit
 def _restart(solution: Solution, start: State) -> State:
     """Where the next solver begins: at the end of the last one, if that is finite."""
     finite = jax.vmap(all_finite)(solution.state)
@@ -48,8 +49,9 @@ def solve_in_turn(
     """Try solvers until each sample has converged; also returns the names of those that ran."""
     solution, state = None, start
     for solver in solvers:
+        if solution is not None:
+            state = _restart(solution, start)
         solution = _follow_up(solution, _solve(problem, state, solver, tolerance))
-        state = _restart(solution, start)
     assert solution is not None
     return solution, ", ".join(solver.name for solver in solvers)
 
@@ -63,8 +65,10 @@ def solve_on_host(
     """
     solution, sliding, state, ran = None, {}, start, []
     for solver in solvers:
-        # As arrays, tolerances and steps can change without compiling again.
-        numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, float) else x, solver)
+        if solution is not None:
+            state = _restart(solution, start)
+        # As arrays, numbers can change without compiling again.
+        numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, solver)
         goal = np.asarray(tolerance, problem.network.dtype)
         solution = _follow_up(solution, _solve(problem, state, numbers, goal))
         solution = on_host(solution)
@@ -75,7 +79,6 @@ def solve_on_host(
         done[list(sliding)] = True
         if done.all():
             break
-        state = _restart(solution, start)
     assert solution is not None
     return solution, sliding, ", ".join([*ran, *(["kinks"] if sliding else [])])
 
