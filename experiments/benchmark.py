@@ -148,7 +148,8 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
 
 
 _ABOUT = """Written by `python -m experiments.benchmark` on {}. Ratios of the best of
-many runs taken in turns in one process; they move by a third from run to run on a busy machine."""
+many calls taken in turns in one process, unless it says evaluations or seconds; they move by a
+third from run to run on a busy machine."""
 
 
 def _machine() -> str:

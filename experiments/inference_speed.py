@@ -30,15 +30,16 @@ PANELS = "extra: speed of inference"
 # Work by which each method is let run further and further: iterations, or time constants.
 RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
 
-_ITERATIVE = {
+ITERATIVE = {
     "Gauss–Newton": solvers.GaussNewton(),
+    "matrix-free": solvers.GaussNewton(explicit_width=0, cg_tolerance=1e-2),
     "Nesterov": solvers.ErrorDescent(),
     "error descent": solvers.ErrorDescent(nesterov=False),
     "pseudo-transient": solvers.PseudoTransient(),
     "fixed point": solvers.FixedPoint(),
 }
 _EULER = "C6"
-# Those whose cost grows with depth and width is shown, to a residual and not to an error.
+# Shown against depth and width, timed to a residual rather than to an error.
 _SCALED = ("Gauss–Newton", "Nesterov")
 
 
@@ -200,7 +201,7 @@ def compiled(problem: pcdyn.InferenceProblem, name: str) -> Callable[..., Any]:
         if name == "Tsit5":
             solver = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=work)
         else:
-            solver = eqx.tree_at(lambda s: s.max_iterations, _ITERATIVE[name], work)
+            solver = eqx.tree_at(lambda s: s.max_iterations, ITERATIVE[name], work)
         return pcdyn.equilibrium(problem, method=solver, **options).state
 
     return eqx.filter_jit(solve)
@@ -227,7 +228,7 @@ def largest_curvature(problem: pcdyn.InferenceProblem) -> Any:
         direction, _ = carry
         image = product(direction)
         size = jnp.sqrt(sum(jnp.sum(x**2, -1) for x in image))
-        return jax.tree.map(lambda x: x / size[:, None], image), size
+        return jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1)[:, None], image), size
 
     start = problem.random_state(jr.key(0))
     sizes = jnp.zeros(len(start[0]), start[0].dtype)
@@ -245,7 +246,7 @@ def costs(config: Config, axis: str) -> np.ndarray:
         problem = deep_problem(config, *shape)
         column = []
         for name in _SCALED:
-            codes, seconds = best_time(to_rest(_ITERATIVE[name]), problem)
+            codes, seconds = best_time(to_rest(ITERATIVE[name]), problem)
             column.append(seconds if np.all(codes == pcdyn.EquilibriumStatus.CONVERGED) else np.nan)
         column.append(best_time(compiled(problem, "Euler"), problem, jnp.asarray(40))[1])
         table.append(column)
@@ -269,7 +270,7 @@ def _rows(state: Any) -> np.ndarray:
 def check(data: xarray.Dataset) -> list[Claim]:
     """What does not depend on the machine: where methods end."""
     newton = data.sel(solver="Gauss–Newton")
-    ends = newton.median_error.min("rung")
+    ends = newton.median_error.ffill("rung").isel(rung=-1)
     gain = data.median_error.sel(solver="Euler", rung=20) / newton.median_error.sel(rung=1)
     chained = [str(name) for name in data.case[~data.without_fallback].values]
     return [
@@ -290,7 +291,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
             "speed: one step of Gauss–Newton is nearer than twenty Euler steps",
             f"{float(gain.min()):.1f} to {float(gain.max()):.0f} times",
             "> 1",
-            bool(gain.min() > 1),
+            bool((gain > 1).all()),
         ),
     ]
 

@@ -134,18 +134,23 @@ def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
     if problem.input is None or problem.output is None:
         raise InputError('the method "output_space" needs both ends clamped; use method="cholesky"')
     depth = problem.network.depth
-    # products[l] = P_lᵀ, so that each row of Π⁻¹ acts on a batch of n_L vectors.
+    # products[l] = P_l, whose n_L rows are the batch that Π_l⁻¹ acts on.
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
         products[index - 1] = products[index] @ layers[index - 1].weight
     spread = {index: energy.unweigh(index, product) for index, product in products.items()}
     s_matrix = sum(spread[index] @ products[index].T for index in products)
-    error = problem.output - problem.network.feedforward(problem.input)[-1]
+    first = problem.network.predict(1, problem.input)
+    error = problem.output - first @ products[1].T
+    for index in range(2, depth + 1):
+        bias = layers[index - 1].bias
+        if bias is not None:
+            error = error - jnp.broadcast_to(products[index] @ bias, error.shape)
     factor = jsl.cho_factor(s_matrix)
     weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
     activities = [problem.input]
     for index in range(1, depth):
-        prediction = problem.network.predict(index, activities[-1])
+        prediction = first if index == 1 else problem.network.predict(index, activities[-1])
         activities.append(prediction + weighted @ spread[index])
     return (*activities, problem.output)
 

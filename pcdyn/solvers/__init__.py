@@ -1,4 +1,4 @@
-"""Equilibrium solvers are values under one contract: a problem of one sample and a start in."""
+"""Equilibrium solvers are values under one contract: a batch and a start in, a solution out."""
 
 from __future__ import annotations
 

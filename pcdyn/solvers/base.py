@@ -1,4 +1,4 @@
-"""The contract that every equilibrium solver keeps: a problem of one sample and a start in."""
+"""The contract of equilibrium solvers: a batch, a start and a tolerance in, a `Solution` out."""
 
 from __future__ import annotations
 

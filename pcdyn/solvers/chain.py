@@ -115,7 +115,7 @@ class Chain(eqx.Module):
         return tuple(hidden), self.target - _apply(self.output_layer, x)
 
     def look(self, errors: Stacked) -> Look:
-        """F, ∂F/∂e and the size of ∂F/∂x by one forward and two backward passes."""
+        """F, ∂F/∂e and the size of ∂F/∂x by two forward and two backward passes."""
 
         output_error, pull_chain, hidden = jax.vjp(self._output_error, errors, has_aux=True)
         weighted = self.weighted(errors)

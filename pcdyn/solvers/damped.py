@@ -1,9 +1,10 @@
 """Damped descent: Gauss–Newton steps whose matrix is kept for as long as it serves.
 
 Each step is `−M⁻¹ ∂F`, with M the damped Gauss–Newton matrix where it was last computed, and a line
-search that never lets F rise. M lacks the curvature of the predictions and so converges only
-linearly where residuals stay large; Anderson acceleration with a short memory takes out the slowest
-modes (Walker & Ni 2011). Where some sample's residual falls little, M is computed again.
+search that never lets F rise beyond its round-off. M lacks the curvature of the predictions and so
+converges only linearly where residuals stay large; Anderson acceleration with a short memory takes
+out the slowest modes (Walker & Ni 2011). Where the residual of some sample falls little, M is
+computed again.
 """
 
 from __future__ import annotations
@@ -250,7 +251,8 @@ def _search(model: Model, now: _Search, tolerance: Any, max_iterations: Any, few
 def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Search, Any]:
     """With directions for the fresh samples; also the passes that each of them spent."""
     turn = active & now.fresh
-    proposed, spent = propose(now.seen.slope)
+    # Of the others nothing is asked, so that conjugate gradients do not wait for them.
+    proposed, spent = propose(scale(turn.astype(now.length.dtype), now.seen.slope))
     follows = turn & (now.iterations > 0)
     memory = now.memory.with_proposal(_rows(proposed), now.count, follows, turn)
     direction = _descent_direction(now.seen.slope, proposed, memory)
@@ -273,7 +275,7 @@ def _after_trial(
     moved = scale(jnp.where(active, now.length, 0), now.direction)
     seen = model.look(step(now.point, 1, moved))
     enough = now.seen.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
-    taken = active & (seen.energy <= enough) & (fall < 0)
+    taken = active & (seen.energy <= enough) & (fall < 0) & jnp.isfinite(seen.residual)
     given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
     decided = taken | given_up
     accepted = jnp.where(taken, now.length, 0)
@@ -300,7 +302,7 @@ def _after_trial(
         passes=now.passes + spent + jnp.where(active, model.look_passes, 0),
         count=now.count + 1,
         # The first step is the longest: the matrix of its start serves no further.
-        renew=(now.count == 0) | jnp.any((status == _RUNNING) & decided & ~brings_much),
+        renew=jnp.any((status == _RUNNING) & decided & ((now.iterations == 0) | ~brings_much)),
     )
 
 

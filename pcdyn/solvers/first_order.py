@@ -105,11 +105,13 @@ _STALLED = int(EquilibriumStatus.STALLED)
 class _Descent(eqx.Module):
     """What is carried from iteration to iteration, per sample.
 
-    `ahead` is `errors` moved on by momentum; `stale` counts iterations since F was lowest.
+    `ahead` is `errors` moved on by momentum, and where F is looked at; `best` is where it was
+    lowest, `stale` counts iterations since.
     """
 
     errors: Stacked
     ahead: Stacked
+    best: Stacked
     lowest: Any
     stale: Any
     rate: Any
@@ -161,16 +163,19 @@ class ErrorDescent(Solver):
             root = jnp.sqrt(now.rate)
             keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
             momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
-            stale = jnp.where(seen.energy < now.lowest, 0, now.stale + 1)
+            lower = seen.energy < now.lowest
+            best = choose(lower, now.ahead, now.best)
+            stale = jnp.where(lower, 0, now.stale + 1)
             grew = ~(seen.energy <= 2 * now.lowest) | (stale > _PATIENCE)
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), status)
-            errors = choose(converged, now.ahead, choose(grew, now.errors, new))
-            ahead = choose(grew, now.errors, step(new, momentum, progress))
+            errors = choose(converged, now.ahead, choose(grew, best, new))
+            ahead = choose(grew, best, step(new, momentum, progress))
             return _Descent(
                 errors=choose(running, errors, now.errors),
                 ahead=choose(running, ahead, now.ahead),
-                lowest=jnp.minimum(seen.energy, now.lowest),
+                best=choose(running, best, now.best),
+                lowest=jnp.where(lower, seen.energy, now.lowest),
                 stale=jnp.where(grew, 0, stale),
                 rate=jnp.where(grew & running, now.rate / 2, now.rate),
                 status=jnp.where(running, status, now.status),
@@ -184,6 +189,7 @@ class ErrorDescent(Solver):
         first = _Descent(
             errors=start,
             ahead=start,
+            best=start,
             lowest=jnp.full(batch, jnp.inf, dtype),
             stale=none,
             rate=jnp.broadcast_to(jnp.asarray(rate, dtype), batch),
@@ -191,12 +197,13 @@ class ErrorDescent(Solver):
             iterations=none,
         )
         end = jax.lax.while_loop(lambda now: jnp.any(runs(now)), iterate, first)
-        hidden, output_error = chain.activities(end.errors)
+        converged = end.status == EquilibriumStatus.CONVERGED
+        hidden, output_error = chain.activities(choose(converged, end.errors, end.best))
         state = chain.unstack(hidden)
         finite = jax.vmap(all_finite)((*state, output_error))
         status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
-        passes = 3 * end.iterations + (0 if self.rate is not None else 2 * self.power_iterations)
-        return Solution(state, status, end.iterations, passes)
+        estimate = 0 if self.rate is not None else 1 + 2 * self.power_iterations
+        return Solution(state, status, end.iterations, 4 * end.iterations + estimate)
 
     def _first_rate(self, chain: Chain, errors: Stacked) -> Any:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
@@ -204,7 +211,9 @@ class ErrorDescent(Solver):
 
         def body(_: Any, carry: Any) -> Any:
             covector, _ = carry
-            covector = covector / jnp.linalg.norm(covector, axis=-1, keepdims=True)
+            # Zero stays zero: the output does not move, and the rate is 1.
+            size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
+            covector = covector / jnp.where(size > 0, size, 1)
             image = weigh(chain.output_precision, push(chain.unweighted(pull(covector))))
             return image, jnp.linalg.norm(image, axis=-1)
 

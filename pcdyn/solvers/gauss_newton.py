@@ -9,6 +9,7 @@ over depth, or Gaussian message passing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import equinox as eqx
@@ -28,7 +29,7 @@ from pcdyn.states import largest_norm, scale, step
 
 
 class GaussNewton(Solver):
-    """Damped Gauss–Newton with a line search that never lets the free energy rise.
+    """Damped Gauss–Newton with a line search that never lets F rise beyond its round-off.
 
     Arguments: `max_iterations`; `explicit_width`: outputs up to this width have their Jacobians
     computed by as many backward passes and S solved by Cholesky, wider ones are solved by
@@ -69,11 +70,11 @@ class InErrors(Model):
 
     @property
     def look_passes(self) -> int:
-        return 3
+        return 4
 
     @property
     def matrix_passes(self) -> int:
-        return 1 + 2 * self.chain.target.shape[-1] if self.explicit else 1
+        return 2 + 2 * self.chain.target.shape[-1] if self.explicit else 2
 
     def look(self, point: Stacked) -> Look:
         return self.chain.look(point)
@@ -137,7 +138,9 @@ class InActivities(Model):
 
     @property
     def matrix_passes(self) -> int:
-        return 1
+        # A Jacobian takes as many passes through its layer as it has rows or columns.
+        widths = self.problem.network.widths
+        return 1 + max(min(pair) for pair in itertools.pairwise(widths))
 
     def look(self, point: State) -> Look:
         slope = self.problem.gradient(point)

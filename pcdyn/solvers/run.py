@@ -16,7 +16,7 @@ from pcdyn.integrators.run import on_host
 from pcdyn.kinks import SlidingPoint, has_kinks, slide
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver
-from pcdyn.states import all_finite
+from pcdyn.states import all_finite, choose
 
 
 @eqx.filter_jit
@@ -26,12 +26,12 @@ def _solve(problem: InferenceProblem, state: State, solver: Solver, tolerance: A
 
 
 def _follow_up(before: Solution | None, after: Solution) -> Solution:
-    """The solution of the second solver, with the costs of both."""
+    """The second solution where the first did not converge, with the costs of both."""
     if before is None:
         return after
     done = before.status == EquilibriumStatus.CONVERGED
-    iterations = jnp.where(done, before.iterations, after.iterations)
-    return Solution(after.state, after.status, iterations, before.passes + after.passes)
+    both = dataclasses.replace(after, passes=before.passes + after.passes)
+    return choose(done, before, both)
 
 
 @eqx.filter_jit

@@ -474,7 +474,8 @@ def test_a_solver_gets_what_those_before_it_left() -> None:
     )  # fmt: skip
     # It began where Gauss–Newton stopped, and costs add up.
     assert np.array_equal(found.iterations[2:], second.iterations[2:])
-    assert np.array_equal(found.passes, first.passes + second.passes)
+    assert np.array_equal(found.passes[:2], first.passes[:2])
+    assert np.array_equal(found.passes[2:], (first.passes + second.passes)[2:])
     assert_close([x[2:] for x in found.activities], [x[2:] for x in second.activities], 0)
 
 

@@ -40,7 +40,7 @@ from pcdyn.solvers import (
     PseudoTransient,
     Solver,
 )
-from tests.networks import EPS, Case, build_case
+from tests.networks import EPS, Case, assert_close, build_case
 
 pytestmark = pytest.mark.unchecked
 
@@ -322,3 +322,26 @@ def test_under_jit_nothing_is_raised() -> None:
     status, residual = jax.jit(run)(jnp.asarray(jnp.nan), start)
     assert EquilibriumStatus(int(status)) is EquilibriumStatus.NON_FINITE
     assert np.all(np.isnan(residual))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("rate", [3.0, 20.0])
+def test_a_rate_that_is_too_large_is_halved(rate: float, nesterov: bool) -> None:
+    """It goes back to where F was lowest, and from there to the equilibrium."""
+    case = build_case(seed=0, widths=(5, 5, 5, 5), activations=("tanh",), batch=4)
+    found = equilibrium(case.problem, method=ErrorDescent(nesterov=nesterov, rate=rate))
+    expected = equilibrium(case.problem, method="pseudo_transient", tolerance=1e-8)
+    assert found.ok
+    # Residuals of 1e-6 in two layers, and a smallest curvature that is no less than 0.01.
+    for ours, theirs in zip(found.state, expected.state, strict=True):
+        assert np.max(np.linalg.norm(np.asarray(ours) - theirs, axis=-1)) <= 3e-4
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "nesterov"])
+def test_an_output_that_nothing_moves_is_solved(method: str) -> None:
+    """With zero output weights the Jacobian of the output is zero, and so is its spectrum."""
+    case = build_case(seed=1, widths=(4, 4, 4, 2), activations=("tanh",), batch=3)
+    case = case.replace(weights=(*case.weights[:-1], np.zeros((2, 4))))
+    found = equilibrium(case.problem, method=method, initial="zeros")
+    hidden = case.feedforward(case.activities[0])[1:-1]
+    assert_close(found.state, hidden, 1e-5)
