@@ -64,7 +64,9 @@ def _against_tsit5(problem: pcdyn.InferenceProblem, precision: int, limit: float
     whole = best_times(
         {
             "whole": lambda: (
-                pcdyn.equilibrium(problem, method="gauss_newton", tolerance=_TOLERANCE).state
+                pcdyn.equilibrium(
+                    problem, method="gauss_newton", tolerance=_TOLERANCE, throw=False
+                ).state
             )
         }
     )["whole"]
