@@ -166,18 +166,20 @@ class ErrorDescent(Solver):
             lower = seen.energy < now.lowest
             best = choose(lower, now.ahead, now.best)
             stale = jnp.where(lower, 0, now.stale + 1)
-            grew = ~(seen.energy <= 2 * now.lowest) | (stale > _PATIENCE)
+            grew, tired = ~(seen.energy <= 2 * now.lowest), stale > _PATIENCE
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), status)
-            errors = choose(converged, now.ahead, choose(grew, best, new))
-            ahead = choose(grew, best, step(new, momentum, progress))
+            # Near the end F is round-off: where it was lowest says little, unless it has grown.
+            back = choose(grew, best, now.errors)
+            errors = choose(converged, now.ahead, choose(grew | tired, back, new))
+            ahead = choose(grew | tired, back, step(new, momentum, progress))
             return _Descent(
                 errors=choose(running, errors, now.errors),
                 ahead=choose(running, ahead, now.ahead),
                 best=choose(running, best, now.best),
                 lowest=jnp.where(lower, seen.energy, now.lowest),
-                stale=jnp.where(grew, 0, stale),
-                rate=jnp.where(grew & running, now.rate / 2, now.rate),
+                stale=jnp.where(grew | tired, 0, stale),
+                rate=jnp.where((grew | tired) & running, now.rate / 2, now.rate),
                 status=jnp.where(running, status, now.status),
                 iterations=now.iterations + running.astype(int),
             )
@@ -197,8 +199,7 @@ class ErrorDescent(Solver):
             iterations=none,
         )
         end = jax.lax.while_loop(lambda now: jnp.any(runs(now)), iterate, first)
-        converged = end.status == EquilibriumStatus.CONVERGED
-        hidden, output_error = chain.activities(choose(converged, end.errors, end.best))
+        hidden, output_error = chain.activities(end.errors)
         state = chain.unstack(hidden)
         finite = jax.vmap(all_finite)((*state, output_error))
         status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
