@@ -32,13 +32,12 @@ RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
 
 ITERATIVE = {
     "Gauss–Newton": solvers.GaussNewton(),
-    "matrix-free": solvers.GaussNewton(explicit_width=0, cg_tolerance=1e-2),
+    "matrix-free Gauss–Newton": solvers.GaussNewton(explicit_width=0, cg_tolerance=1e-2),
     "Nesterov": solvers.ErrorDescent(),
     "error descent": solvers.ErrorDescent(nesterov=False),
     "pseudo-transient": solvers.PseudoTransient(),
     "fixed point": solvers.FixedPoint(),
 }
-_EULER = "C6"
 # Shown against depth and width, timed to a residual rather than to an error.
 _SCALED = ("Gauss–Newton", "Nesterov")
 
@@ -299,6 +298,8 @@ def check(data: xarray.Dataset) -> list[Claim]:
 def plot(data: xarray.Dataset) -> Figure:
     """Median error against milliseconds, one panel for each problem; cost by depth and width."""
     names = list(data.case.values)
+    # The same in every picture, however many methods are run.
+    colors = {name: f"C{i}" for i, name in enumerate(Config().solvers)}
     columns = 4
     rows = -(-(len(names) + 2) // columns)
     with plotting.style():
@@ -307,18 +308,19 @@ def plot(data: xarray.Dataset) -> Figure:
         )
         flat = list(axes.flat)
         for ax, name in zip(flat, names, strict=False):
-            for j, solver in enumerate(data.solver.values):
+            for solver in data.solver.values:
                 line = data.sel(case=name, solver=solver)
                 ax.loglog(
                     1e3 * line.seconds, line.median_error.clip(1e-8, 10), "o-",
-                    markersize=3, color=f"C{j}", label=solver,
+                    markersize=3, color=colors[solver], label=solver,
                 )  # fmt: skip
             ax.set(title=name, ylim=(5e-9, 20))
         for ax in axes[:, 0]:
             ax.set_ylabel("median relative error")
         for ax, axis in zip(flat[len(names) :], ("depth", "width"), strict=False):
-            for name, color in zip(data.scaled.values, ("C0", "C1", _EULER), strict=True):
+            for name in data.scaled.values:
                 values = 1e3 * data[f"seconds_by_{axis}"].sel(scaled=name)
+                color = colors[name.removeprefix("40 ").removesuffix(" steps")]
                 ax.loglog(data[axis], values, "o-", markersize=3, color=color, label=name)
             ax.set(xlabel=axis, ylabel="ms to residual 1e-4", title=f"Cost against {axis}")
             ax.set_xticks(data[axis].values, [str(size) for size in data[axis].values])

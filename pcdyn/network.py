@@ -96,11 +96,16 @@ class Network(eqx.Module):
 
     def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         """The prediction μ_l of layer l = `index` from the activities x_{l-1}, any batch."""
-        return jnp.vectorize(self.layers[index - 1], signature="(n)->(m)")(x)
+        return apply_layer(self.layers[index - 1], x)
 
     def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
         """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
         return _feedforward(self, input)
+
+
+def apply_layer(layer: Any, x: Any) -> Any:
+    """What a layer predicts from activities of shape `(*batch, n_in)`."""
+    return jnp.vectorize(layer, signature="(n)->(m)")(x)
 
 
 @eqx.filter_jit

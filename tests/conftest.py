@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jax
@@ -37,3 +38,17 @@ def _annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.node.get_closest_marker("unchecked"):
             patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Grows by one with each program that XLA compiles."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)

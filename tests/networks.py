@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pcdyn.energy import Gaussian
+from pcdyn.hessian import free_energy_hessian
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
 
@@ -319,3 +321,13 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     for ours, theirs in zip(actual, expected, strict=True):
         assert np.shape(ours) == np.shape(theirs)
         np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=tolerance * scale)
+
+
+def least_curvature(problem: InferenceProblem, state: Any) -> float:
+    """The smallest eigenvalue of ∂²F/∂x², over the batch."""
+
+    def one(input: Any, output: Any, state: Any) -> Any:
+        return free_energy_hessian(problem.with_data(input, output), state).dense()
+
+    hessians = eqx.filter_vmap(one)(problem.input, problem.output, state)
+    return float(np.min(np.linalg.eigvalsh(hessians)))

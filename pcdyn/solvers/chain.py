@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
 from pcdyn.energy import Gaussian, weigh
+from pcdyn.network import apply_layer
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import round_off
 from pcdyn.solvers.damped import Look
@@ -55,14 +56,15 @@ class Chain(eqx.Module):
             (network.layers[i - 1], energy.precision(i), network.widths[i - 1 : i + 1])
             for i in range(2, network.depth)
         ]
-        runs = [_stack(list(run)) for _, run in itertools.groupby(each, _structure)]
-        self.layers = tuple(layer for layer, _, _ in runs)
-        self.precisions = (_stack([energy.precision(1)]), *(p for _, p, _ in runs))
+        runs = [list(run) for _, run in itertools.groupby(each, _structure)]
+        stacked = [_stack(run) for run in runs]
+        self.layers = tuple(layer for layer, _, _ in stacked)
+        self.precisions = (_stack([energy.precision(1)]), *(p for _, p, _ in stacked))
         self.covariances = tuple(
             None if p is None else jax.vmap(_covariance)(p) for p in self.precisions
         )
         self.output_covariance = _covariance(self.output_precision)
-        self.lengths = (1, *(len(list(run)) for _, run in itertools.groupby(each, _structure)))
+        self.lengths = (1, *map(len, runs))
 
     def take(self, samples: Any) -> Chain:
         """Some samples of the batch."""
@@ -92,19 +94,15 @@ class Chain(eqx.Module):
         for layer, here in zip(self.layers, activities[1:], strict=True):
             lower = jnp.concatenate([below[None], here[:-1]]) if len(here) > 1 else below[None]
             # Layer by layer: XLA multiplies one after the other faster than a batch of matrices.
-            results.append(_scan(lambda _, f, x: (None, _apply(f, x)), None, layer, lower)[1])
+            results.append(_scan(lambda _, f, x: (None, apply_layer(f, x)), None, layer, lower)[1])
             below = here[-1]
-        return (*results, _apply(self.output_layer, below))
-
-    def _output_error(self, errors: Stacked) -> tuple[Any, Stacked]:
-        hidden, output_error = self.activities(errors)
-        return output_error, hidden
+        return (*results, apply_layer(self.output_layer, below))
 
     def activities(self, errors: Stacked) -> tuple[Stacked, Any]:
         """The hidden activities x_1 … x_{L−1} and the output error r."""
 
         def climb(x: Any, layer: Any, error: Any) -> tuple[Any, Any]:
-            x = _apply(layer, x) + error
+            x = apply_layer(layer, x) + error
             return x, x
 
         x = self.first_prediction + errors[0][0]
@@ -112,12 +110,13 @@ class Chain(eqx.Module):
         for layer, error in zip(self.layers, errors[1:], strict=True):
             x, run = _scan(climb, x, layer, error)
             hidden.append(run)
-        return tuple(hidden), self.target - _apply(self.output_layer, x)
+        return tuple(hidden), self.target - apply_layer(self.output_layer, x)
 
     def look(self, errors: Stacked) -> Look:
         """F, ∂F/∂e and the size of ∂F/∂x by two forward and two backward passes."""
-
-        output_error, pull_chain, hidden = jax.vjp(self._output_error, errors, has_aux=True)
+        output_error, pull_chain, hidden = jax.vjp(
+            lambda e: self.activities(e)[::-1], errors, has_aux=True
+        )
         weighted = self.weighted(errors)
         output_weighted = weigh(self.output_precision, output_error)
         energy = 0.5 * (dot(errors, weighted) + dot((output_error,), (output_weighted,)))
@@ -137,7 +136,6 @@ class Chain(eqx.Module):
         self, errors: Stacked
     ) -> tuple[Callable[[Stacked], Any], Callable[[Any], Stacked]]:
         """Products with the Jacobians J_l = ∂μ_L/∂x_l: `Σ_l J_l v_l`, and `J_lᵀ v` for all l."""
-
         _, push = jax.linearize(lambda e: self.target - self.activities(e)[1], errors)
         transposed = jax.linear_transpose(push, errors)
         return push, lambda covector: transposed(covector)[0]
@@ -162,10 +160,6 @@ def _stack(trees: list[Any]) -> Any:
     arrays = [eqx.filter(tree, eqx.is_array) for tree in trees]
     static = eqx.filter(trees[0], eqx.is_array, inverse=True)
     return eqx.combine(jax.tree.map(lambda *each: jnp.stack(each), *arrays), static)
-
-
-def _apply(layer: Any, x: Any) -> Any:
-    return jnp.vectorize(layer, signature="(n)->(m)")(x)
 
 
 def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.solvers.base import Solution
@@ -124,18 +125,13 @@ class _Memory(eqx.Module):
 
 def _rows(stacked: Any) -> Any:
     """All layers of each sample side by side."""
-    batch = stacked[0].shape[-2]
-    return jnp.concatenate([jnp.moveaxis(x, -2, 0).reshape(batch, -1) for x in stacked], axis=1)
+    return jax.vmap(lambda sample: ravel_pytree(sample)[0], in_axes=-2)(stacked)
 
 
 def _from_rows(rows: Any, like: Any) -> Any:
     """The inverse of `_rows`."""
-    sizes = [x.size // len(rows) for x in like]
-    parts = jnp.split(rows, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
-    return tuple(
-        jnp.moveaxis(part.reshape(len(rows), *x.shape[:-2], x.shape[-1]), 0, -2)
-        for part, x in zip(parts, like, strict=True)
-    )
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[..., 0, :], like))
+    return jax.vmap(unravel, out_axes=-2)(rows)
 
 
 class _Search(eqx.Module):
@@ -198,7 +194,7 @@ def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> So
         memory=_Memory.empty(start),
         direction=jax.tree.map(jnp.zeros_like, start),
         length=zero,
-        fresh=none == 0,
+        fresh=jnp.ones_like(none, bool),
         damping=zero,
         status=_verdict(seen, tolerance),
         iterations=none,

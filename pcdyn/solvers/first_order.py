@@ -14,7 +14,7 @@ from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.solvers.chain import Chain, Stacked
 from pcdyn.solvers.gauss_newton import gaussian_energy
-from pcdyn.states import all_finite, choose, dot, layer_norms, step
+from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
 
 class GradientDescent(Solver):
@@ -82,7 +82,7 @@ def _iterate(
 
     def proceed(carry: Any) -> Any:
         _, slope, iterations = carry
-        resting = jnp.all(layer_norms(slope) <= tolerance)
+        resting = largest_norm(slope) <= tolerance
         return ~resting & (iterations < max_iterations) & all_finite(slope)
 
     def body(carry: Any) -> Any:
@@ -92,7 +92,7 @@ def _iterate(
 
     start = (state, problem.gradient(state), jnp.asarray(0))
     state, slope, iterations = jax.lax.while_loop(proceed, body, start)
-    converged = jnp.all(layer_norms(slope) <= tolerance)
+    converged = largest_norm(slope) <= tolerance
     status = final_status(converged, all_finite(slope), EquilibriumStatus.ITERATION_LIMIT)
     return Solution(state, status, iterations, 2 * (iterations + 1))
 
@@ -166,20 +166,21 @@ class ErrorDescent(Solver):
             lower = seen.energy < now.lowest
             best = choose(lower, now.ahead, now.best)
             stale = jnp.where(lower, 0, now.stale + 1)
-            grew, tired = ~(seen.energy <= 2 * now.lowest), stale > _PATIENCE
+            grew = ~(seen.energy <= 2 * now.lowest)
+            too_fast = grew | (stale > _PATIENCE)
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), status)
             # Near the end F is round-off: where it was lowest says little, unless it has grown.
             back = choose(grew, best, now.errors)
-            errors = choose(converged, now.ahead, choose(grew | tired, back, new))
-            ahead = choose(grew | tired, back, step(new, momentum, progress))
+            errors = choose(converged, now.ahead, choose(too_fast, back, new))
+            ahead = choose(too_fast, back, step(new, momentum, progress))
             return _Descent(
                 errors=choose(running, errors, now.errors),
                 ahead=choose(running, ahead, now.ahead),
                 best=choose(running, best, now.best),
                 lowest=jnp.where(lower, seen.energy, now.lowest),
-                stale=jnp.where(grew | tired, 0, stale),
-                rate=jnp.where((grew | tired) & running, now.rate / 2, now.rate),
+                stale=jnp.where(too_fast, 0, stale),
+                rate=jnp.where(too_fast & running, now.rate / 2, now.rate),
                 status=jnp.where(running, status, now.status),
                 iterations=now.iterations + running.astype(int),
             )

@@ -31,9 +31,9 @@ from pcdyn.states import largest_norm, scale, step
 class GaussNewton(Solver):
     """Damped Gauss–Newton with a line search that never lets F rise beyond its round-off.
 
-    Arguments: `max_iterations`; `explicit_width`: outputs up to this width have their Jacobians
-    computed by as many backward passes and S solved by Cholesky, wider ones are solved by
-    conjugate gradients, without Jacobians, to the relative accuracy `cg_tolerance`.
+    Arguments: `max_iterations`; `explicit_width`: for outputs up to this width S is computed
+    column by column, each by a backward and a tangent pass, and solved by Cholesky; for wider ones
+    it is solved by conjugate gradients to the relative accuracy `cg_tolerance`.
 
     It needs `pcdyn.Gaussian` energies. Where residuals are large it can end at another stationary
     point than the gradient flow: `Equilibrium.basin` looks.

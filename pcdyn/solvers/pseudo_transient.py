@@ -17,7 +17,7 @@ from pcdyn.solvers.base import (
     energy_round_off,
     solve_each,
 )
-from pcdyn.states import all_finite, choose, dot, layer_norms, step
+from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
 
 class PseudoTransient(Solver):
@@ -71,14 +71,14 @@ class PseudoTransient(Solver):
             onward = jnp.maximum(time_step * factor, jnp.minimum(2 * time_step, first_step / 5))
             next_step = jnp.where(accepted, onward, 0.25 * time_step)
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
-            converged = jnp.all(layer_norms(slope) <= tolerance)
+            converged = largest_norm(slope) <= tolerance
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
             stalled = ~converged & (next_step < smallest)
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 
         slope = problem.gradient(state)
-        converged = jnp.all(layer_norms(slope) <= tolerance)
+        converged = largest_norm(slope) <= tolerance
         status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
         status = jnp.where(all_finite(slope), status, int(EquilibriumStatus.NON_FINITE))
         start = (state, slope, first_step, status, jnp.asarray(0), jnp.asarray(2))

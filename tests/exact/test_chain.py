@@ -13,11 +13,13 @@ from pcdyn.energy import Gaussian
 from pcdyn.equilibrium import equilibrium
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
+from pcdyn.solvers.base import energy_round_off
 from pcdyn.solvers.chain import Chain
 from tests.networks import EPS, Case, assert_close, build_case
 
 # A pass of nine layers adds fewer than 100 products of numbers of order 1.
 ROUND_OFF = 1e3 * EPS
+FLOAT32 = float(np.finfo(np.float32).eps)
 
 # Runs of one layer, of few that are written out, of many that are looped over, and mixtures.
 STRUCTURES: dict[str, dict[str, Any]] = {
@@ -124,29 +126,40 @@ def test_equal_layers_are_looped_over() -> None:
     assert lengths["loops apart"] == (1, 4, 1, 2)
 
 
-def test_energies_are_trusted_to_their_round_off() -> None:
-    """Small errors of large activities: F is known to 1e-2 of itself only, yet steps are taken.
+def test_the_round_off_of_an_energy_is_known() -> None:
+    """F in float32 differs from F in float64 by no more, and by more than a few roundings of F.
 
-    In float32 with targets of 100 and errors of 1e-3; round-off of an activity times the precision
-    bounds what residual can be asked for.
+    Targets of 100 and errors of 1e-3: each error keeps two digits, and F no more.
     """
-    eps = np.finfo(np.float32).eps
     rng = np.random.default_rng(0)
-    layers = [
-        Dense(rng.normal(size=(4, 4)).astype(np.float32) / 2, activation="tanh"),
-        Dense(rng.normal(size=(4, 4)).astype(np.float32) / 2, activation="tanh"),
-        Dense(rng.normal(size=(3, 4)).astype(np.float32), np.full(3, 100, np.float32)),
-    ]
-    network = Network(layers)
+    shapes = ((4, 4), (4, 4), (3, 4))
+    weights = [rng.normal(size=shape).astype(np.float32) / 2 for shape in shapes]
+    biases = [np.zeros(4, np.float32), np.zeros(4, np.float32), np.full(3, 100, np.float32)]
     inputs = rng.normal(size=(20, 4)).astype(np.float32)
-    outputs = network.feedforward(jnp.asarray(inputs))[-1]
-    outputs = np.asarray(outputs) + 1e-3 * rng.normal(size=(20, 3)).astype(np.float32)
-    precision = 1e4
-    problem = InferenceProblem(
-        network, input=inputs, output=outputs, energy=Gaussian([1.0, 1.0, precision])
-    )
-    # The largest weight matrix has a norm below 4.
-    tolerance = 4 * precision * 100 * float(eps)
-    for method in ("gauss_newton", "pseudo_transient"):
-        found = equilibrium(problem, method=method, tolerance=tolerance)
-        assert np.all(found.residual_norms <= tolerance)
+
+    def problem_in(dtype: Any, outputs: Any) -> InferenceProblem:
+        layers = [
+            Dense(w.astype(dtype), b.astype(dtype), activation)
+            for w, b, activation in zip(weights, biases, ("tanh", "tanh", "identity"), strict=True)
+        ]
+        return InferenceProblem(
+            Network(layers), input=inputs.astype(dtype), output=outputs.astype(dtype),
+            energy=Gaussian([1.0, 1.0, 1e4]),
+        )  # fmt: skip
+
+    exact = problem_in(np.float64, np.zeros((20, 3)))
+    outputs = np.asarray(exact.network.feedforward(jnp.asarray(inputs, float))[-1])
+    outputs = (outputs + 1e-3 * rng.normal(size=(20, 3))).astype(np.float32)
+    rounded, exact = problem_in(np.float32, outputs), problem_in(np.float64, outputs)
+
+    state = rounded.feedforward_state()
+    same = tuple(x.astype(float) for x in state)
+    energy = np.asarray(exact.free_energy(same))
+    in_activities = np.abs(np.asarray(rounded.free_energy(state), float) - energy)
+    assert np.all(in_activities <= np.asarray(energy_round_off(rounded, state)))
+
+    chain, errors = Chain(rounded), Chain(rounded).errors(state)
+    energy = np.asarray(Chain(exact).look(tuple(e.astype(float) for e in errors)).energy)
+    in_errors = np.abs(np.asarray(chain.look(errors).energy, float) - energy)
+    assert np.all(in_errors <= np.asarray(chain.round_off(errors)))
+    assert min(np.max(in_activities / energy), np.max(in_errors / energy)) > 100 * FLOAT32

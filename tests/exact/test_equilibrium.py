@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -201,20 +200,6 @@ def assert_near(case: Case, found: Equilibrium, expected: Any, tolerance: float)
     squares = [np.sum((np.asarray(a) - b) ** 2, -1)
                for a, b in zip(found.activities, expected, strict=True)]  # fmt: skip
     assert np.max(np.sqrt(sum(squares))) <= bound
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """Grows by one with each program that XLA compiles."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # --- Where the solvers end ------------------------------------------------------------------------

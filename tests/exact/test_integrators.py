@@ -6,7 +6,7 @@ identity with tanh so that both are one program, and one vector of times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -111,20 +111,6 @@ def equilibrium(case: Case) -> np.ndarray:
 def repeated(case: Case, batch: int) -> Case:
     """`batch` times the same sample."""
     return case.replace(activities=tuple(np.tile(x, (batch, 1)) for x in case.activities))
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """Grows by one with each program that XLA compiles."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # --- Accuracy -------------------------------------------------------------------------------------

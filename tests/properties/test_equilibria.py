@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pcdyn.equilibrium import equilibrium
-from pcdyn.hessian import free_energy_hessian
 from pcdyn.solvers import ErrorDescent, GaussNewton, GradientDescent, PseudoTransient
-from tests.networks import EPS, Case, assert_close, build_case, few
+from tests.networks import EPS, Case, assert_close, build_case, few, least_curvature
 
 SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = 1e-8
@@ -44,17 +42,6 @@ def drawn(name: str, seed: int) -> Case:
     return case.replace(weights=tuple(0.3 * weight for weight in case.weights))
 
 
-def least_curvature(case: Case, state: Any) -> float:
-    """The smallest eigenvalue of ∂²F/∂x², over the batch."""
-    problem = case.problem
-
-    def one(input: Any, output: Any, state: Any) -> Any:
-        return free_energy_hessian(problem.with_data(input, output), state).dense()
-
-    return float(np.min(np.linalg.eigvalsh(eqx.filter_vmap(one)(
-        problem.input, problem.output, state))))  # fmt: skip
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_methods_agree(name: str) -> None:
     """Two points with gradients g and g' lie within (‖g‖ + ‖g'‖) / λ_min of each other."""
@@ -72,7 +59,7 @@ def test_methods_agree(name: str) -> None:
             assert_close(found.residual_norms, sizes, 1e3 * EPS)
             ends.append(found)
         # Halved, for it is that between the two points that counts.
-        curvature = least_curvature(case, ends[0].state) / 2
+        curvature = least_curvature(case.problem, ends[0].state) / 2
         assert curvature > 0.01
         bound = 2 * TOLERANCE * len(case.free) ** 0.5 / curvature
         for other in ends[1:]:
