@@ -47,6 +47,7 @@ class Config:
     """Networks with both ends clamped, a batch of 64, float32; references in float64."""
 
     batch: int = 64
+    mnist: bool = True
     epochs: int = 3
     precisions: tuple[float, ...] = (0.01, 1.0, 100.0, 1000.0)
     depths: tuple[int, ...] = (8, 16, 32, 64)
@@ -65,7 +66,7 @@ class Config:
 
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
-    "batch": 8, "epochs": 1, "precisions": (1.0,), "depths": (2,), "widths": (8,), "width": 16,
+    "batch": 8, "mnist": False, "depths": (2,), "widths": (8,), "width": 16,
     "deep": ((4, "orthogonal"),), "solvers": ("Gauss–Newton", "Euler"), "seconds": 0.05,
 }  # fmt: skip
 
@@ -119,22 +120,31 @@ def problems(config: Config) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
             input=1 + jr.normal(keys[1], (config.batch, widths[0])),
             output=jnp.tanh(jr.normal(keys[2], (config.batch, widths[-1]))),
         )
+    digits, source = digit_problems(config, keys[3:]) if config.mnist else ({}, "none")
+    cases |= digits
+    for depth, initialisation in config.deep:
+        name = f"{depth} × {config.width} {initialisation.replace('_', ' ')}"
+        cases[name] = deep_problem(config, depth, config.width, initialisation)
+    return cases, source
+
+
+def digit_problems(
+    config: Config, keys: jax.Array
+) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
+    """A random and a trained classifier of digits, and where the digits come from."""
     digits = pcdyn.datasets.mnist("train", limits=(0.0, 1.0), dtype=np.float32)
     random = pcdyn.mlp(
         (784, 128, 64, 10), activation="tanh", output_activation="identity", bias=True,
-        key=keys[3], dtype=jnp.float32,
+        key=keys[0], dtype=jnp.float32,
     )  # fmt: skip
-    trained = trained_classifier(random, digits, epochs=config.epochs, key=keys[4])
+    trained = trained_classifier(random, digits, epochs=config.epochs, key=keys[1])
     chosen = np.random.default_rng(config.seed).choice(len(digits.labels), config.batch, False)
     images, targets = digits.images[chosen], digits.one_hot[chosen]
-    cases["MNIST random"] = pcdyn.InferenceProblem(random, input=images, output=targets)
+    cases = {"MNIST random": pcdyn.InferenceProblem(random, input=images, output=targets)}
     for precision in config.precisions:
         cases[f"MNIST trained, Π = {precision:g}"] = pcdyn.InferenceProblem(
             trained, input=images, output=targets, energy=pcdyn.Gaussian([1.0, 1.0, precision])
         )
-    for depth, initialisation in config.deep:
-        name = f"{depth} × {config.width} {initialisation.replace('_', ' ')}"
-        cases[name] = deep_problem(config, depth, config.width, initialisation)
     return cases, digits.source
 
 
