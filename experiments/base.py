@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
-import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +20,7 @@ import xarray
 from matplotlib.figure import Figure
 
 import pcdyn
+from pcdyn.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +139,7 @@ def save(
         **notes,
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / f"{name}.json", lambda path: Path(path).write_text(text, "utf-8"))
+    write_atomically(folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
 
 
 def values_hash(data: xarray.Dataset) -> str:
@@ -151,16 +149,3 @@ def values_hash(data: xarray.Dataset) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(data[name].values).tobytes())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

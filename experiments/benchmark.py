@@ -25,8 +25,8 @@ import tyro
 
 import pcdyn
 from experiments import equilibrium_benchmark
-from experiments.base import write_atomically
 from experiments.timing import Row
+from pcdyn.files import write_atomically
 
 TARGET = 1e-6
 
@@ -143,7 +143,7 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
     if not names:
         text = f"# Benchmark\n\n{_ABOUT.format(_machine())}\n" + "".join(sections)
         path = Path("paper_figures") / "benchmark.md"
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.base import Claim, write_atomically
+from experiments.base import Claim
+from pcdyn.files import write_atomically
 
 
 def table(claims: Sequence[Claim]) -> str:
@@ -32,7 +33,7 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
         if path.is_file():
             lines += _section(name, json.loads(path.read_text("utf-8")))
     text = "\n".join(lines) + "\n"
-    write_atomically(folder / "index.md", lambda path: Path(path).write_text(text, "utf-8"))
+    write_atomically(folder / "index.md", lambda path: path.write_text(text, "utf-8"))
 
 
 def _section(name: str, manifest: dict[str, Any]) -> list[str]:

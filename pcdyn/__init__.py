@@ -10,7 +10,7 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 
 from pcdyn import activations, datasets, errors, linear, references, solvers, storage
 from pcdyn.activations import Activation
-from pcdyn.energy import Energy, Gaussian
+from pcdyn.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "CrossEntropy",
     "Dense",
     "Diffrax",
     "Energy",

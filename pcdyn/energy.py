@@ -1,4 +1,4 @@
-"""From prediction errors to energies.
+"""From prediction errors to energies: Gaussian ones, and cross-entropy for the output.
 
 `E_l = ½ ε_lᵀ Π_l ε_l`, free energy `F = Σ_l E_l`, output loss `ℒ = E_L` and residual energy
 `Ẽ = F − ℒ`. The ½ is part of the definition, and every energy is per sample: the flow of one
@@ -11,13 +11,14 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn.checks import Numbers, as_float_array, is_traced
-from pcdyn.errors import PrecisionError, ShapeError
+from pcdyn.errors import InputError, PrecisionError, ShapeError
 
 
 class LayerEnergies(eqx.Module):
@@ -45,14 +46,23 @@ class Energy(eqx.Module):
     """What a layer's prediction error costs; a new energy is one small final class."""
 
     @abc.abstractmethod
-    def layer_energy(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-        """E_l of layer l = `index` for its prediction error, per sample."""
+    def layer_energy(
+        self,
+        index: int,
+        error: Float[Array, "*batch n"],
+        target: Float[Array, "*batch n"] | None,
+    ) -> Float[Array, "*batch"]:
+        """E_l of layer l = `index` for its prediction error, per sample.
+
+        `target` is what the output is clamped to if l = L, and `None` for every other layer.
+        """
 
     @abc.abstractmethod
-    def check(self, widths: tuple[int, ...]) -> None:
-        """Raise an `InputError` if this energy does not fit layers of `widths` n_0 … n_L.
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        """Raise an `InputError` if this energy does not fit the problem.
 
-        A problem calls it once the energy's arrays have the dtype of the network.
+        `widths` are n_0 … n_L, `output` is what the output is clamped to, `None` if it is free. A
+        problem calls it once the energy's arrays have the dtype of the network.
         """
 
 
@@ -107,7 +117,7 @@ class Gaussian(Energy):
             return solved.T.reshape(vector.shape)
         return vector / jnp.broadcast_to(precision, vector.shape)
 
-    def layer_energy(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
         return 0.5 * jnp.sum(error * self.weigh(index, error), axis=-1)
 
     def matrix(self, index: int, width: int, dtype: Any) -> Float[Array, "n n"]:
@@ -119,7 +129,7 @@ class Gaussian(Energy):
             return precision
         return jnp.diag(jnp.broadcast_to(precision, (width,)))
 
-    def check(self, widths: tuple[int, ...]) -> None:
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
         # In a lower precision a small number can vanish, a matrix become singular.
         Gaussian(self.precisions)
         if not isinstance(self.precisions, tuple):
@@ -135,6 +145,76 @@ class Gaussian(Energy):
                     f"precision of layer {index} has shape {precision.shape}, but the layer has "
                     f"{widths[index]} units"
                 )
+
+
+class CrossEntropy(Energy):
+    """Cross-entropy of a softmax output, `E_L = −λ Σ_k T_k log softmax(μ_L)_k`; Gaussian below.
+
+    The prediction μ_L of the output layer are logits: give that layer the identity activation.
+    Arguments: `precisions` of the layers l = 1 … L − 1, as for `Gaussian`; `weight`, λ > 0, the
+    precision of the output so to speak: an average over a batch of B samples in place of a sum,
+    with the hidden layers as they are, is λ = 1/B.
+
+    The output must be clamped, and to probabilities. Raises `InputError` where it is not,
+    `PrecisionError` for a weight or a precision that is not positive.
+    """
+
+    hidden: Gaussian
+    weight: Float[Array, ""]
+
+    def __init__(self, precisions: Numbers | None = None, weight: Numbers = 1.0):
+        self.hidden = Gaussian(precisions)
+        self.weight = _checked_precision(weight, "weight of the cross-entropy")
+        if self.weight.ndim != 0:
+            raise ShapeError(f"weight must be one number, got shape {self.weight.shape}")
+
+    def precision(self, index: int) -> Float[Array, "..."] | None:
+        """Π_l of the hidden layer l = `index`."""
+        return self.hidden.precision(index)
+
+    def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
+        if target is None:
+            return self.hidden.layer_energy(index, error, None)
+        log_probabilities = jax.nn.log_softmax(target - error, axis=-1)
+        return -self.weight * jnp.sum(target * log_probabilities, axis=-1)
+
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        self.hidden.check(widths[:-1], None)
+        _checked_precision(self.weight, "weight of the cross-entropy")
+        if output is None:
+            raise InputError("cross-entropy compares with a target: clamp the output")
+        if is_traced(output):
+            return
+        target = np.asarray(output)
+        sums = target.sum(-1)
+        if np.any(target < 0) or np.any(np.abs(sums - 1) > 1e-3):
+            raise InputError(
+                f"cross-entropy needs probabilities as output, but entries go from "
+                f"{target.min():g} to {target.max():g} and sums from {sums.min():g} to "
+                f"{sums.max():g}; give one-hot labels"
+            )
+
+
+def error_gradient(energy: Energy, index: int, error: Array, target: Array | None) -> Array:
+    """∂E_l/∂ε_l, which is −∂E_l/∂μ_l; Π_l ε_l where the energy is Gaussian."""
+    if isinstance(energy, Gaussian):
+        return energy.weigh(index, error)
+    return jax.grad(lambda e: jnp.sum(energy.layer_energy(index, e, target)))(error)
+
+
+def scale_output(energy: Energy, depth: int, factor: Any) -> Gaussian | CrossEntropy:
+    """The same energy with that of the output layer L = `depth` multiplied by `factor`.
+
+    Raises `InputError` for other energies than `Gaussian` and `CrossEntropy`.
+    """
+    if isinstance(energy, CrossEntropy):
+        return eqx.tree_at(lambda e: e.weight, energy, factor * energy.weight)
+    if not isinstance(energy, Gaussian):
+        raise InputError(f"the output of a {type(energy).__name__} energy cannot be scaled")
+    each = [energy.precision(index) for index in range(1, depth + 1)]
+    one = jnp.ones((), jnp.result_type(*[p for p in each if p is not None], factor))
+    filled = [one if precision is None else precision for precision in each]
+    return Gaussian([*filled[:-1], factor * filled[-1]])
 
 
 def weigh(

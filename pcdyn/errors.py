@@ -74,6 +74,14 @@ class DenseOutputError(InputError):
     """A trajectory was evaluated between its saved times without dense output."""
 
 
+class LabelError(InputError):
+    """A label is not the index of an output unit."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is truncated, corrupt, or belongs to another training."""
+
+
 class DataError(InputError):
     """A file or a folder of data is missing, corrupt, truncated or not what it claims to be."""
 
@@ -184,6 +192,14 @@ class SimulationError(PcdynError, RuntimeError):
     def __init__(self, message: str, trajectory: Any = None):
         super().__init__(message)
         self.trajectory = trajectory
+
+
+class TrainingDivergedError(PcdynError, RuntimeError):
+    """A loss or a weight became NaN or infinite; `training` holds the last finite network."""
+
+    def __init__(self, message: str, training: Any = None):
+        super().__init__(message)
+        self.training = training
 
 
 class DivergedError(SimulationError):

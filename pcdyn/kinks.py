@@ -216,10 +216,7 @@ def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tu
     slope = smooth.gradient(state)
     hessian = free_energy_hessian(smooth, state).dense()
     errors = smooth.prediction_errors(activities)
-    weighted = [
-        jax.grad(lambda e, i=index: problem.energy.layer_energy(i, e))(error)
-        for index, error in enumerate(errors, start=1)
-    ]
+    weighted = [problem.weighted_error(index, error) for index, error in enumerate(errors, start=1)]
     left, right, pull = (jnp.concatenate(parts) for parts in (lefts, rights, weighted))
     return (
         jnp.concatenate(slope), hessian, jnp.concatenate(gaps), _preactivation_rows(problem), pull,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn.checks import Numbers, as_float_array, check_finite, is_traced
-from pcdyn.energy import Energy, Gaussian
+from pcdyn.energy import Energy, Gaussian, error_gradient
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
 
@@ -20,7 +21,52 @@ from pcdyn.network import Activities, Network
 State = tuple[Any, ...]
 
 
-class InferenceProblem(eqx.Module):
+class Problem(eqx.Module):
+    """What `pcdyn.simulate` integrates: a state that follows −∂F of some network.
+
+    The state is a tuple of arrays whose last axis is summed over in norms.
+    """
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """The floating-point dtype of everything."""
+
+    @property
+    @abc.abstractmethod
+    def free_layers(self) -> tuple[int, ...]:
+        """The indices l of the layers of activities that move."""
+
+    @abc.abstractmethod
+    def initial_state(self, initial: str | Sequence[Numbers]) -> State:
+        """The state to start from, by name or from given activities, checked."""
+
+    @abc.abstractmethod
+    def activities(self, state: State) -> Activities:
+        """All layers x_0 … x_L at a state, or at several with a leading axis."""
+
+    @abc.abstractmethod
+    def network_at(self, state: State) -> Network | None:
+        """The network at a state, or at several, where weights move; `None` where they do not."""
+
+    @abc.abstractmethod
+    def first_prediction(self) -> Array | None:
+        """μ_1 where it is constant; `None` where it moves."""
+
+    @abc.abstractmethod
+    def observe(self, state: State, first_prediction: Array | None) -> tuple[Activities, Array]:
+        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+
+    @abc.abstractmethod
+    def free_energy(self, state: State) -> Array:
+        """F, per sample or in all."""
+
+    @abc.abstractmethod
+    def vector_field(self, state: State, first_prediction: Array | None) -> State:
+        """The time derivative of the state."""
+
+
+class InferenceProblem(Problem):
     """Inference in a predictive coding network: `τ_l dx_l/dt = −∂F/∂x_l` for every free layer.
 
     Arguments:
@@ -70,12 +116,17 @@ class InferenceProblem(eqx.Module):
         self.energy = jax.tree.map(
             lambda x: x.astype(network.dtype) if eqx.is_inexact_array(x) else x, energy
         )
-        self.energy.check(network.widths)
+        self.energy.check(network.widths, self.output)
         self.time_constants = _checked_time_constants(time_constants, network)
         if not self.free_layers:
             raise InputError(
                 "nothing to infer: both ends of a network without hidden layers are clamped"
             )
+
+    @property
+    def dtype(self) -> Any:
+        """The floating-point dtype of the weights, and so of everything."""
+        return self.network.dtype
 
     @property
     def free_layers(self) -> tuple[int, ...]:
@@ -113,6 +164,10 @@ class InferenceProblem(eqx.Module):
         """The free layers of `activities` x_0 … x_L; the inverse of `activities`."""
         return tuple(activities[index] for index in self.free_layers)
 
+    def network_at(self, state: State) -> Network | None:
+        """`None`: the weights do not move."""
+        return None
+
     def first_prediction(self) -> Float[Array, "*batch n_1"] | None:
         """μ_1 = f(W_1 d + b_1), constant during inference; `None` if the input is free."""
         return None if self.input is None else self.network.predict(1, self.input)
@@ -133,17 +188,40 @@ class InferenceProblem(eqx.Module):
             errors.append(activities[index] - prediction)
         return tuple(errors)
 
+    def observe(
+        self, state: State, first_prediction: Array | None = None
+    ) -> tuple[Activities, Float[Array, "*batch L"]]:
+        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+        errors = self.prediction_errors(self.activities(state), first_prediction)
+        return errors, self.energies_of(errors)
+
     def layer_energies(
         self, state: State, first_prediction: Array | None = None
     ) -> Float[Array, "*batch L"]:
         """E_1 … E_L of each sample, on the last axis."""
-        errors = self.prediction_errors(self.activities(state), first_prediction)
-        return self.energies_of(errors)
+        return self.observe(state, first_prediction)[1]
 
     def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
         """E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
-        energies = [self.energy.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
+        energies = [self.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
         return jnp.stack(energies, axis=-1)
+
+    def layer_energy(self, index: int, error: Array) -> Array:
+        """E_l of layer l = `index` for its prediction error, per sample."""
+        return self.energy.layer_energy(index, error, self._target_of(index))
+
+    def weighted_error(self, index: int, error: Array) -> Array:
+        """∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
+        return error_gradient(self.energy, index, error, self._target_of(index))
+
+    def output_error(self, prediction: Array) -> Array:
+        """T − μ_L; raises `InputError` if the output is free."""
+        if self.output is None:
+            raise InputError("there is no output error: this problem's output is free")
+        return self.output - prediction
+
+    def _target_of(self, index: int) -> Array | None:
+        return self.output if index == self.network.depth else None
 
     def free_energy(
         self, state: State, first_prediction: Array | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +20,7 @@ from pcdyn.errors import (
     SingularWeightError,
     UnreachableTargetError,
 )
-from pcdyn.network import Activities, Dense, Network
+from pcdyn.network import Activities, Dense, Network, apply_layer
 from pcdyn.problem import InferenceProblem
 
 
@@ -57,15 +58,13 @@ def backpropagation(problem: InferenceProblem) -> Backpropagation:
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
     for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
     """
-    target = problem.output
-    if target is None:
+    if problem.output is None:
         raise InputError("backpropagation needs a target: this problem's output is free")
     network = problem.network
     activities = feedforward(problem)
 
     def output_energy(prediction: Array) -> tuple[Array, Array]:
-        error = target - prediction
-        energy = problem.energy.layer_energy(network.depth, error)
+        energy = problem.layer_energy(network.depth, problem.output_error(prediction))
         return jnp.sum(energy), energy
 
     gradient, loss = jax.grad(output_energy, has_aux=True)(activities[-1])
@@ -75,8 +74,27 @@ def backpropagation(problem: InferenceProblem) -> Backpropagation:
         gradients.insert(0, layer_gradient)
         if index > 1:
             deltas.insert(0, delta)
-    weight_gradient = eqx.tree_at(lambda n: n.layers, network, tuple(gradients))
-    return Backpropagation(activities, tuple(deltas), weight_gradient, loss)
+    return Backpropagation(activities, tuple(deltas), _as_network(network, gradients), loss)
+
+
+def local_gradient(
+    network: Network, activities: Sequence[Array], deltas: Sequence[Array]
+) -> Network:
+    """`−(f'_l ∘ d_l) x_{l−1}ᵀ` for each layer, summed over the batch: what local learning follows.
+
+    Arguments: `activities` x_0 … x_L and what is to be credited to each layer, `deltas` d_1 … d_L.
+    With d_l = Π_l ε_l it is ∂F/∂(weights) of predictive coding (Eq 2); with BP's δ_l and the
+    feedforward pass it is ∂ℒ/∂(weights). A network whose arrays are the gradients.
+    """
+    gradients = [
+        _layer_vjp(network, index, activities[index - 1], delta)[0]
+        for index, delta in enumerate(deltas, start=1)
+    ]
+    return _as_network(network, gradients)
+
+
+def _as_network(network: Network, gradients: Sequence[Any]) -> Network:
+    return eqx.tree_at(lambda n: n.layers, network, tuple(gradients))
 
 
 def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[Any, Array]:
@@ -84,8 +102,7 @@ def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[An
     arrays, rest = eqx.partition(layers[index - 1], eqx.is_inexact_array)
 
     def predict(arrays: Any, x: Array) -> Array:
-        layer = eqx.combine(arrays, rest)
-        return jnp.vectorize(layer, signature="(n)->(m)")(x)
+        return apply_layer(eqx.combine(arrays, rest), x)
 
     _, vjp = jax.vjp(predict, arrays, x)
     layer_gradient, delta_below = vjp(delta)

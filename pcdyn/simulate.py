@@ -23,7 +23,7 @@ from pcdyn.errors import (
 from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import Problem, State
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
@@ -33,7 +33,7 @@ _MOST_SAMPLES_NAMED = 20
 
 
 def simulate(
-    problem: InferenceProblem,
+    problem: Problem,
     *,
     t1: float,
     times: Numbers | None = None,
@@ -48,6 +48,8 @@ def simulate(
 
     Arguments:
 
+    - `problem`: a `pcdyn.InferenceProblem`, or a flow in which weights move as well, such as
+      `pcdyn.learning.JointFlow`.
     - `t1`: the end time, in units of the activity time constant.
     - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
     - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`).
@@ -102,15 +104,13 @@ def simulate(
     return trajectory
 
 
-def _stopping(
-    until: str | UntilEquilibrium | None, problem: InferenceProblem
-) -> UntilEquilibrium | None:
+def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEquilibrium | None:
     if until is None:
         return None
     if isinstance(until, UntilEquilibrium):
-        return until.resolved(problem.network.dtype)
+        return until.resolved(problem.dtype)
     if until == "equilibrium":
-        return UntilEquilibrium().resolved(problem.network.dtype)
+        return UntilEquilibrium().resolved(problem.dtype)
     raise IntegratorError(
         f'until={until!r} is unknown: use "equilibrium" or pcdyn.UntilEquilibrium(tolerance=…)'
     )
@@ -148,12 +148,12 @@ class Observed(eqx.Module):
 
 
 @eqx.filter_jit
-def _observe(problem: InferenceProblem, states: State) -> Observed:
+def _observe(problem: Problem, states: State) -> Observed:
     flow = Flow(problem)
 
     def at(state: State) -> Observed:
-        errors = problem.prediction_errors(problem.activities(state), flow.first_prediction)
-        return Observed(errors, problem.energies_of(errors), layer_norms(flow(0.0, state)))
+        errors, energies = problem.observe(state, flow.first_prediction)
+        return Observed(errors, energies, layer_norms(flow(0.0, state)))
 
     return jax.vmap(at)(states)
 
@@ -165,7 +165,7 @@ def _traced_trajectory(request: Request, run: Integration, method: Integrator) -
 
 
 def _build(
-    problem: InferenceProblem,
+    problem: Problem,
     run: Integration,
     observed: Observed,
     states: State,
@@ -198,6 +198,7 @@ def _build(
         interpolation=interpolation,
         integrator=method.name,
         free_layers=problem.free_layers,
+        network=problem.network_at(states),
         **rest,
     )
 
@@ -205,7 +206,7 @@ def _build(
 class _DenseActivities(eqx.Module):
     """Dense output of the state as activities of all layers."""
 
-    problem: InferenceProblem
+    problem: Problem
     interpolation: Any
 
     def __call__(self, t: Any) -> tuple[Any, ...]:

@@ -7,7 +7,6 @@ function of the solver and is not stored.
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from pcdyn.checks import is_traced
 from pcdyn.errors import DataError, ShapeError, Status
+from pcdyn.files import write_atomically
 from pcdyn.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -53,6 +53,11 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """
     import xarray
 
+    if trajectory.network is not None:
+        raise ShapeError(
+            "weights move in this trajectory, for which there is no file format: keep its "
+            "activities and the arrays of its network, for example with numpy.savez"
+        )
     if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
         raise ShapeError(
             "this trajectory is of several networks, or inside of a JAX transformation: take one "
@@ -161,21 +166,13 @@ def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     `DataError` if the folder does not exist, `ShapeError` as `to_xarray`, and `OSError` if the
     file cannot be written.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise DataError(f"cannot write {target}: create the folder {target.parent} first")
     dataset = to_xarray(trajectory)
     # xarray would mark NaN as missing, and then replace each NaN by its own.
     exact = {str(name): {"_FillValue": None} for name in dataset.variables}
-    # In the same folder, for a file is replaced at once within a file system only.
-    partial = target.parent / f".pcdyn-{uuid.uuid4().hex}.partial"
-    try:
-        dataset.to_netcdf(partial, engine="h5netcdf", encoding=exact)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(
+        Path(path),
+        lambda partial: dataset.to_netcdf(partial, engine="h5netcdf", encoding=exact),
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Trajectory:

@@ -38,6 +38,8 @@ class Trajectory(LayerEnergies):
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
+    - `network`: where weights move, the network whose arrays have the time axis first; otherwise
+      `None`.
 
     With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
     and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
@@ -59,6 +61,7 @@ class Trajectory(LayerEnergies):
     compile_seconds: Any = 0.0
     run_seconds: Any = 0.0
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
+    network: Any = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")

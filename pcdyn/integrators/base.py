@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pcdyn.errors import IntegratorError, ToleranceError
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import Problem, State
 from pcdyn.states import layer_norms
 
 
 class Flow(eqx.Module):
     """The vector field of a problem with what is constant during inference computed once."""
 
-    problem: InferenceProblem
+    problem: Problem
     first_prediction: Array | None
 
-    def __init__(self, problem: InferenceProblem):
+    def __init__(self, problem: Problem):
         self.problem = problem
         self.first_prediction = problem.first_prediction()
 
@@ -70,7 +70,7 @@ class Request(eqx.Module):
     It stops before t1 where `until` says so, and keeps dense output if `dense`.
     """
 
-    problem: InferenceProblem
+    problem: Problem
     state: State
     times: Any
     t1: Any
@@ -118,7 +118,7 @@ class Integrator(eqx.Module):
         """The step size, or `None` if the method chooses it."""
 
     @abc.abstractmethod
-    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         """Raise `IntegratorError` or `ToleranceError` for what this integrator cannot do."""
 
     @abc.abstractmethod
@@ -131,7 +131,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
 
     1e-6 and 1e-9 in float64, 1e-4 and 1e-6 in float32; tighter with `until`.
     """
-    dtype, until = request.problem.network.dtype, request.until
+    dtype, until = request.problem.dtype, request.until
     default_rtol, default_atol = (1e-6, 1e-9) if dtype == jnp.float64 else (1e-4, 1e-6)
     if until is not None:
         # An explicit method hovers where its own error control lets it; a hundredth of the

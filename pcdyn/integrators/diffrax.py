@@ -21,7 +21,7 @@ from pcdyn.integrators.base import (
     default_tolerances,
 )
 from pcdyn.integrators.scipy import SciPy
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import Problem, State
 
 if TYPE_CHECKING:
     import diffrax
@@ -134,10 +134,10 @@ class Diffrax(Integrator):
     def fixed_step(self) -> Any:
         return self.dt
 
-    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         import diffrax
 
-        check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
+        check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
         if isinstance(self.solver, diffrax.HalfSolver):
             raise IntegratorError(
                 "diffrax cannot run HalfSolver without reverse-mode derivatives; choose a solver "
@@ -169,7 +169,7 @@ class Diffrax(Integrator):
 
         flow, solver = Flow(problem), self._solver()
         # Time has the dtype of the state, for their products are added to it.
-        dtype = problem.network.dtype
+        dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
         event = None

@@ -16,7 +16,7 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
 )
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import Problem, State
 from pcdyn.states import all_finite
 
 
@@ -45,7 +45,7 @@ class Euler(Integrator):
     def fixed_step(self) -> Any:
         return self.dt
 
-    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         if dense:
             raise IntegratorError(
                 "Euler has no dense output; give the times at which to save instead"
@@ -54,7 +54,7 @@ class Euler(Integrator):
     def integrate(self, request: Request) -> Integration:
         until, state, t1 = request.until, request.state, request.t1
         flow = Flow(request.problem)
-        dtype = request.problem.network.dtype
+        dtype = request.problem.dtype
         dt = jnp.asarray(self.dt, dtype)
 
         def update(state: State) -> State:

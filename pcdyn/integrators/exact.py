@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pcdyn.errors import IntegratorError, Status
+from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
 from pcdyn.linear import exact_flow, hessian
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, Problem
 
 
 class Exact(Integrator):
@@ -30,7 +30,9 @@ class Exact(Integrator):
     def fixed_step(self) -> None:
         return None
 
-    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+        if not isinstance(problem, InferenceProblem):
+            raise NotLinearError("the flow is not linear in the weights: Exact cannot follow it")
         hessian(problem)
         if until is not None:
             raise IntegratorError(
@@ -38,7 +40,9 @@ class Exact(Integrator):
             )
 
     def integrate(self, request: Request) -> Integration:
-        flow, dtype = exact_flow(request.problem, request.state), request.problem.network.dtype
+        problem, dtype = request.problem, request.problem.dtype
+        assert isinstance(problem, InferenceProblem), "check has refused others"
+        flow = exact_flow(problem, request.state)
         times = jnp.asarray(request.times, dtype)
         states = jax.vmap(flow)(times)
         # e^{−H·0} is the identity only up to round-off; the start is known exactly.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from pcdyn.errors import Status
 from pcdyn.integrators.base import Integration, Integrator, Request
 from pcdyn.integrators.diffrax import Diffrax
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.states import choose
 
 
@@ -27,18 +27,21 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
         return _checked_run(method, _with_data(request, input, output, state))
 
     problem = request.problem
+    assert isinstance(problem, InferenceProblem), "others have no samples"
     return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, request.state))
 
 
 def _with_data(
     request: Request, input: Array | None, output: Array | None, state: State
 ) -> Request:
+    assert isinstance(request.problem, InferenceProblem), "others have no samples"
     problem = request.problem.with_data(input, output)
     return dataclasses.replace(request, problem=problem, state=state)
 
 
 def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
+    assert isinstance(request.problem, InferenceProblem), "others have no samples"
     data = (request.problem.input, request.problem.output, request.state)
     return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
 
@@ -138,7 +141,7 @@ def _without_non_finite(run: Integration, times: Any, xp: Any) -> Integration:
     return dataclasses.replace(run, states=states, status=status, end_time=end_time)
 
 
-def _with_stability(run: Integration, problem: InferenceProblem, state: State) -> Integration:
+def _with_stability(run: Integration, problem: Problem, state: State) -> Integration:
     """A fixed step is unstable if it lets the free energy rise, which the flow never does."""
     states = jax.tree.map(lambda x, saved: jnp.concatenate([x[None], saved]), state, run.states)
     energy = jax.vmap(problem.free_energy)(states)

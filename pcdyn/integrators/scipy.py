@@ -20,7 +20,7 @@ from pcdyn.integrators.base import (
     check_tolerances,
     default_tolerances,
 )
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import Problem, State
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _MOST_NON_FINITE = 200
@@ -61,9 +61,9 @@ class SciPy(Integrator):
     def fixed_step(self) -> None:
         return None
 
-    def check(self, problem: InferenceProblem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.
-        check_tolerances(self.name, self.rtol, self.atol, problem.network.dtype)
+        check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
 
     def integrate(self, request: Request) -> Integration:
         from scipy.integrate import solve_ivp
@@ -133,12 +133,12 @@ class _NonFiniteField(Exception):
 class _HostSystem:
     """A problem as SciPy sees it: one flat float64 vector, sample after sample."""
 
-    def __init__(self, problem: InferenceProblem, state: State):
+    def __init__(self, problem: Problem, state: State):
         arrays, rest = eqx.partition(Flow(problem), eqx.is_array)
         self._flow = eqx.combine(jax.device_put(arrays, _host_device()), rest)
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
-        self._dtype = problem.network.dtype
+        self._dtype = problem.dtype
         self._non_finite = 0
         self.tests = 0
 

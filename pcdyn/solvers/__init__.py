@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pcdyn.energy import Gaussian
+from pcdyn.energy import CrossEntropy, Gaussian
 from pcdyn.errors import InputError
 from pcdyn.kinks import has_kinks
 from pcdyn.linear import is_linear
@@ -54,12 +54,14 @@ def get_solver(method: str | Solver) -> Solver:
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """What to try in turn, each where the one before it did not converge.
 
-    A linear network has a closed form. Otherwise Gauss–Newton; where it stalls, Nesterov in error
-    coordinates (both ends clamped), then pseudo-transient continuation.
+    A linear network has a closed form. Otherwise Gauss–Newton, if the energy is Gaussian; where it
+    stalls, Nesterov in error coordinates (both ends clamped), then pseudo-transient continuation.
     """
     if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
         return (ClosedForm(),)
     both = problem.input is not None and problem.output is not None
+    if isinstance(problem.energy, CrossEntropy):
+        return (ErrorDescent(), PseudoTransient()) if both else (PseudoTransient(),)
     # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.
     middle = (ErrorDescent(),) if both and not has_kinks(problem.network) else ()
     return (GaussNewton(), *middle, PseudoTransient())

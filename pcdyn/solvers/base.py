@@ -78,7 +78,7 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Any:
     """The round-off of F at a state, per sample."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
-    weighted = jax.grad(lambda e: jnp.sum(problem.energies_of(e)))(errors)
+    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
     return round_off(weighted, activities[1:])
 
 

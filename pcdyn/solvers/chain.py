@@ -1,8 +1,8 @@
 """A network in error coordinates: activities from prediction errors, one pass for all layers.
 
 With both ends clamped the activities follow from the errors e_1 … e_{L−1} by one forward pass,
-`x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = ½ Σ e_lᵀ Π_l e_l + ½ rᵀ Π_L r` with the output
-error `r = T − μ_L`.
+`x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = ½ Σ e_lᵀ Π_l e_l + E_L(r)` with the output error
+`r = T − μ_L`, whose energy is Gaussian or cross-entropy.
 
 Consecutive layers of the same kind are stacked and run in a loop that is compiled once, so that a
 deep network does not take long to compile. *Stacked* values hold one array `(layers, batch, n)` for
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
-from pcdyn.energy import Gaussian, weigh
+from pcdyn.energy import CrossEntropy, Gaussian, error_gradient, weigh
 from pcdyn.network import apply_layer
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import round_off
@@ -41,17 +41,16 @@ class Chain(eqx.Module):
     output_layer: Any
     precisions: tuple[Any, ...]
     covariances: tuple[Any, ...]
-    output_precision: Any
-    output_covariance: Any
+    energy: Gaussian | CrossEntropy
     lengths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, problem: InferenceProblem):
         network, energy = problem.network, problem.energy
-        assert isinstance(energy, Gaussian), "the solvers have checked this"
+        assert isinstance(energy, Gaussian | CrossEntropy), "the solvers have checked this"
         self.first_prediction = problem.first_prediction()
         self.target = problem.output
         self.output_layer = network.layers[-1]
-        self.output_precision = energy.precision(network.depth)
+        self.energy = energy
         each = [
             (network.layers[i - 1], energy.precision(i), network.widths[i - 1 : i + 1])
             for i in range(2, network.depth)
@@ -61,9 +60,8 @@ class Chain(eqx.Module):
         self.layers = tuple(layer for layer, _, _ in stacked)
         self.precisions = (_stack([energy.precision(1)]), *(p for _, p, _ in stacked))
         self.covariances = tuple(
-            None if p is None else jax.vmap(_covariance)(p) for p in self.precisions
+            None if p is None else jax.vmap(covariance)(p) for p in self.precisions
         )
-        self.output_covariance = _covariance(self.output_precision)
         self.lengths = (1, *map(len, runs))
 
     def take(self, samples: Any) -> Chain:
@@ -112,24 +110,44 @@ class Chain(eqx.Module):
             hidden.append(run)
         return tuple(hidden), self.target - apply_layer(self.output_layer, x)
 
+    def output_error(self, errors: Stacked) -> tuple[Any, Stacked]:
+        """The output error r, and the hidden activities."""
+        hidden, output_error = self.activities(errors)
+        return output_error, hidden
+
     def look(self, errors: Stacked) -> Look:
         """F, ∂F/∂e and the size of ∂F/∂x by two forward and two backward passes."""
-        output_error, pull_chain, hidden = jax.vjp(
-            lambda e: self.activities(e)[::-1], errors, has_aux=True
-        )
+        output_error, pull_chain, hidden = jax.vjp(self.output_error, errors, has_aux=True)
         weighted = self.weighted(errors)
-        output_weighted = weigh(self.output_precision, output_error)
-        energy = 0.5 * (dot(errors, weighted) + dot((output_error,), (output_weighted,)))
+        output_weighted = self.output_gradient(output_error)
+        energy = self.free_energy(errors, output_error)
         slope = jax.tree.map(jnp.add, weighted, pull_chain(output_weighted)[0])
         _, pull = jax.vjp(self.predictions, hidden)
         (above,) = pull((*weighted[1:], output_weighted))
         residual = jax.tree.map(jnp.subtract, weighted, above)
         return Look(energy, slope, largest_norm(residual))
 
+    def free_energy(self, errors: Stacked, output_error: Any) -> Any:
+        """F from the errors of all layers."""
+        hidden = 0.5 * dot(errors, self.weighted(errors))
+        return hidden + self.energy.layer_energy(self._depth, output_error, self.target)
+
+    def output_gradient(self, output_error: Any) -> Any:
+        """∂E_L/∂r: Π_L r where the output energy is Gaussian."""
+        return error_gradient(self.energy, self._depth, output_error, self.target)
+
+    def output_curvature(self, output_error: Any) -> Callable[[Any], Any]:
+        """Products with ∂²E_L/∂r², which is Π_L where the output energy is Gaussian."""
+        return jax.linearize(self.output_gradient, output_error)[1]
+
+    @property
+    def _depth(self) -> int:
+        return sum(self.lengths) + 1
+
     def round_off(self, errors: Stacked) -> Any:
         """The round-off of F."""
         hidden, output_error = self.activities(errors)
-        weighted = (*self.weighted(errors), weigh(self.output_precision, output_error))
+        weighted = (*self.weighted(errors), self.output_gradient(output_error))
         return round_off(weighted, (*hidden, self.target))
 
     def linearise(
@@ -180,7 +198,8 @@ def _each_layer(precisions: tuple[Any, ...], vectors: Stacked) -> Stacked:
     return tuple(jax.vmap(weigh)(p, v) for p, v in zip(precisions, vectors, strict=True))
 
 
-def _covariance(precision: Any) -> Any:
+def covariance(precision: Any) -> Any:
+    """Π⁻¹ of a precision as given; `None` means 1."""
     if precision is None:
         return None
     if precision.ndim < 2:

@@ -183,8 +183,8 @@ class _Search(eqx.Module):
 def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
     """Minimise F of every sample from `start` until its largest residual is at most `tolerance`.
 
-    Once no more than one sample in four is unsolved, those go on by themselves. The `state` of
-    the solution is in the coordinates of `start`.
+    The tolerance is one number or one per sample. Once no more than one sample in four is unsolved,
+    those go on by themselves. The `state` of the solution is in the coordinates of `start`.
     """
     seen = model.look(start)
     zero, none = jnp.zeros_like(seen.energy), jnp.zeros(seen.energy.shape, int)
@@ -203,12 +203,13 @@ def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> So
         renew=jnp.asarray(True),
     )
     few = len(zero) // 4
+    tolerance = jnp.broadcast_to(tolerance, zero.shape)
     now = _search(model, now, tolerance, max_iterations, few)
     end = Solution(now.point, now.status, now.iterations, now.passes)
     if few == 0:
         return end
     samples = jnp.argsort(~_active(now, max_iterations))[:few]
-    rest = _search(model.take(samples), now.take(samples), tolerance, max_iterations, 0)
+    rest = _search(model.take(samples), now.take(samples), tolerance[samples], max_iterations, 0)
     return Solution(
         jax.tree.map(lambda x, y: x.at[..., samples, :].set(y), end.state, rest.point),
         end.status.at[samples].set(rest.status),

@@ -8,12 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pcdyn.energy import weigh
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.solvers.chain import Chain, Stacked
-from pcdyn.solvers.gauss_newton import gaussian_energy
+from pcdyn.solvers.gauss_newton import gaussian_below, gaussian_energy
 from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
 
@@ -139,7 +138,7 @@ class ErrorDescent(Solver):
         return "nesterov" if self.nesterov else "error_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        gaussian_energy(self.name, problem)
+        gaussian_below(self.name, problem)
         if self.rate is not None:
             _positive(self.name, "rate", self.rate)
         if problem.input is None or problem.output is None:
@@ -210,13 +209,14 @@ class ErrorDescent(Solver):
     def _first_rate(self, chain: Chain, errors: Stacked) -> Any:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
         push, pull = chain.linearise(errors)
+        curve = chain.output_curvature(chain.activities(errors)[1])
 
         def body(_: Any, carry: Any) -> Any:
             covector, _ = carry
             # Zero stays zero: the output does not move, and the rate is 1.
             size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
             covector = covector / jnp.where(size > 0, size, 1)
-            image = weigh(chain.output_precision, push(chain.unweighted(pull(covector))))
+            image = curve(push(chain.unweighted(pull(covector))))
             return image, jnp.linalg.norm(image, axis=-1)
 
         batch, width = chain.target.shape

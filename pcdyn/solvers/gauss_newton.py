@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
 from pcdyn.block_tridiagonal import BlockCholesky
-from pcdyn.energy import Gaussian, weigh
+from pcdyn.energy import CrossEntropy, Gaussian, weigh
 from pcdyn.errors import InputError
 from pcdyn.linear import gauss_newton_hessian
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
-from pcdyn.solvers.chain import Chain, Stacked
+from pcdyn.solvers.chain import Chain, Stacked, covariance
 from pcdyn.solvers.damped import Look, Model, Propose, descend
 from pcdyn.states import largest_norm, scale, step
 
@@ -55,7 +55,8 @@ class GaussNewton(Solver):
             return descend(InActivities(problem), state, tolerance, self.max_iterations)
         chain = Chain(problem)
         explicit = problem.network.widths[-1] <= self.explicit_width
-        model = InErrors(chain, explicit, self.cg_tolerance)
+        output_precision = gaussian_energy(self.name, problem).precision(problem.network.depth)
+        model = InErrors(chain, output_precision, explicit, self.cg_tolerance)
         end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
         return dataclasses.replace(end, state=chain.unstack(hidden))
@@ -65,6 +66,7 @@ class InErrors(Model):
     """Both ends clamped: errors as coordinates, solved in the output space."""
 
     chain: Chain
+    output_precision: Any
     explicit: bool = eqx.field(static=True)
     cg_tolerance: float = eqx.field(static=True)
 
@@ -88,10 +90,11 @@ class InErrors(Model):
     def factorise(self, point: Stacked, damping: Any) -> Propose:
         push, pull = self.chain.linearise(point)
         lessened = 1 / (1 + damping)
+        output_covariance = covariance(self.output_precision)
 
         def s_product(covector: Any) -> Any:
             """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
-            own = weigh(self.chain.output_covariance, covector)
+            own = weigh(output_covariance, covector)
             through = push(self.chain.unweighted(pull(covector)))
             return step((own,), lessened, (through,))[0]
 
@@ -181,6 +184,13 @@ def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:
             "pcdyn.solvers.PseudoTransient()"
         )
     return problem.energy
+
+
+def gaussian_below(name: str, problem: InferenceProblem) -> Gaussian | CrossEntropy:
+    """The energy; raises `InputError` unless all layers but the output have Gaussian ones."""
+    if isinstance(problem.energy, CrossEntropy):
+        return problem.energy
+    return gaussian_energy(name, problem)
 
 
 def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Any]:

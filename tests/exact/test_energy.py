@@ -33,7 +33,7 @@ def test_every_kind_of_precision_is_its_matrix(
     error = rng.normal(size=(*batch, width))
     given_error = jnp.asarray(error)
     expected = 0.5 * np.einsum("...i,ij,...j", error, matrix, error)
-    assert_close(energy.layer_energy(2, given_error), expected, ROUND_OFF)
+    assert_close(energy.layer_energy(2, given_error, None), expected, ROUND_OFF)
     assert_close(energy.weigh(2, given_error), error @ matrix, ROUND_OFF)
     # Eigenvalues lie between 1/e and e: the condition number is below 8.
     solved = np.linalg.solve(matrix, error.reshape(-1, width).T).T.reshape(error.shape)
@@ -48,7 +48,7 @@ def test_one_precision_serves_all_layers(precision: float | None) -> None:
     energy, factor = Gaussian(precision), 1.0 if precision is None else precision
     error = jnp.asarray([1.0, -2.0])
     for index in (1, 7):
-        assert float(energy.layer_energy(index, error)) == pytest.approx(0.5 * factor * 5)
+        assert float(energy.layer_energy(index, error, None)) == pytest.approx(0.5 * factor * 5)
         assert_close(energy.weigh(index, error), factor * np.array([1.0, -2.0]), ROUND_OFF)
         assert_close(energy.unweigh(index, error), np.array([1.0, -2.0]) / factor, ROUND_OFF)
         assert_close(energy.matrix(index, 2, jnp.float64), factor * np.eye(2), ROUND_OFF)

@@ -289,11 +289,11 @@ tick.defvjp(lambda error: (error, None), _backward)
 class Counted(pcdyn.Energy):
     """½ ‖ε‖², each gradient of which counts itself once while it runs."""
 
-    def layer_energy(self, index: int, error: Any) -> Any:
+    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
         error = tick(error) if index == 1 else error
         return 0.5 * jnp.sum(error**2, axis=-1)
 
-    def check(self, widths: tuple[int, ...]) -> None:
+    def check(self, widths: tuple[int, ...], output: Any) -> None:
         pass
 
 

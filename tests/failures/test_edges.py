@@ -141,10 +141,10 @@ class Scaled(Energy):
 
     scale: float = 0.5
 
-    def layer_energy(self, index: int, error: Any) -> Any:
+    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
         return self.scale * jnp.sum(error**2, axis=-1)
 
-    def check(self, widths: tuple[int, ...]) -> None:
+    def check(self, widths: tuple[int, ...], output: Any) -> None:
         """It fits every network."""
 
 

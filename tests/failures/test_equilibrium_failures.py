@@ -55,10 +55,10 @@ LINEAR, CURVED = (
 class Quartic(Energy):
     """Σ ε⁴, which is not Gaussian."""
 
-    def layer_energy(self, index: int, error: Any) -> Any:
+    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
         return jnp.sum(error**4, axis=-1)
 
-    def check(self, widths: tuple[int, ...]) -> None:
+    def check(self, widths: tuple[int, ...], output: Any) -> None:
         """It fits every network."""
 
 

@@ -1,0 +1,172 @@
+"""Activities and weights as one flow, and its limit in which the activities are always at rest.
+
+`pcdyn.simulate` integrates both. F is summed over the batch, whose samples share the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pcdyn.checks import Numbers
+from pcdyn.equilibrium import equilibrium
+from pcdyn.errors import InputError
+from pcdyn.network import Activities, Network
+from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.solvers import GaussNewton, Solver
+
+
+class JointFlow(Problem):
+    """`τ_l dx_l/dt = −∂F/∂x_l` and `dW/dt = −ε ∂F/∂W` at once, with ε = `ratio`.
+
+    Weights are slower than activities by τ_W = 1/ε. As ε → 0 they follow `AdiabaticFlow`, with
+    time counted in units of 1/ε, at a distance in proportion to ε. Time is in units of the activity
+    time constant. Biases and all other parameters of the layers move like weights.
+
+    The state is the free activities of `problem`, then the arrays of its network, each as one
+    vector; both start where `problem` says. Raises `InputError` for a ratio that is not positive.
+    """
+
+    problem: InferenceProblem
+    ratio: Any
+
+    def __check_init__(self) -> None:
+        if not 0 < float(self.ratio) < math.inf:
+            raise InputError(f"ratio must be positive and finite, got {self.ratio}")
+
+    @property
+    def dtype(self) -> Any:
+        return self.problem.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        return self.problem.free_layers
+
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
+        """As that of an inference problem; the weights are those of the problem's network."""
+        activities = self.problem.initial_state(initial)
+        return (*(x.reshape(-1) for x in activities), *_vectors(self.problem.network))
+
+    def activities(self, state: State) -> Activities:
+        return self.problem.activities(self._inner_state(state))
+
+    def network_at(self, state: State) -> Network:
+        return _with_vectors(self.problem.network, state[len(self.free_layers) :])
+
+    def first_prediction(self) -> None:
+        return None
+
+    def observe(
+        self, state: State, first_prediction: Array | None = None
+    ) -> tuple[Activities, Array]:
+        return self._at(state).observe(self._inner_state(state))
+
+    def free_energy(self, state: State) -> Array:
+        """F summed over the batch."""
+        return jnp.sum(self._at(state).free_energy(self._inner_state(state)))
+
+    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+        count = len(self.free_layers)
+        slope = jax.grad(self.free_energy)(state)
+        constants = self.problem.time_constants
+        activities = (
+            -g if constants is None else -g / constants[index]
+            for index, g in zip(self.free_layers, slope[:count], strict=True)
+        )
+        ratio = jnp.asarray(self.ratio, self.dtype)
+        return (*activities, *(-ratio * g for g in slope[count:]))
+
+    def _at(self, state: State) -> InferenceProblem:
+        return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+
+    def _inner_state(self, state: State) -> State:
+        """The free activities as the inference problem has them."""
+        shape, widths = self.problem.batch_shape or (), self.problem.network.widths
+        return tuple(
+            x.reshape(*x.shape[:-1], *shape, widths[index])
+            for index, x in zip(self.free_layers, state, strict=False)
+        )
+
+
+class AdiabaticFlow(Problem):
+    """`dW/dt = −dF*/dW` with F*(W) = min_x F: learning with inference always at its equilibrium.
+
+    Time is in units of the weights' time constant. The state is the arrays of the network, each as
+    one vector. The equilibrium is solved, from the feedforward pass, at every evaluation of the
+    vector field, by `method` to `tolerance` (see `pcdyn.equilibrium`); where it is not found the
+    field is NaN and the simulation says so.
+    """
+
+    problem: InferenceProblem
+    method: Solver = GaussNewton()
+    tolerance: float | None = eqx.field(static=True, default=None)
+
+    @property
+    def dtype(self) -> Any:
+        return self.problem.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        return self.problem.free_layers
+
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
+        """The weights of the problem's network; activities have no start of their own."""
+        if initial != "feedforward":
+            raise InputError("in the adiabatic limit activities do not start anywhere of their own")
+        return _vectors(self.problem.network)
+
+    def activities(self, state: State) -> Activities:
+        if state[0].ndim > 1:
+            return jax.vmap(lambda s: self.activities(s), in_axes=0)(state)
+        problem = self._at(state)
+        found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
+        return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
+
+    def network_at(self, state: State) -> Network:
+        return _with_vectors(self.problem.network, state)
+
+    def first_prediction(self) -> None:
+        return None
+
+    def observe(
+        self, state: State, first_prediction: Array | None = None
+    ) -> tuple[Activities, Array]:
+        return self._at(state).observe(self.problem.state_of(self.activities(state)))
+
+    def free_energy(self, state: State) -> Array:
+        """F* summed over the batch."""
+        return jnp.sum(self.observe(state)[1])
+
+    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+        # At the equilibrium ∂F/∂x = 0, so that dF*/dW is ∂F/∂W with x held.
+        rest = self.problem.state_of(self.activities(state))
+        slope = jax.grad(lambda s: jnp.sum(self._at(s).free_energy(rest)))(state)
+        return jax.tree.map(jnp.negative, slope)
+
+    def _at(self, state: State) -> InferenceProblem:
+        return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+
+
+def _ok(found: Any, like: Any) -> Any:
+    """Whether each sample is at its equilibrium, to broadcast with activities."""
+    return (found.status_codes == 0)[..., None] if like.ndim == 2 else found.status_codes == 0
+
+
+def _vectors(network: Network) -> State:
+    """The floating-point arrays of a network, each as one vector."""
+    arrays = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
+    return tuple(x.reshape(-1) for x in arrays)
+
+
+def _with_vectors(network: Network, vectors: Sequence[Array]) -> Network:
+    """The network with these arrays, which may have a leading axis."""
+    arrays, static = eqx.partition(network, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    shaped = [v.reshape(*v.shape[:-1], *x.shape) for v, x in zip(vectors, leaves, strict=True)]
+    return eqx.combine(jax.tree.unflatten(structure, shaped), static)
