@@ -25,8 +25,15 @@ NAMES = (
     "figure3_precision",
     "figure3_ratios",
     "figure4_energies",
+    "figure4_training",
 )
-EXTRA = ("equilibrium_basins", "inference_speed")
+EXTRA = (
+    "equilibrium_basins",
+    "inference_speed",
+    "joint_flow",
+    "critical_points",
+    "learning_rules",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ def optimiser_behaviour(optimiser: Any, weights: Any) -> Any:
 
 def _digest(part: Any) -> str:
     arrays, static = eqx.partition(part, eqx.is_array_like)
-    digest = hashlib.sha256(eqx.tree_pformat(static).encode())
+    # Functions print with their address, which is another in each process.
+    structure = re.sub(r" at 0x[0-9a-f]+", "", eqx.tree_pformat(static))
+    digest = hashlib.sha256(structure.encode())
     for leaf in jax.tree.leaves(arrays):
         values = np.asarray(_plain(leaf))
         digest.update(f"{values.dtype}{values.shape}".encode())
@@ -109,8 +112,9 @@ def load(
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        # NumPy would not close a file that it cannot read.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     # Which exception a damaged file raises depends on where the damage is.
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
         raise CheckpointError(

@@ -99,7 +99,8 @@ class PredictiveCoding(Rule):
             settled = self.method.settle(problem)
             return _at(problem, settled.state, settled.residual), state
         found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
-        return _at(problem, problem.state_of(found.activities)), state
+        rest = tuple(jnp.asarray(x) for x in found.state)
+        return _at(problem, rest), state
 
 
 class EulerPredictiveCoding(Rule):
@@ -141,7 +142,7 @@ class LowPrecisionPredictiveCoding(Rule):
     needs this limit).
     """
 
-    precision: float
+    precision: Any
     method: Any = TruncatedGaussNewton()
 
     def __check_init__(self) -> None:
@@ -150,7 +151,7 @@ class LowPrecisionPredictiveCoding(Rule):
 
     @property
     def name(self) -> str:
-        return f"predictive coding, output precision {self.precision:g}"
+        return f"predictive coding, output precision {float(self.precision):g}"
 
     def check(self, problem: InferenceProblem) -> None:
         PredictiveCoding(self.method).check(self._scaled(problem))
@@ -225,11 +226,9 @@ class FixedPrediction(Rule):
             return [*hidden, output_delta]
 
         def update(_: Any, errors: State) -> State:
-            deltas = weighted(errors)
-            return tuple(
-                error + self.dt * (pull(above)[0] - own)
-                for error, own, above, pull in zip(errors, deltas, deltas[1:], pulls, strict=True)
-            )
+            *own, _ = deltas = weighted(errors)
+            above = [pull(delta)[0] for pull, delta in zip(pulls, deltas[1:], strict=True)]
+            return step(errors, self.dt, jax.tree.map(jnp.subtract, tuple(above), tuple(own)))
 
         start = tuple(jnp.zeros_like(x) for x in activities[1:-1])
         errors = jax.lax.fori_loop(0, self.steps, update, start)
@@ -285,7 +284,7 @@ class IncrementalPredictiveCoding(Rule):
 
     dt: float = 0.1
     steps: int = 20
-    ratio: float = 1e-4
+    ratio: Any = 1e-4
 
     def __check_init__(self) -> None:
         _check_steps(self.name, self.dt, self.steps)

@@ -97,7 +97,7 @@ def train(
     optimiser: optax.GradientTransformation,
     epochs: int,
     batch_size: int,
-    key: PRNGKeyArray,
+    key: Any,
     energy: Energy | None = None,
     reduction: Reduction = "mean",
     evaluate: Evaluate | None = None,
@@ -296,23 +296,17 @@ def _cosine(a: Any, b: Any) -> Any:
 
 @eqx.filter_jit
 def _evaluate_compiled(
-    evaluate: Callable[[Network], dict[str, Any]],
-    setting: _Setting,
-    weights: Any,
-    seeds: int | None,
+    evaluate: Evaluate, static: Any, weights: Any, seeds: int | None
 ) -> dict[str, Any]:
-    return _map(seeds, lambda w: evaluate(eqx.combine(w, setting.static)))(weights)
+    return _map(seeds, lambda w: evaluate(eqx.combine(w, static)))(weights)
 
 
 def _evaluate(
-    evaluate: Callable[[Network], dict[str, Any]] | None,
-    setting: _Setting,
-    state: Any,
-    seeds: int | None,
+    evaluate: Evaluate | None, setting: _Setting, state: Any, seeds: int | None
 ) -> dict[str, np.ndarray]:
     if evaluate is None:
         return {}
-    found = _evaluate_compiled(evaluate, setting, state[0], seeds)
+    found = _evaluate_compiled(evaluate, setting.static, state[0], seeds)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -322,9 +316,7 @@ def _joined(records: list[dict[str, Any]], seeds: int | None) -> dict[str, np.nd
     return {name: np.stack([r[name] for r in records], axis) for name in records[0]}
 
 
-def _split(
-    joined: dict[str, np.ndarray], count: int, seeds: int | None
-) -> list[dict[str, np.ndarray]]:
+def _split(joined: dict[str, np.ndarray], count: int, seeds: int | None) -> list[dict[str, Any]]:
     """The inverse of `_joined`."""
     axis = 0 if seeds is None else 1
     return [{n: np.take(v, index, axis) for n, v in joined.items()} for index in range(count)]

@@ -24,6 +24,10 @@ from pcdyn.solvers.gauss_newton import GaussNewton, gaussian_below
 from pcdyn.states import choose, dot, scale, step
 
 
+_STEPS_AT_KINKS = 5
+_MOST_PRODUCTS = 8
+
+
 class Settled(eqx.Module):
     """An equilibrium to a relative accuracy.
 
@@ -48,16 +52,17 @@ class TruncatedGaussNewton(eqx.Module):
 
     One step is taken for each entry of `products`, the number of conjugate-gradient steps in it:
     `(2, 1)` unless given, `(2, 2)` where activations have kinks, for there more is missed. While
-    the median over the batch is above `tolerance` more steps follow, at most `max_iterations` in
-    all. Samples then above `handed_over`, or with more energy than their feedforward pass, are
-    solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
-    step. Where activations have kinks gradients need not vanish, and only the energy decides.
+    the median over the batch is above `tolerance` more steps follow, with as many products as make
+    them nearly exact, at most `max_iterations` in all. Samples then above `handed_over`, or with
+    more energy than their feedforward pass, are solved to `tolerance` by `GaussNewton` (with
+    cross-entropy by `ErrorDescent`), which check every step. Where activations have kinks gradients
+    need not vanish, and only the energy decides.
     """
 
-    tolerance: float = 0.02
-    handed_over: float = 0.3
+    tolerance: Any = 0.02
+    handed_over: Any = 0.3
     products: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    max_iterations: int = 6
+    max_iterations: Any = 6
 
     def __check_init__(self) -> None:
         if self.products is not None and (not self.products or min(self.products) < 1):
@@ -96,7 +101,8 @@ class TruncatedGaussNewton(eqx.Module):
 
     def _finish(self, problem: InferenceProblem, point: _Point, iterations: Any) -> Any:
         """More steps while the median needs them; then the samples that these do not settle."""
-        chain, products = Chain(problem), self._products(problem)[-1]
+        # What two short steps do not settle is badly conditioned: these are nearly exact.
+        chain, products = Chain(problem), min(problem.network.widths[-1], _MOST_PRODUCTS)
 
         def body(carry: Any) -> Any:
             point, iterations = carry
@@ -136,8 +142,11 @@ class TruncatedGaussNewton(eqx.Module):
         self, problem: InferenceProblem, chain: Chain, point: _Point, left: Any
     ) -> _Point:
         """The samples that are `left` solved by a solver that checks every step."""
-        gaussian = isinstance(problem.energy, Gaussian)
-        solver: Solver = GaussNewton() if gaussian else ErrorDescent()
+        # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
+        most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
+        solver: Solver = GaussNewton(max_iterations=most)
+        if not isinstance(problem.energy, Gaussian):
+            solver = ErrorDescent(max_iterations=4 * most)
         lower = ~_rises(chain, point)
         start = jax.tree.map(jnp.nan_to_num, point.errors)
         hidden, _ = chain.activities(scale(lower.astype(point.energy.dtype), start))

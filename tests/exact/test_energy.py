@@ -7,9 +7,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
 
-from pcdyn.energy import Gaussian
-from tests.networks import EPS, SMOOTH, Case, assert_close, cases, few, random_precision
+from pcdyn.energy import CrossEntropy, Gaussian, error_gradient, scale_output
+from pcdyn.equilibrium import equilibrium
+from pcdyn.problem import InferenceProblem
+from tests.networks import (
+    EPS,
+    SMOOTH,
+    Case,
+    assert_close,
+    build_case,
+    cases,
+    few,
+    least_curvature,
+    random_precision,
+)
 
 # Sums of fewer than 100 terms of order 1, each with a few roundings.
 ROUND_OFF = 1e3 * EPS
@@ -76,3 +89,51 @@ def test_round_off_asymmetry_is_symmetrised() -> None:
     kept = np.asarray(Gaussian([precision]).matrix(1, 4, jnp.float64))
     np.testing.assert_array_equal(kept, kept.T)
     np.testing.assert_allclose(kept, precision, atol=1e-13)
+
+
+def test_cross_entropy_is_that_of_scipy() -> None:
+    """−λ Σ T log softmax(μ) with ε = T − μ, also where a probability is far below round-off."""
+    rng = np.random.default_rng(0)
+    logits = np.append(rng.normal(size=(5, 3)), [[50.0, -50.0, 0.0]], axis=0)
+    target = np.append(rng.dirichlet(np.ones(3), 5), [[0.0, 1.0, 0.0]], axis=0)
+    energy = CrossEntropy([2.0], weight=0.5)
+    found = energy.layer_energy(2, jnp.asarray(target - logits), jnp.asarray(target))
+    expected = -0.5 * np.sum(target * log_softmax(logits, axis=-1), -1)
+    assert_close(found, expected, ROUND_OFF)
+    hidden = jnp.asarray(rng.normal(size=4))
+    assert float(energy.layer_energy(1, hidden, None)) == pytest.approx(float(hidden @ hidden))
+    slope = error_gradient(energy, 2, jnp.asarray(target - logits), jnp.asarray(target))
+    assert_close(slope, 0.5 * (target - softmax(logits, axis=-1)), ROUND_OFF)
+
+
+def test_the_output_alone_is_scaled() -> None:
+    """Gaussian of every kind, cross-entropy, and no other energy."""
+    matrix = np.array([[2.0, 0.5], [0.5, 1.0]])
+    error = jnp.asarray([1.0, -2.0])
+    for precisions in (None, 3.0, [1.0, 2.0], [1.0, matrix]):
+        energy = Gaussian(precisions)
+        scaled = scale_output(energy, 2, 0.1)
+        for index, factor in ((1, 1.0), (2, 0.1)):
+            before = float(energy.layer_energy(index, error, None))
+            after = float(scaled.layer_energy(index, error, None))
+            assert after == pytest.approx(factor * before)
+    target = jnp.asarray([0.0, 1.0])
+    before, after = (
+        float(e.layer_energy(2, error, target))
+        for e in (CrossEntropy(), scale_output(CrossEntropy(), 2, 0.1))
+    )
+    assert after == pytest.approx(0.1 * before)
+
+
+def test_methods_agree_where_the_output_is_a_softmax() -> None:
+    """Error descent, pseudo-transient continuation and the flow, to their residuals."""
+    case = build_case(seed=0, widths=(3, 4, 3), activations=("tanh",), batch=3)
+    network = case.replace(activations=("tanh", "identity")).network
+    problem = InferenceProblem(
+        network, input=case.input, output=np.eye(3)[[0, 2, 1]], energy=CrossEntropy()
+    )
+    methods = (None, "pseudo_transient", "flow")
+    ends = [equilibrium(problem, method=m, tolerance=1e-8) for m in methods]
+    bound = 2 * 1e-8 / (least_curvature(problem, ends[0].state) / 2)
+    for other in ends[1:]:
+        assert np.max(np.abs(np.asarray(ends[0].state[0]) - other.state[0])) <= bound
