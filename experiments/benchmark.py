@@ -1,8 +1,8 @@
 """Speed, as ratios measured side by side: `python -m experiments.benchmark`.
 
 Prints, each beside its limit: the vector-field evaluations that Tsit5 and fixed-step Euler need for
-the same error; equilibrium solvers against each other and the flow; and the time of fresh Python
-processes to a first trajectory and to all figures. The whole of it goes to
+the same error; equilibrium solvers against each other and the flow; learning against BP; and the
+time of fresh Python processes to a first trajectory and to all figures. The whole of it goes to
 `paper_figures/benchmark.md`; names of parts run only those and write nothing.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 import pcdyn
-from experiments import equilibrium_benchmark
+from experiments import equilibrium_benchmark, learning_benchmark
 from experiments.timing import Row
 from pcdyn.files import write_atomically
 
@@ -119,6 +119,7 @@ def start_up() -> Iterator[Row]:
 PARTS = {
     "evaluations": evaluations,
     "equilibrium": equilibrium_benchmark.rows,
+    "learning": learning_benchmark.rows,
     "start-up": start_up,
 }
 

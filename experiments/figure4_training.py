@@ -31,10 +31,15 @@ RULES = ("predictive coding", "backpropagation")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """784-128-64-10 ReLU, identity output; squared error summed over batches of 64 (A.9)."""
+    """784-128-64-10 ReLU, identity output; squared error summed over batches of 64 (A.9).
+
+    The paper does not say how weights begin: Gaussian with standard deviation `gain` / √n_{l−1},
+    the size of PyTorch's default.
+    """
 
     datasets: tuple[str, ...] = ("mnist", "fashion-mnist")
     widths: tuple[int, ...] = (784, 128, 64, 10)
+    gain: float = 3**-0.5
     seeds: int = 5
     epochs: int = 10
     batch: int = 64
@@ -96,7 +101,9 @@ def run(config: Config) -> xarray.Dataset:
     energy = pcdyn.CrossEntropy(weight=1 / config.batch) if config.cross_entropy else None
     optimiser = optax.sgd(config.learning_rate, config.momentum, nesterov=config.nesterov)
     keys = jr.split(jr.key(config.seed), config.seeds)
-    networks = eqx.filter_vmap(lambda key: classifier(config.widths, "relu", key))(keys)
+    networks = eqx.filter_vmap(lambda key: classifier(config.widths, "relu", key, config.gain))(
+        keys
+    )
     found, sources = [], {}
     for name in config.datasets:
         try:
@@ -128,12 +135,16 @@ def run(config: Config) -> xarray.Dataset:
     )
 
 
-def classifier(widths: tuple[int, ...], activation: str, key: Any) -> pcdyn.Network:
-    """A float32 network with identity output and biases."""
-    return pcdyn.mlp(
+def classifier(
+    widths: tuple[int, ...], activation: str, key: Any, gain: float = 1.0
+) -> pcdyn.Network:
+    """A float32 network with identity output and biases, weights N(0, gain² / n_{l−1})."""
+    network = pcdyn.mlp(
         widths, activation=activation, output_activation="identity", bias=True, key=key,
         dtype=jnp.float32,
     )  # fmt: skip
+    weights = [gain * layer.weight for layer in network.layers]
+    return eqx.tree_at(lambda n: [layer.weight for layer in n.layers], network, weights)
 
 
 def load(name: str, lowest: float = 0.0) -> tuple[Any, Any]:
@@ -175,7 +186,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
             f"{text} %, {gap:+.2f} points, {float((bp > pc).mean()):.0%} of seeds in BP's favour",
             "within 1 point" if code else "within the spread of seeds",
             bool(abs(gap) <= (1.0 if code else float(np.hypot(pc.std(), bp.std())))),
-            expected_to_hold=code,
+            expected_to_hold=code and full,
         ))  # fmt: skip
         cosine = part.cosine.sel(rule=RULES[0]).mean("seed")
         claims.append(Claim(
@@ -187,7 +198,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
             ),
             "> .9 in every layer",
             bool((cosine > 0.9).all()),
-            expected_to_hold=code,
+            expected_to_hold=code and full,
         ))  # fmt: skip
         change = (part.output_loss - part.loss).sel(rule=RULES[0])
         claims.append(Claim(
@@ -262,7 +273,7 @@ def _loss_change(ax: Any, part: xarray.Dataset) -> None:
     ):  # fmt: skip
         rows = values.sel(rule=RULES[0]).transpose("seed", "epoch").values
         plotting.mean_band(x, rows, ax=ax, label=label)
-    ax.set(yscale="log", ylim=(None, 3 * float(part.loss.max())))
+    ax.set(yscale="log", ylim=(None, 20 * float(part.loss.max())))
     ax.legend(loc="upper right")
 
 

@@ -23,7 +23,6 @@ from pcdyn.solvers.first_order import ErrorDescent
 from pcdyn.solvers.gauss_newton import GaussNewton, gaussian_below
 from pcdyn.states import choose, dot, scale, step
 
-
 _STEPS_AT_KINKS = 5
 _MOST_PRODUCTS = 8
 

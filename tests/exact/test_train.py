@@ -295,3 +295,10 @@ def test_checkpoints_are_as_rare_as_asked(tmp_path: Path) -> None:
     run(epochs=5, checkpoint=path, checkpoint_every=2, evaluate=count)
     jax.effects_barrier()
     assert len(set(times)) == 3
+
+
+def test_a_checkpoint_beyond_what_is_asked_is_refused(tmp_path: Path) -> None:
+    """Rather than more epochs than were asked for."""
+    run(epochs=2, checkpoint=tmp_path / "run.npz")
+    with pytest.raises(CheckpointError, match="2 epochs already"):
+        run(epochs=1, checkpoint=tmp_path / "run.npz")
