@@ -177,7 +177,7 @@ def _build(
     activities = tuple(
         module.broadcast_to(module.asarray(x), (len(times), *x.shape))
         if index not in problem.free_layers
-        else x
+        else module.asarray(x)
         for index, x in enumerate(problem.activities(states))
     )
     interpolation = run.interpolation

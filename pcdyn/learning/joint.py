@@ -122,9 +122,12 @@ class AdiabaticFlow(Problem):
         return _vectors(self.problem.network)
 
     def activities(self, state: State) -> Activities:
+        # Of a trajectory on the host, problem and states are NumPy arrays.
+        arrays, static = eqx.partition((self, state), eqx.is_array)
+        flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
         if state[0].ndim > 1:
-            return jax.vmap(lambda s: self.activities(s), in_axes=0)(state)
-        problem = self._at(state)
+            return jax.vmap(flow.activities)(state)
+        problem = flow._at(state)
         found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
         return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
 
@@ -164,7 +167,7 @@ def _vectors(network: Network) -> State:
     return tuple(x.reshape(-1) for x in arrays)
 
 
-def _with_vectors(network: Network, vectors: Sequence[Array]) -> Network:
+def _with_vectors(network: Network, vectors: Sequence[Any]) -> Network:
     """The network with these arrays, which may have a leading axis."""
     arrays, static = eqx.partition(network, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(arrays)

@@ -168,6 +168,7 @@ class LowPrecisionPredictiveCoding(Rule):
 
     def _scaled(self, problem: InferenceProblem) -> InferenceProblem:
         energy = scale_output(problem.energy, problem.network.depth, self.precision)
+        energy = jax.tree.map(lambda x: x.astype(problem.dtype), energy)
         return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 

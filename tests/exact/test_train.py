@@ -24,7 +24,12 @@ from pcdyn.learning import (
     Backpropagation,
     EulerPredictiveCoding,
     Evaluation,
+    FixedPrediction,
+    IncrementalPredictiveCoding,
     LearnedTargetPropagation,
+    LowPrecisionPredictiveCoding,
+    PredictiveCoding,
+    ZeroDivergence,
     train,
 )
 from pcdyn.network import Dense, Network, mlp
@@ -302,3 +307,22 @@ def test_a_checkpoint_beyond_what_is_asked_is_refused(tmp_path: Path) -> None:
     run(epochs=2, checkpoint=tmp_path / "run.npz")
     with pytest.raises(CheckpointError, match="2 epochs already"):
         run(epochs=1, checkpoint=tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Backpropagation(), PredictiveCoding(), EulerPredictiveCoding(steps=2),
+        LowPrecisionPredictiveCoding(0.1), FixedPrediction(steps=2), ZeroDivergence(),
+        IncrementalPredictiveCoding(steps=2), LearnedTargetPropagation(noise=0.1),
+    ],
+    ids=lambda rule: rule.name,
+)  # fmt: skip
+def test_float32_stays_float32(rule: Any) -> None:
+    """Every rule, also where float64 is on: weights, records and what the rule carries."""
+    start = mlp(WIDTHS, activation="tanh", bias=True, key=jr.key(0), dtype=jnp.float32)
+    inputs, labels = data()
+    found = train(start, inputs, labels, rule=rule, optimiser=optax.sgd(0.1), epochs=1,
+                  batch_size=10, key=jr.key(0), compare=True)  # fmt: skip
+    kept = jax.tree.leaves(eqx.filter(found.state, eqx.is_inexact_array))
+    assert {x.dtype for x in (*kept, *found.history.values())} == {np.dtype("float32")}
