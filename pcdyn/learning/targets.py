@@ -152,7 +152,7 @@ class LearnedTargetPropagation(Rule):
                 x - apply_layer(layer, y)
                 for layer, x, y in zip(layers, corrupted, above, strict=True)
             ]
-            return 0.5 * sum((jnp.mean(jnp.sum(e**2, -1)) for e in errors), jnp.zeros(()))
+            return 0.5 * jnp.sum(jnp.stack([jnp.mean(jnp.sum(e**2, -1)) for e in errors]))
 
         for _ in range(self.inverse_steps):
             slope = jax.grad(reconstruction)(arrays)

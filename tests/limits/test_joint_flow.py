@@ -112,7 +112,7 @@ def test_the_distance_to_the_adiabatic_limit_is_of_order_one() -> None:
     found = np.concatenate([w.ravel() for w in arrays(adiabatic.network, -1)])
     np.testing.assert_allclose(found, exact, atol=1e3 * RTOL)
 
-    rest, sizes, errors = equilibrium(case.problem).state, (1e-1, 1e-2, 1e-3), []
+    rest, sizes, errors = equilibrium(case.problem).state, (3e-3, 1e-3, 3e-4), []
     for ratio in sizes:
         run = simulate(JointFlow(case.problem, ratio), t1=1 / ratio, times=[1 / ratio],
                        initial=rest, integrator=PRECISE)  # fmt: skip
