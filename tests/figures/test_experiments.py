@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -89,3 +90,16 @@ def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     error, rest = (float(x) for x in re.findall(r"(?:error|to equilibrium) ([\d.e-]+)", printed))
     assert error < 1e-5
     assert rest < 1e-5
+
+
+def test_the_learning_example_in_the_readme_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five networks, each much better than chance on the shipped sample."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(blocks[1], "README.md", "exec"), {})
+    numbers = [float(x) for x in re.findall(r"\d\.\d+", capsys.readouterr().out)]
+    assert min(numbers) > 0.5
+    assert (tmp_path / "run.npz").is_file()
