@@ -286,4 +286,5 @@ def _norms(ax: Any, part: xarray.Dataset) -> None:
             trained = "PC" if rule == RULES[0] else "BP"
             ax.plot(x, rows, dashes, color=f"C{color}", label=f"{label}, trained by {trained}")
     ax.set_yscale("log")
-    ax.legend(fontsize="x-small")
+    ax.set_ylim(None, 6 * ax.get_ylim()[1])
+    ax.legend(fontsize="x-small", loc="upper right")
