@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn.checks import Numbers
+from pcdyn.checks import Numbers, is_traced
 from pcdyn.equilibrium import equilibrium
 from pcdyn.errors import InputError
 from pcdyn.network import Activities, Network
@@ -37,7 +37,7 @@ class JointFlow(Problem):
     ratio: Any
 
     def __check_init__(self) -> None:
-        if not 0 < float(self.ratio) < math.inf:
+        if not is_traced(self.ratio) and not 0 < float(self.ratio) < math.inf:
             raise InputError(f"ratio must be positive and finite, got {self.ratio}")
 
     @property
