@@ -162,8 +162,7 @@ def plot(data: xarray.Dataset) -> Figure:
             ax.loglog(part.time, part.loss_gradient, label="∇ℒ, the gradient of BP")
             ax.loglog(part.time, part.loss, "k:", lw=1, label="ℒ")
             ax.set(xlabel="time (weight time constants)", title=case)
-        axes[0].legend(loc="upper right")
-        axes[1].legend(loc="lower left")
+        axes[1].legend(loc="lower left")  # for the first panel too, which has no room
         axes[0].set_ylabel("norm, per sample")
         for i, precision in enumerate(data.precision.values):
             values = data.final_loss.sel(precision=precision)
