@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import block_diag, eigh
 
 from pcdyn.energy import CrossEntropy, Gaussian
 from pcdyn.equilibrium import equilibrium
@@ -143,29 +144,54 @@ def test_predictive_coding_is_the_gradient_of_the_equilibrium_energy(seed: int) 
     assert_close(gradient(EXACT, case), expected, 1e-8)
 
 
+def least_curvature_of_errors(case: Case, errors: Any) -> float:
+    """The smallest eigenvalue of Π⁻¹ ∂²F/∂e², over the batch, with F written out for JAX."""
+    hidden = range(1, case.depth)
+    precision = block_diag(*(case.precision(index) for index in hidden))
+    ends = np.cumsum([case.widths[index] for index in hidden])[:-1]
+
+    def energy(flat: Any, x: Any, target: Any) -> Any:
+        for index, error in zip(hidden, jnp.split(flat, ends), strict=True):
+            x = jnp.tanh(case.weights[index - 1] @ x + case.biases[index - 1]) + error
+        output = target - jnp.tanh(case.weights[-1] @ x + case.biases[-1])
+        return 0.5 * (flat @ precision @ flat + output @ case.precision(case.depth) @ output)
+
+    flat = jnp.asarray(np.concatenate(errors, axis=-1))
+    ends_of_network = (jnp.asarray(case.activities[0]), jnp.asarray(case.activities[-1]))
+    hessians = jax.vmap(jax.hessian(energy))(flat, *ends_of_network)
+    return min(float(eigh(np.asarray(h), precision, eigvals_only=True)[0]) for h in hessians)
+
+
 @few(max_examples=3)
 @given(seed=SEEDS)
 def test_a_relative_accuracy_is_kept(seed: int) -> None:
-    """The missing share of the displacement is no more than the residual says, to first order.
+    """The missing share of the displacement is no more than the residual over the curvature.
 
-    Twice allows for the curvature of the predictions, which Gauss–Newton leaves out.
+    Half of that at the equilibrium, for what counts is the curvature between there and the point.
     """
     case = tanh_case(seed, precision="full")
     exact = equilibrium(case.problem, tolerance=1e-11)
     errors = case.errors(exact.activities)[:-1]
+    curvature = least_curvature_of_errors(case, errors) / 2
+    assert curvature > 0
 
     def size(parts: Any) -> np.ndarray:
         weighted = [e @ case.precision(index) for index, e in enumerate(parts, start=1)]
         return np.sqrt(sum((e * w).sum(-1) for e, w in zip(parts, weighted, strict=True)))
 
-    for tolerance in (0.3, 1e-2, 1e-6):
-        method = TruncatedGaussNewton(tolerance=tolerance, products=(1,), max_iterations=50)
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        # As an array, the tolerance changes without compiling again.
+        method = TruncatedGaussNewton(
+            tolerance=jnp.asarray(tolerance), products=(1,), max_iterations=50
+        )
         found = SETTLE(method, case.problem)
         activities = case.problem.activities(found.state)
         ours = case.errors([np.asarray(x) for x in activities])[:-1]
-        missing = size([a - b for a, b in zip(ours, errors, strict=True)]) / size(errors)
-        assert np.median(found.residual) <= tolerance
-        assert np.all(missing <= 2 * np.asarray(found.residual) + 1e-9)
+        missing = size([a - b for a, b in zip(ours, errors, strict=True)])
+        residual = np.asarray(found.residual)
+        assert np.median(residual) <= tolerance
+        near = residual <= 10 * tolerance
+        assert np.all((missing <= residual * size(ours) / curvature + 1e-9)[near])
 
 
 def test_what_few_steps_leave_is_handed_over() -> None:
