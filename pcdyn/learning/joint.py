@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.equilibrium import equilibrium
-from pcdyn.errors import InputError
+from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.network import Activities, Network
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.solvers import GaussNewton, Solver
@@ -158,7 +158,8 @@ class AdiabaticFlow(Problem):
 
 def _ok(found: Any, like: Any) -> Any:
     """Whether each sample is at its equilibrium, to broadcast with activities."""
-    return (found.status_codes == 0)[..., None] if like.ndim == 2 else found.status_codes == 0
+    converged = found.status_codes == EquilibriumStatus.CONVERGED
+    return converged[..., None] if like.ndim == 2 else converged
 
 
 def _vectors(network: Network) -> State:

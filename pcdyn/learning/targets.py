@@ -47,8 +47,8 @@ class TargetPropagation(Rule):
     def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
         found = target_propagation(problem)
         activities = feedforward(problem)
-        errors = local_errors(found.values, activities)
-        learned = _from_targets(problem, activities, scale_rows(found.exists, errors))
+        errors = _local_errors(found.values, activities)
+        learned = _from_targets(problem, activities, _where_kept(found.exists, errors))
         residual = jnp.where(found.exists, learned.residual, jnp.inf)
         return dataclasses.replace(learned, residual=residual), state
 
@@ -117,7 +117,7 @@ class LearnedTargetPropagation(Rule):
         activities = feedforward(problem)
         inverses = self._autoencode(problem.network, inverses, activities, draw)
         targets = self.targets(problem, inverses)
-        learned = _from_targets(problem, activities, local_errors(targets, activities))
+        learned = _from_targets(problem, activities, _local_errors(targets, activities))
         return learned, (inverses, key)
 
     def targets(self, problem: InferenceProblem, inverses: Sequence[Dense]) -> Activities:
@@ -139,9 +139,7 @@ class LearnedTargetPropagation(Rule):
         """The inverses after their own descent."""
         corrupted = [
             x + self.noise * jr.normal(k, x.shape, x.dtype)
-            for x, k in zip(
-                activities[1:-1], jr.split(key, max(1, network.depth - 1)), strict=False
-            )
+            for x, k in zip(activities[1:-1], jr.split(key, network.depth - 1), strict=True)
         ]
         above = [network.predict(index, x) for index, x in enumerate(corrupted, start=2)]
         arrays, static = eqx.partition(inverses, eqx.is_inexact_array)
@@ -160,12 +158,12 @@ class LearnedTargetPropagation(Rule):
         return eqx.combine(arrays, static)
 
 
-def local_errors(targets: Activities, activities: Activities) -> tuple[Array, ...]:
+def _local_errors(targets: Activities, activities: Activities) -> tuple[Array, ...]:
     """t_l − x_l for l = 1 … L."""
     return tuple(t - x for t, x in zip(targets[1:], activities[1:], strict=True))
 
 
-def scale_rows(keep: Array, errors: tuple[Array, ...]) -> tuple[Array, ...]:
+def _where_kept(keep: Array, errors: tuple[Array, ...]) -> tuple[Array, ...]:
     """Zero where a sample is not kept, even if it is NaN there."""
     return tuple(jnp.where(keep[:, None], e, 0) for e in errors)
 

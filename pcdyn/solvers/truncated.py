@@ -1,8 +1,8 @@
 """Gauss–Newton to a relative accuracy, by few conjugate-gradient steps: the inside of learning.
 
 A weight update needs an equilibrium to a percent, for every batch anew. From the feedforward pass
-two Gauss–Newton steps in error coordinates with two or three products each are near enough in most
-networks; what they leave is measured, and what is not near enough goes on.
+two Gauss–Newton steps in error coordinates of one or two conjugate-gradient steps each are near
+enough in many networks; what they leave is measured, and what is not near enough goes on.
 """
 
 from __future__ import annotations
