@@ -147,11 +147,12 @@ def plot(data: xarray.Dataset) -> Figure:
             second.plot(values.mean("seed"), places, "o", label=f"$W_{layer}$")
         second.set_yticks(places, names)
         second.set(xlabel="cosine with BP, mean over training", title="direction")
-        second.invert_yaxis()
         second.legend()
         third.barh(places, data.seconds_per_epoch / data.seconds_per_epoch.sel(rule="BP"))
         third.set_yticks(places, [])
-        third.invert_yaxis()
+        # The rows of both panels are the same rules.
+        second.set_ylim(third.get_ylim()[::-1])
+        third.set_ylim(second.get_ylim())
         third.set(xlabel="time of an epoch / BP's", title="cost")
         where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
