@@ -181,13 +181,15 @@ def check(data: xarray.Dataset) -> list[Claim]:
                 f"4B: PC learns {name}", f"{_spread(pc)} % of the test set", f"≥ {floor:g} %",
                 bool(pc.mean() >= floor),
             ))  # fmt: skip
-        claims.append(Claim(
-            f"4B: PC and BP are indistinguishable on {name}",
-            f"{text} %, {gap:+.2f} points, {float((bp > pc).mean()):.0%} of seeds in BP's favour",
-            "within 1 point" if code else "within the spread of seeds",
-            bool(abs(gap) <= (1.0 if code else float(np.hypot(pc.std(), bp.std())))),
-            expected_to_hold=code and full,
-        ))  # fmt: skip
+        # On the shipped sample the spread of seeds is too wide to decide.
+        if full:
+            claims.append(Claim(
+                f"4B: PC and BP are indistinguishable on {name}",
+                f"{text} %, {gap:+.2f} points, {float((bp > pc).mean()):.0%} of seeds in BP's favour",
+                "within 1 point" if code else "within the spread of seeds",
+                bool(abs(gap) <= (1.0 if code else float(np.hypot(pc.std(), bp.std())))),
+                expected_to_hold=code and full,
+            ))  # fmt: skip
         cosine = part.cosine.sel(rule=RULES[0]).mean("seed")
         claims.append(Claim(
             f"4C: the cosine of PC and BP updates stays above .9 on {name}",
