@@ -16,6 +16,7 @@ from pcdyn.learning.rules import Learned, Rule
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import backpropagation, feedforward
+from pcdyn.solvers.truncated import UNSETTLED
 
 
 class Setting(eqx.Module):
@@ -88,7 +89,7 @@ def _record(setting: Setting, problem: InferenceProblem, learned: Learned) -> di
         "residual_energy": jnp.mean(jnp.sum(energies[:, :-1], axis=-1)),
         "median_residual": jnp.median(learned.residual),
         "largest_residual": jnp.max(learned.residual),
-        "unsettled": jnp.mean((learned.residual > 0.3).astype(network.dtype)),
+        "unsettled": jnp.mean((learned.residual > UNSETTLED).astype(network.dtype)),
     }
     if setting.compare:
         reference = backpropagation(problem).weight_gradient

@@ -1,8 +1,9 @@
 """Gauss–Newton to a relative accuracy, by few conjugate-gradient steps: the inside of learning.
 
 A weight update needs an equilibrium to a percent, for every batch anew. From the feedforward pass
-two Gauss–Newton steps in error coordinates of one or two conjugate-gradient steps each are near
-enough in many networks; what they leave is measured, and what is not near enough goes on.
+two Gauss–Newton steps in error coordinates of a few conjugate-gradient steps are near enough in
+many networks, the more so with a preconditioner, for the samples of a batch see much the same
+network; what they leave is measured, and what is not near enough goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
@@ -23,8 +25,14 @@ from pcdyn.solvers.first_order import ErrorDescent
 from pcdyn.solvers.gauss_newton import GaussNewton, gaussian_below
 from pcdyn.states import choose, dot, scale, step
 
+# The relative residual above which a sample counts as unsettled.
+UNSETTLED = 0.3
 _STEPS_AT_KINKS = 5
-_MOST_PRODUCTS = 8
+# Products of a further step: nearly exact, for what short ones do not settle is badly conditioned.
+_MORE_PRODUCTS, _MORE_PRECONDITIONED = 8, 3
+# The samples of which a preconditioner is made, and the widest output for which it is.
+_SAMPLES = 4
+_WIDEST = 32
 
 
 class Settled(eqx.Module):
@@ -49,22 +57,22 @@ class TruncatedGaussNewton(eqx.Module):
     per sample: F has no curvature below Π there but for that of the predictions, so that this
     bounds to first order how much of the displacement from the feedforward pass is missing.
 
-    One step is taken for each entry of `products`, the number of conjugate-gradient steps in it:
-    `(2, 1)` unless given, `(2, 2)` where activations have kinks, for there more is missed. While
-    the median over the batch is above `tolerance` more steps follow, with as many products as make
-    them nearly exact, at most `max_iterations` in all. Samples then above `handed_over`, or with
-    more energy than their feedforward pass, are solved to `tolerance` by `GaussNewton` (with
-    cross-entropy by `ErrorDescent`), which check every step. Where activations have kinks gradients
-    need not vanish, and only the energy decides.
+    One step is taken for each entry of `products`, the number of conjugate-gradient steps in it.
+    While the median over the batch is above `tolerance` more steps follow, at most `max_iterations`
+    in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
+    solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
+    step. Where activations have kinks gradients need not vanish, and only the energy decides. What
+    remains of a sample's error depends on the others of its batch, by the median and by what the
+    preconditioner has of them.
     """
 
     tolerance: Any = 0.02
-    handed_over: Any = 0.3
-    products: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    unsettled: Any = UNSETTLED
+    products: tuple[int, ...] = eqx.field(static=True, default=(3, 1))
     max_iterations: Any = 6
 
     def __check_init__(self) -> None:
-        if self.products is not None and (not self.products or min(self.products) < 1):
+        if not self.products or min(self.products) < 1:
             raise InputError(f"products must be positive integers, got {self.products}")
 
     def check(self, problem: InferenceProblem) -> None:
@@ -77,56 +85,38 @@ class TruncatedGaussNewton(eqx.Module):
         """The equilibrium of every sample, and how near it is."""
         chain = Chain(problem)
         errors = chain.stack(problem.zeros_state())
-        steps = self._products(problem)
-        for products in steps:
-            errors = _stepped(chain, errors, products)
-        point = _look(chain, errors)
-        none = jnp.zeros(point.residual.shape, bool)
-        found = (point, jnp.asarray(len(steps)), none)
-        unfinished = self._unsettled(point) | jnp.any(self._left(problem, chain, point))
-
-        def finish(carry: Any) -> Any:
-            # All that the loop reads passes the barrier with what changes in it: XLA would
-            # otherwise compute most of it before the loop, which seldom makes a turn.
-            arrays, static = eqx.partition((problem, carry), eqx.is_array)
-            arrays = jax.lax.optimization_barrier(arrays)
-            posed, ((point, iterations, _), _) = eqx.combine(arrays, static)
-            return self._finish(posed, point, iterations), jnp.asarray(False)
-
-        # A loop of at most one turn: under vmap a condition would compute both of its sides.
-        found, _ = jax.lax.while_loop(lambda carry: carry[1], finish, (found, unfinished))
-        point, iterations, handed_over = found
-        return Settled(chain.unstack(point.hidden), point.residual, iterations, handed_over)
-
-    def _finish(self, problem: InferenceProblem, point: _Point, iterations: Any) -> Any:
-        """More steps while the median needs them; then the samples that these do not settle."""
-        # What two short steps do not settle is badly conditioned: these are nearly exact.
-        chain, products = Chain(problem), min(problem.network.widths[-1], _MOST_PRODUCTS)
-
-        def body(carry: Any) -> Any:
-            point, iterations = carry
-            new = _look(chain, _stepped(chain, point.errors, products))
-            return _chosen(new.energy <= point.energy, new, point), iterations + 1
-
-        point, iterations = jax.lax.while_loop(
-            lambda carry: self._unsettled(carry[0]) & (carry[1] < self.max_iterations),
-            body,
-            (point, iterations),
+        preconditioner = _preconditioner(chain, errors)
+        for products in self.products:
+            errors = _stepped(chain, errors, products, preconditioner)
+        point, iterations = self._more_steps(
+            chain, preconditioner, _look(chain, errors), jnp.asarray(len(self.products))
         )
         left = self._left(problem, chain, point)
-        point, _ = jax.lax.while_loop(
+        point, _ = _while(
             lambda carry: jnp.any(carry[1]),
-            lambda carry: (self._handed_over(problem, chain, *carry), jnp.zeros_like(left)),
+            lambda problem, carry: (self._handed_over(problem, *carry), jnp.zeros_like(left)),
+            problem,
             (point, left),
         )
-        return point, iterations, left
+        return Settled(chain.unstack(point.hidden), point.residual, iterations, left)
 
-    def _products(self, problem: InferenceProblem) -> tuple[int, ...]:
-        if self.products is not None:
-            return self.products
-        return (2, 2) if has_kinks(problem.network) else (2, 1)
+    def _more_steps(
+        self, chain: Chain, preconditioner: Any, point: _Point, iterations: Any
+    ) -> tuple[_Point, Any]:
+        """Steps of more products while the median needs them."""
 
-    def _unsettled(self, point: _Point) -> Any:
+        def body(constant: Any, carry: Any) -> Any:
+            (chain, preconditioner), (point, iterations) = constant, carry
+            products = _MORE_PRODUCTS if preconditioner is None else _MORE_PRECONDITIONED
+            new = _look(chain, _stepped(chain, point.errors, products, preconditioner))
+            return _chosen(new.energy <= point.energy, new, point), iterations + 1
+
+        def far(carry: Any) -> Any:
+            return self._far(carry[0]) & (carry[1] < self.max_iterations)
+
+        return _while(far, body, (chain, preconditioner), (point, iterations))
+
+    def _far(self, point: _Point) -> Any:
         """Whether fewer than half of the samples are near enough."""
         return 2 * jnp.sum(point.residual <= self.tolerance) < point.residual.size
 
@@ -135,12 +125,11 @@ class TruncatedGaussNewton(eqx.Module):
         rises = _rises(chain, point)
         if has_kinks(problem.network):
             return rises
-        return rises | ~(point.residual <= self.handed_over)
+        return rises | ~(point.residual <= self.unsettled)
 
-    def _handed_over(
-        self, problem: InferenceProblem, chain: Chain, point: _Point, left: Any
-    ) -> _Point:
+    def _handed_over(self, problem: InferenceProblem, point: _Point, left: Any) -> _Point:
         """The samples that are `left` solved by a solver that checks every step."""
+        chain = Chain(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)
@@ -162,6 +151,20 @@ class _Point(eqx.Module):
     hidden: Stacked
     energy: Any
     residual: Any
+
+
+def _while(condition: Any, body: Any, constant: Any, carry: Any) -> Any:
+    """`while condition(carry): carry = body(constant, carry)`, for loops that seldom turn.
+
+    XLA would compute what does not change in the body before the loop, also where it never turns:
+    all that the body reads passes a barrier with what changes in it.
+    """
+
+    def turn(carry: Any) -> Any:
+        arrays, static = eqx.partition((constant, carry), eqx.is_array)
+        return body(*eqx.combine(jax.lax.optimization_barrier(arrays), static))
+
+    return jax.lax.while_loop(condition, turn, carry)
 
 
 def _rises(chain: Chain, point: _Point) -> Any:
@@ -188,22 +191,22 @@ def _look(chain: Chain, errors: Stacked) -> _Point:
     return _Point(errors, hidden, chain.free_energy(errors, output_error), residual)
 
 
-def _stepped(chain: Chain, errors: Stacked, products: int) -> Stacked:
+def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) -> Stacked:
     """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
-    With G = ∂E_L/∂r, H = ∂²E_L/∂r² and K = J Π⁻¹ Jᵀ the new errors are `Π⁻¹ Jᵀ w`, where
-    `(1 + H K) w = G + H J e`: for a Gaussian output S w = r + J e. K makes that system symmetric,
-    also where H is singular, as that of a softmax is. The search starts from w = G, which is BP.
+    With G = ∂E_L/∂r, H = ∂²E_L/∂r² and K = J Π⁻¹ Jᵀ the new errors are `Π⁻¹ Jᵀ (G + H y)`, where
+    `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which is BP.
     """
     output_error, push, pull = _linearised(chain, errors)
     curve = chain.output_curvature(output_error)
-    gradient = chain.output_gradient(output_error)
-    steepest = chain.unweighted(pull(gradient))
-    rhs = curve(push(jax.tree.map(jnp.subtract, errors, steepest)))
-    correction = _conjugate_steps(
-        lambda covector: chain.unweighted(pull(covector)), push, curve, rhs, products
-    )
-    return step(steepest, 1, correction)
+
+    def spread(covector: Any) -> Stacked:
+        return chain.unweighted(pull(covector))
+
+    steepest = spread(chain.output_gradient(output_error))
+    rhs = push(jax.tree.map(jnp.subtract, errors, steepest))
+    found = _conjugate_steps(lambda v: push(spread(v)), curve, preconditioner, rhs, products)
+    return step(steepest, 1, spread(curve(found)))
 
 
 def _linearised(chain: Chain, errors: Stacked) -> tuple[Any, Any, Any]:
@@ -217,35 +220,56 @@ def _linearised(chain: Chain, errors: Stacked) -> tuple[Any, Any, Any]:
     )
 
 
-def _conjugate_steps(spread: Any, push: Any, curve: Any, rhs: Any, steps: int) -> Stacked:
-    """`Π⁻¹ Jᵀ w` with `(1 + H K) w = rhs`, by conjugate gradients in the inner product of K.
+def _conjugate_steps(
+    coupled: Any, curve: Any, preconditioner: Any, rhs: Any, steps: int
+) -> Float[Array, "batch n"]:
+    """y with `(1 + K H) y = rhs`, by conjugate gradients in the inner product of H.
 
-    `spread` is Π⁻¹ Jᵀ. What it makes of residual and direction is kept, for that is the answer.
+    `coupled` is the product with K, `curve` that with H, per sample. In this inner product the
+    system is symmetric, also where H is singular, as that of a softmax is.
     """
 
     def inner(a: Any, b: Any) -> Any:
         return jnp.einsum("bn,bn->b", a, b)
 
-    residual, spread_residual = rhs, spread(rhs)
-    image = push(spread_residual)
-    direction, spread_direction, direction_image = residual, spread_residual, image
-    size = inner(residual, image)
-    answer = jax.tree.map(jnp.zeros_like, spread_residual)
+    def precondition(vectors: Any) -> Any:
+        return vectors if preconditioner is None else vectors @ preconditioner.T
+
+    answer, residual = jnp.zeros_like(rhs), rhs
+    direction = precondition(residual)
+    size = inner(curve(residual), direction)
     for count in range(steps):
-        bent = curve(direction_image)
-        curvature = inner(direction, direction_image) + inner(bent, direction_image)
+        bent = curve(direction)
+        image = direction + coupled(bent)
+        curvature = inner(bent, image)
         length = size / jnp.where(curvature > 0, curvature, 1)
-        answer = step(answer, length, spread_direction)
+        answer = step(answer, length, direction)
         if count + 1 == steps:
             break
-        spread_bent = spread(bent)
-        residual = step(residual, -length, direction + bent)
-        spread_residual = step(spread_residual, -length, step(spread_direction, 1, spread_bent))
-        image = step(image, -length, direction_image + push(spread_bent))
-        after = inner(residual, image)
-        ratio = after / jnp.where(size > 0, size, 1)
-        direction = step(residual, ratio, direction)
-        spread_direction = step(spread_residual, ratio, spread_direction)
-        direction_image = step(image, ratio, direction_image)
+        residual = step(residual, -length, image)
+        nearer = precondition(residual)
+        after = inner(curve(residual), nearer)
+        direction = step(nearer, after / jnp.where(size > 0, size, 1), direction)
         size = after
     return answer
+
+
+def _preconditioner(chain: Chain, start: Stacked) -> Any:
+    """`(1 + K̄ Π_L)⁻¹`, K̄ the mean of K over the first samples, which have much of it in common.
+
+    `None` for a softmax, whose H is each sample's own, and for wide outputs, where it would cost
+    more than it saves.
+    """
+    width, samples = chain.target.shape[-1], min(_SAMPLES, len(chain.target))
+    if width > _WIDEST or not isinstance(chain.energy, Gaussian):
+        return None
+    few = chain.take(slice(samples))
+    _, push, pull = _linearised(few, jax.tree.map(lambda x: x[:, :samples], start))
+    units = jnp.eye(width, dtype=chain.target.dtype)
+
+    def mean_of_row(unit: Any) -> Any:
+        covector = jnp.broadcast_to(unit, (samples, width))
+        return jnp.mean(push(few.unweighted(pull(covector))), axis=0)
+
+    coupling = jax.vmap(mean_of_row)(units)
+    return jnp.linalg.inv(units + chain.output_gradient(coupling))
