@@ -1,16 +1,13 @@
 """Learning, the slow outer timescale: rules as values, and a loop that follows them."""
 
+from pcdyn.learning.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
+from pcdyn.learning.base import Learned, Rule
 from pcdyn.learning.joint import AdiabaticFlow, JointFlow
-from pcdyn.learning.rules import (
-    Backpropagation,
+from pcdyn.learning.predictive_coding import (
     EulerPredictiveCoding,
-    FixedPrediction,
     IncrementalPredictiveCoding,
-    Learned,
     LowPrecisionPredictiveCoding,
     PredictiveCoding,
-    Rule,
-    ZeroDivergence,
 )
 from pcdyn.learning.targets import LearnedTargetPropagation, TargetPropagation
 from pcdyn.learning.train import Evaluation, Training, train

@@ -106,6 +106,8 @@ def load(
     records: dict[str, dict[str, np.ndarray]] = {"history": {}, "evaluations": {}}
     for name, value in arrays.items():
         group, _, entry = name.partition("/")
+        if group not in records:
+            raise CheckpointError(f"{path} holds {name!r}, which no checkpoint does")
         records[group][entry] = value
     return header["epochs"], jax.tree.unflatten(structure, state), records
 

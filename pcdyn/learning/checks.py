@@ -13,7 +13,7 @@ import numpy as np
 from pcdyn.checks import as_float_array, check_finite
 from pcdyn.energy import Energy
 from pcdyn.errors import InputError, LabelError, ShapeError
-from pcdyn.learning.rules import Rule
+from pcdyn.learning.base import Rule
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
 

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from pcdyn.energy import Energy
-from pcdyn.learning.rules import Learned, Rule
+from pcdyn.learning.base import Learned, Rule
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import backpropagation, feedforward

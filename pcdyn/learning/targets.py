@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn.activations import Activation, get_activation
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.learning.rules import Learned, Rule
+from pcdyn.learning.base import Learned, Rule
 from pcdyn.network import Activities, Dense, Network, apply_layer
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import feedforward, local_gradient, target_propagation

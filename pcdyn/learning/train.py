@@ -22,9 +22,9 @@ from pcdyn.errors import (
     TrainingDivergedError,
 )
 from pcdyn.learning import checkpoint as checkpoints
+from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import check_numbers, check_rule, checked_data, number_of_seeds
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
-from pcdyn.learning.rules import Rule
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import feedforward

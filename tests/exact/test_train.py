@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,11 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"run\.npz"):
             run(epochs=2, checkpoint=path)
         assert path.read_bytes() == bad
+    path.write_bytes(good)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("stray.npy", zipfile.ZipFile(path).read("header.npy"))
+    with pytest.raises(CheckpointError, match="stray"):
+        run(epochs=2, checkpoint=path)
     np.savez(path, something=np.ones(3))
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         run(epochs=2, checkpoint=path)

@@ -1,0 +1,126 @@
+"""Backpropagation as a learning rule, and the two rules of predictive coding that equal it.
+
+Each ends with one local gradient per layer, `−(f'_l ∘ d_l) x_{l−1}ᵀ`, at the feedforward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from pcdyn.errors import InputError
+from pcdyn.learning.base import Learned, Rule, check_steps
+from pcdyn.network import Network
+from pcdyn.problem import InferenceProblem, State
+from pcdyn.references import backpropagation, feedforward, local_gradient
+from pcdyn.states import step
+
+
+class Backpropagation(Rule):
+    """The gradient ∂ℒ/∂W_l of the output loss of the feedforward pass."""
+
+    @property
+    def name(self) -> str:
+        return "backpropagation"
+
+    def check(self, problem: InferenceProblem) -> None:
+        """Every problem is fine."""
+
+    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+        return ()
+
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+        found = backpropagation(problem)
+        return _without_inference(problem, found.weight_gradient), state
+
+
+class FixedPrediction(Rule):
+    """Inference with predictions and slopes frozen at the feedforward pass (the fixed prediction
+    assumption), for `steps` Euler updates of the errors by `dt`.
+
+    Its equilibrium is BP exactly; ε_{L−1}(t) = (1 − e^{−t}) δ_{L−1} on the way there, for unit
+    precisions of the hidden layers.
+    """
+
+    dt: float = 0.5
+    steps: int = 40
+
+    def __check_init__(self) -> None:
+        check_steps(self.name, self.dt, self.steps)
+
+    @property
+    def name(self) -> str:
+        return "fixed prediction assumption"
+
+    def check(self, problem: InferenceProblem) -> None:
+        """Every problem is fine."""
+
+    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+        return ()
+
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+        network, activities = problem.network, feedforward(problem)
+        pulls = [
+            jax.vjp(lambda x, i=index: network.predict(i, x), activities[index - 1])[1]
+            for index in range(2, network.depth + 1)
+        ]
+        output_delta = problem.weighted_error(network.depth, problem.output_error(activities[-1]))
+
+        def weighted(errors: State) -> list[Array]:
+            hidden = [problem.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
+            return [*hidden, output_delta]
+
+        def update(_: Any, errors: State) -> State:
+            *own, _ = deltas = weighted(errors)
+            above = [pull(delta)[0] for pull, delta in zip(pulls, deltas[1:], strict=True)]
+            return step(errors, self.dt, jax.tree.map(jnp.subtract, tuple(above), tuple(own)))
+
+        start = tuple(jnp.zeros_like(x) for x in activities[1:-1])
+        errors = jax.lax.fori_loop(0, self.steps, update, start)
+        gradient = local_gradient(network, activities, weighted(errors))
+        return _without_inference(problem, gradient), state
+
+
+class ZeroDivergence(Rule):
+    """Zero-divergence inference learning (Z-IL, Song et al. 2020): BP by L well-timed steps.
+
+    All layers take Euler steps of size `rate` from the feedforward pass; layer l first moves at
+    step L − l, and its weights learn from the error that it has then, γ^{L−l} δ_l. That is BP for
+    γ = 1 and BP layer by layer up to a factor otherwise. Hidden precisions must be 1.
+    """
+
+    rate: float = 1.0
+
+    def __check_init__(self) -> None:
+        check_steps(self.name, self.rate, 1)
+
+    @property
+    def name(self) -> str:
+        return "Z-IL"
+
+    def check(self, problem: InferenceProblem) -> None:
+        for index in range(1, problem.network.depth):
+            probe = jnp.ones(problem.network.widths[index], problem.network.dtype)
+            if not bool(jnp.all(problem.weighted_error(index, probe) == probe)):
+                raise InputError(f"Z-IL needs unit precision, but layer {index} has another one")
+
+    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+        return ()
+
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+        network, activities = problem.network, feedforward(problem)
+        x, deltas = problem.state_of(activities), []
+        for index in range(network.depth, 0, -1):
+            errors = problem.prediction_errors(problem.activities(x))
+            deltas.insert(0, problem.weighted_error(index, errors[index - 1]))
+            x = step(x, -self.rate, problem.gradient(x))
+        gradient = local_gradient(network, activities, deltas)
+        return _without_inference(problem, gradient), state
+
+
+def _without_inference(problem: InferenceProblem, gradient: Network) -> Learned:
+    activities = problem.activities(problem.feedforward_state())
+    return Learned(gradient, activities, jnp.zeros(activities[0].shape[0], problem.network.dtype))

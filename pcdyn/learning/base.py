@@ -1,0 +1,62 @@
+"""What a learning rule is: from a network and a batch to a weight gradient."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pcdyn.errors import InputError
+from pcdyn.network import Activities, Network
+from pcdyn.problem import InferenceProblem
+
+
+class Learned(eqx.Module):
+    """What a rule makes of a batch.
+
+    - `gradient`: a network whose arrays are the gradients, summed over the batch.
+    - `activities`: x_0 … x_L after inference; the feedforward pass with the target as x_L for
+      rules without inference.
+    - `residual`: how far inference is from its equilibrium, relative and per sample; zero for
+      rules that need none.
+    """
+
+    gradient: Network
+    activities: Activities
+    residual: Float[Array, " batch"]
+
+
+class Rule(eqx.Module):
+    """Base of all learning rules.
+
+    A rule may carry a state from batch to batch, such as the inverse weights of target propagation;
+    most have none.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What tables and figures call it."""
+
+    @abc.abstractmethod
+    def check(self, problem: InferenceProblem) -> None:
+        """Raise the named error for a problem that this rule cannot learn from."""
+
+    @abc.abstractmethod
+    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+        """The state before the first batch; `()` if there is none."""
+
+    @abc.abstractmethod
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+        """The weight gradient from a batch, both ends clamped, and the next state."""
+
+
+def check_steps(name: str, dt: float, steps: int) -> None:
+    """Raise `InputError` unless there is at least one step, positive and finite."""
+    if not 0 < dt < math.inf:
+        raise InputError(f"{name} needs a positive and finite step, got {dt}")
+    if steps < 1:
+        raise InputError(f"{name} needs at least one step, got {steps}")
