@@ -2,8 +2,8 @@
 
 Prints, each beside its limit: the vector-field evaluations that Tsit5 and fixed-step Euler need for
 the same error; equilibrium solvers against each other and the flow; learning against BP; and the
-time of fresh Python processes to a first trajectory and to all figures. The whole of it goes to
-`paper_figures/benchmark.md`; names of parts run only those and write nothing.
+time of fresh Python processes to a first trajectory and to all figures. Each part goes to
+`paper_figures/benchmark_<part>.md`; names of parts run only those.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
         print(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
         return 2
     jax.config.update("jax_enable_x64", True)
-    sections = []
     for name in names or PARTS:
         print(name)
         table = []
@@ -140,15 +139,11 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
                 f"{row.what:<86} {row.measured:>9.2f}  {row.bound:<13} {row.verdict:<6} {row.note}"
             )
             table.append(row)
-        sections.append(_markdown(name, table))
-    if not names:
-        text = f"# Benchmark\n\n{_ABOUT.format(_machine())}\n" + "".join(sections)
-        path = Path("paper_figures") / "benchmark.md"
-        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+        _write_page(name, table)
     return 0
 
 
-_ABOUT = """Written by `python -m experiments.benchmark` on {}. Ratios of the best of
+_ABOUT = """Written by `python -m experiments.benchmark {}` on {}. Ratios of the best of
 many calls taken in turns in one process, unless it says evaluations or seconds; they move by a
 third from run to run on a busy machine."""
 
@@ -161,13 +156,20 @@ def _machine() -> str:
     )
 
 
-def _markdown(name: str, table: list[Row]) -> str:
-    lines = [f"\n## {name}\n", "| what | measured | limit | | |", "|---|---|---|---|---|"]
+def _write_page(name: str, table: list[Row]) -> None:
+    lines = [
+        f"# Benchmark: {name}\n",
+        _ABOUT.format(name, _machine()),
+        "",
+        "| what | measured | limit | | |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {row.what} | {row.measured:.3g} | {row.bound} | {row.verdict} | {row.note} |"
         for row in table
     ]
-    return "\n".join(lines) + "\n"
+    text, path = "\n".join(lines) + "\n", Path("paper_figures") / f"benchmark_{name}.md"
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 if __name__ == "__main__":
