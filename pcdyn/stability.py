@@ -369,7 +369,7 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
 
 def _reciprocal(values: Any, finite: Any) -> Any:
     """1 / values, infinite where not `finite`; NaN stays NaN."""
-    xp = np if isinstance(values, np.ndarray | np.generic) else jnp
+    xp: Any = np if isinstance(values, np.ndarray | np.generic) else jnp
     safe = xp.where(finite, values, 1)
     return xp.where(finite, 1 / safe, xp.where(xp.isnan(values), xp.nan, xp.inf))
 
