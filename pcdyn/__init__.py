@@ -18,6 +18,7 @@ from pcdyn.errors import (
     PcdynError,
     SimulationError,
     Status,
+    StepSizeWarning,
 )
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
 from pcdyn.landscape import Equilibria, multiple_equilibria
@@ -26,6 +27,7 @@ from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
 from pcdyn.references import backpropagation, feedforward, target_propagation
 from pcdyn.simulate import simulate
+from pcdyn.stability import Stability, stability, stability_along
 from pcdyn.storage import load
 from pcdyn.trajectory import Trajectory
 
@@ -49,7 +51,9 @@ __all__ = [
     "PcdynError",
     "SciPy",
     "SimulationError",
+    "Stability",
     "Status",
+    "StepSizeWarning",
     "Trajectory",
     "UntilEquilibrium",
     "activations",
@@ -66,6 +70,8 @@ __all__ = [
     "references",
     "simulate",
     "solvers",
+    "stability",
+    "stability_along",
     "storage",
     "target_propagation",
 ]
