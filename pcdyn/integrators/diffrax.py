@@ -21,7 +21,7 @@ from pcdyn.integrators.base import (
     default_tolerances,
 )
 from pcdyn.integrators.scipy import SciPy
-from pcdyn.problem import Problem, State
+from pcdyn.problem import InferenceProblem, Problem, State
 
 if TYPE_CHECKING:
     import diffrax
@@ -40,6 +40,7 @@ _SOLVERS = {
     "kvaerno3": "Kvaerno3",
     "kvaerno4": "Kvaerno4",
     "kvaerno5": "Kvaerno5",
+    "rodas5p": "Rodas5P",
 }
 DIFFRAX_NAMES = tuple(name for name in _SOLVERS if name != "euler")
 
@@ -143,31 +144,36 @@ class Diffrax(Integrator):
                 "diffrax cannot run HalfSolver without reverse-mode derivatives; choose a solver "
                 "with an error estimate of its own"
             )
-        adaptive = isinstance(self._solver(), diffrax.AbstractAdaptiveSolver)
+        adaptive = isinstance(self._solver(problem), diffrax.AbstractAdaptiveSolver)
         if self.dt is None and self.controller is None and not adaptive:
             raise IntegratorError(
                 f"{self.name} has no error estimate and cannot adapt its step: give dt"
             )
 
-    def _solver(self) -> Any:
+    def _solver(self, problem: Problem) -> Any:
+        """The diffrax solver, with the linear algebra that suits the problem."""
         import diffrax
 
-        if not isinstance(self.solver, str):
-            return self.solver
-        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
-        if self.dt is None or not _is_implicit(solver):
-            return solver
-        # A fixed step has no tolerances from which the root finder could take its own, and
-        # diffrax's chord method gives up where it cannot ask for a smaller step.
-        from optimistix import Newton
+        from pcdyn.integrators.rosenbrock import Rodas5P
 
-        return dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
+        if self.solver == "rodas5p":
+            return Rodas5P(problem if isinstance(problem, InferenceProblem) else None)
+        if not isinstance(self.solver, str):
+            return _with_structure(self.solver, problem)
+        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
+        if self.dt is not None and _is_implicit(solver):
+            # A fixed step has no tolerances from which the root finder could take its own, and
+            # diffrax's chord method gives up where it cannot ask for a smaller step.
+            from optimistix import Newton
+
+            solver = dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
+        return _with_structure(solver, problem)
 
     def integrate(self, request: Request) -> Integration:
         problem, state, until = request.problem, request.state, request.until
         import diffrax
 
-        flow, solver = Flow(problem), self._solver()
+        flow, solver = Flow(problem), self._solver(problem)
         # Time has the dtype of the state, for their products are added to it.
         dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
@@ -265,6 +271,25 @@ def largest_sample_rms(error: Any) -> Any:
     # The derivative of a square root at zero is infinite, also where the error vanishes exactly.
     zero = mean == 0
     return jnp.max(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, mean))))
+
+
+def _with_structure(solver: Any, problem: Problem) -> Any:
+    """An implicit solver whose root finder knows how layers and samples couple.
+
+    A linear solver that the user chose stays, and so does the dense one where weights move.
+    """
+    from lineax import AutoLinearSolver
+
+    if not (_is_implicit(solver) and isinstance(problem, InferenceProblem)):
+        return solver
+    finder = solver.root_finder
+    if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
+        return solver
+    from pcdyn.integrators.structured import ChainSolver, free_time_constants
+
+    chosen = ChainSolver(free_time_constants(problem))
+    finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
+    return dataclasses.replace(solver, root_finder=finder)
 
 
 def _is_implicit(solver: Any) -> bool:
