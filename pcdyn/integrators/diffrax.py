@@ -50,8 +50,8 @@ class Diffrax(Integrator):
 
     Arguments:
 
-    - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"` or
-      `"kvaerno5"`.
+    - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"`,
+      `"kvaerno5"` or, for stiff problems, `"rodas5p"` (see `pcdyn.integrators.rosenbrock`).
     - `rtol`, `atol`: tolerances of the adaptive step size; 1e-6 and 1e-9 in float64, 1e-4 and
       1e-6 in float32 unless given, and tighter with `until`, where a solver that hovers at its
       own tolerance would never meet the equilibrium's.
@@ -64,6 +64,10 @@ class Diffrax(Integrator):
     The error of a batch is the largest error of any of its samples, each the root mean square
     over units: one sample is integrated as exactly among 256 as alone. Saved times are
     interpolated by the method's dense output, whose order can be lower than that of the steps.
+
+    Implicit solvers and Rodas5P factorise one block-tridiagonal matrix for each sample of an
+    `InferenceProblem`; a diffrax solver whose root finder was given another linear solver than
+    lineax's default keeps it. Where weights move as well, the matrix is dense.
     """
 
     solver: Any
@@ -216,7 +220,7 @@ class Diffrax(Integrator):
             end_state=end_state,
             status=status,
             evaluations=self._evaluations(solver, solution.stats["num_steps"], until),
-            jacobian_evaluations=None if _is_implicit(solver) else 0,
+            jacobian_evaluations=_jacobian_evaluations(solver, solution.stats["num_steps"]),
             accepted_steps=solution.stats["num_accepted_steps"],
             rejected_steps=solution.stats["num_rejected_steps"],
             interpolation=_Interpolation(solution.interpolation) if request.dense else None,
@@ -246,6 +250,8 @@ class Diffrax(Integrator):
             stages, reused = tableau.num_stages, int(tableau.fsal)
         elif isinstance(solver, diffrax.Euler):
             stages, reused = 1, 0
+        elif self.solver == "rodas5p":
+            stages, reused = solver.stages, 0
         else:
             return None
         # At the start twice: for a start at rest, and by diffrax.
@@ -290,6 +296,15 @@ def _with_structure(solver: Any, problem: Problem) -> Any:
     chosen = ChainSolver(free_time_constants(problem))
     finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
     return dataclasses.replace(solver, root_finder=finder)
+
+
+def _jacobian_evaluations(solver: Any, steps: Any) -> Any:
+    """One a step for a Rosenbrock method; diffrax's implicit solvers do not report theirs."""
+    from pcdyn.integrators.rosenbrock import Rodas5P
+
+    if isinstance(solver, Rodas5P):
+        return steps
+    return None if _is_implicit(solver) else 0
 
 
 def _is_implicit(solver: Any) -> bool:

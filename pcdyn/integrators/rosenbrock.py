@@ -16,7 +16,6 @@ from pcdyn.integrators.structured import (
     free_time_constants,
     sample_hessians,
     shifted,
-    solve,
 )
 from pcdyn.problem import InferenceProblem
 
@@ -57,7 +56,6 @@ _DENSE_WEIGHTS = np.array((
     (11.419903575922262, 2.8879645146136994, 72.92137995996029, 80.12511834622643,
      -52.072871366152654, -59.78993625266729, -0.15582684282751913, 4.883087185713722),
 ))  # fmt: skip
-STAGES = len(_STATE_WEIGHTS)
 
 
 class QuarticInterpolation(diffrax.AbstractLocalInterpolation):
@@ -98,6 +96,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = QuarticInterpolation
+    stages: ClassVar[int] = len(_STATE_WEIGHTS)
 
     def order(self, terms: Any) -> int:
         """Five; the error estimate is that of the embedded method of order four."""
@@ -139,7 +138,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             taus = free_time_constants(self.problem)
             matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)
             factors = factorise(matrix)
-            return lambda rhs: solve(factors, tuple(t * x for t, x in zip(taus, rhs, strict=True)))
+            return lambda rhs: factors.solve(tuple(t * x for t, x in zip(taus, rhs, strict=True)))
         _, product = jax.linearize(field, y0)
         like = jax.eval_shape(lambda: y0)
         operator = lx.FunctionLinearOperator(
