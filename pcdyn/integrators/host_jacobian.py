@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ class ChainPattern:
 
     def __init__(self, widths: tuple[int, ...], samples: int):
         starts = np.cumsum([0, *widths])
-        ranges = [np.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        neighbours = list(zip(ranges[:-1], ranges[1:], strict=True))
+        ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+        neighbours = list(itertools.pairwise(ranges))
         pairs = [(x, x) for x in ranges] + neighbours + [(b, a) for a, b in neighbours]
         one = np.concatenate(
             [np.stack(np.meshgrid(*pair, indexing="ij")).reshape(2, -1) for pair in pairs], axis=1

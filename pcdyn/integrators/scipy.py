@@ -37,7 +37,8 @@ class SciPy(Integrator):
     Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, with the
     defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
     dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
-    differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix. Dense output is always there.
+    differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
+    Dense output is always there.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
