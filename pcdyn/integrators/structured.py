@@ -41,7 +41,7 @@ def shifted(
 ) -> BlockTridiagonal:
     """rate · T + H, for T = diag(τ_l) and matrices H with or without a leading axis of samples."""
     diagonal = tuple(
-        block + rate * tau * jnp.eye(block.shape[-1], dtype=block.dtype)
+        block + rate * tau * _identity_like(block)
         for block, tau in zip(matrix.diagonal, time_constants, strict=True)
     )
     return BlockTridiagonal(diagonal, matrix.upper)
@@ -86,13 +86,17 @@ def factorise(matrix: BlockTridiagonal) -> StepFactors:
 
 def _triangular_inverse(lower: Array) -> Array:
     """L⁻¹, row by row for all samples at once."""
-    eye = jnp.eye(lower.shape[-1], dtype=lower.dtype)
+    eye = _identity_like(lower)
 
     def with_row(i: Any, inverse: Array) -> Array:
-        row = eye[i] - _times(jnp.matrix_transpose(inverse), lower[..., i, :])
+        row = eye[..., i, :] - _times(jnp.matrix_transpose(inverse), lower[..., i, :])
         return inverse.at[..., i, :].set(row / lower[..., i, i][..., None])
 
-    return jax.lax.fori_loop(0, len(eye), with_row, jnp.zeros_like(lower))
+    return jax.lax.fori_loop(0, lower.shape[-1], with_row, jnp.zeros_like(lower))
+
+
+def _identity_like(matrix: Array) -> Array:
+    return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
 
 
 def _times(matrix: Array, vector: Array) -> Array:

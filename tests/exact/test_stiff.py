@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optimistix as optx
 import pytest
 import scipy.integrate
 import scipy.linalg
@@ -67,7 +66,7 @@ def taus(case: Case) -> np.ndarray:
 # --- Linear algebra -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clamp", ["both", "input", "output"])
+@pytest.mark.parametrize("clamp", ["both", "output"])
 def test_blocks_are_those_of_the_hessian(clamp: str) -> None:
     """By layer energies, by products of the flow, and as SciPy gets them; for every sample."""
     case = stiff(clamp, "tanh", 2)
@@ -150,17 +149,13 @@ def test_an_indefinite_matrix_is_nan_for_its_sample_alone() -> None:
 # --- Solutions ------------------------------------------------------------------------------------
 
 
-def dense(name: str) -> Any:
-    """diffrax's solver with the dense matrix of the whole batch."""
-    if name == "implicit_euler":
-        finder = diffrax.with_stepsize_controller_tols(optx.Chord)(linear_solver=lx.LU())
-        return diffrax.ImplicitEuler(root_finder=finder)
+def dense() -> Any:
+    """Kvaerno5 with the dense matrix of the whole batch."""
     finder = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)(linear_solver=lx.LU())
     return diffrax.Kvaerno5(root_finder=finder)
 
 
-@pytest.mark.parametrize("name", ["kvaerno5", "implicit_euler"])
-def test_structured_and_dense_steps_are_the_same(name: str) -> None:
+def test_structured_and_dense_steps_are_the_same() -> None:
     """The same numbers of steps and, but for the round-off of each, the same states.
 
     A Newton iteration ends within a hundredth of the tolerance, far above round-off, at the same
@@ -168,10 +163,9 @@ def test_structured_and_dense_steps_are_the_same(name: str) -> None:
     """
     case = stiff("both", "tanh", 2)
     options = {"t1": 0.5, "times": np.array([0.2, 0.5]), "initial": case.state}
-    tolerances = {"rtol": 1e-3, "atol": 1e-4} if name == "implicit_euler" else {}
     runs = [
-        simulate(case.problem, integrator=Diffrax(solver, **tolerances), **options)
-        for solver in (name, dense(name))
+        simulate(case.problem, integrator=Diffrax(solver), **options)
+        for solver in ("kvaerno5", dense())
     ]
     assert runs[0].accepted_steps == runs[1].accepted_steps
     assert runs[0].rejected_steps == runs[1].rejected_steps
@@ -186,21 +180,20 @@ def linear_solution(case: Case, time: float) -> np.ndarray:
     return (scipy.linalg.expm(generator * time) @ np.append(case.stack(case.state), 1.0))[:-1]
 
 
-def radau(case: Case, time: float) -> np.ndarray:
-    """y(t) of one sample by SciPy's Radau at 1e-11 on the field in NumPy."""
+def radau(case: Case, times: np.ndarray) -> np.ndarray:
+    """y(t) of one sample by SciPy's Radau at 1e-9 on the field in NumPy."""
 
     def field(t: float, y: np.ndarray) -> np.ndarray:
         free = dict(zip(case.free, case.split(y), strict=True))
         layers = tuple(free.get(i, x) for i, x in enumerate(case.activities))
         return case.stack(case.replace(activities=layers).field())
 
-    start = case.stack(case.state)
-    solution = scipy.integrate.solve_ivp(field, (0, time), start, "Radau", rtol=1e-11, atol=1e-12)
-    return solution.y[:, -1]
+    return scipy.integrate.solve_ivp(
+        field, (0, times[-1]), case.stack(case.state), "Radau", rtol=1e-9, atol=1e-11, t_eval=times
+    ).y.T
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("clamp", ["both", "output"])
+@pytest.mark.parametrize(("clamp", "per_sample"), [("both", False), ("output", True)])
 def test_rodas5p_is_the_solution(clamp: str, per_sample: bool) -> None:
     """Linear: expm; tanh: Radau in NumPy; at the end and at times between steps.
 
@@ -208,15 +201,19 @@ def test_rodas5p_is_the_solution(clamp: str, per_sample: bool) -> None:
     that of tanh stays within a factor of ten here.
     """
     times = np.array([0.1, 0.77, T1])
-    for activation, oracle, factor in (("identity", linear_solution, 1), ("tanh", radau, 10)):
+    for activation, factor in (("identity", 1), ("tanh", 10)):
         case = stiff(clamp, activation, 2)
         run = simulate(case.problem, t1=T1, times=times, initial=case.state,
                        integrator="rodas5p", per_sample=per_sample)  # fmt: skip
         assert np.all(run.status_codes == Status.REACHED_T1) and run.fallback == ""
         for row in range(2):
             rows = case.stack([run.activities[i] for i in case.free])[:, row]
-            expected = [oracle(case.sample(row), t) for t in times]
-            assert_close(rows, np.stack(expected), factor * (1e-6 + 1e-9))
+            sample = case.sample(row)
+            if activation == "tanh":
+                expected = radau(sample, times)
+            else:
+                expected = np.stack([linear_solution(sample, t) for t in times])
+            assert_close(rows, expected, factor * (1e-6 + 1e-9))
     steps = np.asarray(run.accepted_steps) + np.asarray(run.rejected_steps)
     np.testing.assert_array_equal(run.vector_field_evaluations, 8 * steps)
     np.testing.assert_array_equal(run.jacobian_evaluations, steps)
