@@ -16,11 +16,12 @@ from pcdyn.problem import State
 class BlockTridiagonal(eqx.Module):
     """A symmetric block-tridiagonal matrix: one block row per free layer.
 
-    `diagonal[i]` has shape `(n_i, n_i)`, `upper[i]` shape `(n_i, n_{i+1})`.
+    `diagonal[i]` has shape `(n_i, n_i)`, `upper[i]` shape `(n_i, n_{i+1})`. As the value of a
+    mapped function the blocks have a leading axis of samples, over which to map the methods.
     """
 
-    diagonal: tuple[Float[Array, "_ _"], ...]
-    upper: tuple[Float[Array, "_ _"], ...]
+    diagonal: tuple[Float[Array, "*batch _ _"], ...]
+    upper: tuple[Float[Array, "*batch _ _"], ...]
 
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""

@@ -21,7 +21,7 @@ from pcdyn.integrators.base import (
     default_tolerances,
 )
 from pcdyn.integrators.scipy import SciPy
-from pcdyn.problem import Problem, State
+from pcdyn.problem import InferenceProblem, Problem, State
 
 if TYPE_CHECKING:
     import diffrax
@@ -40,6 +40,7 @@ _SOLVERS = {
     "kvaerno3": "Kvaerno3",
     "kvaerno4": "Kvaerno4",
     "kvaerno5": "Kvaerno5",
+    "rodas5p": "Rodas5P",
 }
 DIFFRAX_NAMES = tuple(name for name in _SOLVERS if name != "euler")
 
@@ -49,8 +50,8 @@ class Diffrax(Integrator):
 
     Arguments:
 
-    - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"` or
-      `"kvaerno5"`.
+    - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"`,
+      `"kvaerno5"` or, for stiff problems, `"rodas5p"` (see `pcdyn.integrators.rosenbrock`).
     - `rtol`, `atol`: tolerances of the adaptive step size; 1e-6 and 1e-9 in float64, 1e-4 and
       1e-6 in float32 unless given, and tighter with `until`, where a solver that hovers at its
       own tolerance would never meet the equilibrium's.
@@ -63,6 +64,10 @@ class Diffrax(Integrator):
     The error of a batch is the largest error of any of its samples, each the root mean square
     over units: one sample is integrated as exactly among 256 as alone. Saved times are
     interpolated by the method's dense output, whose order can be lower than that of the steps.
+
+    Implicit solvers and Rodas5P factorise one block-tridiagonal matrix for each sample of an
+    `InferenceProblem`; a diffrax solver whose root finder was given another linear solver than
+    lineax's default keeps it. Where weights move as well, the matrix is dense.
     """
 
     solver: Any
@@ -143,31 +148,36 @@ class Diffrax(Integrator):
                 "diffrax cannot run HalfSolver without reverse-mode derivatives; choose a solver "
                 "with an error estimate of its own"
             )
-        adaptive = isinstance(self._solver(), diffrax.AbstractAdaptiveSolver)
+        adaptive = isinstance(self._solver(problem), diffrax.AbstractAdaptiveSolver)
         if self.dt is None and self.controller is None and not adaptive:
             raise IntegratorError(
                 f"{self.name} has no error estimate and cannot adapt its step: give dt"
             )
 
-    def _solver(self) -> Any:
+    def _solver(self, problem: Problem) -> Any:
+        """The diffrax solver, with the linear algebra that suits the problem."""
         import diffrax
 
-        if not isinstance(self.solver, str):
-            return self.solver
-        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
-        if self.dt is None or not _is_implicit(solver):
-            return solver
-        # A fixed step has no tolerances from which the root finder could take its own, and
-        # diffrax's chord method gives up where it cannot ask for a smaller step.
-        from optimistix import Newton
+        from pcdyn.integrators.rosenbrock import Rodas5P
 
-        return dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
+        if self.solver == "rodas5p":
+            return Rodas5P(problem if isinstance(problem, InferenceProblem) else None)
+        if not isinstance(self.solver, str):
+            return _with_structure(self.solver, problem)
+        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
+        if self.dt is not None and _is_implicit(solver):
+            # A fixed step has no tolerances from which the root finder could take its own, and
+            # diffrax's chord method gives up where it cannot ask for a smaller step.
+            from optimistix import Newton
+
+            solver = dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
+        return _with_structure(solver, problem)
 
     def integrate(self, request: Request) -> Integration:
         problem, state, until = request.problem, request.state, request.until
         import diffrax
 
-        flow, solver = Flow(problem), self._solver()
+        flow, solver = Flow(problem), self._solver(problem)
         # Time has the dtype of the state, for their products are added to it.
         dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
@@ -210,7 +220,7 @@ class Diffrax(Integrator):
             end_state=end_state,
             status=status,
             evaluations=self._evaluations(solver, solution.stats["num_steps"], until),
-            jacobian_evaluations=None if _is_implicit(solver) else 0,
+            jacobian_evaluations=_jacobian_evaluations(solver, solution.stats["num_steps"]),
             accepted_steps=solution.stats["num_accepted_steps"],
             rejected_steps=solution.stats["num_rejected_steps"],
             interpolation=_Interpolation(solution.interpolation) if request.dense else None,
@@ -240,6 +250,8 @@ class Diffrax(Integrator):
             stages, reused = tableau.num_stages, int(tableau.fsal)
         elif isinstance(solver, diffrax.Euler):
             stages, reused = 1, 0
+        elif self.solver == "rodas5p":
+            stages, reused = solver.stages, 0
         else:
             return None
         # At the start twice: for a start at rest, and by diffrax.
@@ -271,9 +283,41 @@ def solver_class(solver: Any) -> type | None:
     """The diffrax class of a solver or of its name; `None` for anything else."""
     import diffrax
 
+    if solver == "rodas5p":
+        from pcdyn.integrators.rosenbrock import Rodas5P
+
+        return Rodas5P
     if isinstance(solver, str):
         return getattr(diffrax, _SOLVERS[solver]) if solver in _SOLVERS else None
     return type(solver) if isinstance(solver, diffrax.AbstractSolver) else None
+
+
+def _with_structure(solver: Any, problem: Problem) -> Any:
+    """An implicit solver whose root finder knows how layers and samples couple.
+
+    A linear solver that the user chose stays, and so does the dense one where weights move.
+    """
+    from lineax import AutoLinearSolver
+
+    if not (_is_implicit(solver) and isinstance(problem, InferenceProblem)):
+        return solver
+    finder = solver.root_finder
+    if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
+        return solver
+    from pcdyn.integrators.structured import ChainSolver, free_time_constants
+
+    chosen = ChainSolver(free_time_constants(problem))
+    finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
+    return dataclasses.replace(solver, root_finder=finder)
+
+
+def _jacobian_evaluations(solver: Any, steps: Any) -> Any:
+    """One a step for a Rosenbrock method; diffrax's implicit solvers do not report theirs."""
+    from pcdyn.integrators.rosenbrock import Rodas5P
+
+    if isinstance(solver, Rodas5P):
+        return steps
+    return None if _is_implicit(solver) else 0
 
 
 def _is_implicit(solver: Any) -> bool:

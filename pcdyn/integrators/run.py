@@ -172,7 +172,8 @@ def integrate_with_fallback(
     """
     if not method.runs_in_jax:
         return _integrate_on_host(method, request, per_sample), ""
-    arrays, numbers = _numbers_as_arrays((method, request))
+    # Not integers: those inside a diffrax solver bound its loops and must be known.
+    arrays, numbers = _numbers_as_arrays((method, request), float)
     if per_sample:
         run = on_host(_integrate_compiled(arrays, numbers, per_sample))
     else:
@@ -266,9 +267,9 @@ def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) 
     )
 
 
-def _numbers_as_arrays(tree: Any) -> Any:
+def _numbers_as_arrays(tree: Any, kinds: Any = (int, float)) -> Any:
     """As arrays, times, tolerances, steps and counts can change without compiling again."""
-    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, tree)
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, kinds) else x, tree)
 
 
 def on_host(run: Any) -> Any:

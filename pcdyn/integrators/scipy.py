@@ -20,10 +20,13 @@ from pcdyn.integrators.base import (
     check_tolerances,
     default_tolerances,
 )
-from pcdyn.problem import Problem, State
+from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries
+from pcdyn.problem import InferenceProblem, Problem, State
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _MOST_NON_FINITE = 200
+# LAPACK's dense factorisation is quicker where more of the matrix than this is not zero.
+_DENSE_SHARE = 0.4
 _EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
 SCIPY_NAMES = {method.lower(): method for method in _METHODS}
 
@@ -34,8 +37,8 @@ class SciPy(Integrator):
     Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, with the
     defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
     dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
-    differentiation; that of a batch is block diagonal and is handed over as a sparse or banded
-    matrix. Dense output is always there.
+    differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
+    Dense output is always there.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
@@ -161,27 +164,26 @@ class _HostSystem:
             raise _NonFiniteField
         return field.reshape(-1)
 
-    def blocks(self, y: np.ndarray) -> np.ndarray:
-        """∂(dx/dt)/∂x of each sample, shape (samples, N, N)."""
-        rows = y.reshape(*self._batch, -1).astype(self._dtype)
-        jacobian = np.asarray(_jacobian(self._flow, self._widths, rows), dtype=np.float64)
-        return jacobian.reshape(-1, *jacobian.shape[-2:])
+    def dense_jacobian(self, y: np.ndarray) -> np.ndarray:
+        """∂(dx/dt)/∂x of one sample, shape (N, N)."""
+        rows = y.astype(self._dtype)
+        return np.asarray(_jacobian(self._flow, self._widths, rows), dtype=np.float64)
 
     def jacobian_options(self, method: str) -> dict[str, Any]:
         """The arguments of solve_ivp that give the method its Jacobian."""
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
-        if not self._batch:
-            return {"jac": lambda t, y: self.blocks(y)[0]}
-        if method == "LSODA":
-            band = sum(self._widths) - 1
-            return {"jac": lambda t, y: _banded(self.blocks(y)), "lband": band, "uband": band}
-        from scipy.sparse import block_diag, csc_array
+        problem = self._flow.problem
+        if not isinstance(problem, InferenceProblem):
+            return {"jac": lambda t, y: self.dense_jacobian(y)}
+        pattern = ChainPattern(self._widths, int(np.prod(self._batch, dtype=int)))
+        if pattern.share > _DENSE_SHARE:
+            return {"jac": lambda t, y: self.dense_jacobian(y)}
 
-        def jacobian(t: float, y: np.ndarray) -> Any:
-            return block_diag([csc_array(block) for block in self.blocks(y)], format="csc")
+        def entries(y: np.ndarray) -> np.ndarray:
+            return np.asarray(chain_entries(problem, self.unflatten(y)), dtype=np.float64)
 
-        return {"jac": jacobian}
+        return pattern.options(method, entries)
 
     def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
         """Whether the vector field is below the tolerance in every layer and sample."""
@@ -213,16 +215,6 @@ def _host_device() -> Any:
         return jax.local_devices()[0]
 
 
-def _banded(blocks: np.ndarray) -> np.ndarray:
-    """Blocks of a block-diagonal matrix in LAPACK's banded storage."""
-    samples, n, _ = blocks.shape
-    packed = np.zeros((2 * n - 1, samples * n))
-    i, j = np.indices((n, n))
-    for sample in range(samples):
-        packed[i - j + n - 1, sample * n + j] = blocks[sample]
-    return packed
-
-
 @eqx.filter_jit
 def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
     state = tuple(jnp.split(rows, np.cumsum(widths)[:-1], axis=-1))
@@ -231,16 +223,7 @@ def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
 
 @eqx.filter_jit
 def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
-    if rows.ndim == 1:
-        return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
-
-    # Samples do not influence each other: one direction per unit serves the whole batch.
-    def column(direction: Array) -> Array:
-        tangent = jnp.broadcast_to(direction, rows.shape)
-        return jax.jvp(lambda y: _flat_field(flow, widths, y), (rows,), (tangent,))[1]
-
-    columns = jax.vmap(column)(jnp.eye(rows.shape[-1], dtype=rows.dtype))
-    return jnp.moveaxis(columns, 0, -1)
+    return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
 
 
 def _at_rest(system: _HostSystem, start: np.ndarray, times: Any) -> Integration:

@@ -52,6 +52,10 @@ def known_interval(method: Any) -> float | None:
 
 @functools.cache
 def _interval_of(solver: type) -> float | None:
+    from pcdyn.integrators.rosenbrock import Rodas5P
+
+    if issubclass(solver, Rodas5P):
+        return math.inf  # L-stable (Steinebach 2023)
     matrix_and_weights = _tableau(solver)
     return None if matrix_and_weights is None else _interval(*matrix_and_weights)
 

@@ -1,0 +1,72 @@
+"""The Jacobian −T⁻¹H of a batch as SciPy's methods take it: sparse by columns, or in bands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pcdyn.integrators.structured import free_time_constants, sample_hessians
+from pcdyn.problem import InferenceProblem, State
+
+
+class ChainPattern:
+    """Where the blocks of −T⁻¹H lie in the matrix of all samples, sample after sample.
+
+    `widths` are those of the free layers. The half-bandwidth is max(n_l + n_{l+1}) − 1.
+    """
+
+    def __init__(self, widths: tuple[int, ...], samples: int):
+        starts = np.cumsum([0, *widths])
+        ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+        neighbours = list(itertools.pairwise(ranges))
+        pairs = [(x, x) for x in ranges] + neighbours + [(b, a) for a, b in neighbours]
+        one = np.concatenate(
+            [np.stack(np.meshgrid(*pair, indexing="ij")).reshape(2, -1) for pair in pairs], axis=1
+        )
+        shifts = starts[-1] * np.arange(samples)
+        self._rows, self._columns = (one[:, None] + shifts[:, None]).reshape(2, -1)
+        self.size = int(starts[-1] * samples)
+        self.share = one.shape[1] / (int(starts[-1]) ** 2 * samples)
+        self.bandwidth = int(np.max(one[0] - one[1]))
+        self._order = np.lexsort((self._rows, self._columns))
+        self._starts = np.searchsorted(self._columns[self._order], np.arange(self.size + 1))
+
+    def sparse(self, entries: np.ndarray) -> Any:
+        """The matrix by columns, as SuperLU factorises it."""
+        from scipy.sparse import csc_array
+
+        parts = (entries[self._order], self._rows[self._order], self._starts)
+        return csc_array(parts, shape=(self.size, self.size))
+
+    def banded(self, entries: np.ndarray) -> np.ndarray:
+        """The matrix in LAPACK's banded storage."""
+        packed = np.zeros((2 * self.bandwidth + 1, self.size))
+        packed[self._rows - self._columns + self.bandwidth, self._columns] = entries
+        return packed
+
+    def options(self, method: str, entries: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """The arguments of `solve_ivp` for this matrix, with `entries` from a flat state."""
+        if method == "LSODA":
+            band = self.bandwidth
+            return {"jac": lambda t, y: self.banded(entries(y)), "lband": band, "uband": band}
+        return {"jac": lambda t, y: self.sparse(entries(y))}
+
+
+@eqx.filter_jit
+def chain_entries(problem: InferenceProblem, state: State) -> Array:
+    """The entries of the blocks of −T⁻¹H, in the order of `ChainPattern`, sample after sample."""
+    hessians, taus = sample_hessians(problem, state), free_time_constants(problem)
+    blocks = [-block / tau for block, tau in zip(hessians.diagonal, taus, strict=True)]
+    blocks += [-block / tau for block, tau in zip(hessians.upper, taus[:-1], strict=True)]
+    blocks += [
+        -jnp.matrix_transpose(block) / tau
+        for block, tau in zip(hessians.upper, taus[1:], strict=True)
+    ]
+    flat = [block.reshape(*block.shape[:-2], -1) for block in blocks]
+    return jnp.concatenate(flat, axis=-1).reshape(-1)

@@ -1,0 +1,160 @@
+"""The Rosenbrock method Rodas5P as a diffrax solver: one factorisation and no Newton iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+
+from pcdyn.integrators.structured import (
+    factorise,
+    free_time_constants,
+    sample_hessians,
+    shifted,
+)
+from pcdyn.problem import InferenceProblem
+
+_GAMMA = 0.21193756319429014
+# Row i: the weights of the increments 1 … i−1 in the state of stage i. Stages 7 and 8 and the
+# solution each add one increment to the state of stage 6 and what follows it.
+_STATE_WEIGHTS = (
+    (),
+    (3.0,),
+    (2.849394379747939, 0.45842242204463923),
+    (-6.954028509809101, 2.489845061869568, -10.358996098473584),
+    (2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.04721187230404641),
+    (-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256,
+     0.030198172008377946),
+)  # fmt: skip
+_STATE_WEIGHTS = (*_STATE_WEIGHTS, (*_STATE_WEIGHTS[5], 1.0), (*_STATE_WEIGHTS[5], 1.0, 1.0))
+_SOLUTION_WEIGHTS = (*_STATE_WEIGHTS[7], 1.0)
+# Row i: the weights of the increments 1 … i−1, over dt, on the right-hand side of stage i.
+_RATE_WEIGHTS = (
+    (),
+    (-14.155112264123755,),
+    (-17.97296035885952, -2.859693295451294),
+    (147.12150275711716, -1.41221402718213, 71.68940251302358),
+    (165.43517024871676, -0.4592823456491126, 42.90938336958603, -5.961986721573306),
+    (24.854864614690072, -3.0009227002832186, 47.4931110020768, 5.5814197821558125,
+     -0.6610691825249471),
+    (30.91273214028599, -3.1208243349937974, 77.79954646070892, 34.28646028294783,
+     -19.097331116725623, -28.087943162872662),
+    (37.80277123390563, -3.2571969029072276, 112.26918849496327, 66.9347231244047,
+     -40.06618937091002, -54.66780262877968, -9.48861652309627),
+)  # fmt: skip
+# The three coefficients of the dense output, as weights of the increments 1 … 8.
+_DENSE_WEIGHTS = np.array((
+    (25.948786856663858, -2.5579724845846235, 10.433815404888879, -2.3679251022685204,
+     0.524948541321073, 1.1241088310450404, 0.4272876194431874, -0.17202221070155493),
+    (-9.91568850695171, -0.9689944594115154, 3.0438037242978453, -24.495224566215796,
+     20.176138334709044, 15.98066361424651, -6.789040303419874, -6.710236069923372),
+    (11.419903575922262, 2.8879645146136994, 72.92137995996029, 80.12511834622643,
+     -52.072871366152654, -59.78993625266729, -0.15582684282751913, 4.883087185713722),
+))  # fmt: skip
+
+
+class QuarticInterpolation(diffrax.AbstractLocalInterpolation):
+    """Dense output of order 4 of a Rodas step: y0, y1 and three coefficients."""
+
+    t0: Any
+    t1: Any
+    y0: Any
+    y1: Any
+    coefficients: tuple[Any, Any, Any]
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Any:
+        """The state at t0, or its change from t0 to t1."""
+        if t1 is not None:
+            return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        length = self.t1 - self.t0
+        s = jnp.where(length == 0, 0, (t0 - self.t0) / jnp.where(length == 0, 1, length))
+
+        def at(y0: Any, y1: Any, a: Any, b: Any, c: Any) -> Any:
+            return (1 - s) * (y0 + s * (a + s * (b + s * c))) + s * y1
+
+        return jax.tree.map(at, self.y0, self.y1, *self.coefficients)
+
+
+class Rodas5P(diffrax.AbstractAdaptiveSolver):
+    """Steinebach's L-stable Rosenbrock–Wanner method of order 5 with an embedded one of order 4.
+
+    For vector fields that do not depend on time. A step takes the Jacobian at its start, one
+    factorisation and eight evaluations, each with one solve; nothing is iterated. With a `problem`
+    the matrix is T/(γ dt) + H, block tridiagonal for each sample: O(batch · Σ n_l³); without one
+    it is dense. Where it is not positive definite the step is NaN, which diffrax rejects.
+
+    G. Steinebach, Construction of Rosenbrock–Wanner method Rodas5P and numerical benchmarks within
+    the Julia Differential Equations package, BIT Numerical Mathematics 63:27, 2023.
+    """
+
+    problem: InferenceProblem | None = None
+
+    term_structure: ClassVar = diffrax.ODETerm
+    interpolation_cls: ClassVar = QuarticInterpolation
+    stages: ClassVar[int] = len(_STATE_WEIGHTS)
+
+    def order(self, terms: Any) -> int:
+        """Five; the error estimate is that of the embedded method of order four."""
+        return 5
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> None:
+        """No state: nothing is carried from step to step."""
+
+    def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
+        """The vector field."""
+        return terms.vf(t0, y0, args)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: None, made_jump: Any
+    ) -> Any:
+        """One step from t0 to t1, its error estimate and its dense output."""
+        dt = t1 - t0
+
+        def field(y: Any) -> Any:
+            return terms.vf(t0, y, args)
+
+        increments: list[Any] = []
+        solution = self._stage_solver(field, y0, _GAMMA * dt)
+        for state_weights, rate_weights in zip(_STATE_WEIGHTS, _RATE_WEIGHTS, strict=True):
+            rate = field(_plus(y0, state_weights, increments))
+            scaled = tuple(weight / dt for weight in rate_weights)
+            increments.append(solution(_plus(rate, scaled, increments)))
+        y1 = _plus(y0, _SOLUTION_WEIGHTS, increments)
+        dense = [
+            jax.tree.map(lambda *k, w=w: sum(a * x for a, x in zip(w, k, strict=True)), *increments)
+            for w in _DENSE_WEIGHTS
+        ]
+        info = {"y0": y0, "y1": y1, "coefficients": tuple(dense)}
+        return y1, increments[-1], info, None, diffrax.RESULTS.successful
+
+    def _stage_solver(self, field: Any, y0: Any, scaled_dt: Any) -> Callable[[Any], Any]:
+        """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
+        if self.problem is not None:
+            taus = free_time_constants(self.problem)
+            matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)
+            factors = factorise(matrix)
+            return lambda rhs: factors.solve(tuple(t * x for t, x in zip(taus, rhs, strict=True)))
+        _, product = jax.linearize(field, y0)
+        like = jax.eval_shape(lambda: y0)
+        operator = lx.FunctionLinearOperator(
+            lambda v: jax.tree.map(lambda x, jx: x / scaled_dt - jx, v, product(v)), like
+        )
+        solver = lx.LU()
+        state = solver.init(operator, {})
+        return lambda rhs: solver.compute(state, rhs, {})[0]
+
+
+def _plus(start: Any, weights: tuple[Any, ...], increments: list[Any]) -> Any:
+    """start + Σ weight · increment."""
+
+    def total(first: Any, *parts: Any) -> Any:
+        for weight, part in zip(weights, parts, strict=True):
+            first = first + weight * part
+        return first
+
+    return jax.tree.map(total, start, *increments)
