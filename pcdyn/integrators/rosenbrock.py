@@ -118,19 +118,23 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         def field(y: Any) -> Any:
             return terms.vf(t0, y, args)
 
-        increments: list[Any] = []
         solution = self._stage_solver(field, y0, _GAMMA * dt)
-        for state_weights, rate_weights in zip(_STATE_WEIGHTS, _RATE_WEIGHTS, strict=True):
-            rate = field(_plus(y0, state_weights, increments))
-            scaled = tuple(weight / dt for weight in rate_weights)
-            increments.append(solution(_plus(rate, scaled, increments)))
-        y1 = _plus(y0, _SOLUTION_WEIGHTS, increments)
-        dense = [
-            jax.tree.map(lambda *k, w=w: sum(a * x for a, x in zip(w, k, strict=True)), *increments)
-            for w in _DENSE_WEIGHTS
-        ]
-        info = {"y0": y0, "y1": y1, "coefficients": tuple(dense)}
-        return y1, increments[-1], info, None, diffrax.RESULTS.successful
+
+        # A loop, for eight copies of the field take long to compile.
+        def stage(i: Any, increments: Any) -> Any:
+            rate = field(_plus(y0, jnp.asarray(_square(_STATE_WEIGHTS), dt.dtype)[i], increments))
+            weights = jnp.asarray(_square(_RATE_WEIGHTS), dt.dtype)[i] / dt
+            increment = solution(_plus(rate, weights, increments))
+            return jax.tree.map(lambda x, xs: xs.at[i].set(x), increment, increments)
+
+        none = jax.tree.map(lambda x: jnp.zeros((self.stages, *x.shape), x.dtype), y0)
+        increments = jax.lax.fori_loop(0, self.stages, stage, none)
+        y1 = _plus(y0, np.asarray(_SOLUTION_WEIGHTS), increments)
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        dense = tuple(_plus(zero, weights, increments) for weights in _DENSE_WEIGHTS)
+        info = {"y0": y0, "y1": y1, "coefficients": dense}
+        error = jax.tree.map(lambda x: x[-1], increments)
+        return y1, error, info, None, diffrax.RESULTS.successful
 
     def _stage_solver(self, field: Any, y0: Any, scaled_dt: Any) -> Callable[[Any], Any]:
         """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
@@ -149,12 +153,12 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         return lambda rhs: solver.compute(state, rhs, {})[0]
 
 
-def _plus(start: Any, weights: tuple[Any, ...], increments: list[Any]) -> Any:
-    """start + Σ weight · increment."""
+def _square(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    return np.array([(*row, *[0.0] * (len(rows) - len(row))) for row in rows])
 
-    def total(first: Any, *parts: Any) -> Any:
-        for weight, part in zip(weights, parts, strict=True):
-            first = first + weight * part
-        return first
 
-    return jax.tree.map(total, start, *increments)
+def _plus(start: Any, weights: Any, increments: Any) -> Any:
+    """start + Σ weight · increment, the increments along the leading axis."""
+    return jax.tree.map(
+        lambda x, k: x + jnp.tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments
+    )

@@ -35,7 +35,7 @@ from pcdyn.simulate import simulate
 from tests.networks import EPS, Case, assert_close, build_case, jax_free_energy
 
 ROUND_OFF = 1e3 * EPS
-DEEP = (2, 3, 2, 3, 1, 2)
+DEEP = (2, 3, 2, 3, 2)
 T1 = 2.0
 
 
