@@ -44,7 +44,7 @@ class Config:
     saves: int = 21
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     coarse: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
-    repeats: int = 5
+    repeats: int = 3
     seed: int = 0
 
 
