@@ -230,9 +230,7 @@ class Comparison:
         variables["message"] = ("run", column("message"))
         coordinates = {name: ("run", column(name)) for name in ("integrator", "setting", "value")}
         coordinates["status"] = ("run", [row.status.name for row in self.rows])
-        notes = {
-            f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS
-        }
+        notes = {f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS}
         names = ("reference", "second", "displacement", "energy_loss", "t1", "repeats")
         attributes = {name: getattr(self, name) for name in names} | notes
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)

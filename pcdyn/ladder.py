@@ -63,7 +63,7 @@ def labelled(
     if isinstance(integrators, Mapping):
         chosen = dict(integrators)
     elif isinstance(integrators, str | Integrator):
-        raise IntegratorError("give a list of integrators, such as [\"tsit5\", \"lsoda\"]")
+        raise IntegratorError('give a list of integrators, such as ["tsit5", "lsoda"]')
     else:
         chosen = {}
         for integrator in integrators:

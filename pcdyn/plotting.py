@@ -173,6 +173,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
         lines += rest
         lines += ax.plot(units, before, "o", color=rest[0].get_color(), markerfacecolor="none")
         first += len(values)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("unit of the free layers (open: where the search started)")
     ax.set_ylabel("activity at equilibrium")
     if len(lines) <= 2 * _LARGEST_LEGEND:

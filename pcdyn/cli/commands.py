@@ -13,7 +13,7 @@ from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability
 from pcdyn.cli.report import counts, describe, describe_record, lines, total
-from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
+from pcdyn.errors import IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.problem import InferenceProblem
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import xarray
 
 # Tolerances belong to adaptive integrators; Euler has none, and needs steps.
+_EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
 _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
@@ -174,6 +175,43 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     )
 
 
+def run_stability(options: Stability, settings: Settings) -> Result:
+    """`pcdyn stability`."""
+    from pcdyn.stability import stability
+
+    problem, at = _stability_at(options.at, settings)
+    found = stability(problem, at=at)
+    one_for_each = (
+        "slowest_rate", "fastest_rate", "condition_number", "stiffness", "unstable", "at_kink",
+        "largest_euler_step", "slowest_mode", "fastest_mode", "relaxation_times",
+    )  # fmt: skip
+    record = {
+        "problem": describe_record(problem),
+        "at": found.at,
+        "verdict": found.verdict,
+        "recommended": found.recommended,
+        **{name: getattr(found, name) for name in one_for_each},
+        "largest_stable_steps": {name: found.largest_step(name) for name in _EXPLICIT},
+    }
+    return Result(
+        summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
+        record=record,
+        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found, ax=axes[0])),
+    )
+
+
+def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
+    """The problem and the state at which its flow is linearised."""
+    if not at.endswith(".nc"):
+        return build_problem(settings), at
+    from pcdyn.storage import load
+
+    trajectory = load(at)
+    chosen = {name for name in settings if name != "float32"}
+    return build_problem(settings if chosen else {**settings, "network": Path(at)}), trajectory
+
+
 def _times(t1: float, count: int) -> Any:
     # Whether t1 is a time at all is for `simulate` to say.
     return np.linspace(0.0, t1, count) if 0 < t1 < float("inf") else None
@@ -228,11 +266,6 @@ def _figure(draw: Callable[[Any, Any], Any], panels: int = 1) -> Any:
         figure = Figure(figsize=(6.4, 3.2 * panels + 0.8), layout="constrained")
         draw(plotting, list(figure.subplots(panels, 1, squeeze=False).flat))
     return figure
-
-
-def run_stability(options: Stability, settings: Settings) -> Result:
-    """`pcdyn stability`."""
-    raise NotImplementedError
 
 
 COMMANDS: dict[type, tuple[str, Callable[[Any, Settings], Result]]] = {

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pcdyn.cli.options import Command, parse
+from pcdyn.cli.options import Command
+from pcdyn.cli.parser import parse
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
