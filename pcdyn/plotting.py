@@ -181,6 +181,28 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     return lines
 
 
+def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw decay rates of shape `([sample,] rate)`, such as `pcdyn.stability` returns, in order.
+
+    The axis is logarithmic if all known rates are positive. The samples of a batch share one
+    colour. Returns the lines. Raises `ShapeError` for other shapes.
+    """
+    array = np.asarray(rates)
+    if array.ndim not in (1, 2):
+        raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
+    ax = _axes(ax)
+    order = np.arange(1, array.shape[-1] + 1)
+    lines: list[Line2D] = []
+    for row in np.atleast_2d(array):
+        color = lines[0].get_color() if lines else None
+        lines += ax.plot(order, row, "o-", color=color, markersize=3, linewidth=0.8)
+    if not np.any(array <= 0):
+        ax.set_yscale("log")
+    ax.set_xlabel("mode, from the slowest to the fastest")
+    ax.set_ylabel("decay rate (1 / activity time constant)")
+    return lines
+
+
 def mean_band(
     x: ArrayLike,
     values: ArrayLike,

@@ -13,7 +13,7 @@ from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability
 from pcdyn.cli.report import counts, describe, describe_record, lines, total
-from pcdyn.errors import IntegratorError, TimesError, worst_status
+from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.problem import InferenceProblem
 
@@ -142,6 +142,8 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     from pcdyn.compare import compare
     from pcdyn.comparison import ERROR_METRICS
 
+    if not 0 < options.error < float("inf"):
+        raise InputError(f"--error must be positive and finite, got {options.error:g}")
     problem = build_problem(settings)
     comparison = compare(
         options.integrators,
@@ -153,8 +155,13 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         repeats=options.repeats,
         per_sample=options.per_sample,
     )
-    advice = comparison.recommendation(error=options.error)
-    best = advice.best
+    best = None
+    try:
+        advice = comparison.recommendation(error=options.error)
+        text, best = str(advice), advice.best
+    # A reference that cannot tell so small an error still leaves a table worth having.
+    except InputError as error:
+        text = f"No recommendation: {error}."
     record = {
         "problem": describe_record(problem),
         "reference": comparison.reference,
@@ -162,10 +169,10 @@ def run_compare(options: Compare, settings: Settings) -> Result:
             name: getattr(comparison.reference_error, name) for name in ERROR_METRICS
         },
         "runs": [{**dataclasses.asdict(row), "status": row.status.name} for row in comparison.rows],
-        "recommendation": str(advice),
+        "recommendation": text,
         "recommended": None if best is None else best.title,
     }
-    parts = [lines([("network", describe(problem))]), comparison.table(), str(advice)]
+    parts = [lines([("network", describe(problem))]), comparison.table(), text]
     return Result(
         summary="\n\n".join(parts),
         record=record,
@@ -197,7 +204,7 @@ def run_stability(options: Stability, settings: Settings) -> Result:
         summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
         record=record,
         dataset=lambda: _with_problem(found.to_xarray(), problem),
-        draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found, ax=axes[0])),
+        draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found.rates, ax=axes[0])),
     )
 
 

@@ -236,8 +236,8 @@ class Stability:
     at: Annotated[
         str,
         option(
-            "Where the flow is linearised: equilibrium, feedforward, zeros, or a NetCDF file of pcdyn "
-            "simulate, whose end is taken (and its network, unless another is given)."
+            "Where the flow is linearised: equilibrium, feedforward, zeros, or a NetCDF file of "
+            "pcdyn simulate, whose end is taken (and its network, unless another is given)."
         ),
     ] = "equilibrium"
     network: NetworkOptions
