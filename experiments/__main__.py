@@ -33,6 +33,7 @@ EXTRA = (
     "joint_flow",
     "critical_points",
     "learning_rules",
+    "integrator_choices",
 )
 
 

@@ -10,6 +10,9 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 
 from pcdyn import activations, datasets, errors, linear, references, solvers, storage
 from pcdyn.activations import Activation
+from pcdyn.compare import compare
+from pcdyn.comparison import Comparison, Recommendation
+from pcdyn.convergence import ConvergenceOrder, convergence_order
 from pcdyn.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
@@ -34,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "Comparison",
+    "ConvergenceOrder",
     "CrossEntropy",
     "Dense",
     "Diffrax",
@@ -48,6 +53,7 @@ __all__ = [
     "Network",
     "NotConvergedError",
     "PcdynError",
+    "Recommendation",
     "SciPy",
     "SimulationError",
     "Status",
@@ -55,6 +61,8 @@ __all__ = [
     "UntilEquilibrium",
     "activations",
     "backpropagation",
+    "compare",
+    "convergence_order",
     "datasets",
     "equilibrium",
     "errors",

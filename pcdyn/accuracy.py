@@ -85,7 +85,7 @@ class Reference:
                 maximum_error=float(distance.max()),
                 l2_error=float(_root_mean_square(times, distance).max()),
                 energy_error=float(energy.max()) / self.energy_loss,
-                equilibrium_time=_first_time_to_stay(times, (to_end <= ARRIVED).all(axis=1)),
+                equilibrium_time=_first_time_to_stay(times, to_end.max(axis=1) <= ARRIVED),
             )
 
 

@@ -28,7 +28,7 @@ METRICS = (
     "compile_seconds",
     "run_seconds",
 )
-_UNITS = {
+UNITS = {
     **dict.fromkeys(ERROR_METRICS[:3], "displacement to the reference's end"),
     "energy_error": "energy that the reference loses",
     "equilibrium_time": "activity time constants",
@@ -222,7 +222,7 @@ class Comparison:
             return [getattr(row, name) for row in self.rows]
 
         variables: dict[str, Any] = {
-            name: ("run", column(name), {"units": _UNITS.get(name, "1")}) for name in METRICS
+            name: ("run", column(name), {"units": UNITS.get(name, "1")}) for name in METRICS
         }
         for metric in ERROR_METRICS:
             flags = [metric in row.below_reference for row in self.rows]

@@ -202,6 +202,18 @@ class TrainingDivergedError(PcdynError, RuntimeError):
         self.training = training
 
 
+class NoUsableRangeError(PcdynError, RuntimeError):
+    """No range of steps shows an order of convergence; `steps` and `errors` are what was measured.
+
+    The errors are at round-off or at that of the reference, or the steps are unstable.
+    """
+
+    def __init__(self, message: str, steps: Any = None, errors: Any = None):
+        super().__init__(message)
+        self.steps = steps
+        self.errors = errors
+
+
 class DivergedError(SimulationError):
     """The state became non-finite or a fixed step was unstable."""
 

@@ -19,6 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from pcdyn.comparison import UNITS, Comparison
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ShapeError
 from pcdyn.trajectory import Trajectory
@@ -28,6 +29,8 @@ TIME_LABEL = "time (activity time constants)"
 
 # More entries than there are colours would only cover the figure.
 _LARGEST_LEGEND = 8
+_MARKERS = ("o", "s", "^", "D")
+_DASHES = ("-", "--", "-.", ":")
 
 
 def style() -> AbstractContextManager[None]:
@@ -201,6 +204,61 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
     ax.set_xlabel("mode, from the slowest to the fastest")
     ax.set_ylabel("decay rate (1 / activity time constant)")
     return lines
+
+
+def work_precision(
+    axes: Axes, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
+) -> list[Line2D]:
+    """Draw one metric of a comparison's runs against another, a line for each integrator.
+
+    Arguments: `x` and `y`, attributes of a run such as `"run_seconds"`, `"maximum_error"`,
+    `"vector_field_evaluations"`, or `"value"`, the tolerance or step.
+
+    Runs that failed are not drawn; the legend says how many of an integrator's did, and how many
+    lack the metric. A hollow marker stands for an error below what the reference can tell; it is
+    drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic. Returns the
+    lines of the integrators. Raises `InputError` for an unknown metric.
+    """
+    colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    lines = []
+    for index, name in enumerate(comparison.integrators):
+        runs = [run for run in comparison.of(name) if run.status.ok]
+        points = np.array(
+            [(comparison.told(run, x), comparison.told(run, y)) for run in runs]
+        ).reshape(-1, 2)
+        # A logarithmic axis has no place for zero or NaN.
+        shown = (points > 0).all(axis=1)
+        hollow = np.array([bool({x, y} & set(run.below_reference)) for run in runs], bool)[shown]
+        points = points[shown]
+        failed = len(comparison.of(name)) - len(runs)
+        notes = [f"{failed} failed"] * bool(failed)
+        notes += [f"{(~shown).sum()} without value"] * bool((~shown).any())
+        label = f"{name} ({', '.join(notes)})" if notes else name
+        # More integrators than colours: the marker and the dashes tell those of one colour apart.
+        round_, color = index // len(colors), colors[index % len(colors)]
+        look: dict[str, Any] = {"color": color, "marker": _MARKERS[round_ % len(_MARKERS)]}
+        (line,) = axes.plot(
+            *points.T, label=label, markersize=4.5, linewidth=1.2,
+            linestyle=_DASHES[round_ % len(_DASHES)], **look,
+        )  # fmt: skip
+        axes.plot(
+            *points[hollow].T, linestyle="none", markersize=4.5, markerfacecolor="white",
+            zorder=line.get_zorder() + 1, **look,
+        )  # fmt: skip
+        lines.append(line)
+    for metric, draw in ((x, axes.axvline), (y, axes.axhline)):
+        if any(metric in run.below_reference for run in comparison.rows):
+            limit = getattr(comparison.reference_error, metric)
+            draw(limit, color="0.5", linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=_metric_label(x), ylabel=_metric_label(y))
+    axes.legend()
+    return lines
+
+
+def _metric_label(name: str) -> str:
+    """A metric in words, with its unit."""
+    words, unit = name.replace("_", " "), UNITS.get(name, "")
+    return f"{words} (s)" if unit == "s" else words
 
 
 def mean_band(

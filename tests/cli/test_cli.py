@@ -206,7 +206,7 @@ BAD_INPUT = {
     "one saved time": ("simulate --times 1", "at least 2"),
     "unknown method": ("equilibrium --method newton", "unknown method 'newton'"),
     "negative tolerance": ("equilibrium --tolerance -1", "tolerance must be positive"),
-    "exact of a tanh network": ("simulate --integrator exact", "linear"),
+    "exact of a tanh network": ("simulate --integrator exact", "closed forms"),
     "NaN in data": ("simulate --widths 2 3 2 --input nan.npy", "input has 1 non-finite entries"),
     "contradicting batch": (
         "simulate --widths 2 3 2 --input data.npz --batch 3", "a batch of 3 contradicts"
