@@ -56,18 +56,22 @@ def run(config: Config) -> xarray.Dataset:
         )  # fmt: skip
         rest = pcdyn.linear_equilibrium(problem)
         euler = pcdyn.simulate(
-            problem, t1=t1, times=[t1], integrator=pcdyn.Euler(dt=config.euler_step)
+            problem, t1=t1, times=[0.0, t1], integrator=pcdyn.Euler(dt=config.euler_step)
         )
         rates = pcdyn.linear.spectrum(problem)
+        # The Hessian of a linear network is the same everywhere.
+        step = pcdyn.stability(problem, at="feedforward").largest_euler_step
+        field = jnp.linalg.norm(euler.vector_field_norms, axis=-1)
         prediction = problem.network.predict(1, input)
         target = pcdyn.target_propagation(problem).values[1]
         delta = pcdyn.backpropagation(problem).deltas[0]
-        return rest[1], euler.activities[1][-1], rates[-1], prediction, target, delta
+        return (rest[1], euler.activities[1][-1], rates[-1], prediction, target, delta,
+                step, field)  # fmt: skip
 
     over_networks = jax.vmap(one, in_axes=(None, 0, 0, 0))
     batched = eqx.filter_jit(jax.vmap(over_networks, in_axes=(0, None, None, None)))
     results = [np.asarray(r) for r in batched(jnp.asarray(ratios), weights, inputs, outputs)]
-    exact, euler, fastest, prediction, target, delta = results
+    exact, euler, fastest, prediction, target, delta, largest_step, field = results
     dims = ("ratio", "network")
     unstable = fastest * config.euler_step > 2
     # The authors average diverged draws as well, with NaN and 0 replaced by 1: that curve is kept
@@ -76,6 +80,8 @@ def run(config: Config) -> xarray.Dataset:
         published = np.nan_to_num(cosine(euler, target), nan=1.0)
     published = np.where(published == 0, 1.0, published)
     euler = np.where(unstable[..., None], np.nan, euler)
+    # A stable step shrinks the field of a linear network in every mode.
+    diverged = ~(field[..., -1] <= field[..., 0])
     return xarray.Dataset(
         {
             "cosine_to_tp": (dims, cosine(exact, target)),
@@ -84,14 +90,16 @@ def run(config: Config) -> xarray.Dataset:
             "euler_cosine_to_bp": (dims, cosine(euler - prediction, delta)),
             "euler_published_to_tp": (dims, published),
             "euler_unstable": (dims, unstable),
+            "euler_diverged": (dims, diverged),
+            "largest_euler_step": (dims, largest_step),
         },
         coords={"ratio": ratios},
-        attrs={"euler_step": config.euler_step},
+        attrs={"euler_step": config.euler_step, "euler_steps": config.euler_steps},
     )  # fmt: skip
 
 
 def check(data: xarray.Dataset) -> list[Claim]:
-    """Monotone in the ratio, ends at one; the crossing; where Euler is unstable."""
+    """Monotone in the ratio, ends at one; the crossing; where Euler is unstable and diverges."""
     n = data.sizes["network"]
     claims = []
     for name, sign, end in (("tp", 1, -1), ("bp", -1, 0)):
@@ -128,7 +136,25 @@ def check(data: xarray.Dataset) -> list[Claim]:
             expected_to_hold=False,
         )
     )
+    claims.append(_divergence(data))
     return claims
+
+
+def _divergence(data: xarray.Dataset) -> Claim:
+    """Whether the draws that diverge are those whose largest stable step is exceeded."""
+    excess = data.attrs["euler_step"] / data.largest_euler_step
+    agree = (excess > 1) == data.euler_diverged
+    # The fastest mode grows by this; where it starts out small and hardly grows, the run is too
+    # short to show it.
+    growth = (2 * excess - 1) ** data.attrs["euler_steps"]
+    too_short = (excess > 1) & (growth < 1e4)
+    return Claim(
+        "2 left: Euler diverges in the draws whose largest stable step it exceeds",
+        f"above it in {float((excess > 1).mean()):.1%} of draws, diverges in "
+        f"{float(data.euler_diverged.mean()):.1%}; the same in {int(agree.sum())} of {agree.size}",
+        "the same, but where the run is too short to tell",
+        bool((agree | too_short).all()),
+    )
 
 
 def _crossing(data: xarray.Dataset) -> Claim:
@@ -167,7 +193,15 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[0].legend(loc="lower right", fontsize=8)
         axes[0].set_ylim(-0.75, 1.1)
         axes[0].set_title(f"Exact equilibria and Euler (η = {data.attrs['euler_step']:g})")
-        axes[1].plot(data.ratio, data.euler_unstable.mean("network"), color="black")
+        axes[1].plot(
+            data.ratio, (data.attrs["euler_step"] > data.largest_euler_step).mean("network"),
+            color="black", label="step above the largest stable one",
+        )  # fmt: skip
+        axes[1].plot(
+            data.ratio, data.euler_diverged.mean("network"), "x", ms=4, color="black",
+            label="simulation diverges",
+        )  # fmt: skip
+        axes[1].legend(loc="lower right", fontsize=8)
         axes[1].set(ylabel="share of draws\nEuler diverges", xlabel="precision ratio $Π_2/Π_1$")
         axes[1].set_xscale("log")
         axes[1].set_ylim(-0.05, 1.05)

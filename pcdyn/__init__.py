@@ -21,6 +21,7 @@ from pcdyn.errors import (
     PcdynError,
     SimulationError,
     Status,
+    StepSizeWarning,
 )
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
 from pcdyn.landscape import Equilibria, multiple_equilibria
@@ -30,6 +31,7 @@ from pcdyn.problem import InferenceProblem
 from pcdyn.problem_files import load_problem, save_problem
 from pcdyn.references import backpropagation, feedforward, target_propagation
 from pcdyn.simulate import simulate
+from pcdyn.stability import Stability, stability, stability_along
 from pcdyn.storage import load
 from pcdyn.trajectory import Trajectory
 
@@ -56,7 +58,9 @@ __all__ = [
     "Recommendation",
     "SciPy",
     "SimulationError",
+    "Stability",
     "Status",
+    "StepSizeWarning",
     "Trajectory",
     "UntilEquilibrium",
     "activations",
@@ -77,6 +81,8 @@ __all__ = [
     "save_problem",
     "simulate",
     "solvers",
+    "stability",
+    "stability_along",
     "storage",
     "target_propagation",
 ]

@@ -194,6 +194,14 @@ class SimulationError(PcdynError, RuntimeError):
         self.trajectory = trajectory
 
 
+class SpectrumError(PcdynError, RuntimeError):
+    """Lanczos iterations did not find the extreme rates of a large network."""
+
+
+class StepSizeWarning(UserWarning):
+    """A fixed step is above the largest with which its explicit method is stable."""
+
+
 class TrainingDivergedError(PcdynError, RuntimeError):
     """A loss or a weight became NaN or infinite; `training` holds the last finite network."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pcdyn.errors import (
     IntegratorError,
     ShapeError,
     Status,
+    StepSizeWarning,
     TimesError,
     simulation_error,
     worst_status,
@@ -23,7 +25,9 @@ from pcdyn.errors import (
 from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
-from pcdyn.problem import Problem, State
+from pcdyn.integrators.stability_function import known_interval
+from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.spectrum import estimated_fastest_rate
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
@@ -65,6 +69,9 @@ def simulate(
     - `throw`: raise `pcdyn.SimulationError` if any sample fails, with what was computed in its
       `trajectory`; with `throw=False` the status says so instead.
 
+    A fixed step above the largest stable one of an explicit method at the initial state gives a
+    `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
+
     Where diffrax runs out of steps or its step vanishes, SciPy's LSODA takes over on the host and
     the trajectory's `fallback` says so (`pcdyn.Diffrax(…, fallback=None)` switches it off).
 
@@ -94,6 +101,7 @@ def simulate(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
         return _traced_trajectory(request, integrate(method, request, per_sample), method)
+    _warn_of_step(problem, request.state, method)
     with Stopwatch() as clock:
         run, fallback = integrate_with_fallback(method, request, per_sample)
         observed = on_host(_observe(problem, run.states))
@@ -102,6 +110,26 @@ def simulate(
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
     return trajectory
+
+
+def _warn_of_step(problem: Problem, state: State, method: Integrator) -> None:
+    """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
+    if method.fixed_step is None or not isinstance(problem, InferenceProblem):
+        return
+    interval = known_interval(method)
+    if interval is None or math.isinf(interval):
+        return
+    fastest = estimated_fastest_rate(problem, state)
+    above = np.flatnonzero(np.ravel(fastest) * float(method.fixed_step) > interval)
+    if above.size:
+        share = "" if fastest.ndim == 0 else f" of {above.size} of {fastest.size} samples"
+        warnings.warn(
+            f"dt={float(method.fixed_step):g} is above {interval / np.nanmax(fastest):.3g}, the "
+            f"largest stable step of {method.name} at the initial state{share}: take a smaller "
+            "step, or an adaptive or implicit integrator (see pcdyn.stability)",
+            StepSizeWarning,
+            stacklevel=3,
+        )
 
 
 def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEquilibrium | None:

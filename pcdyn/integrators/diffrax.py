@@ -267,6 +267,15 @@ def largest_sample_rms(error: Any) -> Any:
     return jnp.max(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, mean))))
 
 
+def solver_class(solver: Any) -> type | None:
+    """The diffrax class of a solver or of its name; `None` for anything else."""
+    import diffrax
+
+    if isinstance(solver, str):
+        return getattr(diffrax, _SOLVERS[solver]) if solver in _SOLVERS else None
+    return type(solver) if isinstance(solver, diffrax.AbstractSolver) else None
+
+
 def _is_implicit(solver: Any) -> bool:
     import diffrax
 
