@@ -18,6 +18,7 @@ from jaxtyping import ArrayLike
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from pcdyn.comparison import UNITS, Comparison
 from pcdyn.equilibrium import Equilibrium
@@ -176,7 +177,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
         lines += rest
         lines += ax.plot(units, before, "o", color=rest[0].get_color(), markerfacecolor="none")
         first += len(values)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("unit of the free layers (open: where the search started)")
     ax.set_ylabel("activity at equilibrium")
     if len(lines) <= 2 * _LARGEST_LEGEND:

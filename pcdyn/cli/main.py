@@ -111,12 +111,13 @@ def _float64(on: bool) -> Iterator[None]:
     # For every thread, which the context manager of JAX is not.
     import jax
 
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", on)
+    config: Any = jax.config
+    before = config.jax_enable_x64
+    config.update("jax_enable_x64", on)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", before)
+        config.update("jax_enable_x64", before)
 
 
 @contextlib.contextmanager

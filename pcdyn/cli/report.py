@@ -20,7 +20,8 @@ def describe(problem: InferenceProblem) -> str:
     widths = "-".join(map(str, network.widths))
     shape = problem.batch_shape
     samples = f"{shape[0]} samples" if shape else "one sample"
-    x64 = "float64 is on" if jax.config.jax_enable_x64 else "float64 is off"
+    config: Any = jax.config
+    x64 = "float64 is on" if config.jax_enable_x64 else "float64 is off"
     return f"{widths} network, {activations}, {samples}, {problem.dtype} ({x64})"
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import build_case
 
 import pcdyn
+from networks import build_case
 from pcdyn.errors import ActivationError, DataError, InputError
 
 
