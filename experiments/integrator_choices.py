@@ -19,6 +19,7 @@ import numpy as np
 import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 import pcdyn
 from experiments.base import Claim, trained_classifier
@@ -39,9 +40,9 @@ class Config:
     digits: bool = True
     hidden: tuple[int, ...] = (128, 64)
     epochs: int = 3
-    t1: float = 20.0
-    saves: int = 41
-    tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    t1: float = 10.0
+    saves: int = 21
+    tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     coarse: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
     repeats: int = 5
     seed: int = 0
@@ -49,8 +50,8 @@ class Config:
 
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
-    "width": 4, "batch": 4, "digits": False, "saves": 11, "tolerances": (1e-3, 1e-5, 1e-7),
-    "coarse": (1e-3, 1e-5), "repeats": 3,
+    "width": 4, "batch": 4, "digits": False, "t1": 5.0, "saves": 6, "tolerances": (1e-3, 1e-5),
+    "coarse": (1e-3,), "repeats": 1,
 }  # fmt: skip
 
 
@@ -77,7 +78,10 @@ def run(config: Config) -> xarray.Dataset:
                 {key: ("run", [label] * data.sizes["run"]) for key, label in labels.items()}
             )
             limit = np.full(data.sizes["run"], comparison.reference_error.maximum_error)
-            tables.append(data.assign(reference_error=("run", limit)))
+            # From displacements to the root mean square over the units of a sample.
+            units = sum(x.shape[-1] for x in problem.zeros_state())
+            unit = np.full(data.sizes["run"], comparison.displacement / units**0.5)
+            tables.append(data.assign(reference_error=("run", limit), unit=("run", unit)))
     merged = xarray.concat(tables, dim="run", combine_attrs="drop")
     return merged.assign_attrs(source=source, batch=config.batch)
 
@@ -187,18 +191,22 @@ def _backends(data: xarray.Dataset) -> Claim:
         ours, theirs = (rows(data, problem, integrator=name) for name in METHODS[1:])
         evaluations = theirs.vector_field_evaluations.values / ours.vector_field_evaluations.values
         seconds = theirs.run_seconds.values / ours.run_seconds.values
-        # The distance of the two solutions is at most the sum of their errors.
-        apart = (ours.maximum_error.values + theirs.maximum_error.values) / ours.value.values
+        # Two solutions are no further apart than the sum of their errors. SciPy controls the root
+        # mean square over the batch: one sample can have √batch times as much.
+        errors = (ours.maximum_error.values + theirs.maximum_error.values) * ours.unit.values
+        apart = errors / (ours.value.values * data.batch**0.5)
         held &= bool((apart <= 10).all())
+        worse = theirs.maximum_error.values / ours.maximum_error.values
         told.append(
-            f"{problem}: apart by at most {apart.max():.2g} rtol; SciPy takes "
+            f"{problem}: apart by at most {apart.max():.2g} √batch rtol; SciPy's worst sample has "
+            f"{worse.min():.2g} to {worse.max():.2g} of the error; it takes "
             f"{evaluations.min():.2f} to {evaluations.max():.2f} of the evaluations and "
             f"{seconds.min():.2g} to {seconds.max():.2g} of the time"
         )
     return Claim(
         "choices: diffrax's Dopri5 and SciPy's RK45 agree to the tolerance",
         "; ".join(told),
-        "≤ 10 rtol",
+        "≤ 10 √batch rtol, root mean square over units",
         held,
     )
 
@@ -213,7 +221,7 @@ def plot(data: xarray.Dataset) -> Figure:
     with plotting.style():
         figure, axes = plt.subplots(
             len(names), 3, figsize=(10.5, 3.1 * len(names)), squeeze=False, layout="constrained",
-            sharey="row",
+            sharex="row", sharey="row",
         )  # fmt: skip
         for panels, problem in zip(axes, names, strict=True):
             first, second, third = panels
@@ -230,6 +238,7 @@ def plot(data: xarray.Dataset) -> Figure:
             third.set(title="one method, two libraries")
             for panel in panels:
                 panel.set(xscale="log", yscale="log", xlabel="seconds for the batch")
+                panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.legend()
     return figure
 
