@@ -21,6 +21,7 @@ from pcdyn.errors import (
     ShapeError,
     SimulationError,
     StepLimitError,
+    StepSizeWarning,
     TimesError,
     ToleranceError,
 )
@@ -214,7 +215,11 @@ def test_euler_is_unstable_beyond_two_over_the_largest_eigenvalue(fixed: Any) ->
     slow, fast = 0.95 * 2 / LARGEST, 1.05 * 2 / LARGEST
     stable = run(t1=60 * slow, times=slow * np.arange(61), integrator=fixed(slow))
     assert stable.status is Status.REACHED_T1
-    with pytest.raises(DivergedError, match=f"dt={fast:g}") as caught:
+    bound = f"dt={fast:g} is above {2 / LARGEST:.3g}, the largest stable step of euler"
+    with (
+        pytest.warns(StepSizeWarning, match=re.escape(bound)),
+        pytest.raises(DivergedError, match=f"dt={fast:g}") as caught,
+    ):
         run(t1=60 * fast, times=fast * np.arange(61), integrator=fixed(fast))
     trajectory = caught.value.trajectory
     assert trajectory.status is Status.UNSTABLE_STEP
