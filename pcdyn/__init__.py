@@ -28,6 +28,7 @@ from pcdyn.landscape import Equilibria, multiple_equilibria
 from pcdyn.linear import linear_equilibrium
 from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
+from pcdyn.problem_files import load_problem, save_problem
 from pcdyn.references import backpropagation, feedforward, target_propagation
 from pcdyn.simulate import simulate
 from pcdyn.stability import Stability, stability, stability_along
@@ -73,9 +74,11 @@ __all__ = [
     "linear",
     "linear_equilibrium",
     "load",
+    "load_problem",
     "mlp",
     "multiple_equilibria",
     "references",
+    "save_problem",
     "simulate",
     "solvers",
     "stability",

@@ -18,8 +18,10 @@ from jaxtyping import ArrayLike
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from pcdyn.comparison import UNITS, Comparison
+from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ShapeError
 from pcdyn.trajectory import Trajectory
 
@@ -152,6 +154,56 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
     ax.set_xlabel(TIME_LABEL)
     ax.set_ylabel("energy")
     ax.legend()
+    return lines
+
+
+def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
+    """Draw the activity of each unit at an equilibrium, and where the search started.
+
+    The units of the free layers stand side by side in their order, each layer in its own colour:
+    filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch.
+    Returns the lines, equilibrium before start for each layer.
+    """
+    lines, first = [], 0
+    samples = 1 if np.ndim(found.energies) == 1 else len(found.energies)
+    if not 0 <= sample < samples:
+        raise ShapeError(f"there is no sample {sample}; samples are 0 … {samples - 1}")
+    ax = _axes(ax)
+    for index, start in zip(found.problem.free_layers, found.start, strict=True):
+        values = _of_sample(found.activities[index], sample, axis=0, dimensions=1)
+        units = np.arange(first, first + len(values))
+        rest = ax.plot(units, values, "o", label=f"layer {index}")
+        before = _of_sample(start, sample, axis=0, dimensions=1)
+        lines += rest
+        lines += ax.plot(units, before, "o", color=rest[0].get_color(), markerfacecolor="none")
+        first += len(values)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("unit of the free layers (open: where the search started)")
+    ax.set_ylabel("activity at equilibrium")
+    if len(lines) <= 2 * _LARGEST_LEGEND:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return lines
+
+
+def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw decay rates of shape `([sample,] rate)`, such as `pcdyn.stability` returns, in order.
+
+    The axis is logarithmic if all known rates are positive. The samples of a batch share one
+    colour. Returns the lines. Raises `ShapeError` for other shapes.
+    """
+    array = np.asarray(rates)
+    if array.ndim not in (1, 2):
+        raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
+    ax = _axes(ax)
+    order = np.arange(1, array.shape[-1] + 1)
+    lines: list[Line2D] = []
+    for row in np.atleast_2d(array):
+        color = lines[0].get_color() if lines else None
+        lines += ax.plot(order, row, "o-", color=color, markersize=3, linewidth=0.8)
+    if not np.any(array <= 0):
+        ax.set_yscale("log")
+    ax.set_xlabel("mode, from the slowest to the fastest")
+    ax.set_ylabel("decay rate (1 / activity time constant)")
     return lines
 
 

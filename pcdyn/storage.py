@@ -166,7 +166,14 @@ def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     `DataError` if the folder does not exist, `ShapeError` as `to_xarray`, and `OSError` if the
     file cannot be written.
     """
-    dataset = to_xarray(trajectory)
+    write_dataset(to_xarray(trajectory), path)
+
+
+def write_dataset(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a data set to a NetCDF file, every bit of it, at once or not at all.
+
+    Raises `DataError` if the folder does not exist and `OSError` if the file cannot be written.
+    """
     # xarray would mark NaN as missing, and then replace each NaN by its own.
     exact = {str(name): {"_FillValue": None} for name in dataset.variables}
     write_atomically(
@@ -180,6 +187,18 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
 
     Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory.
     """
+    dataset = read_dataset(path)
+    try:
+        return from_xarray(dataset)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
+    """Read a NetCDF file into memory, every number as it was written.
+
+    Raises `DataError` if the file is missing, truncated or corrupt.
+    """
     import xarray
 
     source = Path(path)
@@ -191,15 +210,12 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         with xarray.open_dataset(
             source, engine="h5netcdf", decode_times=False, mask_and_scale=False
         ) as dataset:
-            return from_xarray(dataset.load())
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+            return dataset.load()
     # Which exception a damaged file raises depends on where the damage is.
     except Exception as error:
         raise DataError(
             f"{source} cannot be read as NetCDF ({error}): it is truncated, corrupt or another "
-            "kind of file; copy it again, or simulate again and write it with "
-            "Trajectory.to_netcdf"
+            "kind of file; copy it again, or write it again with pcdyn"
         ) from error
 
 

@@ -1,0 +1,5 @@
+"""The command line: `pcdyn simulate | equilibrium | compare | stability`."""
+
+from pcdyn.cli.main import main, run
+
+__all__ = ["main", "run"]

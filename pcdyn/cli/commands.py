@@ -1,0 +1,283 @@
+"""What each subcommand computes, and how it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcdyn.cli.files import Result
+from pcdyn.cli.network import Settings, build_problem
+from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability
+from pcdyn.cli.report import counts, describe, describe_record, lines, total
+from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
+from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
+from pcdyn.problem import InferenceProblem
+
+if TYPE_CHECKING:
+    import xarray
+
+# Tolerances belong to adaptive integrators; Euler has none, and needs steps.
+_EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
+_EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
+
+
+def run_simulate(options: Simulate, settings: Settings) -> Result:
+    """`pcdyn simulate`."""
+    from pcdyn.simulate import simulate
+    from pcdyn.storage import to_xarray
+
+    integrator = _integrator(options)
+    if options.times < 2:
+        raise TimesError(f"--times must be at least 2, the start and the end, got {options.times}")
+    problem = build_problem(settings)
+    trajectory = simulate(
+        problem,
+        t1=options.t1,
+        times=_times(options.t1, options.times),
+        initial=options.initial,
+        integrator=integrator,
+        until="equilibrium" if options.until_equilibrium else None,
+        per_sample=options.per_sample,
+    )
+    status = worst_status(trajectory.status_codes)
+    first, last = (float(np.mean(trajectory.free_energy[i])) for i in (0, -1))
+    end_time = float(np.max(trajectory.end_time))
+    evaluations = total(trajectory.vector_field_evaluations)
+    accepted, rejected = total(trajectory.accepted_steps), total(trajectory.rejected_steps)
+    summary = [
+        ("network", describe(problem)),
+        ("status", trajectory.message),
+        ("end time", f"{end_time:g} activity time constants"),
+        ("free energy", f"{first:.6g} at the start, {last:.6g} at the end{_mean(problem)}"),
+        ("evaluations", f"{_told(evaluations)} of the vector field; steps accepted "
+         f"{_told(accepted)}, rejected {_told(rejected)}"),
+        ("seconds", f"{trajectory.compile_seconds:.3g} to compile, {trajectory.run_seconds:.3g} "
+         f"to run ({trajectory.integrator})"),
+    ]  # fmt: skip
+    if trajectory.fallback:
+        summary.insert(2, ("fallback", trajectory.fallback))
+    record = {
+        "problem": describe_record(problem),
+        "integrator": trajectory.integrator,
+        "fallback": trajectory.fallback or None,
+        "status": status.name,
+        "status_counts": counts(trajectory.status),
+        "message": trajectory.message,
+        "end_time": end_time,
+        "free_energy_start": first,
+        "free_energy_end": last,
+        "vector_field_evaluations": evaluations,
+        "jacobian_evaluations": total(trajectory.jacobian_evaluations),
+        "accepted_steps": accepted,
+        "rejected_steps": rejected,
+        "compile_seconds": trajectory.compile_seconds,
+        "run_seconds": trajectory.run_seconds,
+    }
+
+    def draw(plotting: Any, axes: Any) -> None:
+        plotting.activities(trajectory, ax=axes[0])
+        plotting.energies(trajectory, ax=axes[1])
+
+    return Result(
+        summary=lines(summary),
+        record=record,
+        dataset=lambda: _with_problem(to_xarray(trajectory), problem),
+        draw=lambda: _figure(draw, panels=2),
+    )
+
+
+def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
+    """`pcdyn equilibrium`."""
+    from pcdyn.equilibrium import equilibrium
+    from pcdyn.problem_files import equilibrium_to_xarray
+    from pcdyn.solvers import get_solver
+
+    solvers = [get_solver(name) for name in options.method]
+    problem = build_problem(settings)
+    found = equilibrium(
+        problem,
+        method=solvers or None,
+        initial=options.initial,
+        tolerance=options.tolerance,
+    )
+    residual, tolerance = float(np.max(found.residual_norms)), float(found.tolerance)
+    statuses = counts(found.status)
+    free_energy = float(np.mean(found.free_energy))
+    summary = [
+        ("network", describe(problem)),
+        ("status", ", ".join(f"{name} {count}" for name, count in statuses.items())),
+        ("residual", f"{residual:.2g} at most (tolerance {tolerance:.2g})"),
+        ("free energy", f"{free_energy:.6g}{_mean(problem)}"),
+        ("method", f"{found.method}; at most {np.max(found.iterations)} iterations, "
+         f"{np.max(found.passes)} passes through the network"),
+        ("seconds", f"{found.compile_seconds:.3g} to compile, {found.run_seconds:.3g} to run"),
+    ]  # fmt: skip
+    record = {
+        "problem": describe_record(problem),
+        "method": found.method,
+        "status_counts": statuses,
+        "message": found.message,
+        "residual": residual,
+        "tolerance": tolerance,
+        "free_energy": free_energy,
+        "iterations": int(np.max(found.iterations)),
+        "passes": int(np.max(found.passes)),
+        "compile_seconds": found.compile_seconds,
+        "run_seconds": found.run_seconds,
+    }
+    return Result(
+        summary=lines(summary),
+        record=record,
+        dataset=lambda: _with_problem(equilibrium_to_xarray(found), problem),
+        draw=lambda: _figure(lambda plotting, axes: plotting.equilibrium(found, ax=axes[0])),
+    )
+
+
+def run_compare(options: Compare, settings: Settings) -> Result:
+    """`pcdyn compare`."""
+    from pcdyn.compare import compare
+    from pcdyn.comparison import ERROR_METRICS
+
+    if not 0 < options.error < float("inf"):
+        raise InputError(f"--error must be positive and finite, got {options.error:g}")
+    problem = build_problem(settings)
+    comparison = compare(
+        options.integrators,
+        problem,
+        t1=options.t1,
+        initial=options.initial,
+        tolerances=options.tolerances or None,
+        steps=options.steps or (_EULER_STEPS if "euler" in options.integrators else None),
+        repeats=options.repeats,
+        per_sample=options.per_sample,
+    )
+    best = None
+    try:
+        advice = comparison.recommendation(error=options.error)
+        text, best = str(advice), advice.best
+    # A reference that cannot tell so small an error still leaves a table worth having.
+    except InputError as error:
+        text = f"No recommendation: {error}."
+    record = {
+        "problem": describe_record(problem),
+        "reference": comparison.reference,
+        "reference_error": {
+            name: getattr(comparison.reference_error, name) for name in ERROR_METRICS
+        },
+        "runs": [{**dataclasses.asdict(row), "status": row.status.name} for row in comparison.rows],
+        "recommendation": text,
+        "recommended": None if best is None else best.title,
+    }
+    parts = [lines([("network", describe(problem))]), comparison.table(), text]
+    return Result(
+        summary="\n\n".join(parts),
+        record=record,
+        dataset=lambda: _with_problem(comparison.to_xarray(), problem),
+        draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
+        write_table=comparison.to_csv,
+    )
+
+
+def run_stability(options: Stability, settings: Settings) -> Result:
+    """`pcdyn stability`."""
+    from pcdyn.stability import stability
+
+    problem, at = _stability_at(options.at, settings)
+    found = stability(problem, at=at)
+    one_for_each = (
+        "slowest_rate", "fastest_rate", "condition_number", "stiffness", "unstable", "at_kink",
+        "largest_euler_step", "slowest_mode", "fastest_mode", "relaxation_times",
+    )  # fmt: skip
+    record = {
+        "problem": describe_record(problem),
+        "at": found.at,
+        "verdict": found.verdict,
+        "recommended": found.recommended,
+        **{name: getattr(found, name) for name in one_for_each},
+        "largest_stable_steps": {name: found.largest_step(name) for name in _EXPLICIT},
+    }
+    return Result(
+        summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
+        record=record,
+        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found.rates, ax=axes[0])),
+    )
+
+
+def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
+    """The problem and the state at which its flow is linearised."""
+    if not at.endswith(".nc"):
+        return build_problem(settings), at
+    from pcdyn.storage import load
+
+    trajectory = load(at)
+    chosen = {name for name in settings if name != "float32"}
+    return build_problem(settings if chosen else {**settings, "network": Path(at)}), trajectory
+
+
+def _times(t1: float, count: int) -> Any:
+    # Whether t1 is a time at all is for `simulate` to say.
+    return np.linspace(0.0, t1, count) if 0 < t1 < float("inf") else None
+
+
+def _integrator(options: Simulate) -> Integrator:
+    """The integrator of that name with the given tolerances or step."""
+    name = options.integrator
+    given: dict[str, Any] = {
+        key: getattr(options, key)
+        for key in ("rtol", "atol", "dt")
+        if getattr(options, key) is not None
+    }
+    if name == "euler":
+        if set(given) != {"dt"}:
+            raise IntegratorError("euler needs a step, --dt, and has no tolerances")
+        return Euler(dt=given["dt"])
+    method = get_integrator(name)
+    if isinstance(method, SciPy) and "dt" in given:
+        raise IntegratorError(f"{name} chooses its own steps: leave --dt out")
+    if isinstance(method, Diffrax | SciPy):
+        return dataclasses.replace(method, **given)
+    if given:
+        flags = ", ".join(f"--{key}" for key in given)
+        raise IntegratorError(f"{name} has neither steps nor tolerances: leave {flags} out")
+    return method
+
+
+def _mean(problem: InferenceProblem) -> str:
+    return " (mean over samples)" if problem.batch_shape else ""
+
+
+def _told(count: int | None) -> str:
+    return "not reported" if count is None else str(count)
+
+
+def _with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
+    """The data set with the problem that it belongs to."""
+    from pcdyn.problem_files import problem_to_xarray
+
+    network = problem_to_xarray(problem)
+    return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
+
+
+def _figure(draw: Callable[[Any, Any], Any], panels: int = 1) -> Any:
+    """A figure of panels one above the other, in the style of pcdyn."""
+    from matplotlib.figure import Figure
+
+    from pcdyn import plotting
+
+    with plotting.style():
+        figure = Figure(figsize=(6.4, 3.2 * panels + 0.8), layout="constrained")
+        draw(plotting, list(figure.subplots(panels, 1, squeeze=False).flat))
+    return figure
+
+
+COMMANDS: dict[type, tuple[str, Callable[[Any, Settings], Result]]] = {
+    Simulate: ("simulate", run_simulate),
+    Equilibrium: ("equilibrium", run_equilibrium),
+    Compare: ("compare", run_compare),
+    Stability: ("stability", run_stability),
+}

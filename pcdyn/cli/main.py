@@ -1,0 +1,136 @@
+"""From arguments to an exit code: errors as one line, an interrupt that is heard at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pcdyn.cli.options import Command
+from pcdyn.cli.parser import parse
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def run() -> None:
+    """The command `pcdyn`: run and leave with the exit code."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == INTERRUPTED:
+        # The computation that was interrupted still runs in its thread.
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command of these arguments, those of the process unless given; the exit code.
+
+    0 if all is done, 1 if the run failed (it diverged or did not converge), 2 for bad input, 130
+    after Ctrl-C. JAX's settings are as before when it returns.
+    """
+    from pcdyn.errors import InputError, PcdynError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        import pcdyn
+
+        print("pcdyn", pcdyn.__version__)
+        return DONE
+    try:
+        with _warnings_as_lines():
+            _run(parse(arguments))
+        return DONE
+    except SystemExit as leaving:  # tyro has printed help, or what is wrong with the arguments
+        return leaving.code if isinstance(leaving.code, int) else BAD_INPUT
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except PcdynError as error:
+        return _fail(str(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
+    except OSError as error:
+        return _fail(str(error), BAD_INPUT)
+
+
+def _run(command: Command) -> None:
+    from pcdyn.cli.commands import COMMANDS
+    from pcdyn.cli.files import targets, write
+    from pcdyn.cli.network import settings_of
+    from pcdyn.cli.report import as_json
+
+    name, execute = COMMANDS[type(command)]
+    options = command.output
+    files = targets(options, name)
+    settings = settings_of(command.network)
+    with _float64(not settings.get("float32", False)):
+        shows = not (options.json or options.quiet) and sys.stderr.isatty()
+        result = _waiting_for(lambda: execute(command, settings), name, shows)
+        write(result, files, options)
+    if options.json:
+        record = {"command": name, **result.record, "files": [str(file) for file in files]}
+        print(json.dumps(as_json(record), allow_nan=False))
+    elif not options.quiet:
+        print(result.summary)
+        if files:
+            print("wrote", ", ".join(map(str, files)))
+
+
+def _waiting_for(work: Callable[[], Any], label: str, shows: bool) -> Any:
+    """What `work` returns or raises, while the seconds are shown.
+
+    It runs in a thread of its own: a compiled loop does not look for Ctrl-C, but this waiting does.
+    """
+    from tqdm import tqdm
+
+    outcome: list[Any] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target, name=f"pcdyn {label}", daemon=True)
+    with tqdm(desc=label, bar_format="{desc}: {elapsed}", leave=False, disable=not shows) as bar:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            bar.refresh()
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def _float64(on: bool) -> Iterator[None]:
+    # For every thread, which the context manager of JAX is not.
+    import jax
+
+    config: Any = jax.config
+    before = config.jax_enable_x64
+    config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        config.update("jax_enable_x64", before)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(message: Any, *rest: Any, **options: Any) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

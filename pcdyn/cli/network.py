@@ -1,0 +1,211 @@
+"""From options, a TOML table or a NetCDF file to an inference problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from pcdyn.cli.arrays import load_array
+from pcdyn.cli.options import NetworkOptions
+from pcdyn.energy import Gaussian
+from pcdyn.errors import DataError, InputError
+from pcdyn.network import Network, mlp
+from pcdyn.problem import InferenceProblem
+from pcdyn.problem_files import load_problem
+
+Settings = dict[str, Any]
+
+_ONLY_FOR_NEW_NETWORKS = ("widths", "activation", "output_activation", "weight_std", "bias")
+
+
+def settings_of(options: NetworkOptions) -> Settings:
+    """The settings that were given, those of the command line before those of a TOML file.
+
+    `network` is among them if it is a NetCDF file. Raises `DataError` for a TOML file that is
+    missing, broken or has a key or a value that does not fit, and `InputError` for an option that
+    would be ignored.
+    """
+    fields = {f.name: (getattr(options, f.name), f.default) for f in dataclasses.fields(options)}
+    given = {name: value for name, (value, default) in fields.items() if value != default}
+    path = given.pop("network", None)
+    if path is None:
+        return given
+    if path.suffix == ".toml":
+        return _read_toml(path) | given
+    ignored = [name for name in _ONLY_FOR_NEW_NETWORKS if name in given]
+    if ignored:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise InputError(f"{path} already says what the network is: leave {flags} out")
+    return {"network": path, **given}
+
+
+def build_problem(settings: Settings) -> InferenceProblem:
+    """The problem of these settings.
+
+    Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`. Raises `InputError` and its kinds
+    for what does not fit, each naming what and where.
+    """
+    saved = load_problem(settings["network"]) if "network" in settings else None
+    seed, dtype = settings.get("seed", 0), jnp.float32 if settings.get("float32") else None
+    key = jr.key(seed)
+    network = _new_network(settings, key, dtype) if saved is None else saved.network
+    input, output = _clamped(settings, network, saved, key)
+    energy = None if saved is None else saved.energy
+    if "precisions" in settings:
+        energy = _gaussian(settings["precisions"])
+    return InferenceProblem(
+        network,
+        input=input,
+        output=output,
+        energy=energy,
+        time_constants=None if saved is None else saved.time_constants,
+    )
+
+
+def _new_network(settings: Settings, key: Any, dtype: Any) -> Network:
+    std = settings.get("bias")
+    if std is not None and not 0 <= std < float("inf"):
+        raise InputError(f"the standard deviation of biases must not be negative, got {std}")
+    network = mlp(
+        settings.get("widths", (5, 5, 5)),
+        activation=settings.get("activation", "tanh"),
+        output_activation=settings.get("output_activation"),
+        std=settings.get("weight_std"),
+        bias=std is not None,
+        key=key,
+        dtype=dtype,
+    )
+    if std is None:
+        return network
+    keys = jr.split(jr.fold_in(key, 3), network.depth)
+    drawn = [
+        std * jr.normal(k, layer.bias.shape, layer.bias.dtype)
+        for k, layer in zip(keys, network.layers, strict=True)
+    ]
+    return eqx.tree_at(lambda n: [layer.bias for layer in n.layers], network, drawn)
+
+
+def _clamped(
+    settings: Settings, network: Network, saved: InferenceProblem | None, key: Any
+) -> tuple[Any, Any]:
+    """Input and output: from files, random with the batch size of the other, or free."""
+    sources = {name: settings.get(name) for name in ("input", "output")}
+    data: dict[str, Any] = {"input": None, "output": None}
+    random = []
+    for name, source in sources.items():
+        if source is None and saved is not None:
+            data[name] = getattr(saved, name)
+        elif source in (None, "random"):
+            random.append(name)
+        elif source != "free":
+            data[name] = load_array(source, name, Path())
+    given = [np.shape(values)[:-1] for values in data.values() if values is not None]
+    batch = settings.get("batch")
+    if batch is not None and batch < 1:
+        raise InputError(f"the batch needs at least one sample, got {batch}")
+    if batch is not None and given and given[0] != (batch,):
+        raise InputError(
+            f"a batch of {batch} contradicts data of shape {(*given[0], '…')}: leave --batch out"
+        )
+    if "seed" in settings and saved is not None and not random:
+        raise InputError("--seed would be ignored: nothing is random; add --input random")
+    shape = given[0] if given else () if batch is None else (batch,)
+    for name in random:
+        index = (1, 0) if name == "input" else (2, -1)
+        width = network.widths[index[1]]
+        data[name] = jr.normal(jr.fold_in(key, index[0]), (*shape, width), network.dtype)
+    return data["input"], data["output"]
+
+
+def _gaussian(precisions: Any) -> Gaussian:
+    if isinstance(precisions, int | float):
+        return Gaussian(float(precisions))
+    if len(precisions) == 1:
+        return Gaussian(_as_numbers(precisions[0]))
+    return Gaussian([_as_numbers(each) for each in precisions])
+
+
+def _as_numbers(precision: Any) -> Any:
+    try:
+        return np.asarray(precision, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"precision {precision} is neither a number, a vector nor a matrix"
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_integer(each) for each in value)
+
+
+def _is_precisions(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, list) and bool(value))
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "widths": (_is_integers, "a list of integers"),
+    "activation": (_is_text, "a name"),
+    "output_activation": (_is_text, "a name"),
+    "weight_std": (_is_number, "a number"),
+    "bias": (_is_number, "a number"),
+    "precisions": (_is_precisions, "a number or a list"),
+    "input": (_is_text, '"random", "free" or a file'),
+    "output": (_is_text, '"random", "free" or a file'),
+    "batch": (_is_integer, "an integer"),
+    "seed": (_is_integer, "an integer"),
+    "float32": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _read_toml(path: Path) -> Settings:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path} is not valid TOML: {error}") from error
+    for name in document:
+        if name != "network":
+            raise DataError(
+                f"{path}: unknown entry {name!r} at the top: the options stand in the table "
+                "[network]"
+            )
+    table = document.get("network")
+    if not isinstance(table, dict):
+        raise DataError(f"{path} has no table [network]")
+    for name, value in table.items():
+        if name not in _KINDS:
+            near = difflib.get_close_matches(name, _KINDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KINDS)}"
+            raise DataError(f"{path}: unknown key {name!r} in [network]; {hint}")
+        fits, expected = _KINDS[name]
+        if not fits(value):
+            raise DataError(f"{path}: {name} must be {expected}, got {value!r}")
+    # Data stand beside the file that names them, wherever the command is run.
+    beside = {
+        name: str(path.parent / table[name])
+        for name in ("input", "output")
+        if table.get(name, "free") not in ("random", "free")
+    }
+    return table | beside

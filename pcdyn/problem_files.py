@@ -1,0 +1,198 @@
+"""Inference problems and equilibria as labelled xarray data sets and NetCDF files.
+
+A file of a problem holds the network (weights, biases, names of activations), the precisions, the
+time constants and the clamped data. The data set of a problem can be merged with that of a
+trajectory or an equilibrium, so that one file says what was computed and of what.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcdyn.activations import Activation, get_activation
+from pcdyn.energy import Gaussian
+from pcdyn.equilibrium import Equilibrium
+from pcdyn.errors import ActivationError, DataError, EquilibriumStatus, InputError
+from pcdyn.network import Dense, Network
+from pcdyn.problem import InferenceProblem
+from pcdyn.storage import read_dataset, write_dataset
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
+    """A problem as a labelled data set, l = 1 … L.
+
+    Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
+    is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
+    `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
+    for each layer l = 0 … L, where they were given. The names of the activations are in the
+    attribute `activations`.
+
+    Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy that is not
+    `pcdyn.Gaussian`, and `ActivationError` for an activation that pcdyn does not know by name.
+    """
+    import xarray
+
+    energy = problem.energy
+    if not isinstance(energy, Gaussian):
+        raise InputError(
+            f"a file holds problems with a Gaussian energy, not {type(energy).__name__}"
+        )
+    variables: dict[str, Any] = {}
+    names = []
+    for index, layer in enumerate(problem.network.layers, start=1):
+        if not isinstance(layer, Dense):
+            raise InputError(
+                f"a file holds networks of pcdyn.Dense, but layer {index} is a "
+                f"{type(layer).__name__}"
+            )
+        names.append(_name_of(layer.activation))
+        unit = f"unit_{index}"
+        variables[f"weight_{index}"] = ((unit, f"unit_{index - 1}"), np.asarray(layer.weight))
+        if layer.bias is not None:
+            variables[f"bias_{index}"] = ((unit,), np.asarray(layer.bias))
+        precision = energy.precision(index)
+        if precision is not None:
+            dimensions = (unit, f"column_{index}")[: precision.ndim]
+            variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
+    ends = {"input": (problem.input, 0), "output": (problem.output, problem.network.depth)}
+    for name, (data, index) in ends.items():
+        if data is not None:
+            dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
+            variables[name] = (dimensions, np.asarray(data))
+    if problem.time_constants is not None:
+        values = np.array([np.asarray(each) for each in problem.time_constants])
+        variables["time_constant"] = (("layer",), values)
+    return xarray.Dataset(variables, attrs={"activations": " ".join(names)})
+
+
+def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
+    """The problem of a data set that `problem_to_xarray` made, alone or merged with others.
+
+    Raises `DataError` if there is none in it, and what the network and the problem raise.
+    """
+    variables = dataset.variables
+
+    def values(name: str) -> Any:
+        return variables[name].values if name in variables else None
+
+    names = str(dataset.attrs.get("activations", "")).split()
+    missing = [f"weight_{l}" for l in range(1, len(names) + 1) if f"weight_{l}" not in variables]
+    if not names or missing:
+        what = missing[0] if missing else "activations"
+        raise DataError(
+            f"there is no network in this file: it lacks {what!r}; write it with "
+            "pcdyn.save_problem, or by a command of pcdyn"
+        )
+    indices = range(1, len(names) + 1)
+    layers = [
+        Dense(values(f"weight_{l}"), values(f"bias_{l}"), name)
+        for l, name in zip(indices, names, strict=True)
+    ]
+    precisions: list[Any] = [values(f"precision_{l}") for l in indices]
+    if all(precision is None for precision in precisions):
+        energy = Gaussian()
+    else:
+        one = np.ones((), layers[0].weight.dtype)
+        energy = Gaussian([one if precision is None else precision for precision in precisions])
+    constants = values("time_constant")
+    return InferenceProblem(
+        Network(layers),
+        input=values("input"),
+        output=values("output"),
+        energy=energy,
+        time_constants=None if constants is None else list(constants),
+    )
+
+
+def save_problem(problem: InferenceProblem, path: str | os.PathLike[str]) -> None:
+    """Write a problem to a NetCDF file, at once or not at all.
+
+    Raises what `problem_to_xarray` raises, `DataError` if the folder does not exist and `OSError`
+    if the file cannot be written.
+    """
+    write_dataset(problem_to_xarray(problem), path)
+
+
+def load_problem(path: str | os.PathLike[str]) -> InferenceProblem:
+    """Read the problem in a file of `save_problem` or of a command of pcdyn.
+
+    Float64 arrays stay so only where float64 is switched on in JAX. Raises `DataError` if the
+    file is missing, truncated, corrupt or without a network.
+    """
+    dataset = read_dataset(path)
+    try:
+        return problem_from_xarray(dataset)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def equilibrium_to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
+    """An equilibrium on the host as a labelled data set.
+
+    Variables: `activity_l` and `prediction_error_l`, shape `([sample,] unit_l)`; `energy`, shape
+    `([sample,] predicted_layer)`; `residual_norm`, shape `([sample,] free_layer)`; `free_energy`,
+    `status`, `iterations` and `passes`, per sample. How it was computed is in the attributes.
+    """
+    import xarray
+
+    sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
+    variables: dict[str, Any] = {}
+
+    def put(name: str, values: Any, last: Sequence[str], meaning: str, **attributes: Any) -> None:
+        named = {"long_name": meaning, **attributes}
+        variables[name] = ((*sample, *last), np.asarray(values), named)
+
+    for l, values in enumerate(equilibrium.activities):
+        put(f"activity_{l}", values, (f"unit_{l}",), f"activity of layer {l}")
+    for l, values in enumerate(equilibrium.prediction_errors, start=1):
+        put(f"prediction_error_{l}", values, (f"unit_{l}",), f"prediction error of layer {l}")
+    put("energy", equilibrium.energies, ("predicted_layer",), "energy of a layer")
+    put("free_energy", equilibrium.free_energy, (), "free energy")
+    put(
+        "residual_norm",
+        equilibrium.residual_norms,
+        ("free_layer",),
+        "norm of the gradient of the free energy in a layer",
+    )
+    put(
+        "status",
+        equilibrium.status_codes,
+        (),
+        "how the search ended",
+        flag_values=[int(status) for status in EquilibriumStatus],
+        flag_meanings=" ".join(status.name for status in EquilibriumStatus),
+    )
+    put("iterations", equilibrium.iterations, (), "iterations of the last solver")
+    put("passes", equilibrium.passes, (), "passes through the network")
+    coordinates = {
+        "predicted_layer": np.arange(1, len(equilibrium.activities)),
+        "free_layer": np.array(equilibrium.problem.free_layers, dtype=int),
+    }
+    attributes = {
+        "method": equilibrium.method,
+        "message": equilibrium.message,
+        "tolerance": float(equilibrium.tolerance),
+        "compile_seconds": float(equilibrium.compile_seconds),
+        "run_seconds": float(equilibrium.run_seconds),
+    }
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _name_of(activation: Activation) -> str:
+    name = activation.name.partition("(")[0]
+    try:
+        known = get_activation(name)
+    except ActivationError:
+        known = None
+    if known != activation:
+        raise ActivationError(
+            f"{activation} has no name that a file could hold: use one that pcdyn.mlp knows by name"
+        )
+    return name
