@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments.base import Claim, save
+from pcdyn.files import write_atomically
 
 NAMES = (
     "figure1_target_propagation",
@@ -33,6 +34,7 @@ EXTRA = (
     "joint_flow",
     "critical_points",
     "learning_rules",
+    "integrators",
     "integrator_choices",
 )
 
@@ -42,8 +44,7 @@ class Options:
     """Run experiments, save data, pictures and manifests, and print the table of claims."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Experiments to run; the paper's figures unless given. Extra: equilibrium_basins and
-    inference_speed."""
+    """Experiments to run; the paper's figures unless given. A name that is unknown lists all."""
     preset: Literal["paper", "code"] = "paper"
     """Settings of the paper (as corrected) or of the authors' code."""
     fast: bool = False
@@ -111,6 +112,9 @@ def run_experiment(name: str, options: Options) -> list[Claim]:
         claims=[dataclasses.asdict(claim) for claim in claims],
     )  # fmt: skip
     plt.close(figure)
+    if page := getattr(module, "page", None):
+        text = page(data)
+        write_atomically(options.folder / f"{name}.md", lambda path: path.write_text(text, "utf-8"))
     return claims
 
 

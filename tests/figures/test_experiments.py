@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,25 +82,37 @@ def test_the_hash_sees_values() -> None:
     assert values_hash(data) != values_hash(changed)
 
 
-def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """The ten lines run as printed, and their errors are as small as the tolerances say."""
+def example(naming: str) -> Any:
+    """The example of README that has these words, compiled."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(blocks[0], "README.md", "exec"), {})
+    (found,) = (block for block in blocks if naming in block)
+    return compile(found, "README.md", "exec")
+
+
+def test_the_examples_in_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The ten lines and the comparison run as printed; errors are as small as tolerances say."""
+    names: dict[str, Any] = {}
+    exec(example("linear_equilibrium"), names)
     printed = capsys.readouterr().out
     assert "REACHED_T1" in printed
     error, rest = (float(x) for x in re.findall(r"(?:error|to equilibrium) ([\d.e-]+)", printed))
     assert error < 1e-5
     assert rest < 1e-5
+    exec(example("pcdyn.compare"), names)
+    printed = capsys.readouterr().out
+    assert "is the fastest" in printed
+    order = re.search(r"order (\d\.\d+)", printed)
+    assert order
+    assert float(order[1]) == pytest.approx(2, abs=0.1)
 
 
 def test_the_learning_example_in_the_readme_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five networks, each much better than chance on the shipped sample."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):
-        exec(compile(blocks[1], "README.md", "exec"), {})
+        exec(example("learning.train"), {})
     numbers = [float(x) for x in re.findall(r"\d\.\d+", capsys.readouterr().out)]
     assert min(numbers) > 0.5
     assert (tmp_path / "run.npz").is_file()
