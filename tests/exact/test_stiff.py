@@ -227,7 +227,8 @@ def test_scipy_with_the_sparse_jacobian_is_the_solution() -> None:
                        integrator=SciPy(method, rtol=1e-8, atol=1e-10))  # fmt: skip
         for row in range(2):
             expected = linear_solution(case.sample(row), T1)
-            assert_close(case.stack(run.final)[row], expected, 1e-6)
+            final = case.stack([run.final[i] for i in case.free])
+            assert_close(final[row], expected, 1e-6)
 
 
 def test_rodas5p_has_order_five_and_its_dense_output_order_four() -> None:
