@@ -12,7 +12,7 @@ from pcdyn.accuracy import reference_for
 from pcdyn.checks import Numbers
 from pcdyn.errors import InputError, NoUsableRangeError
 from pcdyn.integrators import Integrator
-from pcdyn.ladder import with_step
+from pcdyn.ladder import unstable_steps_expected, with_step
 from pcdyn.problem import InferenceProblem
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory
@@ -93,10 +93,11 @@ def convergence_order(
     floor = max(uncertainty, float(np.finfo(problem.dtype).eps * scale))
     taken, errors = [], []
     for dt in _ladder(t1, most_steps) if steps is None else sorted(set(steps), reverse=True):
-        run = simulate(
-            problem, t1=t1, times=np.array([t1]), initial=initial, throw=False,
-            integrator=with_step(method, dt),
-        )  # fmt: skip
+        with unstable_steps_expected():
+            run = simulate(
+                problem, t1=t1, times=np.array([t1]), initial=initial, throw=False,
+                integrator=with_step(method, dt),
+            )  # fmt: skip
         taken.append(float(dt))
         errors.append(float(run.distance_to(truth).max()) if run.ok else np.inf)
         if steps is None and (errors[-1] <= floor or _has_stopped_falling(errors, floor)):

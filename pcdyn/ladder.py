@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from pcdyn.errors import IntegratorError
+from pcdyn.errors import IntegratorError, StepSizeWarning
 from pcdyn.integrators import Diffrax, Euler, Exact, Integrator, get_integrator
 from pcdyn.integrators.base import check_step, check_tolerances
 from pcdyn.problem import Problem
@@ -30,6 +32,14 @@ class Rung:
     def title(self) -> str:
         """What messages call it."""
         return f"{self.label} at {self.setting} {self.value:g}" if self.setting else self.label
+
+
+@contextlib.contextmanager
+def unstable_steps_expected() -> Iterator[None]:
+    """No `StepSizeWarning`: the result says which steps are too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StepSizeWarning)
+        yield
 
 
 def with_tolerance(integrator: Integrator, rtol: float) -> Integrator:

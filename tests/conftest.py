@@ -15,6 +15,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -40,6 +41,18 @@ def _annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.node.get_closest_marker("unchecked"):
             patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
+
+
+# Linux gives a process 65530 memory maps. Compiled programs take some each; without, XLA crashes.
+_MOST_MAPS = 40_000
+_MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_do_not_pile_up() -> Iterator[None]:
+    yield
+    if _MAPS.exists() and _MAPS.read_text().count("\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

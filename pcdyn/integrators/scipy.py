@@ -25,7 +25,7 @@ from pcdyn.problem import InferenceProblem, Problem, State
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _MOST_NON_FINITE = 200
-# LAPACK's dense factorisation is quicker where more of the matrix than this is not zero.
+# LAPACK's dense factorisation is quicker where more of one sample's matrix than this is not zero.
 _DENSE_SHARE = 0.4
 _EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
 SCIPY_NAMES = {method.lower(): method for method in _METHODS}
@@ -177,7 +177,7 @@ class _HostSystem:
         if not isinstance(problem, InferenceProblem):
             return {"jac": lambda t, y: self.dense_jacobian(y)}
         pattern = ChainPattern(self._widths, int(np.prod(self._batch, dtype=int)))
-        if pattern.share > _DENSE_SHARE:
+        if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": lambda t, y: self.dense_jacobian(y)}
 
         def entries(y: np.ndarray) -> np.ndarray:
