@@ -59,7 +59,7 @@ def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> I
     for name, rule in _RULES.items():
         for epochs in (1, 3):
             calls[f"{name} {epochs}"] = _call(network, data, rule, jr.key(0), epochs)
-    best = best_times(calls, seconds=30.0)
+    best = best_times(calls, seconds=20.0)
     # What train checks and copies before its first epoch is not a matter of steps.
     times = {name: (best[f"{name} 3"] - best[f"{name} 1"]) / 2 for name in _RULES}
     times["plain"] = best["plain"]
