@@ -185,14 +185,6 @@ def check(data: xarray.Dataset) -> list[Claim]:
         (name, e) for name in names for e in errors
         if (found := fastest(data, name, e)).size and found.index[0] == "euler"
     ]  # fmt: skip
-    deviation = {
-        str(m): data.order.sel(order_method=m).values - ORDERS[str(m)]
-        for m in data.order_method.values
-    }
-    wrong = [
-        m for m, d in deviation.items()
-        if np.min(d) < -0.1 or (ORDERS[m] <= 4 and np.max(d) > 0.1)
-    ]  # fmt: skip
     lags = {
         str(name): lag(data, str(name), DEFAULT)
         for name in names
@@ -203,14 +195,8 @@ def check(data: xarray.Dataset) -> list[Claim]:
             "fixed-step Euler is never the fastest for an error of at most 1e-2",
             f"fastest in {len(wins)} of {len(names) * len(errors)} cases", "0", not wins,
         ),
-        Claim(
-            "every integrator has its order, on a linear and on a tanh network",
-            "; ".join(
-                f"{m} {', '.join(f'{o:.2f}' for o in data.order.sel(order_method=m).values)}"
-                for m in data.order_method.values
-            ),
-            "± .1, not below p − .1 for p > 4", not wrong,
-        ),
+        _order_claim(data, "every integrator of order up to 5 has its order", high=False),
+        _order_claim(data, "dopri8 shows its order 8 above round-off", high=True),
         Claim(
             f"{DEFAULT}, the default, is no more than twice as slow as the fastest where nothing "
             "is stiff",
@@ -220,7 +206,22 @@ def check(data: xarray.Dataset) -> list[Claim]:
     ]  # fmt: skip
     if "stiff" in names:
         claims.append(_stiff_claim(data))
-    return claims
+    return [claim for claim in claims if claim.measured]
+
+
+def _order_claim(data: xarray.Dataset, text: str, *, high: bool) -> Claim:
+    """Orders on a linear and a tanh network; of order 8 too few steps are clear of round-off."""
+    methods = [str(m) for m in data.order_method.values if (ORDERS[str(m)] > 5) == high]
+    orders = {m: data.order.sel(order_method=m).values for m in methods}
+    wrong = [
+        m for m, found in orders.items()
+        if np.min(found) < ORDERS[m] - 0.1 or (ORDERS[m] <= 4 and np.max(found) > ORDERS[m] + 0.1)
+    ]  # fmt: skip
+    return Claim(
+        f"{text}, on a linear and on a tanh network",
+        "; ".join(f"{m} {', '.join(f'{o:.2f}' for o in found)}" for m, found in orders.items()),
+        "± .1, not below p − .1 for p > 4", not wrong, expected_to_hold=not high,
+    )  # fmt: skip
 
 
 def lag(data: xarray.Dataset, name: str, method: str) -> float:
@@ -276,7 +277,7 @@ def plot(data: xarray.Dataset) -> Figure:
             fastest_rate = float(data.fastest_rate.sel(problem_name=name))
             stiffness = fastest_rate / float(data.slowest_rate.sel(problem_name=name))
             column[0].set_title(
-                f"{name}: fastest rate {fastest_rate:.2g}, stiffness {stiffness:.1g}"
+                f"{name}\nfastest rate {fastest_rate:.2g}, stiffness {stiffness:.1g}"
             )
             column[0].set_xlabel("seconds")
             column[1].set_xlabel("vector-field evaluations")
