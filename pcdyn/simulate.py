@@ -57,7 +57,7 @@ def simulate(
     - `t1`: the end time, in units of the activity time constant.
     - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
     - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`).
-    - `integrator`: a name (`"tsit5"`, `"kvaerno5"`, `"lsoda"`, `"exact"`, …) or a value such as
+    - `integrator`: a name (`"tsit5"`, `"rodas5p"`, `"lsoda"`, `"exact"`, …) or a value such as
       `pcdyn.Diffrax("dopri8", rtol=1e-9)`, `pcdyn.SciPy("Radau")`, `pcdyn.Euler(dt=0.05)`,
       `pcdyn.Exact()`.
     - `until`: `"equilibrium"` or `pcdyn.UntilEquilibrium(…)` stops before t1 when the vector

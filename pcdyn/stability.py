@@ -137,7 +137,7 @@ class Stability(eqx.Module):
             word = "mildly stiff"
             advice = 'explicit ("tsit5") or implicit ("kvaerno5"): pcdyn.compare tells'
         else:
-            word, advice = "stiff", 'an implicit method such as "kvaerno5" or "lsoda"'
+            word, advice = "stiff", 'an implicit method such as "rodas5p" or "lsoda"'
         return f"{word} (fastest over slowest {worst:.3g}): {advice}"
 
     @property
