@@ -1,0 +1,56 @@
+"""What a check of the theory returns: the measured number, what it is held against, the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One number measured for one statement of the paper.
+
+    Arguments:
+
+    - `statement`: where the paper says it, such as "Theorem 3.4" or "Eq 31".
+    - `claim`: what is measured, in one line; for an erratum with the form that is meant.
+    - `measured`, `relation`, `expected`, `tolerance`: the claim holds if `measured` is `equal` to
+      `expected` within `tolerance`, or `at most` or `at least` `expected`, `tolerance` allowed.
+      A measured value that is not finite never holds.
+    - `oracle`: what the code under test is compared with, which does not share that code.
+    - `settings`: how many networks, widths, seeds, tolerances.
+    - `expected_to_hold`: false for a claim of the paper that is known not to hold (a finding).
+    """
+
+    statement: str
+    claim: str
+    measured: float
+    relation: Literal["equal", "at most", "at least"]
+    expected: float
+    tolerance: float
+    oracle: str
+    settings: Mapping[str, Any]
+    expected_to_hold: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether the number is what the claim says."""
+        excess = self.measured - self.expected
+        return {
+            "equal": abs(excess) <= self.tolerance,
+            "at most": excess <= self.tolerance and self.measured > float("-inf"),
+            "at least": excess >= -self.tolerance and self.measured < float("inf"),
+        }[self.relation]
+
+    @property
+    def as_known(self) -> bool:
+        """Whether the verdict is the one on record; a run with another verdict fails."""
+        return self.holds == self.expected_to_hold
+
+    @property
+    def verdict(self) -> str:
+        """What the tables print."""
+        if self.as_known:
+            return "holds" if self.holds else "does not hold (finding)"
+        return "FAILS" if self.expected_to_hold else "holds (UNEXPECTED)"
