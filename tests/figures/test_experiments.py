@@ -19,6 +19,12 @@ from experiments.base import Claim, save, values_hash
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _the_shipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast settings are made for the sample, whatever data there are."""
+    monkeypatch.delenv("PCDYN_DATA", raising=False)
+
+
 @pytest.mark.parametrize("name", [*NAMES, *EXTRA])
 def test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures(
     name: str, tmp_path: Path
@@ -27,7 +33,8 @@ def test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures(
     module = importlib.import_module(f"experiments.{name}")
     config = dataclasses.replace(module.PRESETS["paper"], **module.FAST)
     data = module.run(config)
-    failed = [c for c in module.check(data) if c.holds != c.expected_to_hold]
+    claims = [c for c in module.check(data) if not c.timed]
+    failed = [c for c in claims if c.holds != c.expected_to_hold]
     assert not failed
     for folder in ("first", "second"):
         figure = module.plot(data)
