@@ -31,9 +31,9 @@ def run() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command of these arguments, those of the process unless given; the exit code.
 
-    0 if all is done, 1 if the run failed (it diverged, did not converge, or found another verdict than
-    the one on record), 2 for bad input, 130
-    after Ctrl-C. JAX's settings are as before when it returns.
+    0 if all is done, 1 if the run failed (it diverged, did not converge, or found another verdict
+    than the one on record), 2 for bad input, 130 after Ctrl-C. JAX's settings are as before when it
+    returns.
     """
     from pcdyn.errors import InputError, PcdynError
 

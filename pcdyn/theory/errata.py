@@ -71,9 +71,7 @@ def sign_of_learning(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
 
 def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 3 and 25: the target of x = f(W x_{l−1}) is W⁻¹ f⁻¹(t), not f⁻¹(W⁻¹ t)."""
-    made = draw(
-        seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1
-    )
+    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
     made = reachable(made)
     weight = made.weights[-1]
     corrected = solve(weight, np.arctanh(made.target))
@@ -141,7 +139,7 @@ def logarithmic_energy(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
     settings = {"units": networks, "ε_0": "uniform in (.5, 2)"}
     oracle = "SciPy's RK45 on ε̇ = −1/ε"
     return (
-        Evidence("A.8 log ε", "the flow of log ε reaches ε = 0, where it is singular, at t = ε_0²/2 "
+        Evidence("A.8 log ε", "the flow of log ε reaches ε = 0, singular, at t = ε_0²/2 "
                  "(largest difference)", max(errors), "equal", 0.0, 1e-7, oracle, settings),
         Evidence("A.8 log ε", "as printed, h(ε) = log ε is an energy to infer with: share of units "
                  "whose flow exists for all times", 1 - float(np.mean(singular)), "equal", 1.0,
@@ -185,8 +183,8 @@ STATEMENTS = (
         number="A.8 log ε", title="Divisive errors",
         says="h(ε) = log ε gives divisive prediction errors.",
         as_printed="does not hold",
-        form="log ε is unbounded below, undefined for ε < 0 and singular at t = ε_0²/2; log(δ + ε²) "
-        "is bounded and smooth.",
+        form="log ε is unbounded below, undefined for ε < 0 and singular at t = ε_0²/2; log(δ + "
+        "ε²) is bounded and smooth.",
         measure=logarithmic_energy,
     ),
 )  # fmt: skip

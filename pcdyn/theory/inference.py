@@ -80,9 +80,7 @@ def feedforward_equilibrium(*, seed: int = 0, networks: int = 20) -> tuple[Evide
 
 def target_propagation_equilibrium(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.3: with the input free, the flow ends at the targets, where these exist."""
-    made = draw(
-        seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.05
-    )
+    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.05)
     made = reachable(made, scale=0.3)
     targets = made.targets()
     slopes = (made.slope(layer, targets[layer - 1]) for layer in range(1, made.depth + 1))
@@ -295,8 +293,8 @@ def input_unconstrained_dynamics(*, seed: int = 0, networks: int = 20) -> tuple[
         Evidence("A.5.3", "F falls along that flow (largest dF/dt)",
                  float(rates[0].max()), "at most", 0.0, 0.0, oracle, made.settings),
         Evidence("A.5.3", "as argued and as in the authors' code, without −ε_1: F falls (largest "
-                 "dF/dt where the feedback halves −ε_1)", float(rates[1].max()), "at most", 0.0, 0.0,
-                 oracle, made.settings, expected_to_hold=False),
+                 "dF/dt where the feedback halves −ε_1)", float(rates[1].max()), "at most", 0.0,
+                 0.0, oracle, made.settings, expected_to_hold=False),
         Evidence("Eq 36", "as printed, ẋ_l = −ε_{l+1} ∂f/∂x_l descends E_{l+1} (largest dE/dt "
                  "with that sign)", float(max((f * f).sum(-1).max() for f in feedback)), "at most",
                  0.0, 0.0, oracle, made.settings, expected_to_hold=False),

@@ -19,9 +19,7 @@ from pcdyn.theory.networks import (
     order,
     reachable,
     relative,
-    solve,
     times,
-    transpose,
 )
 from pcdyn.theory.statement import Statement
 

@@ -224,7 +224,7 @@ def _random_spd(rng: np.random.Generator, networks: int, width: int) -> np.ndarr
 
 
 def reachable(networks: Networks, *, scale: float = 0.5) -> Networks:
-    """The same with targets that target propagation can reach: outputs for other inputs, times `scale`."""
+    """The same with reachable targets: the outputs for other inputs, times `scale`."""
     other = dataclasses.replace(networks, input=scale * networks.input[::-1])
     return dataclasses.replace(networks, target=other.feedforward()[-1])
 

@@ -73,8 +73,8 @@ class Verification:
         holds = sum(e.holds for e in self.evidence)
         lines.append(
             f"{len(self.measured)} statements, {len(self.evidence)} claims: {holds} hold, "
-            f"{len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts other than those "
-            f"on record (seed {self.seed}, {self.networks} networks each)"
+            f"{len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts not on record "
+            f"(seed {self.seed}, {self.networks} networks each)"
         )
         return "\n".join(lines)
 
