@@ -291,9 +291,9 @@ def input_unconstrained_dynamics(*, seed: int = 0, networks: int = 20) -> tuple[
                  tolerance, "t = W⁻¹ t by NumPy, dense solve of the stacked system",
                  made.settings),
         Evidence("A.5.3", "F falls along that flow (largest dF/dt)",
-                 float(rates[0].max()), "at most", 0.0, 0.0, oracle, made.settings),
+                 float(np.max(rates[0])), "at most", 0.0, 0.0, oracle, made.settings),
         Evidence("A.5.3", "as argued and as in the authors' code, without −ε_1: F falls (largest "
-                 "dF/dt where the feedback halves −ε_1)", float(rates[1].max()), "at most", 0.0,
+                 "dF/dt where the feedback halves −ε_1)", float(np.max(rates[1])), "at most", 0.0,
                  0.0, oracle, made.settings, expected_to_hold=False),
         Evidence("Eq 36", "as printed, ẋ_l = −ε_{l+1} ∂f/∂x_l descends E_{l+1} (largest dE/dt "
                  "with that sign)", float(max((f * f).sum(-1).max() for f in feedback)), "at most",

@@ -283,6 +283,6 @@ def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     return float(np.median(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
 
 
-def order(sizes: Sequence[float], errors: Sequence[float]) -> float:
+def order(sizes: Any, errors: Any) -> float:
     """The slope of log error against log size."""
     return float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
