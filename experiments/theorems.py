@@ -67,7 +67,7 @@ def plot(data: xarray.Dataset) -> Figure:
     """Margins of all claims, and the curves behind the orders."""
     evidence = evidence_of(data)
     with plotting.style():
-        figure = plt.figure(figsize=(12, 8.5), layout="constrained")
+        figure = plt.figure(figsize=(12, 7), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
         margins(evidence, ax=left)
         orders(evidence, ax=right)

@@ -50,18 +50,24 @@ def _distance(e: Evidence) -> float:
 
 
 def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
-    """Errors against the small number of each limit, with the measured slopes."""
+    """Errors of the limits of order 1 against their small number, with the measured slopes in brackets."""
     artists = []
-    curves = [e for e in evidence if "errors" in e.settings]
+    curves = [
+        e for e in evidence
+        if e.expected == 1 and "errors" in e.settings and max(e.settings["sizes"]) < 1
+    ]  # fmt: skip
     for place, e in enumerate(curves):
-        sizes = np.asarray(e.settings["sizes"])
         text = e.claim.removesuffix(" (order)")
-        text = text if len(text) < 46 else f"{text[:44]}…"
+        text = text if len(text) < 58 else f"{text[:56]}…"
         artists += ax.plot(
-            sizes, e.settings["errors"], "os^vDP"[place % 6] + "-", markersize=4, linewidth=1,
-            color=f"C{place % 10}", label=f"{e.statement}: {text}  [{e.measured:.2f}]",
+            e.settings["sizes"], e.settings["errors"], "os^vDP"[place % 6] + "-", markersize=4,
+            linewidth=1, color=f"C{place % 10}",
+            label=f"{e.statement}: {text}  [{e.measured:.2f}]",
         )  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel="small number of the limit (large for growth)",
-           ylabel="error")  # fmt: skip
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=6.5, frameon=False)
+    lowest = min((min(e.settings["errors"]) for e in curves), default=1.0)
+    # Room for the legend below the curves, half of the height.
+    ax.set(xscale="log", yscale="log", ylim=(lowest**2, 1), ylabel="error",
+           xlabel="small number of the limit: λ, 1 − λ, 1/ρ, ε or t")  # fmt: skip
+    if curves:
+        ax.legend(loc="lower left", fontsize=6.5, frameon=False)
     return artists

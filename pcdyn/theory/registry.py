@@ -1,4 +1,4 @@
-"""Every numbered statement that pcdyn measures, in the order of the paper, and how to name some."""
+"""Every numbered statement that pcdyn measures, by subject, and how to name some."""
 
 from __future__ import annotations
 

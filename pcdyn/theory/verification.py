@@ -34,7 +34,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found: the statements in the order of the paper."""
+    """What `verify` found: the statements in the order of the registry."""
 
     measured: tuple[Measured, ...]
     seed: int

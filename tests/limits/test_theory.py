@@ -76,7 +76,7 @@ def test_a_wrong_closed_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_select_statements() -> None:
-    """Whole numbers, beginnings and ends; order is that of the paper, not of the names."""
+    """Whole numbers, beginnings and ends; order is that of the registry, not of the names."""
     assert [s.number for s in select(["eq-48", "theorem 3.4"])] == ["Theorem 3.4", "Eq 48"]
     assert {s.number for s in select(["3.1"])} == {
         "Theorem 3.1", "Proposition 3.1", "Lemma 3.1"
