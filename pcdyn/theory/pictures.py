@@ -50,7 +50,7 @@ def _distance(e: Evidence) -> float:
 
 
 def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
-    """Errors of the limits of order 1 against their small number, with the measured slopes in brackets."""
+    """Errors of the limits of order 1 against their small number; measured slopes in brackets."""
     artists = []
     curves = [
         e for e in evidence

@@ -1,5 +1,4 @@
-"""What a numbered statement of the paper is: its words, its verdict, and the function that measures
-it."""
+"""What a numbered statement of the paper is: its words, its verdict, and what measures it."""
 
 from __future__ import annotations
 
@@ -45,6 +44,7 @@ class Statement:
 
     @property
     def snippet(self) -> str:
-        """One line of Python that gives the evidence."""
+        """One line of Python that prints the evidence."""
         function = self.measure
-        return f"from {function.__module__} import {function.__name__}; {function.__name__}(seed=0)"
+        name = function.__name__
+        return f"from {function.__module__} import {name}; print(*{name}(seed=0), sep='\\n')"
