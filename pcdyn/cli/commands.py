@@ -11,7 +11,7 @@ import numpy as np
 
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
-from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability
+from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
 from pcdyn.cli.report import counts, describe, describe_record, lines, total
 from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
@@ -208,6 +208,41 @@ def run_stability(options: Stability, settings: Settings) -> Result:
     )
 
 
+def run_verify(options: Verify, settings: Settings) -> Result:
+    """`pcdyn verify`."""
+    from pcdyn.theory import verify
+
+    found = verify(options.statements, seed=options.seed, networks=options.networks)
+    unexpected = found.unexpected
+    failure = None
+    if unexpected:
+        failure = f"{len(unexpected)} verdicts are not those on record: {'; '.join(unexpected)}"
+    return Result(
+        summary=found.table(),
+        record={
+            "seed": found.seed,
+            "networks": found.networks,
+            "ok": found.ok,
+            "statements": found.records(),
+        },
+        dataset=found.to_xarray,
+        draw=lambda: _margins(found.evidence),
+        failure=failure,
+    )
+
+
+def _margins(evidence: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    from pcdyn import plotting
+    from pcdyn.theory.pictures import margins
+
+    with plotting.style():
+        figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+        margins(evidence, ax=figure.subplots())
+    return figure
+
+
 def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
     """The problem and the state at which its flow is linearised."""
     if not at.endswith(".nc"):
@@ -280,4 +315,5 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Settings], Result]]] = {
     Equilibrium: ("equilibrium", run_equilibrium),
     Compare: ("compare", run_compare),
     Stability: ("stability", run_stability),
+    Verify: ("verify", run_verify),
 }

@@ -20,13 +20,17 @@ _PICTURES = (".png", ".pdf", ".svg")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a command found: text for people, a record for `--json`, and what it can write."""
+    """What a command found: text for people, a record for `--json`, and what it can write.
+
+    `failure` says why the exit code is 1 although there are results.
+    """
 
     summary: str
     record: dict[str, Any]
     dataset: Callable[[], xarray.Dataset]
     draw: Callable[[], Any]
     write_table: Callable[[Path], None] | None = None
+    failure: str | None = None
 
 
 def targets(options: OutputOptions, command: str) -> tuple[Path, ...]:

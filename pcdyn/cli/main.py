@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pcdyn.cli.options import Command
+from pcdyn.cli.options import Command, Verify
 from pcdyn.cli.parser import parse
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -31,8 +31,9 @@ def run() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command of these arguments, those of the process unless given; the exit code.
 
-    0 if all is done, 1 if the run failed (it diverged or did not converge), 2 for bad input, 130
-    after Ctrl-C. JAX's settings are as before when it returns.
+    0 if all is done, 1 if the run failed (it diverged, did not converge, or found another verdict
+    than the one on record), 2 for bad input, 130 after Ctrl-C. JAX's settings are as before when it
+    returns.
     """
     from pcdyn.errors import InputError, PcdynError
 
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         return DONE
     try:
         with _warnings_as_lines():
-            _run(parse(arguments))
-        return DONE
+            failure = _run(parse(arguments))
+        return DONE if failure is None else _fail(failure, FAILED)
     except SystemExit as leaving:  # tyro has printed help, or what is wrong with the arguments
         return leaving.code if isinstance(leaving.code, int) else BAD_INPUT
     except KeyboardInterrupt:
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
 
 
-def _run(command: Command) -> None:
+def _run(command: Command) -> str | None:
+    """Execute, write and print; why it failed although there are results, if it did."""
     from pcdyn.cli.commands import COMMANDS
     from pcdyn.cli.files import targets, write
     from pcdyn.cli.network import settings_of
@@ -65,7 +67,7 @@ def _run(command: Command) -> None:
     name, execute = COMMANDS[type(command)]
     options = command.output
     files = targets(options, name)
-    settings = settings_of(command.network)
+    settings = {} if isinstance(command, Verify) else settings_of(command.network)
     with _float64(not settings.get("float32", False)):
         shows = not (options.json or options.quiet) and sys.stderr.isatty()
         result = _waiting_for(lambda: execute(command, settings), name, shows)
@@ -77,6 +79,7 @@ def _run(command: Command) -> None:
         print(result.summary)
         if files:
             print("wrote", ", ".join(map(str, files)))
+    return result.failure
 
 
 def _waiting_for(work: Callable[[], Any], label: str, shows: bool) -> Any:

@@ -244,4 +244,23 @@ class Stability:
     output: OutputOptions
 
 
-Command = Simulate | Equilibrium | Compare | Stability
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Options of `pcdyn verify`."""
+
+    statements: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        option(
+            'Numbers as in the paper, or how they begin or end: "Theorem 3.4", eq-48, A.2, 3.1.',
+            metavar="NUMBER …",
+            default="all",
+        ),
+    ] = ()
+    seed: Annotated[int, option("Of everything random.", metavar="SEED")] = 0
+    networks: Annotated[
+        int, option("How many random networks each statement is measured on.", metavar="N")
+    ] = 20
+    output: OutputOptions
+
+
+Command = Simulate | Equilibrium | Compare | Stability | Verify

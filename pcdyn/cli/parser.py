@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from pcdyn.cli.options import Command, Compare, Equilibrium, Simulate, Stability
+from pcdyn.cli.options import Command, Compare, Equilibrium, Simulate, Stability, Verify
 
 _DESCRIPTION = """Predictive coding networks as continuous-time dynamical systems.
 
@@ -39,6 +39,14 @@ Linearises inference at its equilibrium, at the feedforward state or at the end 
 Example: pcdyn stability --widths 5 20 5 --precisions 1 100 --json"""
 
 
+_VERIFY = """Measure the theorems of Millidge et al. (2023) on random networks.
+
+Prints every numbered statement: whether it holds as printed, and each measured number with what is
+expected. Exit code 1 if a verdict is not the one on record.
+
+Example: pcdyn verify "Theorem 3.4" A.2 --networks 50 --json"""
+
+
 def parse(arguments: list[str]) -> Command:
     """The command of these arguments; tyro exits with its own message where there is none."""
     subcommand = tyro.conf.subcommand
@@ -47,6 +55,7 @@ def parse(arguments: list[str]) -> Command:
         | Annotated[Equilibrium, subcommand("equilibrium", description=_EQUILIBRIUM)]
         | Annotated[Compare, subcommand("compare", description=_COMPARE)]
         | Annotated[Stability, subcommand("stability", description=_STABILITY)]
+        | Annotated[Verify, subcommand("verify", description=_VERIFY)]
     )
     return tyro.cli(
         chosen,  # pyright: ignore[reportArgumentType]

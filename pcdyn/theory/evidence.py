@@ -37,11 +37,12 @@ class Evidence:
     def holds(self) -> bool:
         """Whether the number is what the claim says."""
         excess = self.measured - self.expected
-        return {
+        verdicts = {
             "equal": abs(excess) <= self.tolerance,
             "at most": excess <= self.tolerance and self.measured > float("-inf"),
             "at least": excess >= -self.tolerance and self.measured < float("inf"),
-        }[self.relation]
+        }
+        return bool(verdicts[self.relation])  # a NumPy number gives a NumPy verdict
 
     @property
     def as_known(self) -> bool:

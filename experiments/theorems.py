@@ -1,0 +1,145 @@
+"""Every numbered statement of the paper over random networks: its verdict and its evidence.
+
+`python -m experiments theorems` measures them, draws the margins and the orders of convergence, and
+writes the page `theorems.md`. `pcdyn verify` does the same on fewer networks, as a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import xarray
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.base import Claim
+from pcdyn import plotting
+from pcdyn.theory import STATEMENTS, Evidence, Statement, expectation, verify
+from pcdyn.theory.pictures import margins, orders
+
+PANELS = "extra: every numbered statement, measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Random networks for each statement."""
+
+    networks: int = 100
+    seed: int = 0
+    statements: tuple[str, ...] = ()
+
+
+PRESETS = {"paper": Config(), "code": Config()}
+FAST = {"networks": 4, "statements": ("3.4", "Eq 21", "A.3", "Eq 48")}
+
+
+def run(config: Config) -> xarray.Dataset:
+    """Measure every statement."""
+    found = verify(config.statements, seed=config.seed, networks=config.networks)
+    return found.to_xarray().assign_attrs(source="random numbers")
+
+
+def check(data: xarray.Dataset) -> list[Claim]:
+    """One claim for each piece of evidence."""
+    return [
+        Claim(
+            f"{e.statement}: {e.claim}", f"{e.measured:.3g}", expectation(e), e.holds,
+            e.expected_to_hold,
+        )
+        for e in evidence_of(data)
+    ]  # fmt: skip
+
+
+def evidence_of(data: xarray.Dataset) -> list[Evidence]:
+    """The evidence in a data set."""
+    rows = []
+    for i in range(data.sizes["claim"]):
+        row: dict[str, Any] = {str(name): values[i].item() for name, values in data.items()}
+        row["claim"], row["settings"] = row.pop("text"), json.loads(row["settings"])
+        del row["holds"]
+        rows.append(Evidence(**row))
+    return rows
+
+
+def plot(data: xarray.Dataset) -> Figure:
+    """Margins of all claims, and the curves behind the orders."""
+    evidence = evidence_of(data)
+    with plotting.style():
+        figure = plt.figure(figsize=(12, 7), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+        margins(evidence, ax=left)
+        orders(evidence, ax=right)
+    return figure
+
+
+def page(data: xarray.Dataset) -> str:
+    """The statements as a page: words, verdict, the form that holds, numbers, source."""
+    evidence = evidence_of(data)
+    numbers = {e.statement for e in evidence}
+    lines = [
+        "# The statements of the paper, measured",
+        "",
+        "Millidge, Song, Salvatori, Lukasiewicz and Bogacz, A theoretical framework for inference "
+        "and learning in predictive coding networks (ICLR 2023). Written by `python -m experiments "
+        f"theorems` over {data.attrs['networks']} random networks for each statement, seed "
+        f"{data.attrs['seed']}; `pcdyn verify` prints the same as a table. Forms that do not hold "
+        "as printed are measured too, beside those that do. Oracles share no code with what they "
+        "check.",
+        "",
+        "![theorems](theorems.png)",
+        "",
+        "| statement | | as printed |",
+        "|---|---|---|",
+    ]
+    shown = [s for s in STATEMENTS if _numbers_of(s) & numbers]
+    lines += [f"| [{s.number}](#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} |" for s in shown]
+    for statement in shown:
+        lines += _section(statement, evidence)
+    return "\n".join(lines) + "\n"
+
+
+def _numbers_of(statement: Statement) -> set[str]:
+    # Eqs 31 and 36 are measured with A.4 and A.5.3, in which they stand.
+    beside = {"A.4": {"Eq 31"}, "A.5.3": {"Eq 36"}}
+    return {statement.number} | beside.get(statement.number, set())
+
+
+def _anchor(statement: Statement) -> str:
+    heading = f"{statement.number}: {statement.title}".lower().replace(" ", "-")
+    return "".join(c for c in heading if c.isalnum() or c in "-_")
+
+
+def _section(statement: Statement, evidence: list[Evidence]) -> list[str]:
+    file, line = statement.source
+    lines = [
+        "",
+        f"## {statement.number}: {statement.title}",
+        "",
+        f"The paper: {statement.says}",
+        "",
+        f"As printed it **{statement.as_printed}**. What holds: {statement.form}",
+        "",
+        "| claim | measured | expected | verdict | oracle | settings |",
+        "|---|---|---|---|---|---|",
+    ]
+    for e in evidence:
+        if e.statement in _numbers_of(statement):
+            settings = ", ".join(
+                f"{key} {_short(value)}" for key, value in e.settings.items()
+                if key not in ("sizes", "errors")
+            )  # fmt: skip
+            cells = (e.claim, f"{e.measured:.3g}", expectation(e), e.verdict, e.oracle, settings)
+            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return [*lines, "", f"Source: [{file}](../{file}#L{line}). To reproduce:", "", "```python",
+            'import jax; jax.config.update("jax_enable_x64", True)', statement.snippet,
+            "```"]  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,190 @@
+"""Equations that do not hold as printed: both forms and both numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy.integrate import solve_ivp
+from scipy.linalg import expm
+
+from pcdyn.theory.evidence import Evidence
+from pcdyn.theory.flows import linear_rest, vector_field
+from pcdyn.theory.networks import draw, largest, reachable, relative, solve, times, transpose
+from pcdyn.theory.statement import Statement
+
+SQUARE = (3, 3, 3, 3)
+
+
+def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eqs 6, 30, 33: as printed activities leave the equilibrium, with the sign corrected they
+    reach it."""
+    made = draw(seed=seed, networks=networks, widths=SQUARE, full_precisions=True)
+    matrix, _ = made.linear_flow()
+    rest = made.stack(linear_rest(made))
+    start, t = made.stack(made.start()), 20.0
+    away = start - rest
+    ends = [np.linalg.norm(times(expm(s * matrix * t), away), axis=-1) for s in (-1, 1)]
+    least = float(np.linalg.eigvalsh(matrix).min())
+    left = [float((end / np.linalg.norm(away, axis=-1)).max()) for end in ends]
+    state = made.start()
+    state[1:-1] = [x + 0.1 for x in state[1:-1]]
+    ours, printed = vector_field(made, state), made.gradient(state)[1:-1]
+    oracle = "SciPy's expm of the stacked system"
+    settings = {**made.settings, "t": t}
+    return (
+        Evidence("Eqs 6, 30, 33", "corrected, ẋ_l = −Π_l ε_l + W_{l+1}ᵀ Π_{l+1} ε_{l+1}: "
+                 "distance to the equilibrium at t = 20 over that at the start", left[0],
+                 "at most", 0.0, float(np.exp(-least * t)), oracle, settings),
+        Evidence("Eqs 6, 30, 33", "as printed, with the opposite sign: the same", left[1],
+                 "at most", 0.0, 1.0, oracle, settings, expected_to_hold=False),
+        Evidence("Eqs 6, 30, 33", "the flow is minus what is printed (largest difference)",
+                 largest([-f for f in ours], printed), "equal", 0.0, 1e-13,
+                 "Eq 6 as printed in NumPy", settings),
+    )  # fmt: skip
+
+
+def sign_of_learning(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eqs 2 and 21: +ε f' xᵀ descends F, −ε f' xᵀ ascends it; so does W + η ∂ℒ/∂W for ℒ."""
+    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh")
+    rng = np.random.default_rng(seed + 1)
+    state = [x + rng.normal(size=x.shape) for x in made.start()]
+    gradient = made.weight_gradient(state, made.weighted_errors(state))
+    moved, step = {}, 1e-6
+    for sign in (1, -1):
+        parts = np.split(sign * step * gradient, 3, axis=-1)
+        pairs = zip(made.weights, parts, strict=True)
+        there = dataclasses.replace(
+            made, weights=tuple(w + part.reshape(w.shape) for w, part in pairs)
+        )
+        rise = (there.free_energy(state) - made.free_energy(state)) / step
+        moved[sign] = float((rise / (gradient**2).sum(-1)).max())
+    oracle = "forward differences of F in NumPy, step 1e-6"
+    return (
+        Evidence("Eq 21", "Eq 2's sign, Ẇ = +ε f' xᵀ: dF/dt over −‖∂F/∂W‖²", -moved[-1], "equal",
+                 1.0, 1e-3, oracle, made.settings),
+        Evidence("Eq 21", "as printed, Ẇ = −ε f' xᵀ (and W + η ∂ℒ/∂W in A.1.2): dF/dt over "
+                 "−‖∂F/∂W‖²", -moved[1], "equal", 1.0, 1e-3, oracle, made.settings,
+                 expected_to_hold=False),
+    )  # fmt: skip
+
+
+def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eqs 3 and 25: the target of x = f(W x_{l−1}) is W⁻¹ f⁻¹(t), not f⁻¹(W⁻¹ t)."""
+    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
+    made = reachable(made)
+    weight = made.weights[-1]
+    corrected = solve(weight, np.arctanh(made.target))
+    # Kept inside the domain of f⁻¹, where the printed form has a value at all.
+    printed = np.arctanh(np.clip(solve(weight, made.target), -0.999, 0.999))
+    oracle = "tanh(W t) against the target, in NumPy"
+    rows = []
+    for text, form, holds in (("Eq 3, W⁻¹ f⁻¹(t)", corrected, True),
+                              ("as printed in Eq 25, f⁻¹(W⁻¹ t)", printed, False)):  # fmt: skip
+        reached = np.tanh(times(weight, form))
+        rows.append(
+            Evidence("Eq 25", f"{text}: the layer maps it to the target (median relative error)",
+                     relative([reached], [made.target]), "equal", 0.0, 1e-12, oracle,
+                     made.settings, expected_to_hold=holds)
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def inverse_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eq 26: the update of the learned inverse, with both signs."""
+    made = draw(seed=seed, networks=networks, widths=(3, 3), near_identity=0.2)
+    weight = made.weights[0]
+    samples = np.random.default_rng(seed + 1).normal(size=(networks, 3, 50))
+    outputs = weight @ samples
+    start = transpose(weight)
+    covariance = outputs @ transpose(outputs) / 50
+    cross = samples @ transpose(outputs) / 50
+    least = np.linalg.solve(covariance, transpose(cross))
+    rows, t = [], 10.0
+    for text, sign, source in (("corrected, +ẽ (W x)ᵀ", -1, outputs),
+                               ("as printed, −ẽ xᵀ", 1, samples)):  # fmt: skip
+        moment = outputs @ transpose(source) / 50
+        drive = samples @ transpose(source) / 50
+        rest = transpose(np.linalg.solve(transpose(moment), transpose(drive)))
+        inverse = rest + (start - rest) @ expm(sign * moment * t)
+        error = np.linalg.norm(samples - inverse @ outputs, axis=(1, 2))
+        before = np.linalg.norm(samples - start @ outputs, axis=(1, 2))
+        rows.append(
+            Evidence("Eq 26", f"{text}: reconstruction error at t = 10 over that at the start "
+                     "(largest)", float((error / before).max()), "at most", 0.0, 1.0,
+                     "SciPy's expm of the linear flow of the inverse", {**made.settings, "t": t},
+                     expected_to_hold=sign < 0)
+        )  # fmt: skip
+    rows.append(
+        Evidence("Eq 26", "where +ẽ (W x)ᵀ rests is W⁻¹ (largest difference)",
+                 float(np.abs(transpose(least) - np.linalg.inv(weight)).max()), "equal", 0.0,
+                 1e-11, "inverse by NumPy", made.settings)
+    )  # fmt: skip
+    return tuple(rows)
+
+
+def logarithmic_energy(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """A.8: log ε, whose flow ends in a singularity at t = ε_0²/2."""
+    starts = np.random.default_rng(seed).uniform(0.5, 2.0, networks)
+    errors, singular = [], []
+    for start in starts:
+        reached = lambda t, y: y[0] - 1e-3  # noqa: E731
+        reached.terminal = True  # pyright: ignore[reportFunctionMemberAccess]
+        found = solve_ivp(
+            lambda t, y: -1 / y, (0, 10), [start], events=reached, rtol=1e-10, atol=1e-13
+        )
+        # ε² = ε_0² − 2t: what is left from ε = 1e-3 on is 5e-7.
+        errors.append(abs(float(found.t[-1]) + 5e-7 - start**2 / 2))
+        singular.append(found.status == 1)
+    settings = {"units": networks, "ε_0": "uniform in (.5, 2)"}
+    oracle = "SciPy's RK45 on ε̇ = −1/ε"
+    return (
+        Evidence("A.8 log ε", "the flow of log ε reaches ε = 0, singular, at t = ε_0²/2 "
+                 "(largest difference)", max(errors), "equal", 0.0, 1e-7, oracle, settings),
+        Evidence("A.8 log ε", "as printed, h(ε) = log ε is an energy to infer with: share of units "
+                 "whose flow exists for all times", 1 - float(np.mean(singular)), "equal", 1.0,
+                 0.0, oracle, settings, expected_to_hold=False),
+        Evidence("A.8 log ε", "as required there, h is bounded below: log ε at ε = 1e-300",
+                 float(np.log(1e-300)), "at least", -100.0, 0.0, "NumPy", settings,
+                 expected_to_hold=False),
+    )  # fmt: skip
+
+
+STATEMENTS = (
+    Statement(
+        number="Eqs 6, 30, 33", title="Sign of the precision-weighted flow",
+        says="ẋ_l = Π_l ε_l − W_{l+1}ᵀ (f' ∘ Π_{l+1} ε_{l+1}).",
+        as_printed="does not hold",
+        form="The opposite sign, as in Eq 1: ẋ_l = −Π_l ε_l + W_{l+1}ᵀ (f' ∘ Π_{l+1} ε_{l+1}).",
+        measure=sign_of_the_flow,
+    ),
+    Statement(
+        number="Eq 21", title="Sign of learning",
+        says="Ẇ_l = −ε_l f' xᵀ.",
+        as_printed="does not hold",
+        form="Ẇ_l = +ε_l f' xᵀ, as in Eq 2; and W − η ∂ℒ/∂W for BP in A.1.2.",
+        measure=sign_of_learning,
+    ),
+    Statement(
+        number="Eq 25", title="Order of the inverses of target propagation",
+        says="T_l = f⁻¹(W_l⁻¹ T_{l+1}).",
+        as_printed="does not hold",
+        form="t_l = W_{l+1}⁻¹ f⁻¹(t_{l+1}), as in Eq 3, where predictions are f(W x).",
+        measure=order_of_inverses,
+    ),
+    Statement(
+        number="Eq 26", title="Learned inverses",
+        says="The inverse weights follow −ẽ xᵀ, ẽ = x − W̃ W x.",
+        as_printed="does not hold",
+        form="+ẽ (W x)ᵀ descends ½ ‖ẽ‖² and rests at W⁻¹.",
+        measure=inverse_update,
+    ),
+    Statement(
+        number="A.8 log ε", title="Divisive errors",
+        says="h(ε) = log ε gives divisive prediction errors.",
+        as_printed="does not hold",
+        form="log ε is unbounded below, undefined for ε < 0 and singular at t = ε_0²/2; log(δ + "
+        "ε²) is bounded and smooth.",
+        measure=logarithmic_energy,
+    ),
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""pcdyn's equilibria and flows of random networks, compiled once for each shape of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.integrate import solve_ivp
+
+from pcdyn.equilibrium import equilibrium
+from pcdyn.errors import EquilibriumStatus, NotConvergedError
+from pcdyn.linear import linear_equilibrium
+from pcdyn.problem import InferenceProblem, State
+from pcdyn.solvers import GaussNewton
+from pcdyn.theory.networks import Layers, Networks, on_each
+
+# Of ‖∂F/∂x_l‖; the equilibria are this over the least curvature from where the search stops.
+SETTLED = 1e-11
+_FREE = {"both": slice(1, -1), "input": slice(1, None), "output": slice(None, -1)}
+
+
+def settle(networks: Networks) -> Layers:
+    """x_0* … x_L* of each network, both ends clamped, by Gauss–Newton from the feedforward pass.
+
+    Raises `NotConvergedError` if one of them is not found.
+    """
+    activities, status = on_each(_settle, networks, tuple(networks.start()[1:-1]))
+    if np.any(status != EquilibriumStatus.CONVERGED):
+        count = int((status != EquilibriumStatus.CONVERGED).sum())
+        raise NotConvergedError(
+            f"{count} of {len(status)} equilibria were not found; choose another seed", activities
+        )
+    return list(activities)
+
+
+def _settle(problem: InferenceProblem, start: State) -> Any:
+    found = equilibrium(
+        problem, method=GaussNewton(), initial=start, tolerance=SETTLED, throw=False
+    )
+    return found.activities, found.status_codes
+
+
+def linear_rest(networks: Networks) -> Layers:
+    """x_0* … x_L* of linear networks by block Cholesky."""
+    return list(on_each(linear_equilibrium, networks))
+
+
+def vector_field(
+    networks: Networks, activities: Sequence[np.ndarray], *, clamp: str = "both"
+) -> Layers:
+    """pcdyn's dx/dt of the free layers."""
+    return list(on_each(_vector_field, networks, tuple(activities[_FREE[clamp]]), clamp=clamp))
+
+
+def _vector_field(problem: InferenceProblem, state: State) -> State:
+    return problem.vector_field(state)
+
+
+def flow(
+    networks: Networks,
+    activities: Sequence[np.ndarray],
+    times: Sequence[float],
+    *,
+    clamp: str = "both",
+    tolerance: float = 1e-10,
+) -> list[Layers]:
+    """x_0 … x_L at each of `times` along pcdyn's flow, integrated by SciPy's DOP853 from t = 0.
+
+    All networks make one system; `tolerance` is relative, and absolute a hundredth of it. Raises
+    `ArithmeticError` where SciPy fails.
+    """
+    free = _FREE[clamp]
+    shapes = [x.shape for x in activities[free]]
+    ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
+
+    def layers(y: np.ndarray) -> list[np.ndarray]:
+        parts = [part.reshape(s) for part, s in zip(np.split(y, ends), shapes, strict=True)]
+        whole = list(activities)
+        whole[free] = parts
+        return whole
+
+    def field(_: float, y: np.ndarray) -> np.ndarray:
+        return np.concatenate([x.ravel() for x in vector_field(networks, layers(y), clamp=clamp)])
+
+    start = np.concatenate([x.ravel() for x in activities[free]])
+    found = integrate(field, start, times, method="DOP853", tolerance=tolerance)
+    return [layers(y) for y in found]
+
+
+def integrate(
+    field: Any, start: np.ndarray, times: Sequence[float], *, method: str, tolerance: float
+) -> np.ndarray:
+    """y at each of `times` by SciPy, on the first axis; raises `ArithmeticError` where it fails."""
+    found = solve_ivp(
+        field, (0, times[-1]), start, method=method, t_eval=times, rtol=tolerance,
+        atol=tolerance / 100,
+    )  # fmt: skip
+    if not found.success:
+        raise ArithmeticError(f"{method} stopped at t = {found.t[-1]:g}: {found.message}")
+    return found.y.T

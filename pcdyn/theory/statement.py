@@ -1,0 +1,50 @@
+"""What a numbered statement of the paper is: its words, its verdict, and what measures it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pcdyn.theory.evidence import Evidence
+
+Verdict = Literal["holds", "holds with a condition", "does not hold"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statement:
+    """One numbered statement of the paper.
+
+    Arguments:
+
+    - `number` and `title`: "Theorem 3.4" and what it is about.
+    - `says`: what the paper says, in one sentence.
+    - `as_printed`: whether that holds as printed.
+    - `form`: the form that does hold.
+    - `measure`: a function of `seed` and `networks`, keyword-only, that returns the evidence.
+    """
+
+    number: str
+    title: str
+    says: str
+    as_printed: Verdict
+    form: str
+    measure: Callable[..., tuple[Evidence, ...]]
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """The file of `measure`, relative to the folder that holds pcdyn, and its first line."""
+        function = inspect.unwrap(self.measure)
+        file = Path(inspect.getsourcefile(function) or "")
+        parts = file.parts
+        start = len(parts) - 1 - parts[::-1].index("pcdyn") if "pcdyn" in parts else 0
+        return "/".join(parts[start:]), inspect.getsourcelines(function)[1]
+
+    @property
+    def snippet(self) -> str:
+        """One line of Python that prints the evidence."""
+        function = self.measure
+        name = function.__name__
+        return f"from {function.__module__} import {name}; print(*{name}(seed=0), sep='\\n')"

@@ -1,0 +1,163 @@
+"""`verify`: measure the statements of the paper on random networks, and tell the verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from pcdyn.errors import InputError
+from pcdyn.theory.evidence import Evidence
+from pcdyn.theory.registry import select
+from pcdyn.theory.statement import Statement
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A statement with its evidence, and the seconds that it took."""
+
+    statement: Statement
+    evidence: tuple[Evidence, ...]
+    seconds: float
+
+    @property
+    def as_known(self) -> bool:
+        """Whether every claim has the verdict on record."""
+        return all(e.as_known for e in self.evidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found: the statements in the order of the registry."""
+
+    measured: tuple[Measured, ...]
+    seed: int
+    networks: int
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """All of it."""
+        return tuple(e for each in self.measured for e in each.evidence)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every verdict is the one on record."""
+        return all(each.as_known for each in self.measured)
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """The claims with another verdict, one line each."""
+        return tuple(
+            f"{e.statement}: {e.claim}: {e.measured:.3g}, {e.verdict}"
+            for e in self.evidence
+            if not e.as_known
+        )
+
+    def table(self) -> str:
+        """Each statement with its verdict as printed, then a line for each claim."""
+        lines = []
+        for each in self.measured:
+            statement = each.statement
+            lines.append(f"{statement.number}: {statement.title}. As printed: "
+                         f"{statement.as_printed}.")  # fmt: skip
+            lines += [
+                f"  {e.verdict:<24} {e.measured:>10.3g} {expectation(e):<24} {e.claim}"
+                for e in each.evidence
+            ]
+        holds = sum(e.holds for e in self.evidence)
+        lines.append(
+            f"{len(self.measured)} statements, {len(self.evidence)} claims: {holds} hold, "
+            f"{len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts not on record "
+            f"(seed {self.seed}, {self.networks} networks each)"
+        )
+        return "\n".join(lines)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record for each statement, of plain Python types."""
+        return [
+            {
+                "number": each.statement.number,
+                "title": each.statement.title,
+                "says": each.statement.says,
+                "as_printed": each.statement.as_printed,
+                "form": each.statement.form,
+                "seconds": each.seconds,
+                "evidence": [
+                    {**dataclasses.asdict(e), "holds": e.holds, "verdict": e.verdict}
+                    for e in each.evidence
+                ],
+            }
+            for each in self.measured
+        ]
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The evidence along the dimension `claim`; settings as JSON."""
+        import json
+
+        import xarray
+
+        rows = self.evidence
+        names = ("statement", "claim", "relation", "oracle")
+        numbers = ("measured", "expected", "tolerance")
+        columns = {n: [getattr(e, n) for e in rows] for n in (*names, *numbers)}
+        columns["settings"] = [json.dumps(dict(e.settings), ensure_ascii=False) for e in rows]
+        columns["holds"] = [e.holds for e in rows]
+        columns["expected_to_hold"] = [e.expected_to_hold for e in rows]
+        # Not a coordinate: the texts of claims are data.
+        columns["text"] = columns.pop("claim")
+        return xarray.Dataset(
+            {name: ("claim", values) for name, values in columns.items()},
+            attrs={"seed": self.seed, "networks": self.networks},
+        )
+
+
+def expectation(evidence: Evidence) -> str:
+    """What the measured number is held against, such as "= 0 ± 1e-08" or "≤ 1"."""
+    sign = {"equal": "=", "at most": "≤", "at least": "≥"}[evidence.relation]
+    slack = f" ± {evidence.tolerance:.2g}" if evidence.tolerance else ""
+    return f"{sign} {evidence.expected:.3g}{slack}"
+
+
+def verify(
+    names: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    networks: int = 20,
+    progress: Callable[[Statement], None] | None = None,
+) -> Verification:
+    """Measure the statements of the paper on random networks.
+
+    Arguments:
+
+    - `names`: which statements (see `pcdyn.theory.select`); all unless given.
+    - `seed`: of everything random.
+    - `networks`: how many random networks each statement is measured on, at least 2.
+    - `progress`: called with each statement before it is measured.
+
+    Raises `InputError` for a name of no statement, fewer than two networks, and if float64 is off,
+    in which most of these numbers are round-off.
+    """
+    chosen = select(names)
+    if networks < 2:
+        raise InputError(f"networks must be at least 2, got {networks}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    if jnp.zeros(()).dtype != jnp.float64:
+        raise InputError(
+            "theorems are checked in float64, which is off: "
+            'jax.config.update("jax_enable_x64", True) switches it on'
+        )
+    measured = []
+    for statement in chosen:
+        if progress is not None:
+            progress(statement)
+        started = time.perf_counter()
+        evidence = statement.measure(seed=seed, networks=networks)
+        measured.append(Measured(statement, evidence, time.perf_counter() - started))
+    return Verification(tuple(measured), seed, networks)

@@ -1,0 +1,66 @@
+"""`pcdyn verify` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from pcdyn.cli import main
+from pcdyn.theory import Statement, verify
+from pcdyn.theory import errata as module
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_verify_prints_what_the_library_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    """As JSON with files, as a table, and not at all."""
+    arguments = ["verify", "eq-21", "A.8 log ε", "--networks", "3", "--seed", "5"]
+    assert main([*arguments, "--json", "--out", "run"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    expected = verify(["Eq 21", "A.8 log ε"], seed=5, networks=3)
+    assert record["ok"] is True
+    assert [s["number"] for s in record["statements"]] == ["Eq 21", "A.8 log ε"]
+    measured = [e["measured"] for s in record["statements"] for e in s["evidence"]]
+    assert measured == [e.measured for e in expected.evidence]
+    assert record["files"] == ["run/verify.nc", "run/verify.png"]
+    assert Path("run/verify.png").read_bytes().startswith(b"\x89PNG")
+    assert main(arguments) == 0
+    assert "5 claims: 2 hold, 3 do not; 0 verdicts not on record" in capsys.readouterr().out
+    assert main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_statement_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """With those that exist, exit code 2."""
+    assert main(["verify", "4.2"]) == 2
+    message = capsys.readouterr().err
+    assert "'4.2'" in message
+    assert "Theorem 3.6" in message
+
+
+def test_another_verdict_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results are printed all the same, and the claim is named."""
+    (right,) = (s for s in module.STATEMENTS if s.number == "Eq 21")
+
+    def swapped(**options: Any) -> Any:
+        found = right.measure(**options)
+        return tuple(type(e)(**{**vars(e), "measured": -e.measured}) for e in found)
+
+    wrong = Statement(**{**vars(right), "measure": swapped})
+    monkeypatch.setattr("pcdyn.theory.registry.STATEMENTS", (wrong,))
+    assert main(["verify", "--networks", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILS" in printed.out
+    assert "UNEXPECTED" in printed.out
+    assert "2 verdicts are not those on record" in printed.err

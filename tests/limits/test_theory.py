@@ -1,0 +1,114 @@
+"""The verdicts on record, on small settings; and that a wrong formula changes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pcdyn.errors import InputError
+from pcdyn.problem import InferenceProblem
+from pcdyn.theory import STATEMENTS, Evidence, select, verify
+from pcdyn.theory.networks import Networks
+from pcdyn.theory.verification import Measured, Verification
+
+ROOT = Path(__file__).parents[2]
+
+
+# As in the command, not as in the tests: what users run is not promotion of dtypes.
+@pytest.fixture(autouse=True)
+def _standard_promotion() -> Any:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: s.number)
+def test_each_statement_has_the_verdict_on_record(statement: Any) -> None:
+    """On three networks; findings among them do not hold, and the corrected forms do."""
+    found = statement.measure(seed=1, networks=3)
+    assert [e.claim for e in found if not e.as_known] == []
+    assert all(math.isfinite(e.measured) for e in found)
+    file, line = statement.source
+    text = (ROOT / file).read_text("utf-8").splitlines()[line - 1]
+    assert text.startswith(f"def {statement.measure.__name__}(")
+    has_findings = any(not e.expected_to_hold for e in found)
+    assert not has_findings or statement.as_printed != "holds"
+    assert any(e.expected_to_hold for e in found)
+
+
+def verdicts(name: str, networks: int) -> list[bool]:
+    """Whether each claim of one statement has its verdict on record."""
+    return [e.as_known for e in verify([name], networks=networks).evidence]
+
+
+def test_a_vector_field_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By finite differences; another number of networks, so that the field is traced anew."""
+    right = InferenceProblem.vector_field
+    assert all(verdicts("Eq 1", 5))
+
+    def wrong(self: InferenceProblem, state: Any, first_prediction: Any = None) -> Any:
+        return jax.tree.map(lambda v: -v, right(self, state, first_prediction))
+
+    monkeypatch.setattr(InferenceProblem, "vector_field", wrong)
+    assert not all(verdicts("Eq 1", 4))
+
+
+def test_a_wrong_closed_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The equilibrium of twice the Hessian, and BP without its slopes."""
+
+    right = Networks.linear_flow
+
+    def doubled(self: Networks, *free: int) -> Any:
+        matrix, drive = right(self, *free)
+        return 2 * matrix, drive
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Networks, "linear_flow", doubled)
+        assert not verdicts("Theorem 3.4", 3)[0]
+    monkeypatch.setattr(Networks, "slope", lambda self, layer, below: np.ones_like(below))
+    assert not all(verdicts("low output precision", 3))
+
+
+def test_names_select_statements() -> None:
+    """Whole numbers, beginnings and ends; order is that of the registry, not of the names."""
+    assert [s.number for s in select(["eq-48", "theorem 3.4"])] == ["Theorem 3.4", "Eq 48"]
+    assert {s.number for s in select(["3.1"])} == {
+        "Theorem 3.1", "Proposition 3.1", "Lemma 3.1"
+    }  # fmt: skip
+    assert len(select(["a.2"])) == 3
+    assert select([]) == STATEMENTS
+    assert len({s.number for s in STATEMENTS}) == len(STATEMENTS)
+
+
+def test_bad_input_is_refused() -> None:
+    """Names, counts and seeds; and float32, in which nothing could be told."""
+    for options in ({"names": ["3.9"]}, {"networks": 1}, {"seed": -1}):
+        with pytest.raises(InputError, match=r"3\.9|networks|seed"):
+            verify(**options)  # pyright: ignore[reportArgumentType]
+    with jax.enable_x64(False), pytest.raises(InputError, match="float64"):
+        verify(["Eq 21"])
+
+
+def test_records_and_tables_tell_what_was_measured() -> None:
+    """JSON knows them, the table has a line for each claim, and progress is told."""
+    told: list[str] = []
+    found = verify(["Eq 21", "A.3"], networks=3, progress=lambda s: told.append(s.number))
+    assert told == ["A.3", "Eq 21"]
+    records = json.loads(json.dumps(found.records()))
+    assert [len(r["evidence"]) for r in records] == [4, 2]
+    assert len(found.table().splitlines()) == 2 + 6 + 1
+    data = found.to_xarray()
+    assert data.measured.values.tolist() == [e.measured for e in found.evidence]
+    assert found.ok
+    wrong = dataclasses.replace(found.evidence[0], expected=math.inf)
+    changed = Verification((Measured(found.measured[0].statement, (wrong,), 0.0),), 0, 3)
+    assert not changed.ok
+    assert len(changed.unexpected) == 1
+    assert not dataclasses.replace(wrong, measured=math.nan).holds
+    assert isinstance(wrong, Evidence)
