@@ -54,7 +54,10 @@ class OutputErrorFlow(eqx.Module):
 
     def whitened(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """N(t), symmetric; t may be infinite."""
-        shares = -jnp.expm1(-self.rates * jnp.asarray(t, self.rates.dtype)) / self.rates
+        time = jnp.asarray(t, self.rates.dtype)
+        # The derivative by a rate at an infinite time would be 0 times infinity.
+        finite = jnp.where(jnp.isinf(time), 0, time)
+        shares = jnp.where(jnp.isinf(time), 1, -jnp.expm1(-self.rates * finite)) / self.rates
         return jnp.eye(len(self.root), dtype=self.root.dtype) - self._sum(shares)
 
     def speed(self, t: Numbers) -> Float[Array, "n_L n_L"]:
