@@ -22,10 +22,12 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.base import Claim
+from experiments.convergence_theorem import learning_page
 from pcdyn import learning, plotting
 from pcdyn.theory.convergence import growing_weight, noisy_problem
 
 PANELS = "extra: limits of learning"
+page = learning_page
 SAMPLES = 4  # of `noisy_problem`
 START = 0.5  # of ‖W_2‖ where it grows from the saddle
 REST = 1e-9  # of dW/dt where a flow has ended
@@ -62,35 +64,31 @@ def run(config: Config) -> xarray.Dataset:
     times = np.append(0, np.geomspace(1e-2, config.t1, config.saves))
     keys = jr.split(jr.key(config.seed), config.starts)
     starts = np.asarray(jax.vmap(lambda k: jr.normal(k, (3,)))(keys))
-    plane = [len(config.precisions), len(config.noises), config.starts]
-    ended = ends(
-        config.t1, np.broadcast_to(starts, (*plane, 3)),
-        precision=np.reshape(config.precisions, (-1, 1, 1)),
-        noise=np.reshape(config.noises, (-1, 1)),
-    )  # fmt: skip
-    remedied = {}
-    for name, strengths in zip(REMEDIES, (config.decays, config.norms), strict=True):
-        shape = (len(config.remedy_precisions), len(strengths), config.starts)
-        strength = np.reshape(strengths, (-1, 1))
-        initial = np.broadcast_to(starts, (*shape, 3))
-        fixed = name == "fixed norm"
-        if fixed:
-            length = np.linalg.norm(initial[..., 1:], axis=-1, keepdims=True)
-            initial = np.concatenate(
-                [initial[..., :1], initial[..., 1:] / length * strength[..., None]], axis=-1
-            )
-        remedied[name] = ends(
-            config.t1, initial, precision=np.reshape(config.remedy_precisions, (-1, 1, 1)),
-            noise=config.remedy_noise, decay=0.0 if fixed else strength, fixed=float(fixed),
-        )  # fmt: skip
+    shape = (len(config.precisions), len(config.noises), config.starts)
+    low = np.reshape(config.remedy_precisions, (-1, 1, 1))
+    remedied = (len(low), len(config.decays), config.starts)
+    fixed = (len(low), len(config.norms), config.starts)
+    norms = np.reshape(config.norms, (-1, 1, 1))
+    second = starts[:, 1:] / np.linalg.norm(starts[:, 1:], axis=-1, keepdims=True)
+    first = np.broadcast_to(starts[:, :1], (len(norms), config.starts, 1))
+    scaled = np.concatenate([first, norms * second], axis=-1)
+    noise = config.remedy_noise
+    weights = ends(config.t1, {
+        "plane": (np.broadcast_to(starts, (*shape, 3)),
+                  np.reshape(config.precisions, (-1, 1, 1)), np.reshape(config.noises, (-1, 1)),
+                  0.0, 0.0),
+        "weight decay": (np.broadcast_to(starts, (*remedied, 3)), low, noise,
+                         np.reshape(config.decays, (-1, 1)), 0.0),
+        "fixed norm": (np.broadcast_to(scaled, (*fixed, 3)), low, noise, 0.0, 1.0),
+    })  # fmt: skip
     dims = {
         "plane": ("precision", "noise", "start"),
         "weight decay": ("remedy_precision", "decay", "start"),
         "fixed norm": ("remedy_precision", "norm", "start"),
     }
     variables = {}
-    for name, weights in {"plane": ended, **remedied}.items():
-        variables[f"{name.replace(' ', '_')}_weights"] = ((*dims[name], "weight"), weights)
+    for name, values in weights.items():
+        variables[f"{name.replace(' ', '_')}_weights"] = ((*dims[name], "weight"), values)
     return xarray.Dataset(
         {**growth(config, times), **variables, **order(config)},
         coords={
@@ -103,33 +101,46 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def ends(
-    t1: float, starts: Any, *, precision: Any, noise: Any, decay: Any = 0.0, fixed: float = 0.0
-) -> np.ndarray:
-    """The weights (w, a, b), W_1 = w and W_2 = (a, b), that learning ends with.
+def ends(t1: float, cases: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights (w, a, b), W_1 = w and W_2 = (a, b), with which learning ends in each case.
 
-    The settings broadcast with `starts` without its last axis. Time is in units of 1/λ; `decay` ω
-    adds `½ ω ‖W‖²` to F*/λ per sample; `fixed` = 1 keeps the norm of W_2.
+    A case is its starts, shape (…, 3), and what broadcasts with them: λ, c, the weight decay ω,
+    which adds `½ ω ‖W‖²` to F*/λ per sample, and 1 where the norm of W_2 is kept. Time is in
+    units of 1/λ. All cases are one program.
     """
-    settings = [
-        np.broadcast_to(np.asarray(x, float), starts.shape[:-1]).ravel()
-        for x in (precision, noise, decay, fixed)
-    ]
-    flat = jnp.asarray(starts.reshape(-1, 3))
-    weights, codes = _flows(t1, flat, *(jnp.asarray(x) for x in settings))
-    failed = int(jnp.sum(codes))
-    if failed or not np.isfinite(np.asarray(weights)).all():
-        raise pcdyn.SimulationError(f"{failed} of {len(flat)} learning flows did not reach t1")
-    return np.asarray(weights).reshape(starts.shape)
+    rows = []
+    for starts, *settings in cases.values():
+        columns = [np.broadcast_to(np.asarray(x, float), starts.shape[:-1]) for x in settings]
+        rows.append(np.concatenate([starts, np.stack(columns, -1)], -1).reshape(-1, 7))
+    flat = jnp.asarray(np.concatenate(rows))
+    weights, failed = (np.asarray(x) for x in _flows(t1, flat[:, :3], *flat[:, 3:].T))
+    if failed.any() or not np.isfinite(weights).all():
+        raise pcdyn.SimulationError(f"{failed.sum()} of {len(flat)} flows did not reach t1")
+    parts = np.split(weights, np.cumsum([len(r) for r in rows])[:-1])
+    return {
+        name: part.reshape(case[0].shape)
+        for (name, case), part in zip(cases.items(), parts, strict=True)
+    }
+
+
+def reduced_energy(weights: Any, noise: Any, precision: Any) -> Any:
+    """F*/λ per sample of `noisy_problem` at weights (w, a, b), from `F* = ½ e0ᵀ S⁻¹ e0`.
+
+    It is `½ [(e − w W_2)ᵀ K (e − w W_2) + c² K_bb]` with e = (1, 0) and, by Woodbury,
+    `K = S⁻¹/λ = I − λ W_2 W_2ᵀ/(1 + λ‖W_2‖²)`.
+    """
+    first, second = weights[0], weights[1:]
+    error = jnp.asarray([1.0, 0.0]) - first * second
+    shrinking = precision / (1 + precision * jnp.sum(second**2))
+    fit = jnp.sum(error**2) - shrinking * jnp.sum(second * error) ** 2
+    return 0.5 * (fit + noise**2 * (1 - shrinking * second[1] ** 2))
 
 
 @eqx.filter_jit
 def _flows(t1: Any, starts: Any, precision: Any, noise: Any, decay: Any, fixed: Any) -> Any:
     def slope(t: Any, y: Any, args: Any) -> Any:
         precision, noise, decay, fixed = args
-        flow = _flow_of(y, noise, precision)
-        move = jnp.concatenate(flow.vector_field(flow.initial_state())) / (SAMPLES * precision)
-        move = move - decay * y
+        move = -jax.grad(reduced_energy)(y, noise, precision) - decay * y
         second = y.at[0].set(0.0)
         normal = second / jnp.linalg.norm(second)
         return move - fixed * jnp.sum(move * normal) * normal
@@ -247,10 +258,12 @@ def check(data: xarray.Dataset) -> list[Claim]:
     number = number * (data.attrs["remedy_noise"] ** 2 - 1)
     inside, outside = norms.max("start").values[number < 0.9], norms.min("start").values[number > 1]
     gap = data.gradient_gap.values
-    rate = float(np.log(gap[-2] / gap[-1])
-                 / np.log(data.order_precision.values[-2] / data.order_precision.values[-1]))
+    rate = float(
+        np.log(gap[-2] / gap[-1])
+        / np.log(data.order_precision.values[-2] / data.order_precision.values[-1])
+    )
     best = ", ".join(
-        f"λ = {p:g}: {float(d.min()):.1e} at ω = {float(data.decay[int(d.argmin())]):.2g}"
+        f"λ = {p:g}: {float(d.min()):.1e} at ω = {float(data.decay[int(d.values.argmin())]):.2g}"
         for p, d in zip(data.remedy_precision.values, decay.max("start"), strict=True)
     )
     strongest = decay.max("start").min("decay").values
@@ -258,7 +271,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
         Claim(
             "learning at the saddle has no end: ‖W₂‖ grows like t^¼ while ℒ stays at 5.0",
             f"exponent {slope:.4f}, relative difference from the reduced ODE {apart:.0e}, "
-            f"ℒ changes by {float(np.ptp(data.growing_loss)):.0e}, F* falls from "
+            f"ℒ changes by {float(np.ptp(data.growing_loss.values)):.0e}, F* falls from "
             f"{float(data.learning_energy[0]):.3f} to {float(data.learning_energy[-1]):.4f}",
             "¼ ± .01", bool(abs(slope - 0.25) < 0.01 and apart < 1e-4),
         ),
@@ -312,9 +325,7 @@ def plot(data: xarray.Dataset) -> Figure:
         figure.colorbar(mesh, ax=plane, label="at the saddle (% of starts)")
         plane.set_xticks(columns[:-1] + 0.5, [f"{c:g}" for c in data.noise.values])
         every = slice(None, None, 2 if data.sizes["precision"] > 4 else 1)
-        plane.set_yticks(
-            (rows[:-1] + 0.5)[every], [f"{p:g}" for p in data.precision.values[every]]
-        )
+        plane.set_yticks((rows[:-1] + 0.5)[every], [f"{p:g}" for p in data.precision.values[every]])
         plane.set(xlabel="noise $c$", ylabel="output precision $λ$", title="where learning ends")
         order_.loglog(data.order_precision, data.gradient_gap, "o-")
         order_.set(xlabel="output precision $λ$", ylabel="relative gap",

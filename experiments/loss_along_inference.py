@@ -17,10 +17,12 @@ import numpy as np
 import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.optimize import minimize
 
 import pcdyn
 from experiments.base import Claim
+from experiments.convergence_theorem import inference_page
 from pcdyn import plotting
 from pcdyn.output_error import (
     LARGEST_RISE,
@@ -31,6 +33,7 @@ from pcdyn.output_error import (
 from pcdyn.theory.convergence import rising_loss_problem
 
 PANELS = "extra: output loss along inference"
+page = inference_page
 # Above the round-off of the closed form and the tolerance of the ODE solver.
 RISES = 1e-6
 SEARCHED = {
@@ -314,7 +317,7 @@ def plot(data: xarray.Dataset) -> Figure:
             worst.plot(np.full(len(values), i), values, "o", alpha=0.5)
         worst.axhline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
         worst.set_xticks(range(data.sizes["searched"]), data.searched.values)
-        worst.set(ylabel=r"largest rise (% of $\mathcal{L}$ at the start)", ylim=(0, None),
+        worst.set(xlim=(-0.5, data.sizes["searched"] - 0.5), ylabel=r"largest rise (% of $\mathcal{L}$ at the start)", ylim=(0, None),
                   title=r"worst case found; limit $(\sqrt{5}-2)/4$")  # fmt: skip
         for value in data.depth.values:
             shares = share(data.depth_rise.sel(depth=value))
@@ -324,11 +327,18 @@ def plot(data: xarray.Dataset) -> Figure:
         tanh = (data.tanh_rise.sel(output=data.attrs["width_of_all"]) > RISES).mean("tanh_network")
         depth.plot(data.tanh_gain, 100 * tanh, "ks--", ms=4, lw=1,
                    label=f"tanh, L = {data.attrs['depth_of_widths']}")  # fmt: skip
+        depth.set_xticks(data.gain.values, [f"{g:g}" for g in data.gain.values])
+        depth.xaxis.set_minor_formatter(NullFormatter())
         depth.set(xlabel="gain of the weights (std × √width)", ylabel="draws that rise (%)",
                   title="by depth (dotted: mean of θ/π)")  # fmt: skip
         for value in data.width.values:
             shares = share(data.width_rise.sel(width=value))
-            width.semilogx(data.ratio, 100 * shares, "o-", label="scalar output" if value == 1 else f"{value} outputs")
+            width.semilogx(
+                data.ratio,
+                100 * shares,
+                "o-",
+                label="scalar output" if value == 1 else f"{value} outputs",
+            )
         width.set(xlabel="precision ratio", ylabel="draws that rise (%)",
                   title=f"by output width, L = {data.attrs['depth_of_widths']}")  # fmt: skip
         for value in data.depth.values[data.depth.values > 2]:

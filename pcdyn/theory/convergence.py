@@ -260,9 +260,7 @@ def saddle() -> tuple[Evidence, ...]:
     rows = []
     for precision, expected_to_hold in ((1.0, False), (1e-3, True)):
         problem = noisy_problem(weights, noise=3.0, precision=precision)
-        first, second = (
-            w[-1] for w in _learned(problem, np.asarray([1e3, 1e4, 1e5]) / precision)
-        )
+        first, second = (w[-1] for w in _learned(problem, np.asarray([1e3, 1e4, 1e5]) / precision))
         # Mean squares over the samples, with x and ξ of mean square 1 and uncorrelated.
         product = (second @ first)[:, 0]
         loss = 0.5 * ((1 - product[0]) ** 2 + product[1] ** 2 + 9)
