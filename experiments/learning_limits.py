@@ -30,7 +30,7 @@ PANELS = "extra: limits of learning"
 page = learning_page
 SAMPLES = 4  # of `noisy_problem`
 START = 0.5  # of ‖W_2‖ where it grows from the saddle
-REST = 1e-9  # of dW/dt where a flow has ended
+REST = 1e-8  # of dW/dt where a flow has ended
 REMEDIES = ("weight decay", "fixed norm")
 
 
@@ -149,7 +149,7 @@ def _flows(t1: Any, starts: Any, precision: Any, noise: Any, decay: Any, fixed: 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(slope), diffrax.Kvaerno5(), 0.0, t1, None, start, args,
             stepsize_controller=diffrax.PIDController(rtol=1e-7, atol=1e-10),
-            saveat=diffrax.SaveAt(t1=True), max_steps=4096, throw=False,
+            saveat=diffrax.SaveAt(t1=True), max_steps=2**14, throw=False,
             # Where nothing moves any more the implicit solver would iterate on round-off.
             event=diffrax.Event(lambda t, y, args, **_: jnp.linalg.norm(slope(t, y, args)) < REST),
         )  # fmt: skip

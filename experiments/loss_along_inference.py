@@ -317,7 +317,8 @@ def plot(data: xarray.Dataset) -> Figure:
             worst.plot(np.full(len(values), i), values, "o", alpha=0.5)
         worst.axhline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
         worst.set_xticks(range(data.sizes["searched"]), data.searched.values)
-        worst.set(xlim=(-0.5, data.sizes["searched"] - 0.5), ylabel=r"largest rise (% of $\mathcal{L}$ at the start)", ylim=(0, None),
+        worst.set(xlim=(-0.5, data.sizes["searched"] - 0.5), ylim=(0, None),
+                  ylabel=r"largest rise (% of $\mathcal{L}$ at the start)",
                   title=r"worst case found; limit $(\sqrt{5}-2)/4$")  # fmt: skip
         for value in data.depth.values:
             shares = share(data.depth_rise.sel(depth=value))
@@ -349,7 +350,7 @@ def plot(data: xarray.Dataset) -> Figure:
                           label=f"L = {value}")  # fmt: skip
         amount.axvline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
         amount.set(xlabel=r"rise (% of $\mathcal{L}$ at the start)",
-                   ylabel="draws that rise by more (%)", title="by how much, all gains")  # fmt: skip
+                   ylabel="draws that rise by more (%)", title="by how much")  # fmt: skip
         for axis in (depth, width, amount):
             axis.legend()
     return figure
