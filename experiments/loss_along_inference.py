@@ -198,7 +198,7 @@ def tanh_rises(config: Config, key: Any, gain: float) -> np.ndarray:
 
 
 def search(name: str, config: Config) -> np.ndarray:
-    """The largest final rise over all targets, maximised over weights (and Π_1) from many starts."""
+    """The largest final rise over all targets, maximised over weights (and Π_1)."""
     widths, rng = SEARCHED[name], np.random.default_rng(config.seed)
     full = "Π" in name
 
@@ -287,7 +287,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
             "ℒ never rises in tanh networks",
             f"rises in {float(tanh_share.min()):.1%} to {float(tanh_share.max()):.1%} of draws by "
             f"gain, at worst by {float(tanh.max()):.2%}; with a scalar output in "
-            f"{float((tanh_scalar > RISES).mean()):.1%}, at worst by {float(tanh_scalar.max()):.1e}",
+            f"{float((tanh_scalar > RISES).mean()):.1%}, at worst {float(tanh_scalar.max()):.1e}",
             "0 draws", bool((tanh <= RISES).all()), expected_to_hold=False,
         ),
     ]  # fmt: skip
