@@ -153,7 +153,8 @@ def _flows(t1: Any, starts: Any, precision: Any, noise: Any, decay: Any, fixed: 
             # Where nothing moves any more the implicit solver would iterate on round-off.
             event=diffrax.Event(lambda t, y, args, **_: jnp.linalg.norm(slope(t, y, args)) < REST),
         )  # fmt: skip
-        return solution.ys[0], ~diffrax.is_okay(solution.result)
+        ended: Any = solution.ys
+        return ended[0], ~diffrax.is_okay(solution.result)
 
     return jax.vmap(one)(starts, precision, noise, decay, fixed)
 

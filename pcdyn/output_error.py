@@ -134,4 +134,5 @@ def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array
     """
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
     field = problem.vector_field(state, None)
-    return -sum(jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True))
+    parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]
+    return -jnp.sum(jnp.stack(parts), axis=0)

@@ -76,7 +76,8 @@ def growing_weight(time: Any, start: float, *, noise: float, precision: float) -
     def at(t: float) -> float:
         target = clock(start) + (precision * noise) ** 2 * t
         end = start + (4 * noise**2 * t + 4 * abs(target) / precision**2) ** 0.25 + 1
-        return float(brentq(lambda b: clock(b) - target, start, end, xtol=1e-14 * end, rtol=1e-14))
+        root: Any = brentq(lambda b: clock(b) - target, start, end, xtol=1e-14 * end)
+        return float(root)
 
     return np.array([at(float(t)) if t > 0 else start for t in np.atleast_1d(time)])
 
