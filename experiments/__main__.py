@@ -33,6 +33,8 @@ EXTRA = (
     "inference_speed",
     "joint_flow",
     "critical_points",
+    "loss_along_inference",
+    "learning_limits",
     "learning_rules",
     "integrators",
     "integrator_choices",

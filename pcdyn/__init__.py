@@ -8,7 +8,16 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 `jax.config.update("jax_enable_x64", True)` before building networks.
 """
 
-from pcdyn import activations, datasets, errors, linear, references, solvers, storage
+from pcdyn import (
+    activations,
+    datasets,
+    errors,
+    linear,
+    output_error,
+    references,
+    solvers,
+    storage,
+)
 from pcdyn.activations import Activation
 from pcdyn.compare import compare
 from pcdyn.comparison import Comparison, Recommendation
@@ -77,6 +86,7 @@ __all__ = [
     "load_problem",
     "mlp",
     "multiple_equilibria",
+    "output_error",
     "references",
     "save_problem",
     "simulate",

@@ -186,7 +186,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     closed form exists for more than one free layer; stacked, the layers are one linear ODE with
     constant coefficients. Raises `NotLinearError`.
     """
-    rates, modes, scale = _modes(problem)
+    rates, modes, scale = linear_modes(problem)
     flat = _is_flat(rates)
     start = jnp.concatenate(initial, axis=-1)
     drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
@@ -233,7 +233,7 @@ def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
     They are the eigenvalues of H (of τ⁻¹H with time constants). Explicit Euler is stable for
     steps below 2 / the largest. Raises `NotLinearError`.
     """
-    return _modes(problem)[0]
+    return linear_modes(problem)[0]
 
 
 def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
@@ -248,7 +248,11 @@ def _is_flat(rates: Float[Array, " N"]) -> Array:
     return rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
 
 
-def _modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
+def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
+    """Eigenvalues (ascending) and vectors of `τ^{-½} H τ^{-½}`, and the scale τ^{-½} of each unit.
+
+    A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
+    """
     matrix = hessian(problem).dense()
     widths = [problem.network.widths[index] for index in problem.free_layers]
     scale = jnp.ones(matrix.shape[0], matrix.dtype)

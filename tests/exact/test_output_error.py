@@ -1,0 +1,136 @@
+"""The output error in closed form against matrix exponentials, sampling and the reduced problem."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+from scipy.optimize import minimize
+
+from experiments.learning_limits import SAMPLES, reduced_energy
+from pcdyn.errors import InputError, NotLinearError
+from pcdyn.learning import AdiabaticFlow
+from pcdyn.output_error import (
+    LARGEST_RISE,
+    energy_gradient_margin,
+    feedforward_output_error,
+    output_error_flow,
+)
+from pcdyn.solvers import ClosedForm
+from pcdyn.theory import convergence
+from tests.networks import EPS, Case, assert_close, build_case
+
+
+def exact_error(case: Case, t: float) -> np.ndarray:
+    """ε_L(t) from the feedforward pass by a dense matrix exponential."""
+    matrix, drive, taus = case.linear_flow()
+    layers = [case.activities[0]]
+    for weight, bias in zip(case.weights, case.biases, strict=True):
+        layers.append(layers[-1] @ weight.T + (0 if bias is None else bias))
+    rates = matrix / taus[:, None]
+    rest = np.linalg.solve(matrix, drive)
+    start = np.concatenate(layers[1:-1])
+    state = rest + scipy.linalg.expm(-rates * t) @ (start - rest)
+    last = case.biases[-1]
+    prediction = case.weights[-1] @ state[-case.widths[-2] :] + (0 if last is None else last)
+    return case.activities[-1] - prediction
+
+
+@pytest.mark.parametrize("precision", ["unit", "full"])
+def test_the_output_error_is_that_of_a_matrix_exponential(precision: str) -> None:
+    """With full precisions, biases and time constants; its rate by differences and by the bound."""
+    case = build_case(
+        seed=3, widths=(3, 2, 3, 2), precision=precision, bias=True, slow=precision == "full"
+    )
+    flow, error = output_error_flow(case.problem), feedforward_output_error(case.problem)
+    for t in (0.0, 0.7, 30.0):
+        assert_close(flow(t) @ error, exact_error(case, t), 1e4 * EPS)
+    assert_close(flow(math.inf) @ error, exact_error(case, 1e6), 1e4 * EPS)
+    step = 1e-4
+    slope = (flow.loss(error, 0.7 + step) - flow.loss(error, 0.7 - step)) / (2 * step)
+    # The error of central differences is of the order of the square of the step.
+    assert float(flow.loss_rate(error, 0.7)) == pytest.approx(float(slope), rel=1e-6)
+    start = case.problem.feedforward_state()
+    margin = energy_gradient_margin(case.problem, start)
+    assert float(margin) == pytest.approx(-float(flow.loss_rate(error, 0.0)), rel=1e-10)
+
+
+def test_the_share_of_rising_targets_is_that_of_sampling() -> None:
+    """Signs of dℒ/dt late in inference, for isotropic errors, against the angle θ/π."""
+    # One hidden layer is no exception with a full precision; the angle is large in this network.
+    weights = (np.eye(2), np.array([[1.0, 0.5], [0.0, 2.0]]))
+    case = build_case(seed=1, widths=(2, 2, 2)).replace(
+        weights=weights, precisions=(np.diag([0.05, 1.0]), 1.0)
+    )
+    flow = output_error_flow(case.problem)
+    late = 40 / float(flow.rates[1] - flow.rates[0])
+    errors = np.random.default_rng(0).normal(size=(20000, 2))
+    now, speed = np.asarray(flow.whitened(late)), np.asarray(flow.speed(late))
+    rises = -np.sum((errors @ now) * (errors @ speed), axis=-1) > 0
+    share = float(flow.rising_share())
+    assert share > 0.01
+    # Four standard deviations of a binomial share.
+    assert rises.mean() == pytest.approx(share, abs=4 * (share / 20000) ** 0.5)
+
+
+def test_the_largest_rise_is_that_of_two_matrices() -> None:
+    """The largest eigenvalue of B² − A² where A has eigenvalues 1 and d, B = ββᵀ, βᵀA⁻¹β = 1."""
+
+    def cost(x: Any) -> float:
+        d, angle = 1 / (1 + math.exp(-x[0])), x[1]
+        beta = np.array([math.cos(angle), d**0.5 * math.sin(angle)])
+        b = np.outer(beta, beta)
+        return -float(np.linalg.eigvalsh(b @ b - np.diag([1, d]) @ np.diag([1, d]))[-1])
+
+    best = minimize(
+        cost, [-0.5, 0.5], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14}
+    )
+    # At a maximum the value errs by the square of the position.
+    assert -best.fun == pytest.approx(LARGEST_RISE, abs=1e-10)
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    """A free end and a network that is not linear."""
+    with pytest.raises(InputError, match="both ends are clamped"):
+        output_error_flow(build_case(seed=0, widths=(2, 3, 2), clamp="input").problem)
+    with pytest.raises(NotLinearError):
+        output_error_flow(build_case(seed=0, widths=(2, 3, 2), activations=("tanh",)).problem)
+    with pytest.raises(InputError, match="input is free"):
+        feedforward_output_error(build_case(seed=0, widths=(2, 3, 2), clamp="output").problem)
+
+
+def test_the_reduced_energy_is_that_of_the_network() -> None:
+    """Its gradient against that of F* with inference at equilibrium."""
+    weights, noise, precision = jnp.asarray([0.7, -0.4, 1.3]), 2.0, 0.3
+    problem = convergence.noisy_problem(
+        [weights[:1, None], weights[1:, None]], noise=noise, precision=precision
+    )
+    flow = AdiabaticFlow(problem, ClosedForm())
+    moves = jnp.concatenate(flow.vector_field(flow.initial_state())) / (SAMPLES * precision)
+    assert_close(moves, -jax.grad(reduced_energy)(weights, noise, precision), 1e3 * EPS)
+
+
+def test_the_growing_weight_solves_its_equation() -> None:
+    """Against SciPy's DOP853 on db/dt = λ²c²b/(1 + λb²)²."""
+    times = np.asarray([0.0, 3.0, 50.0])
+    solved = scipy.integrate.solve_ivp(
+        lambda t, b: 0.4**2 * 9 * b / (1 + 0.4 * b**2) ** 2, (0, 50), [0.5], t_eval=times,
+        method="DOP853", rtol=1e-11, atol=1e-12,
+    )  # fmt: skip
+    found = convergence.growing_weight(times, 0.5, noise=3.0, precision=0.4)
+    np.testing.assert_allclose(found, solved.y[0], rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "measure", ["counterexample", "gradient_bound", "monotone_cases", "growing_weights", "saddle"]
+)
+def test_the_evidence_is_as_known(measure: str) -> None:
+    """Every statement has its expected verdict."""
+    options = {"networks": 10} if measure == "monotone_cases" else {}
+    assert all(row.as_known for row in getattr(convergence, measure)(**options))
