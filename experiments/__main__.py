@@ -36,6 +36,9 @@ EXTRA = (
     "learning_rules",
     "integrators",
     "integrator_choices",
+    "phase_portraits",
+    "relaxation_spectrum",
+    "energy_landscape",
 )
 
 

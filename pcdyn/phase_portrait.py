@@ -39,6 +39,7 @@ class PhasePortrait(eqx.Module):
     Arrays are NumPy arrays. Points have their two coordinates on the last axis, in the order of
     the state; time is in units of the activity time constant.
 
+    - `problem`: what was drawn; `None` where the arrays alone were kept.
     - `coordinates`: layer and unit of the first and of the second coordinate.
     - `x`, `y`: the grid's coordinates, shape `(resolution,)`. On the grid, second coordinate
       first: `free_energy` F, shape `(y, x)`; `velocity` dx/dt, shape `(y, x, 2)`, which has a
@@ -57,7 +58,7 @@ class PhasePortrait(eqx.Module):
       each arrives at, or −1.
     """
 
-    problem: InferenceProblem
+    problem: InferenceProblem | None
     coordinates: tuple[tuple[int, int], ...] = eqx.field(static=True)
     x: Any
     y: Any
