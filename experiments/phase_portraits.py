@@ -40,10 +40,11 @@ class Config:
     """Weights N(0, std²) where random; `seeds`, how many to look through at most."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    resolution: int = 81
+    resolution: int = 61
     ratios: tuple[float, float] = (0.2, 5.0)
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     std: float = 3.0
+    free_extent: tuple[float, float, float, float] = (-2.5, 2.5, -1.5, 1.5)
     seeds: int = 60
 
 
@@ -56,7 +57,9 @@ def run(config: Config) -> xarray.Dataset:
     parts = []
     for case in config.cases:
         seed, problem = problem_of(case, config)
-        portrait = pcdyn.phase_portrait(problem, resolution=config.resolution)
+        # With the input free F is flat far out, where nothing would arrive.
+        extent = config.free_extent if case == "free" else None
+        portrait = pcdyn.phase_portrait(problem, resolution=config.resolution, extent=extent)
         parts.append(as_data(case, seed, portrait))
     ratios = {"low": config.ratios[0], "high": config.ratios[1]}
     titles = {f"title_{case}": text.format(**ratios) for case, text in CASES.items()}

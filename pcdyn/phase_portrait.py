@@ -134,7 +134,8 @@ def phase_portrait(
     - `tolerance` of the gradient at an equilibrium, absolute.
 
     Minima, and equilibria at kinks, are where `pcdyn.multiple_equilibria` leads to from a coarse
-    grid; saddles and maxima are found from the same grid by Newton's method for ∂F/∂x = 0. An
+    grid; saddles and maxima are those that Newton's method for ∂F/∂x = 0 finds within
+    the extent. An
     equilibrium with a basin narrower than that grid can be missed: see `index_sum`. Ridges at
     kinks, where no gradient vanishes, are not searched for.
 

@@ -70,7 +70,7 @@ def _linearised(problem: InferenceProblem, points: Any) -> tuple[Any, Any, Any, 
         if problem.time_constants is not None:
             roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
             modes = modes / jnp.stack(roots)[:, None]
-        modes = (modes / jnp.linalg.norm(modes, axis=0)).T
+        modes = (modes / jnp.linalg.norm(modes, axis=0, keepdims=True)).T
         residual = jnp.max(layer_norms(problem.gradient(state)))
         return problem.free_energy(state), residual, rates, modes
 
@@ -105,7 +105,9 @@ def planar_equilibria(
     fine = grid(problem, box, 21).reshape(-1, 2)
     roots = np.asarray(_roots(problem, jnp.asarray(fine), _LONGEST_STEP * diagonal(box)))
     slopes = np.asarray(_linearised(problem, jnp.asarray(roots))[1])
-    for root in roots[slopes <= tolerance]:
+    # Outside, on plateaus on which the gradient only fades, there is nothing to find.
+    inside = np.all((roots >= fine.min(axis=0)) & (roots <= fine.max(axis=0)), axis=-1)
+    for root in roots[inside & (slopes <= tolerance)]:
         if np.all(np.linalg.norm(points - root, axis=-1) > _SAME * diagonal(box)):
             points = np.concatenate([points, root[None]])
     at_kink = np.array([*at_kink, *[False] * (len(points) - len(at_kink))], bool)
