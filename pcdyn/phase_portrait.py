@@ -145,6 +145,8 @@ def phase_portrait(
     _check_problem(problem)
     if resolution < 2:
         raise InputError(f"resolution must be at least 2 points on each axis, got {resolution}")
+    if starts is not None and np.shape(starts)[1:] != (2,):
+        raise ShapeError(f"starts need the shape (starts, 2), got {np.shape(starts)}")
     box = _checked_extent((-4.0, 4.0, -4.0, 4.0) if extent is None else extent)
     if integrator is None:
         # Along a kink the flow crosses to and fro within the tolerance: the less, the more steps.
@@ -156,8 +158,6 @@ def phase_portrait(
     points = grid(problem, box, resolution)
     energy, velocity = local_flow(problem, points.reshape(-1, 2))
     border = _border(box) if starts is None else np.asarray(starts, float)
-    if border.ndim != 2 or border.shape[1] != 2:
-        raise ShapeError(f"starts need the shape (starts, 2), got {border.shape}")
     t1 = _default_t1(problem, found) if t1 is None else float(t1)
     times, paths = _follow(problem, np.concatenate([points.reshape(-1, 2), border]), t1, integrator)
     arrived = _nearest(found, paths[-1], _ARRIVED * diagonal(box))

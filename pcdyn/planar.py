@@ -15,7 +15,7 @@ from pcdyn.problem import InferenceProblem, State
 from pcdyn.spectrum import decay_matrix
 from pcdyn.states import layer_norms
 
-KINDS = ("minimum", "saddle", "maximum", "at a kink", "degenerate")
+KINDS: tuple[str, ...] = ("minimum", "saddle", "maximum", "at a kink", "degenerate")
 # Lowest and highest first coordinate, lowest and highest second one.
 Box = tuple[float, float, float, float]
 
@@ -140,7 +140,7 @@ def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
     return jax.lax.fori_loop(0, _NEWTON_STEPS, lambda _, x: jax.vmap(one)(x), starts)
 
 
-def _kind(rates: np.ndarray, at_kink: bool) -> str:
+def _kind(rates: np.ndarray, at_kink: Any) -> str:
     if at_kink:
         return "at a kink"
     if np.min(np.abs(rates)) <= 1e-7 * np.max(np.abs(rates)):
@@ -183,10 +183,12 @@ def _against_the_flow(
     def rests(_: float, point: np.ndarray) -> float:
         return float(np.linalg.norm(velocity(point)) - slowest)
 
-    leaves.terminal = rests.terminal = True
+    events: list[Any] = [leaves, rests]
+    for event in events:
+        event.terminal = True
     length = 3 * diagonal(box)
     run = solve_ivp(
-        unit, (0, length), saddle + offset, events=(leaves, rests), rtol=1e-6,
+        unit, (0, length), saddle + offset, events=events, rtol=1e-6,
         atol=1e-6 * length, max_step=length / 300,
     )  # fmt: skip
     return np.concatenate([saddle[None], run.y.T])
