@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from pcdyn.checks import Numbers
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.integrators import Diffrax, Integrator
 from pcdyn.kinks import has_kinks
@@ -111,7 +111,7 @@ class PhasePortrait(eqx.Module):
 def phase_portrait(
     problem: InferenceProblem,
     *,
-    extent: Sequence[float] | None = None,
+    extent: Numbers | None = None,
     resolution: int = 61,
     starts: Any = None,
     t1: float | None = None,
@@ -203,7 +203,7 @@ def _check_problem(problem: Any) -> None:
         )
 
 
-def _checked_extent(extent: Sequence[float]) -> Box:
+def _checked_extent(extent: Numbers) -> Box:
     box = np.asarray(extent, dtype=float)
     if box.shape != (4,) or not np.isfinite(box).all() or box[0] >= box[1] or box[2] >= box[3]:
         raise InputError(
