@@ -94,17 +94,17 @@ def test_two_chains_with_three_stationary_points_each_make_nine() -> None:
     assert portrait.stable.sum() == 4
 
 
-def test_a_kink_is_found_and_arrived_at() -> None:
-    """F = ½(x + 1.2)² + … rests at −1.2 below the kink; ½(x − 1.2)² + 2(6x₊ + 1.5)² at it."""
+def test_kinks_are_found_and_arrived_at() -> None:
+    """The second chain rests at its kink: x − 1.2 < 0 below 0, 145x + 34.8 > 0 above.
+
+    The first has a ridge at 0 between its minima, −1.2 and the root 0.24 of 145x − 34.8.
+    """
     portrait = phase_portrait(decoupled("relu"), extent=(-2, 0.6, -0.6, 1.5), resolution=5)
-    assert portrait.kinds[0] == "at a kink"
-    index = portrait.kinds.index("at a kink")
-    np.testing.assert_allclose(portrait.equilibria[index], [-1.2, 0.0], atol=1e-8)
-    assert np.isnan(portrait.rates[index]).all()
-    assert portrait.stable[index]
-    starts = portrait.trajectories[:, 0]
-    # The other chain has a valley of its own on the far side of its kink.
-    assert (portrait.ends[starts[:, 0] < 0] == index).all()
+    assert portrait.kinds == ("at a kink", "at a kink")
+    np.testing.assert_allclose(portrait.equilibria, [[0.24, 0.0], [-1.2, 0.0]], atol=1e-8)
+    assert np.isnan(portrait.rates).all()
+    assert portrait.stable.all()
+    assert (portrait.ends == np.where(portrait.trajectories[:, 0, 0] > 0, 0, 1)).all()
 
 
 def test_any_energy_will_do() -> None:
