@@ -39,6 +39,9 @@ EXTRA = (
     "integrators",
     "integrator_choices",
     "theorems",
+    "phase_portraits",
+    "relaxation_spectrum",
+    "energy_landscape",
 )
 
 

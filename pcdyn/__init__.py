@@ -36,6 +36,7 @@ from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
 from pcdyn.landscape import Equilibria, multiple_equilibria
 from pcdyn.linear import linear_equilibrium
 from pcdyn.network import Dense, Network, mlp
+from pcdyn.phase_portrait import PhasePortrait, phase_portrait
 from pcdyn.problem import InferenceProblem
 from pcdyn.problem_files import load_problem, save_problem
 from pcdyn.references import backpropagation, feedforward, target_propagation
@@ -64,6 +65,7 @@ __all__ = [
     "Network",
     "NotConvergedError",
     "PcdynError",
+    "PhasePortrait",
     "Recommendation",
     "SciPy",
     "SimulationError",
@@ -87,6 +89,7 @@ __all__ = [
     "mlp",
     "multiple_equilibria",
     "output_error",
+    "phase_portrait",
     "references",
     "save_problem",
     "simulate",

@@ -7,12 +7,9 @@ function that is given no axes makes its own in that style.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import matplotlib.style
+import matplotlib
 import numpy as np
 from jaxtyping import ArrayLike
 from matplotlib.artist import Artist
@@ -23,20 +20,30 @@ from matplotlib.ticker import MaxNLocator
 from pcdyn.comparison import UNITS, Comparison
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ShapeError
+from pcdyn.plotting_portrait import phase_portrait
+from pcdyn.plotting_style import STYLE_SHEET, new_axes, style
 from pcdyn.trajectory import Trajectory
 
-STYLE_SHEET = Path(__file__).parent / "data" / "pcdyn.mplstyle"
+__all__ = [
+    "STYLE_SHEET",
+    "TIME_LABEL",
+    "activities",
+    "decay_rates",
+    "distance",
+    "energies",
+    "equilibrium",
+    "mean_band",
+    "phase_portrait",
+    "style",
+    "work_precision",
+]
+
 TIME_LABEL = "time (activity time constants)"
 
 # More entries than there are colours would only cover the figure.
 _LARGEST_LEGEND = 8
 _MARKERS = ("o", "s", "^", "D")
 _DASHES = ("-", "--", "-.", ":")
-
-
-def style() -> AbstractContextManager[None]:
-    """A context in which Matplotlib draws in the style of pcdyn, colour-blind safe."""
-    return matplotlib.style.context(STYLE_SHEET)
 
 
 def activities(
@@ -293,10 +300,7 @@ def mean_band(
 
 
 def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    with style():
-        return plt.subplots()[1]
+    return new_axes() if ax is None else ax
 
 
 def _checked(trajectory: Trajectory, sample: int) -> np.ndarray:
