@@ -36,6 +36,7 @@ EXTRA = (
     "learning_rules",
     "integrators",
     "integrator_choices",
+    "generalised_energies",
 )
 
 
