@@ -8,8 +8,18 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 `jax.config.update("jax_enable_x64", True)` before building networks.
 """
 
-from pcdyn import activations, datasets, errors, linear, references, solvers, storage
+from pcdyn import (
+    activations,
+    datasets,
+    errors,
+    generalised_energy,
+    linear,
+    references,
+    solvers,
+    storage,
+)
 from pcdyn.activations import Activation
+from pcdyn.adjoint import adjoint_condition
 from pcdyn.compare import compare
 from pcdyn.comparison import Comparison, Recommendation
 from pcdyn.convergence import ConvergenceOrder, convergence_order
@@ -22,6 +32,15 @@ from pcdyn.errors import (
     SimulationError,
     Status,
     StepSizeWarning,
+)
+from pcdyn.generalised_energy import (
+    CustomEnergy,
+    Divisive,
+    LogCosh,
+    PseudoHuber,
+    Split,
+    Student,
+    named_energy,
 )
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
 from pcdyn.landscape import Equilibria, multiple_equilibria
@@ -42,8 +61,10 @@ __all__ = [
     "Comparison",
     "ConvergenceOrder",
     "CrossEntropy",
+    "CustomEnergy",
     "Dense",
     "Diffrax",
+    "Divisive",
     "Energy",
     "Equilibria",
     "Equilibrium",
@@ -52,18 +73,23 @@ __all__ = [
     "Exact",
     "Gaussian",
     "InferenceProblem",
+    "LogCosh",
     "Network",
     "NotConvergedError",
     "PcdynError",
+    "PseudoHuber",
     "Recommendation",
     "SciPy",
     "SimulationError",
+    "Split",
     "Stability",
     "Status",
     "StepSizeWarning",
+    "Student",
     "Trajectory",
     "UntilEquilibrium",
     "activations",
+    "adjoint_condition",
     "backpropagation",
     "compare",
     "convergence_order",
@@ -71,12 +97,14 @@ __all__ = [
     "equilibrium",
     "errors",
     "feedforward",
+    "generalised_energy",
     "linear",
     "linear_equilibrium",
     "load",
     "load_problem",
     "mlp",
     "multiple_equilibria",
+    "named_energy",
     "references",
     "save_problem",
     "simulate",

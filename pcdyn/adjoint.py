@@ -1,9 +1,9 @@
 """The adjoint condition: which interactions of layers give backpropagation's recursion (Eq 51).
 
 For energies h(g(x_l, x_{l−1})) equilibria satisfy `B_lᵀ h'(g_l) + A_{l+1}ᵀ h'(g_{l+1}) = 0` with
-B_l = ∂g(x_l, x_{l−1})/∂x_l and A_{l+1} = ∂g(x_{l+1}, x_l)/∂x_l. That is the recursion
-`h'(g_l) = J_{l+1}ᵀ h'(g_{l+1})` of backpropagation, for every h, exactly if `A_{l+1} = −J_{l+1} B_l`
-with J_{l+1} = ∂μ_{l+1}/∂x_l. (The paper divides A by B, which is this with B on the right.)
+B_l = ∂g(x_l, x_{l−1})/∂x_l and A_{l+1} = ∂g(x_{l+1}, x_l)/∂x_l. That is backpropagation's recursion
+`h'(g_l) = J_{l+1}ᵀ h'(g_{l+1})`, for every h, if and only if `A_{l+1} = −J_{l+1} B_l`, where
+J_{l+1} = ∂μ_{l+1}/∂x_l. (The paper divides A by B, which is this with B on the right.)
 """
 
 from __future__ import annotations

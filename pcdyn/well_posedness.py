@@ -33,7 +33,7 @@ class WellPosedness:
     - `lipschitz`: whether difference quotients of h' stay bounded as the spacing shrinks from 1e-2
       to 1e-8.
     - `convex`: whether h' never falls.
-    - `where`: the error at which the first of these conditions that fails does so, otherwise `None`.
+    - `where`: an error at which one of the first three fails, otherwise `None`.
     - `largest_slope`: the largest |h'|, which bounds the influence of an error if h' is bounded.
     """
 

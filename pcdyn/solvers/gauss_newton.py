@@ -55,9 +55,8 @@ class GaussNewton(Solver):
     def check(self, problem: InferenceProblem) -> None:
         if not has_curvature(problem):
             raise InputError(
-                f"{self.name} needs pcdyn.Gaussian energies or sums over units such as "
-                f"pcdyn.LogCosh, not {type(problem.energy).__name__}; use "
-                "pcdyn.solvers.PseudoTransient()"
+                f"{self.name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}, "
+                "or sums over units such as pcdyn.LogCosh; use pcdyn.solvers.PseudoTransient()"
             )
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:

@@ -63,9 +63,9 @@ class TruncatedGaussNewton(eqx.Module):
     in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
     solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
     step. With energies that are not Gaussian F can have less curvature than the model there, so
-    that accuracy is that of the model's next step. Where activations have kinks gradients need not vanish, and only the energy decides. What
-    remains of a sample's error depends on the others of its batch, by the median and by what the
-    preconditioner has of them.
+    that accuracy is that of the model's next step. Where activations have kinks gradients need not
+    vanish, and only the energy decides. What remains of a sample's error depends on the others of
+    its batch, by the median and by what the preconditioner has of them.
     """
 
     tolerance: Any = 0.02
@@ -205,8 +205,9 @@ def _look(chain: Chain, errors: Stacked) -> _Point:
 def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) -> Stacked:
     """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
-    With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are `Π⁻¹ Jᵀ (G + H y)`, where
-    `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which is BP.
+    With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are
+    `Π⁻¹ Jᵀ (G + H y)`, where `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which
+    is BP.
     """
     output_error, push, pull = _linearised(chain, errors)
     curve = chain.output_curvature(output_error)
