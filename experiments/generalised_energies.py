@@ -122,9 +122,10 @@ def _chains(config: Config) -> dict[str, Any]:
     landscape = np.asarray(one.free_energy((jnp.asarray(fine)[:, None],)))
     mesh = np.meshgrid(fine[::4], fine[::4], indexing="ij")
     state = tuple(jnp.asarray(side.ravel())[:, None] for side in mesh)
-    many = two.with_data(
-        *(jnp.broadcast_to(x, (len(state[0]), 1)) for x in (two.input, two.output))
-    )
+    many = pcdyn.InferenceProblem(
+        two.network, input=np.zeros((len(state[0]), 1)), output=np.full((len(state[0]), 1), target),
+        energy=two.energy,
+    )  # fmt: skip
     fields = [
         np.asarray(part)[:, 0].reshape(mesh[0].shape) for part in many.vector_field(state, None)
     ]

@@ -68,6 +68,10 @@ class Separable(Energy):
         secant = jnp.where(nonzero, slope / jnp.where(nonzero, error, 1), second)
         return jnp.maximum(jnp.maximum(second, _LEAST_CURVATURE * secant), _FLOOR)
 
+    def precision_at(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        """The precision of each unit that stands for this energy at an error: Π_l `curvature`."""
+        return weigh(self.precision(index), self.curvature(error))
+
     def check(self, widths: tuple[int, ...], output: Array | None) -> None:
         self.weighting.check(widths, output)
 
@@ -220,12 +224,9 @@ def output_part(energy: Energy, depth: int) -> tuple[Energy, int]:
 
 
 def curvature(energy: Energy, index: int, error: Array) -> Array | None:
-    """A positive definite ∂²E_l/∂ε_l² as a precision: scalar, per unit, or a matrix; `None` is 1.
-
-    Exact for `Gaussian`. `error` is that of one sample, or of a batch for a `Separable` energy.
-    """
+    """A positive definite ∂²E_l/∂ε_l² at the error of one sample, as a precision; `None` is 1."""
     if isinstance(energy, Separable):
-        return weigh(energy.precision(index), energy.curvature(error))
+        return energy.precision_at(index, error)
     if isinstance(energy, Gaussian):
         return energy.precision(index)
     raise InputError(f"{type(energy).__name__} has no positive definite curvature")

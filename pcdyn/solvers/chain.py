@@ -149,16 +149,15 @@ class Chain(eqx.Module):
         """Products with ∂²E_L/∂r², or a positive stand-in; Π_L where that energy is Gaussian."""
         energy, index = output_part(self.energy, self._depth)
         if isinstance(energy, Separable):
-            return partial(jnp.multiply, curvature(energy, index, output_error))
+            return partial(jnp.multiply, energy.precision_at(index, output_error))
         return jax.linearize(self.output_gradient, output_error)[1]
 
     def output_covariance(self, output_error: Any) -> Callable[[Any], Any]:
         """Products with the inverse of `output_curvature`, for an energy that has one."""
         energy, index = output_part(self.energy, self._depth)
-        bend = curvature(energy, index, output_error)
         if isinstance(energy, Separable):
-            return partial(jnp.multiply, 1 / bend)
-        return partial(weigh, covariance(bend))
+            return partial(jnp.multiply, 1 / energy.precision_at(index, output_error))
+        return partial(weigh, covariance(curvature(energy, index, output_error)))
 
     @property
     def _depth(self) -> int:
