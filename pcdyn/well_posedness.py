@@ -55,6 +55,12 @@ def well_posedness(h: Callable[[Any], Any], dtype: Any = None) -> WellPosedness:
 
     Raises `IllPosedEnergyError` if h does not map an array to a real one of its shape.
     """
+    # An energy may be made inside a function that is being compiled.
+    with jax.ensure_compile_time_eval():
+        return _inspect(h, dtype)
+
+
+def _inspect(h: Callable[[Any], Any], dtype: Any) -> WellPosedness:
     grid = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
     errors = jnp.asarray(grid, dtype)
     values = h(errors)
