@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def student_minima(*, seed: int = 0, networks: int = 1) -> tuple[Evidence, ...]:
     # Curvature at the minima is 1.5, so that a residual moves them by less than itself.
     rows = [
         Evidence("A.8", f"log(1 + ε²): the {name} minimum of the chain 0 → x → 4", measured,
-                 "equal", 2 + sign * np.sqrt(3), _TOLERANCE, oracle, settings)
+                 "equal", 2 + sign * math.sqrt(3), _TOLERANCE, oracle, settings)
         for name, measured, sign in (("lower", low, -1), ("upper", high, 1))
     ]  # fmt: skip
     rows.append(
