@@ -67,7 +67,7 @@ class Config:
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "energies": ("Gaussian", "Student, s = 1"), "fractions": (0.0, 0.2), "samples": 20,
-    "starts": 9, "seeds": 2, "updates": 200, "euler_steps": 20,
+    "starts": 9, "seeds": 2, "updates": 600,
 }  # fmt: skip
 
 
