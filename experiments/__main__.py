@@ -42,6 +42,7 @@ EXTRA = (
     "phase_portraits",
     "relaxation_spectrum",
     "energy_landscape",
+    "generalised_energies",
 )
 
 

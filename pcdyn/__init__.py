@@ -12,6 +12,7 @@ from pcdyn import (
     activations,
     datasets,
     errors,
+    generalised_energy,
     linear,
     output_error,
     references,
@@ -19,6 +20,7 @@ from pcdyn import (
     storage,
 )
 from pcdyn.activations import Activation
+from pcdyn.adjoint import adjoint_condition
 from pcdyn.compare import compare
 from pcdyn.comparison import Comparison, Recommendation
 from pcdyn.convergence import ConvergenceOrder, convergence_order
@@ -31,6 +33,15 @@ from pcdyn.errors import (
     SimulationError,
     Status,
     StepSizeWarning,
+)
+from pcdyn.generalised_energy import (
+    CustomEnergy,
+    Divisive,
+    LogCosh,
+    PseudoHuber,
+    Split,
+    Student,
+    named_energy,
 )
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy, UntilEquilibrium
 from pcdyn.landscape import Equilibria, multiple_equilibria
@@ -52,8 +63,10 @@ __all__ = [
     "Comparison",
     "ConvergenceOrder",
     "CrossEntropy",
+    "CustomEnergy",
     "Dense",
     "Diffrax",
+    "Divisive",
     "Energy",
     "Equilibria",
     "Equilibrium",
@@ -62,19 +75,24 @@ __all__ = [
     "Exact",
     "Gaussian",
     "InferenceProblem",
+    "LogCosh",
     "Network",
     "NotConvergedError",
     "PcdynError",
     "PhasePortrait",
+    "PseudoHuber",
     "Recommendation",
     "SciPy",
     "SimulationError",
+    "Split",
     "Stability",
     "Status",
     "StepSizeWarning",
+    "Student",
     "Trajectory",
     "UntilEquilibrium",
     "activations",
+    "adjoint_condition",
     "backpropagation",
     "compare",
     "convergence_order",
@@ -82,12 +100,14 @@ __all__ = [
     "equilibrium",
     "errors",
     "feedforward",
+    "generalised_energy",
     "linear",
     "linear_equilibrium",
     "load",
     "load_problem",
     "mlp",
     "multiple_equilibria",
+    "named_energy",
     "output_error",
     "phase_portrait",
     "references",

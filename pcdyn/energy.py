@@ -8,6 +8,7 @@ sample never depends on how many others are simulated beside it.
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -85,11 +86,11 @@ class Gaussian(Energy):
             self.precisions = None
         elif isinstance(precisions, list | tuple):
             self.precisions = tuple(
-                _checked_precision(p, f"precision of layer {index}")
+                checked_precision(p, f"precision of layer {index}")
                 for index, p in enumerate(precisions, start=1)
             )
         else:
-            self.precisions = _checked_precision(precisions, "precision")
+            self.precisions = checked_precision(precisions, "precision")
             if self.precisions.ndim != 0:
                 raise ShapeError(
                     "one precision for all layers must be a number; give a list with one entry "
@@ -164,7 +165,7 @@ class CrossEntropy(Energy):
 
     def __init__(self, precisions: Numbers | None = None, weight: Numbers = 1.0):
         self.hidden = Gaussian(precisions)
-        self.weight = _checked_precision(weight, "weight of the cross-entropy")
+        self.weight = checked_precision(weight, "weight of the cross-entropy")
         if self.weight.ndim != 0:
             raise ShapeError(f"weight must be one number, got shape {self.weight.shape}")
 
@@ -180,7 +181,7 @@ class CrossEntropy(Energy):
 
     def check(self, widths: tuple[int, ...], output: Array | None) -> None:
         self.hidden.check(widths[:-1], None)
-        _checked_precision(self.weight, "weight of the cross-entropy")
+        checked_precision(self.weight, "weight of the cross-entropy")
         if output is None:
             raise InputError("cross-entropy compares with a target: clamp the output")
         if is_traced(output):
@@ -202,15 +203,22 @@ def error_gradient(energy: Energy, index: int, error: Array, target: Array | Non
     return jax.grad(lambda e: jnp.sum(energy.layer_energy(index, e, target)))(error)
 
 
-def scale_output(energy: Energy, depth: int, factor: Any) -> Gaussian | CrossEntropy:
+@functools.singledispatch
+def scale_output(energy: Energy, depth: int, factor: Any) -> Energy:
     """The same energy with that of the output layer L = `depth` multiplied by `factor`.
 
-    Raises `InputError` for other energies than `Gaussian` and `CrossEntropy`.
+    Raises `InputError` for an energy whose class has not registered how.
     """
-    if isinstance(energy, CrossEntropy):
-        return eqx.tree_at(lambda e: e.weight, energy, factor * energy.weight)
-    if not isinstance(energy, Gaussian):
-        raise InputError(f"the output of a {type(energy).__name__} energy cannot be scaled")
+    raise InputError(f"the output of a {type(energy).__name__} energy cannot be scaled")
+
+
+@scale_output.register(CrossEntropy)
+def _(energy: CrossEntropy, depth: int, factor: Any) -> CrossEntropy:
+    return eqx.tree_at(lambda e: e.weight, energy, factor * energy.weight)
+
+
+@scale_output.register(Gaussian)
+def _(energy: Gaussian, depth: int, factor: Any) -> Gaussian:
     each = [energy.precision(index) for index in range(1, depth + 1)]
     one = jnp.ones((), jnp.result_type(*[p for p in each if p is not None], factor))
     filled = [one if precision is None else precision for precision in each]
@@ -228,7 +236,8 @@ def weigh(
     return jnp.broadcast_to(precision, error.shape) * error
 
 
-def _checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
+def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
+    """`value` as a precision; raises `PrecisionError` or `ShapeError` under that name."""
     precision = as_float_array(value, name)
     if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
         raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "

@@ -38,6 +38,10 @@ class PrecisionError(InputError):
     """A precision is not symmetric positive definite (MATHS: the flow would not be a gradient)."""
 
 
+class IllPosedEnergyError(InputError):
+    """An energy whose gradient flow does not exist: not finite, not bounded below, or singular."""
+
+
 class ActivationError(InputError):
     """An activation is unknown, or its inverse is needed and it has none."""
 
@@ -200,6 +204,10 @@ class SpectrumError(PcdynError, RuntimeError):
 
 class StepSizeWarning(UserWarning):
     """A fixed step is above the largest with which its explicit method is stable."""
+
+
+class EnergyWarning(UserWarning):
+    """The slope of an energy is not Lipschitz: its flow can be stiff without limit, or stop."""
 
 
 class TrainingDivergedError(PcdynError, RuntimeError):

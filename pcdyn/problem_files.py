@@ -1,8 +1,8 @@
 """Inference problems and equilibria as labelled xarray data sets and NetCDF files.
 
-A file of a problem holds the network (weights, biases, names of activations), the precisions, the
-time constants and the clamped data. The data set of a problem can be merged with that of a
-trajectory or an equilibrium, so that one file says what was computed and of what.
+A file of a problem holds the network (weights, biases, names of activations), the energy and its
+precisions, the time constants and the clamped data. The data set of a problem can be merged with
+that of a trajectory or an equilibrium, so that one file says what was computed and of what.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcdyn.activations import Activation, get_activation
-from pcdyn.energy import Gaussian
+from pcdyn.energy import Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ActivationError, DataError, EquilibriumStatus, InputError
+from pcdyn.generalised_energy import Separable, name_of, named_energy
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.storage import read_dataset, write_dataset
@@ -32,19 +33,25 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
     for each layer l = 0 … L, where they were given. The names of the activations are in the
-    attribute `activations`.
+    attribute `activations`; where the energy is not Gaussian its name is in `energy_function` and
+    its parameter, if it has one, in the variable `energy_parameter`.
 
-    Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy that is not
-    `pcdyn.Gaussian`, and `ActivationError` for an activation that pcdyn does not know by name.
+    Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
+    name (`pcdyn.generalised_energy.named_energy`), and `ActivationError` for an activation that
+    pcdyn does not know by name.
     """
     import xarray
 
     energy = problem.energy
-    if not isinstance(energy, Gaussian):
+    named = name_of(energy)
+    if named is None or not isinstance(energy, Gaussian | Separable):
         raise InputError(
-            f"a file holds problems with a Gaussian energy, not {type(energy).__name__}"
+            f"a file holds problems with a Gaussian or another named energy, not "
+            f"{type(energy).__name__}"
         )
     variables: dict[str, Any] = {}
+    if named[1] is not None:
+        variables["energy_parameter"] = ((), np.asarray(named[1]))
     names = []
     for index, layer in enumerate(problem.network.layers, start=1):
         if not isinstance(layer, Dense):
@@ -69,7 +76,10 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     if problem.time_constants is not None:
         values = np.array([np.asarray(each) for each in problem.time_constants])
         variables["time_constant"] = (("layer",), values)
-    return xarray.Dataset(variables, attrs={"activations": " ".join(names)})
+    attrs = {"activations": " ".join(names)}
+    if not isinstance(energy, Gaussian):
+        attrs["energy_function"] = named[0]
+    return xarray.Dataset(variables, attrs=attrs)
 
 
 def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
@@ -96,11 +106,13 @@ def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
         for l, name in zip(indices, names, strict=True)
     ]
     precisions: list[Any] = [values(f"precision_{l}") for l in indices]
-    if all(precision is None for precision in precisions):
-        energy = Gaussian()
-    else:
-        one = np.ones((), layers[0].weight.dtype)
-        energy = Gaussian([one if precision is None else precision for precision in precisions])
+    one = np.ones((), layers[0].weight.dtype)
+    known = [one if precision is None else precision for precision in precisions]
+    energy: Energy = named_energy(
+        str(dataset.attrs.get("energy_function", "gaussian")),
+        precisions=None if all(p is None for p in precisions) else known,
+        parameter=values("energy_parameter"),
+    )
     constants = values("time_constant")
     return InferenceProblem(
         Network(layers),

@@ -16,8 +16,9 @@ import numpy as np
 
 from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
-from pcdyn.energy import Gaussian
+from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import DataError, InputError
+from pcdyn.generalised_energy import named_energy
 from pcdyn.network import Network, mlp
 from pcdyn.problem import InferenceProblem
 from pcdyn.problem_files import load_problem
@@ -60,8 +61,14 @@ def build_problem(settings: Settings) -> InferenceProblem:
     network = _new_network(settings, key, dtype) if saved is None else saved.network
     input, output = _clamped(settings, network, saved, key)
     energy = None if saved is None else saved.energy
-    if "precisions" in settings:
-        energy = _gaussian(settings["precisions"])
+    if "energy" in settings:
+        energy = _named_energy(settings["energy"], settings.get("precisions"))
+    elif "precisions" in settings:
+        if saved is not None and not isinstance(saved.energy, Gaussian):
+            raise InputError(
+                "the file has another energy than the Gaussian: give --energy beside --precisions"
+            )
+        energy = named_energy("gaussian", precisions=_precisions(settings["precisions"]))
     return InferenceProblem(
         network,
         input=input,
@@ -126,12 +133,24 @@ def _clamped(
     return data["input"], data["output"]
 
 
-def _gaussian(precisions: Any) -> Gaussian:
-    if isinstance(precisions, int | float):
-        return Gaussian(float(precisions))
-    if len(precisions) == 1:
-        return Gaussian(_as_numbers(precisions[0]))
-    return Gaussian([_as_numbers(each) for each in precisions])
+def _named_energy(text: str, precisions: Any) -> Energy:
+    """The energy of `"name"` or `"name:parameter"`."""
+    name, colon, number = text.partition(":")
+    try:
+        parameter = float(number) if colon else None
+    except ValueError as error:
+        raise InputError(f"the parameter of the energy {text!r} is not a number") from error
+    return named_energy(name, precisions=_precisions(precisions), parameter=parameter)
+
+
+def _precisions(given: Any) -> Any:
+    if given is None:
+        return None
+    if isinstance(given, int | float):
+        return float(given)
+    if len(given) == 1:
+        return _as_numbers(given[0])
+    return [_as_numbers(each) for each in given]
 
 
 def _as_numbers(precision: Any) -> Any:
@@ -169,6 +188,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_activation": (_is_text, "a name"),
     "weight_std": (_is_number, "a number"),
     "bias": (_is_number, "a number"),
+    "energy": (_is_text, "a name, or a name:parameter"),
     "precisions": (_is_precisions, "a number or a list"),
     "input": (_is_text, '"random", "free" or a file'),
     "output": (_is_text, '"random", "free" or a file'),

@@ -24,7 +24,7 @@ class NetworkOptions:
         option(
             "Take the network from a TOML file, whose table [network] has these options as keys "
             "(with _ for -), or from a NetCDF file that pcdyn wrote. Options given beside a TOML "
-            "file win; beside a NetCDF file only precisions, data and dtype can be given.",
+            "file win; beside a NetCDF file only energy, precisions, data and dtype can be given.",
             metavar="FILE",
             default="optional",
         ),
@@ -69,6 +69,15 @@ class NetworkOptions:
             default="1",
         ),
     ] = ()
+    energy: Annotated[
+        str | None,
+        option(
+            "Energy of the prediction errors: gaussian, log_cosh, pseudo_huber, student or "
+            "divisive; the last three take a parameter, as in student:0.5 (1 unless given).",
+            metavar="NAME",
+            default="gaussian",
+        ),
+    ] = None
     input: Annotated[
         str | None,
         option(

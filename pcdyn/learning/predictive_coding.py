@@ -127,7 +127,9 @@ class LowPrecisionPredictiveCoding(Rule):
 
     def _scaled(self, problem: InferenceProblem) -> InferenceProblem:
         energy = scale_output(problem.energy, problem.network.depth, self.precision)
-        energy = jax.tree.map(lambda x: x.astype(problem.dtype), energy)
+        energy = jax.tree.map(
+            lambda x: x.astype(problem.dtype) if eqx.is_inexact_array(x) else x, energy
+        )
         return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pcdyn.energy import CrossEntropy, Gaussian
+from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.kinks import has_kinks
 from pcdyn.linear import is_linear
@@ -11,7 +11,7 @@ from pcdyn.solvers.base import Solution, Solver
 from pcdyn.solvers.closed_form import ClosedForm
 from pcdyn.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.solvers.flow import FlowToRest
-from pcdyn.solvers.gauss_newton import GaussNewton
+from pcdyn.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
 from pcdyn.solvers.pseudo_transient import PseudoTransient
 
 __all__ = [
@@ -54,14 +54,16 @@ def get_solver(method: str | Solver) -> Solver:
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """What to try in turn, each where the one before it did not converge.
 
-    A linear network has a closed form. Otherwise Gauss–Newton, if the energy is Gaussian; where it
-    stalls, Nesterov in error coordinates (both ends clamped), then pseudo-transient continuation.
+    A linear network with Gaussian energies has a closed form. Otherwise Gauss–Newton, if energies
+    are Gaussian or sums over units; where it stalls, Nesterov in error coordinates (both ends
+    clamped, Gaussian hidden layers), then pseudo-transient continuation, which any energy allows.
     """
     if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
         return (ClosedForm(),)
     both = problem.input is not None and problem.output is not None
-    if isinstance(problem.energy, CrossEntropy):
-        return (ErrorDescent(), PseudoTransient()) if both else (PseudoTransient(),)
+    middle = (ErrorDescent(),) if both and is_gaussian_below(problem) else ()
+    if not has_curvature(problem):
+        return (*middle, PseudoTransient())
     # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.
-    middle = (ErrorDescent(),) if both and not has_kinks(problem.network) else ()
+    middle = () if has_kinks(problem.network) else middle
     return (GaussNewton(), *middle, PseudoTransient())

@@ -1,8 +1,9 @@
 """A network in error coordinates: activities from prediction errors, one pass for all layers.
 
 With both ends clamped the activities follow from the errors e_1 … e_{L−1} by one forward pass,
-`x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = ½ Σ e_lᵀ Π_l e_l + E_L(r)` with the output error
-`r = T − μ_L`, whose energy is Gaussian or cross-entropy.
+`x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = Σ E_l(e_l) + E_L(r)` with the output error
+`r = T − μ_L`. The energies of hidden layers are Gaussian or sums over units; that of the output can
+be another one.
 
 Consecutive layers of the same kind are stacked and run in a loop that is compiled once, so that a
 deep network does not take long to compile. *Stacked* values hold one array `(layers, batch, n)` for
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
-from pcdyn.energy import CrossEntropy, Gaussian, error_gradient, weigh
+from pcdyn.energy import Energy, Gaussian, error_gradient, weigh
+from pcdyn.generalised_energy import Separable, curvature, output_part, residual_part
 from pcdyn.network import apply_layer
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import round_off
@@ -41,24 +44,26 @@ class Chain(eqx.Module):
     output_layer: Any
     precisions: tuple[Any, ...]
     covariances: tuple[Any, ...]
-    energy: Gaussian | CrossEntropy
+    energy: Energy
+    hidden: Gaussian | Separable
     lengths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, problem: InferenceProblem):
         network, energy = problem.network, problem.energy
-        assert isinstance(energy, Gaussian | CrossEntropy), "the solvers have checked this"
+        hidden = residual_part(energy)
+        assert isinstance(hidden, Gaussian | Separable), "the solvers have checked this"
         self.first_prediction = problem.first_prediction()
         self.target = problem.output
         self.output_layer = network.layers[-1]
-        self.energy = energy
+        self.energy, self.hidden = energy, hidden
         each = [
-            (network.layers[i - 1], energy.precision(i), network.widths[i - 1 : i + 1])
+            (network.layers[i - 1], hidden.precision(i), network.widths[i - 1 : i + 1])
             for i in range(2, network.depth)
         ]
         runs = [list(run) for _, run in itertools.groupby(each, _structure)]
         stacked = [_stack(run) for run in runs]
         self.layers = tuple(layer for layer, _, _ in stacked)
-        self.precisions = (_stack([energy.precision(1)]), *(p for _, p, _ in stacked))
+        self.precisions = (_stack([hidden.precision(1)]), *(p for _, p, _ in stacked))
         self.covariances = tuple(
             None if p is None else jax.vmap(covariance)(p) for p in self.precisions
         )
@@ -129,7 +134,11 @@ class Chain(eqx.Module):
 
     def free_energy(self, errors: Stacked, output_error: Any) -> Any:
         """F from the errors of all layers."""
-        hidden = 0.5 * dot(errors, self.weighted(errors))
+        if isinstance(self.hidden, Gaussian):
+            hidden = 0.5 * dot(errors, self.weighted(errors))
+        else:
+            each = _each_layer(self.precisions, jax.tree.map(self.hidden.h, errors))
+            hidden = dot(each, jax.tree.map(jnp.ones_like, each))
         return hidden + self.energy.layer_energy(self._depth, output_error, self.target)
 
     def output_gradient(self, output_error: Any) -> Any:
@@ -137,8 +146,18 @@ class Chain(eqx.Module):
         return error_gradient(self.energy, self._depth, output_error, self.target)
 
     def output_curvature(self, output_error: Any) -> Callable[[Any], Any]:
-        """Products with ∂²E_L/∂r², which is Π_L where the output energy is Gaussian."""
+        """Products with ∂²E_L/∂r², or a positive stand-in; Π_L where that energy is Gaussian."""
+        energy, index = output_part(self.energy, self._depth)
+        if isinstance(energy, Separable):
+            return partial(jnp.multiply, energy.precision_at(index, output_error))
         return jax.linearize(self.output_gradient, output_error)[1]
+
+    def output_covariance(self, output_error: Any) -> Callable[[Any], Any]:
+        """Products with the inverse of `output_curvature`, for an energy that has one."""
+        energy, index = output_part(self.energy, self._depth)
+        if isinstance(energy, Separable):
+            return partial(jnp.multiply, 1 / energy.precision_at(index, output_error))
+        return partial(weigh, covariance(curvature(energy, index, output_error)))
 
     @property
     def _depth(self) -> int:
@@ -159,11 +178,16 @@ class Chain(eqx.Module):
         return push, lambda covector: transposed(covector)[0]
 
     def weighted(self, errors: Stacked) -> Stacked:
-        """Π_l e_l, l = 1 … L−1."""
+        """∂E_l/∂e_l, l = 1 … L−1: Π_l e_l where they are Gaussian."""
+        if isinstance(self.hidden, Separable):
+            errors = jax.tree.map(self.hidden.slope, errors)
         return _each_layer(self.precisions, errors)
 
-    def unweighted(self, vectors: Stacked) -> Stacked:
-        """Π_l⁻¹ v_l, l = 1 … L−1."""
+    def unweighted(self, vectors: Stacked, errors: Stacked) -> Stacked:
+        """Π_l⁻¹ v_l, l = 1 … L−1, or the inverse of the energies' curvature at `errors`."""
+        if isinstance(self.hidden, Separable):
+            bend = jax.tree.map(self.hidden.curvature, errors)
+            vectors = jax.tree.map(jnp.divide, vectors, bend)
         return _each_layer(self.covariances, vectors)
 
 

@@ -12,7 +12,7 @@ from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.solvers.chain import Chain, Stacked
-from pcdyn.solvers.gauss_newton import gaussian_below, gaussian_energy
+from pcdyn.solvers.gauss_newton import gaussian_energy, is_gaussian_below
 from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
 
@@ -138,7 +138,8 @@ class ErrorDescent(Solver):
         return "nesterov" if self.nesterov else "error_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        gaussian_below(self.name, problem)
+        if not is_gaussian_below(problem):
+            gaussian_energy(self.name, problem)
         if self.rate is not None:
             _positive(self.name, "rate", self.rate)
         if problem.input is None or problem.output is None:
@@ -157,7 +158,7 @@ class ErrorDescent(Solver):
             # One look serves the step from `ahead` and the check of convergence there.
             seen, running = chain.look(now.ahead), runs(now)
             converged = seen.residual <= tolerance
-            new = step(now.ahead, -now.rate, chain.unweighted(seen.slope))
+            new = step(now.ahead, -now.rate, chain.unweighted(seen.slope, now.ahead))
             progress = jax.tree.map(jnp.subtract, new, now.errors)
             root = jnp.sqrt(now.rate)
             keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
@@ -216,7 +217,7 @@ class ErrorDescent(Solver):
             # Zero stays zero: the output does not move, and the rate is 1.
             size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
             covector = covector / jnp.where(size > 0, size, 1)
-            image = curve(push(chain.unweighted(pull(covector))))
+            image = curve(push(chain.unweighted(pull(covector), errors)))
             return image, jnp.linalg.norm(image, axis=-1)
 
         batch, width = chain.target.shape

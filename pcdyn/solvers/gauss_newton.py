@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
 from pcdyn.block_tridiagonal import BlockCholesky
-from pcdyn.energy import CrossEntropy, Gaussian, weigh
+from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
+from pcdyn.generalised_energy import Separable, curvature, output_part, residual_part
 from pcdyn.linear import gauss_newton_hessian
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
-from pcdyn.solvers.chain import Chain, Stacked, covariance
+from pcdyn.solvers.chain import Chain, Stacked
 from pcdyn.solvers.damped import Look, Model, Propose, descend
 from pcdyn.states import largest_norm, scale, step
 
@@ -35,8 +36,12 @@ class GaussNewton(Solver):
     column by column, each by a backward and a tangent pass, and solved by Cholesky; for wider ones
     it is solved by conjugate gradients to the relative accuracy `cg_tolerance`.
 
-    It needs `pcdyn.Gaussian` energies. Where residuals are large it can end at another stationary
-    point than the gradient flow: `Equilibrium.basin` looks.
+    It needs energies that are `pcdyn.Gaussian` or sums over units (`pcdyn.LogCosh` and others, also
+    within `pcdyn.Split`). The latter take the place of the precision by their curvature where the
+    step starts, or where that is not positive by the weight of iteratively reweighted least squares
+    (`Separable.curvature`), so that every step is one of a positive definite model. Where residuals
+    are large or energies not convex it can end at another stationary point than the gradient flow:
+    `Equilibrium.basin` looks.
     """
 
     max_iterations: int = 50
@@ -48,15 +53,18 @@ class GaussNewton(Solver):
         return "gauss_newton"
 
     def check(self, problem: InferenceProblem) -> None:
-        gaussian_energy(self.name, problem)
+        if not has_curvature(problem):
+            raise InputError(
+                f"{self.name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}, "
+                "or sums over units such as pcdyn.LogCosh; use pcdyn.solvers.PseudoTransient()"
+            )
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         if problem.input is None or problem.output is None:
             return descend(InActivities(problem), state, tolerance, self.max_iterations)
         chain = Chain(problem)
         explicit = problem.network.widths[-1] <= self.explicit_width
-        output_precision = gaussian_energy(self.name, problem).precision(problem.network.depth)
-        model = InErrors(chain, output_precision, explicit, self.cg_tolerance)
+        model = InErrors(chain, explicit, self.cg_tolerance)
         end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
         return dataclasses.replace(end, state=chain.unstack(hidden))
@@ -66,7 +74,6 @@ class InErrors(Model):
     """Both ends clamped: errors as coordinates, solved in the output space."""
 
     chain: Chain
-    output_precision: Any
     explicit: bool = eqx.field(static=True)
     cg_tolerance: float = eqx.field(static=True)
 
@@ -90,12 +97,12 @@ class InErrors(Model):
     def factorise(self, point: Stacked, damping: Any) -> Propose:
         push, pull = self.chain.linearise(point)
         lessened = 1 / (1 + damping)
-        output_covariance = covariance(self.output_precision)
+        output_covariance = self.chain.output_covariance(self.chain.activities(point)[1])
 
         def s_product(covector: Any) -> Any:
             """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
-            own = weigh(output_covariance, covector)
-            through = push(self.chain.unweighted(pull(covector)))
+            own = output_covariance(covector)
+            through = push(self.chain.unweighted(pull(covector), point))
             return step((own,), lessened, (through,))[0]
 
         solver = self._cholesky if self.explicit else self._conjugate_gradients
@@ -103,9 +110,9 @@ class InErrors(Model):
 
         def propose(slope: Stacked) -> tuple[Stacked, Any]:
             # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
-            steepest = scale(lessened, self.chain.unweighted(slope))
+            steepest = scale(lessened, self.chain.unweighted(slope, point))
             solved, passes = solve(push(steepest))
-            spread = scale(lessened, self.chain.unweighted(pull(solved)))
+            spread = scale(lessened, self.chain.unweighted(pull(solved), point))
             return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
 
         return propose
@@ -158,11 +165,10 @@ class InActivities(Model):
         return dataclasses.replace(self, problem=self.problem.with_data(input, output))
 
     def factorise(self, point: State, damping: Any) -> Propose:
-        gaussian = gaussian_energy("gauss_newton", self.problem)
-
         def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
             one = self.problem.with_data(input, output)
-            matrix = gauss_newton_hessian(one, gaussian, layer_jacobians(one, state))
+            jacobians = layer_jacobians(one, state)
+            matrix = gauss_newton_hessian(one, reweighted(one, state), jacobians)
             largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
             return matrix.plus_diagonal(damping * largest).cholesky()
 
@@ -176,6 +182,25 @@ class InActivities(Model):
         return propose
 
 
+def has_curvature(problem: InferenceProblem) -> bool:
+    """Whether every layer's energy is one that `reweighted` knows."""
+    parts = (residual_part(problem.energy), output_part(problem.energy, problem.network.depth)[0])
+    return all(isinstance(part, Gaussian | Separable) for part in parts)
+
+
+def reweighted(problem: InferenceProblem, state: State) -> Gaussian:
+    """The Gaussian energy whose precisions are the curvatures of each layer's, of one sample."""
+    if isinstance(problem.energy, Gaussian):
+        return problem.energy
+    depth = problem.network.depth
+    errors = problem.prediction_errors(problem.activities(state))
+    hidden = residual_part(problem.energy)
+    each = [curvature(hidden, i, error) for i, error in enumerate(errors[:-1], start=1)]
+    each.append(curvature(*output_part(problem.energy, depth), errors[-1]))
+    one = jnp.ones((), problem.dtype)
+    return Gaussian([one if precision is None else precision for precision in each])
+
+
 def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:
     """The energy; raises `InputError` unless it is `pcdyn.Gaussian`."""
     if not isinstance(problem.energy, Gaussian):
@@ -186,11 +211,9 @@ def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:
     return problem.energy
 
 
-def gaussian_below(name: str, problem: InferenceProblem) -> Gaussian | CrossEntropy:
-    """The energy; raises `InputError` unless all layers but the output have Gaussian ones."""
-    if isinstance(problem.energy, CrossEntropy):
-        return problem.energy
-    return gaussian_energy(name, problem)
+def is_gaussian_below(problem: InferenceProblem) -> bool:
+    """Whether all layers but the output have Gaussian energies."""
+    return isinstance(residual_part(problem.energy), Gaussian)
 
 
 def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Any]:

@@ -17,12 +17,13 @@ from jaxtyping import Array, Float
 
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
+from pcdyn.generalised_energy import Separable
 from pcdyn.kinks import has_kinks
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solver
 from pcdyn.solvers.chain import Chain, Stacked
 from pcdyn.solvers.first_order import ErrorDescent
-from pcdyn.solvers.gauss_newton import GaussNewton, gaussian_below
+from pcdyn.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
 from pcdyn.states import choose, dot, scale, step
 
 # The relative residual above which a sample counts as unsettled.
@@ -61,9 +62,10 @@ class TruncatedGaussNewton(eqx.Module):
     While the median over the batch is above `tolerance` more steps follow, at most `max_iterations`
     in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
     solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
-    step. Where activations have kinks gradients need not vanish, and only the energy decides. What
-    remains of a sample's error depends on the others of its batch, by the median and by what the
-    preconditioner has of them.
+    step. With energies that are not Gaussian F can have less curvature than the model there, so
+    that accuracy is that of the model's next step. Where activations have kinks gradients need not
+    vanish, and only the energy decides. What remains of a sample's error depends on the others of
+    its batch, by the median and by what the preconditioner has of them.
     """
 
     tolerance: Any = 0.02
@@ -76,8 +78,17 @@ class TruncatedGaussNewton(eqx.Module):
             raise InputError(f"products must be positive integers, got {self.products}")
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` unless both ends are clamped and hidden energies are Gaussian."""
-        gaussian_below("TruncatedGaussNewton", problem)
+        """Raise `InputError` unless both ends are clamped and the energies are known to it.
+
+        Those of hidden layers are Gaussian, with any energy of the output, or all layers have one
+        that `GaussNewton` takes.
+        """
+        if not (is_gaussian_below(problem) or has_curvature(problem)):
+            raise InputError(
+                "TruncatedGaussNewton needs Gaussian energies of hidden layers, or sums over units "
+                f"of all layers, not {type(problem.energy).__name__}; use "
+                'PredictiveCoding(method="pseudo_transient")'
+            )
         if problem.input is None or problem.output is None:
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
@@ -133,12 +144,12 @@ class TruncatedGaussNewton(eqx.Module):
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)
-        if not isinstance(problem.energy, Gaussian):
+        if not has_curvature(problem):
             solver = ErrorDescent(max_iterations=4 * most)
         lower = ~_rises(chain, point)
         start = jax.tree.map(jnp.nan_to_num, point.errors)
         hidden, _ = chain.activities(scale(lower.astype(point.energy.dtype), start))
-        size = jnp.sqrt(dot(start, chain.weighted(start)))
+        size = jnp.sqrt(jnp.maximum(dot(start, chain.weighted(start)), 0))
         goal = jnp.where(left, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
         solved = solver.solve(problem, chain.unstack(hidden), goal)
         return _chosen(left, _look(chain, chain.errors(solved.state)), point)
@@ -171,7 +182,7 @@ def _rises(chain: Chain, point: _Point) -> Any:
     """Where F is above that of the feedforward pass, by more than round-off, or not finite."""
     start = jax.tree.map(jnp.zeros_like, point.errors)
     at_rest = chain.free_energy(start, chain.activities(start)[1])
-    return ~(point.energy <= (1 + 1e3 * jnp.finfo(at_rest.dtype).eps) * at_rest)
+    return ~(point.energy <= at_rest + 1e3 * jnp.finfo(at_rest.dtype).eps * jnp.abs(at_rest))
 
 
 def _chosen(condition: Any, yes: _Point, no: _Point) -> _Point:
@@ -185,7 +196,7 @@ def _look(chain: Chain, errors: Stacked) -> _Point:
     weighted = chain.weighted(errors)
     slope = jax.tree.map(jnp.add, weighted, pull(chain.output_gradient(output_error))[0])
     size = dot(errors, weighted)
-    missing = dot(slope, chain.unweighted(slope))
+    missing = dot(slope, chain.unweighted(slope, errors))
     # Where nothing moves, nothing is missing.
     residual = jnp.sqrt(missing / jnp.where(size > 0, size, 1))
     return _Point(errors, hidden, chain.free_energy(errors, output_error), residual)
@@ -194,16 +205,22 @@ def _look(chain: Chain, errors: Stacked) -> _Point:
 def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) -> Stacked:
     """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
-    With G = ∂E_L/∂r, H = ∂²E_L/∂r² and K = J Π⁻¹ Jᵀ the new errors are `Π⁻¹ Jᵀ (G + H y)`, where
-    `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which is BP.
+    With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are
+    `Π⁻¹ Jᵀ (G + H y)`, where `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which
+    is BP.
     """
     output_error, push, pull = _linearised(chain, errors)
     curve = chain.output_curvature(output_error)
 
     def spread(covector: Any) -> Stacked:
-        return chain.unweighted(pull(covector))
+        return chain.unweighted(pull(covector), errors)
 
     steepest = spread(chain.output_gradient(output_error))
+    if isinstance(chain.hidden, Separable):
+        # Their model is not least at zero but where its slope at the errors leads.
+        own = chain.unweighted(chain.weighted(errors), errors)
+        lowest = jax.tree.map(jnp.subtract, errors, own)
+        steepest = jax.tree.map(jnp.add, lowest, steepest)
     rhs = push(jax.tree.map(jnp.subtract, errors, steepest))
     found = _conjugate_steps(lambda v: push(spread(v)), curve, preconditioner, rhs, products)
     return step(steepest, 1, spread(curve(found)))
@@ -269,7 +286,7 @@ def _preconditioner(chain: Chain, start: Stacked) -> Any:
 
     def mean_of_row(unit: Any) -> Any:
         covector = jnp.broadcast_to(unit, (samples, width))
-        return jnp.mean(push(few.unweighted(pull(covector))), axis=0)
+        return jnp.mean(push(few.unweighted(pull(covector), start)), axis=0)
 
     coupling = jax.vmap(mean_of_row)(units)
     return jnp.linalg.inv(units + chain.output_gradient(coupling))

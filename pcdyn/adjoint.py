@@ -1,0 +1,95 @@
+"""The adjoint condition: which interactions of layers give backpropagation's recursion (Eq 51).
+
+For energies h(g(x_l, x_{l−1})) equilibria satisfy `B_lᵀ h'(g_l) + A_{l+1}ᵀ h'(g_{l+1}) = 0` with
+B_l = ∂g(x_l, x_{l−1})/∂x_l and A_{l+1} = ∂g(x_{l+1}, x_l)/∂x_l. That is backpropagation's recursion
+`h'(g_l) = J_{l+1}ᵀ h'(g_{l+1})`, for every h, if and only if `A_{l+1} = −J_{l+1} B_l`, where
+J_{l+1} = ∂μ_{l+1}/∂x_l. (The paper divides A by B, which is this with B on the right.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pcdyn.errors import ShapeError
+from pcdyn.network import Network
+
+# From a layer's activities and what the layer below predicts for them to g.
+Interaction = Callable[[Array, Array], Array]
+
+
+def difference(here: Array, prediction: Array) -> Array:
+    """`g = x_l − μ_l`, the prediction error: the interaction of every energy of pcdyn."""
+    return here - prediction
+
+
+class AdjointCondition(eqx.Module):
+    """What `adjoint_condition` finds.
+
+    - `residuals`: ‖A_{l+1} + J_{l+1} B_l‖ over the larger of ‖A_{l+1}‖ and ‖J_{l+1} B_l‖, in the
+      Frobenius norm, for l = 1 … L − 1: 0 where the condition holds, of order 1 where it does not.
+    - `tolerance`: up to which residual it counts as holding.
+    """
+
+    residuals: Float[Array, " hidden"]
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the condition holds in every hidden layer; not for residuals that are NaN."""
+        return bool(np.all(np.asarray(self.residuals) <= self.tolerance))
+
+    @property
+    def explanation(self) -> str:
+        """One sentence with the worst layer."""
+        worst = int(np.argmax(np.asarray(self.residuals))) + 1
+        size = float(np.asarray(self.residuals)[worst - 1])
+        if self.holds:
+            return f"∂g obeys the adjoint condition in every layer (residual at most {size:.1e})"
+        return (
+            f"∂g does not obey the adjoint condition: relative residual {size:.1e} in layer "
+            f"{worst}, so that equilibria do not carry the gradients of backpropagation"
+        )
+
+
+def adjoint_condition(
+    network: Network,
+    activities: Sequence[Any],
+    *,
+    interaction: Interaction = difference,
+    tolerance: float | None = None,
+) -> AdjointCondition:
+    """Whether energies h(g(x_l, μ_l(x_{l−1}))) obey Eq 51 at some activities, by autodiff.
+
+    Arguments: `network` with at least one hidden layer; `activities` x_0 … x_L of one sample, each
+    `(n_l,)`; `interaction`, g as a function of x_l and its prediction μ_l; `tolerance` of the
+    relative residual, 1000 units of round-off unless given.
+
+    One point can refute the condition and not prove it: try random activities. Raises `ShapeError`
+    for activities that do not fit or no hidden layer.
+    """
+    layers = [jnp.asarray(x, network.dtype) for x in activities]
+    if network.depth < 2 or [x.shape for x in layers] != [(n,) for n in network.widths]:
+        raise ShapeError(
+            f"the adjoint condition is one of hidden layers and one sample: layers of shape "
+            f"{[x.shape for x in layers]} were given for widths {network.widths}"
+        )
+
+    def residual(index: int) -> Array:
+        below, here, above = layers[index - 1 : index + 2]
+        own = jax.jacfwd(lambda x: interaction(x, network.predict(index, below)))(here)
+        lower = jax.jacfwd(lambda x: interaction(above, network.predict(index + 1, x)))(here)
+        expected = -jax.jacfwd(lambda x: network.predict(index + 1, x))(here) @ own
+        size = jnp.maximum(jnp.linalg.norm(lower), jnp.linalg.norm(expected))
+        return jnp.linalg.norm(lower - expected) / jnp.where(size > 0, size, 1)
+
+    residuals = jnp.stack([residual(index) for index in range(1, network.depth)])
+    if tolerance is None:
+        tolerance = 1e3 * float(jnp.finfo(network.dtype).eps)
+    return AdjointCondition(residuals, tolerance)
