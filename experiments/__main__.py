@@ -27,6 +27,8 @@ NAMES = (
     "figure3_ratios",
     "figure4_energies",
     "figure4_training",
+    "figure5",
+    "figure6",
 )
 EXTRA = (
     "equilibrium_basins",
@@ -36,6 +38,8 @@ EXTRA = (
     "learning_rules",
     "integrators",
     "integrator_choices",
+    "interpolation",
+    "fixed_point",
 )
 
 

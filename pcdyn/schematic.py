@@ -23,6 +23,8 @@ from pcdyn.network import Dense, Network
 
 # White at zero, so that what is silent looks empty.
 COLORS = "RdBu_r"
+# In points: an arrow that carries next to nothing is still seen.
+THINNEST = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +86,8 @@ def units(
                 "facecolor": colors(norm(value)), "edgecolor": "black", "linewidth": edge,
                 "zorder": 3,
             }  # fmt: skip
-            patch = Rectangle((x - r, y - r), 2 * r, 2 * r, **look) if square else Circle(
-                (x, y), r, **look
-            )
-            patches.append(axes.add_patch(patch))
+            shape = Rectangle((x - r, y - r), 2 * r, 2 * r, **look)
+            patches.append(axes.add_patch(shape if square else Circle((x, y), r, **look)))
     return patches
 
 
@@ -116,6 +116,25 @@ def weights(axes: Axes, layout: Layout, network: Network, *, width: float = 1.6)
     return drawn
 
 
+def arrow(
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    *,
+    color: str = "0.35",
+    points: float = 0.8,
+    both_ways: bool = False,
+) -> FancyArrowPatch:
+    """Draw an arrow `points` wide from one point to another, or both ways. Returns it."""
+    patch = FancyArrowPatch(
+        start, end, arrowstyle="<|-|>" if both_ways else "-|>", mutation_scale=6 + 1.8 * points,
+        linewidth=points, color=color, shrinkA=0, shrinkB=0, zorder=2, joinstyle="miter",
+        capstyle="butt",
+    )  # fmt: skip
+    axes.add_patch(patch)
+    return patch
+
+
 def signals(
     axes: Axes,
     layout: Layout,
@@ -142,28 +161,12 @@ def signals(
         if not np.isfinite(size):
             continue
         left, right = layout.middle(layer - 1), layout.middle(layer)
-        gap = 1.9 * layout.radius
+        gap = 1.7 * layout.radius
         ends = [(left[0] + gap, left[1] + offset), (right[0] - gap, right[1] + offset)]
-        points = max(width * size / largest, 0.4)
-        arrow = FancyArrowPatch(
-            *(reversed(ends) if backward else ends), color=color, linewidth=points, zorder=2,
-            arrowstyle="-|>", mutation_scale=6 + 1.6 * points, shrinkA=0, shrinkB=0,
-            joinstyle="miter", capstyle="butt",
-        )  # fmt: skip
-        arrows.append(axes.add_patch(arrow))
+        start, end = ends[::-1] if backward else ends
+        points = max(width * float(size) / largest, THINNEST)
+        arrows.append(arrow(axes, start, end, color=color, points=points))
     return arrows
-
-
-def link(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], *, both_ways: bool = False
-) -> FancyArrowPatch:
-    """Draw a thin arrow from one point to another, or both ways. Returns it."""
-    arrow = FancyArrowPatch(
-        start, end, arrowstyle="<|-|>" if both_ways else "-|>", mutation_scale=7, linewidth=0.8,
-        color="0.35", shrinkA=0, shrinkB=0, zorder=2,
-    )  # fmt: skip
-    axes.add_patch(arrow)
-    return arrow
 
 
 def box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], color: str) -> Patch:
