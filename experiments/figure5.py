@@ -30,12 +30,16 @@ COLORS = {"PC": "#009E73", "BP": "#0072B2", "TP": "#D55E00"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A 4-4-4-4 tanh network with weights I + N(0, std²) and a target that it can reach."""
+    """A 4-4-4-4 tanh network with weights I + N(0, std²) and a target that it can reach.
+
+    The seed is chosen for a drawing in which the rules can be told apart, and in which the flow
+    with the input free comes to rest soon; `interpolation` has the same for random draws.
+    """
 
     width: int = 4
     depth: int = 3
-    weight_std: float = 0.35
-    seed: int = 2
+    weight_std: float = 0.2
+    seed: int = 27
 
 
 PRESETS = {"paper": Config(), "code": Config()}
@@ -72,7 +76,8 @@ def run(config: Config) -> xarray.Dataset:
     ])  # fmt: skip
 
     def loss(network: pcdyn.Network) -> Any:
-        return 0.5 * jnp.sum((problem.output_error(network.feedforward(problem.input)[-1])) ** 2)
+        output = network.feedforward(jnp.asarray(problem.input))[-1]
+        return 0.5 * jnp.sum(problem.output_error(output) ** 2)
 
     by_autodiff = np.stack([np.ravel(layer.weight) for layer in jax.grad(loss)(network).layers])
     reached = [network.predict(l, tp.targets[l - 1]) - tp.targets[l] for l in range(1, depth + 1)]
@@ -128,7 +133,7 @@ def check(data: xarray.Dataset) -> list[Claim]:
         )
         claims.append(
             Claim(
-                f"5: in the hidden layers PC's weight gradient is nearer to {near}'s than {far}'s is",
+                f"5: hidden layers: PC's weight gradient is nearer to {near}'s than {far}'s is",
                 f"cosines {numbers} by layer; smallest gain {float(gaps.min()):.2f}", "> 0",
                 bool((gaps > 0).all()),
             )

@@ -16,11 +16,11 @@ import jax.random as jr
 import numpy as np
 import xarray
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, gaussian_weights, network_of
+from experiments import interpolation_drawing as drawing
+from experiments.base import Claim, gaussian_weights, network_of
 from pcdyn import plotting
 from pcdyn.interpolation import graded, interpolated
 from pcdyn.references import local_gradient
@@ -91,7 +91,7 @@ def precisions_of(energies: list[pcdyn.Gaussian]) -> jax.Array:
 
     So every weighted prediction error is of the order of the output error, and one tolerance fits.
     """
-    rows = jnp.stack([jnp.stack([p for p in e.precisions or ()]) for e in energies])
+    rows = jnp.stack([jnp.stack(list(e.precisions or ())) for e in energies])
     return rows / rows.min(axis=1, keepdims=True)
 
 
@@ -251,14 +251,14 @@ def limits(problem: pcdyn.InferenceProblem, path: Any, name: str) -> dict[str, A
     """Relative distances of x_{L−1} to what it might tend to, at each point of a path."""
     *below, last = [layer.weight for layer in problem.network.layers]
     start = pcdyn.feedforward(problem)
-    error = problem.output_error(start[-1])
+    error = jnp.asarray(problem.output_error(start[-1]))
     covariance, push = jnp.eye(len(below[-1])), jnp.eye(len(below[-1]))
     for weight in reversed(below[1:]):
         push = push @ weight
         covariance = covariance + push @ push.T
     gain = covariance @ last.T @ jnp.linalg.inv(last @ covariance @ last.T)
     candidates = {
-        "inverse": jnp.linalg.pinv(last) @ problem.output,
+        "inverse": jnp.linalg.pinv(last) @ jnp.asarray(problem.output),
         "difference": start[-2] + jnp.linalg.pinv(last) @ error,
         "weighted": start[-2] + gain @ error,
     }
@@ -347,8 +347,10 @@ def _end(text: str, values: Any, what: str, bound: float, *, holds: bool) -> Cla
 def _towards(data: xarray.Dataset) -> list[Claim]:
     """Whether every step of the path leads away from the feedforward pass and nearer to TP."""
     claims = []
-    for name, sign, words in (("way_to_tp", -1, "nearer to its TP target"),
-                              ("way_from_feedforward", 1, "further from the feedforward pass")):
+    for name, sign, words in (
+        ("way_to_tp", -1, "nearer to its TP target"),
+        ("way_from_feedforward", 1, "further from the feedforward pass"),
+    ):
         steps = sign * data[name].sel(hidden=DEPTH - 1).diff("point")
         # Equilibria are known to about the tolerance of their residuals.
         always = (steps >= -10 * data.attrs["tolerance"]).all("point")
@@ -358,7 +360,8 @@ def _towards(data: xarray.Dataset) -> list[Claim]:
         claims.append(
             Claim(
                 f"each step up the path takes layer L − 1 {words}",
-                f"in {shares}; largest step back {max(0.0, -float(steps.min())):.1e}", "all",
+                f"in {shares}; largest step back {max(0.0, -float(steps.min())):.1e}",
+                "all, up to what the residuals allow",
                 bool(always.all()),
             )
         )  # fmt: skip
@@ -373,10 +376,17 @@ def _wide(data: xarray.Dataset) -> list[Claim]:
         return float(data[name].isel(point=-1).median())
 
     claims = []
-    for hidden, name, holds in (("one", "difference", True), ("two", "difference", False),
-                                ("two", "weighted", True), ("one", "inverse", False)):
-        text = {"difference": "x_ff + W⁺(T − W x_ff)", "inverse": "W⁺T",
-                "weighted": "x_ff + CWᵀ(WCWᵀ)⁻¹(T − W x_ff)"}[name]
+    for hidden, name, holds in (
+        ("one", "difference", True),
+        ("two", "difference", False),
+        ("two", "weighted", True),
+        ("one", "inverse", False),
+    ):
+        text = {
+            "difference": "x_ff + W⁺(T − W x_ff)",
+            "inverse": "W⁺T",
+            "weighted": "x_ff + CWᵀ(WCWᵀ)⁻¹(T − W x_ff)",
+        }[name]
         end = at_end(f"wide_{hidden}_{name}")
         claims.append(
             Claim(
@@ -394,101 +404,13 @@ def plot(data: xarray.Dataset) -> Figure:
         figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
         for row, family in zip(axes[:2], FAMILIES, strict=True):
             here = data.sel(family=family)
-            _draw_cosines(row[0], here, "activity", "hidden", "feedforward")
-            _draw_cosines(row[1], here, "gradient", "layer", "bp")
-            _draw_distances(row[2], here)
+            drawing.cosines(row[0], here, "activity", "hidden", "feedforward")
+            drawing.cosines(row[1], here, "gradient", "layer", "bp")
+            drawing.distances(row[2], here)
             label = "λ/(1 − λ)" if family == "lambda" else "ratio ρ, $Π_l = ρ^l$"
             for ax in row:
                 ax.set(xscale="log", xlabel=label)
-        _draw_ways(axes[2, 0], data)
-        _draw_wide(axes[2, 1], data)
-        _draw_residuals(axes[2, 2], data)
+        drawing.ways(axes[2, 0], data)
+        drawing.wide(axes[2, 1], data)
+        drawing.residuals(axes[2, 2], data)
     return figure
-
-
-_STYLES = {"linear": "-", "tanh": "--"}
-
-
-def _draw_cosines(ax: Axes, here: xarray.Dataset, what: str, layers: str, start: str) -> None:
-    for name, shade in ((start, "C0"), ("tp", "C1")):
-        values = here[f"{what}_cosine_{name}"]
-        for layer in values[layers].values:
-            for kind in KINDS:
-                curve = values.sel({layers: layer, "kind": kind})
-                width = 0.7 + 0.7 * layer
-                if kind == "linear":
-                    plotting.mean_band(here.path.values, curve.values, ax=ax, color=shade)
-                    ax.lines[-1].set_linewidth(width)
-                    continue
-                ax.plot(here.path, curve.mean("network"), "--", color=shade, lw=width)
-    words = {"feedforward": "feedforward pass", "bp": "BP", "tp": "TP"}
-    for name, shade in ((start, "C0"), ("tp", "C1")):
-        ax.plot([], [], color=shade, label=f"to {words[name]}")
-    ax.plot([], [], "k--", lw=1, label="tanh (mean)")
-    noun = "activities" if what == "activity" else "weight gradients"
-    ax.set(ylabel="cosine", title=f"{noun}, layers 1 (thin) to {len(values[layers])}")
-    ax.legend(loc="lower left", fontsize=8)
-
-
-def _draw_distances(ax: Axes, here: xarray.Dataset) -> None:
-    for name, layers, shade, words in (
-        ("error_distance_bp", "layer", "C0", "weighted errors to BP"),
-        ("way_to_tp", "hidden", "C1", "activities to TP"),
-    ):
-        for layer in here[layers].values:
-            for kind in KINDS:
-                curve = here[name].sel({layers: layer, "kind": kind}).median("network")
-                first = kind == "linear" and layer == 1
-                ax.plot(here.path, curve, _STYLES[kind], color=shade, lw=0.7 + 0.7 * layer,
-                        label=words if first else None)  # fmt: skip
-    ax.set(yscale="log", ylabel="relative distance (median)", title="orders at both ends")
-    ends = here.path.values[[0, -1]]
-    for x, order in ((ends[0] * np.array([1, 30]), 1), (ends[1] / np.array([30, 1]), -1)):
-        y = 1e-5 if str(here.family.values) == "lambda" else 1e-3
-        ax.plot(x, y * (x / x[0 if order > 0 else 1]) ** order, "k:", lw=1)
-    ax.plot([], [], "k:", lw=1, label="slope ±1")
-    ax.legend(loc="lower center", fontsize=8)
-
-
-def _draw_ways(ax: Axes, data: xarray.Dataset) -> None:
-    """The path in the plane of both distances."""
-    linear = data.sel(kind="linear")
-    for family, shade, words in (("lambda", "C2", "λ"), ("graded", "C4", "graded")):
-        for layer in data.hidden.values:
-            here = linear.sel(family=family, hidden=layer)
-            x, y = (here[n].mean("network") for n in ("way_from_feedforward", "way_to_tp"))
-            ax.plot(x, y, color=shade, lw=0.7 + 0.9 * layer, label=f"{words}, layer {layer}")
-            ax.plot(x[-1], y[-1], "o", ms=5, color=shade)
-    ax.plot([0, 1], [1, 0], ":", color="0.5", lw=1, label="straight way")
-    ax.set(xlabel="distance from the feedforward pass", ylabel="distance to the TP target",
-           title="the way of the activities (mean, linear)")  # fmt: skip
-    ax.legend(fontsize=8)
-
-
-def _draw_wide(ax: Axes, data: xarray.Dataset) -> None:
-    odds = data.path.sel(family="lambda")
-    shown = (
-        ("one", "inverse", "C3", "-", r"$W^+T$, one hidden layer"),
-        ("one", "difference", "C0", "-", "difference TP, one hidden layer"),
-        ("two", "difference", "C0", "--", "difference TP, two hidden layers"),
-        ("two", "weighted", "C2", "--", "weighted inverse, two hidden layers"),
-    )
-    for hidden, name, shade, dashes, words in shown:
-        ax.loglog(odds, data[f"wide_{hidden}_{name}"].median("network"), dashes, color=shade,
-                  label=words)  # fmt: skip
-    widths = "-".join(str(w) for w in data.attrs["wide"])
-    ax.set(xlabel="λ/(1 − λ)", ylabel="relative distance (median)",
-           title=f"layer L − 1, wide weights ({widths})")  # fmt: skip
-    ax.legend(loc="lower left", fontsize=8)
-
-
-def _draw_residuals(ax: Axes, data: xarray.Dataset) -> None:
-    for family, shade, words in (("lambda", "C2", "λ/(1 − λ)"), ("graded", "C4", "ρ")):
-        for kind in KINDS:
-            here = data.sel(family=family, kind=kind)
-            ax.loglog(here.path, here.residual.max("network"), _STYLES[kind], color=shade,
-                      label=f"{words}, {kind}")  # fmt: skip
-    ax.axhline(data.attrs["tolerance"], color="k", ls=":", lw=1, label="tolerance")
-    ax.set(xlabel="λ/(1 − λ) or ρ", ylabel="largest ‖∂F/∂x‖ of all networks",
-           title="residuals of the equilibria")  # fmt: skip
-    ax.legend(fontsize=8)
