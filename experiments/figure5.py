@@ -141,6 +141,10 @@ def check(data: xarray.Dataset) -> list[Claim]:
     return claims
 
 
+LEGEND = (
+    "circles: activities and targets, squares: errors; red above zero, blue below; a heavy edge is "
+    "clamped; the width of an arrow is the size of what it carries"
+)
 TEXTS = {
     "PC": (
         "predictive coding",
@@ -175,11 +179,12 @@ def plot(data: xarray.Dataset) -> Figure:
         for rule, (ax, bars) in zip(RULES, axes, strict=True):
             _draw_rule(ax, data, rule, network)
             _draw_cosines(bars, data, rule)
+        figure.supxlabel(LEGEND, fontsize=9)
     return figure
 
 
 def _draw_rule(ax: Axes, data: xarray.Dataset, rule: str, network: pcdyn.Network) -> None:
-    upper = schematic.Layout(network.widths, layer_distance=3.4, unit_distance=0.42, radius=0.17)
+    upper = schematic.Layout(network.widths, layer_distance=4.6, unit_distance=0.42, radius=0.17)
     lower = dataclasses.replace(upper, origin=(0.0, _LOW))
     activities, credit = data.activities.sel(rule=rule).values, data.credit.sel(rule=rule).values
     depth, color = network.depth, COLORS[rule]
@@ -217,7 +222,7 @@ def _draw_rule(ax: Axes, data: xarray.Dataset, rule: str, network: pcdyn.Network
     for height, text in ((2.35, first), (1.8, second)):
         ax.text(-0.5, height, text, fontsize=10)
     ax.text(-0.5, 2.95, f"{name} ({rule})", fontsize=12, weight="bold", color=color)
-    schematic.frame(ax, (-0.6, 3.4 * depth + 1.0), (_LOW - 1.5, 3.4))
+    schematic.frame(ax, (-0.6, 4.6 * depth + 1.0), (_LOW - 1.5, 3.4))
 
 
 def _gap(upper: schematic.Layout, lower: schematic.Layout, layer: int) -> Any:

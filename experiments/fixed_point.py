@@ -224,12 +224,14 @@ def decidable(here: xarray.Dataset, iterations: int) -> Any:
 def _prediction(name: str, here: xarray.Dataset, attrs: dict[str, Any]) -> Claim:
     told = decidable(here, attrs["iterations"])
     agree = ((here.radius < 1) == here.converged) & told
+    apart = float(here.distance.where(here.converged).max())
     return Claim(
         f"{name}: it converges in the draws whose spectral radius is below 1, and in no other",
         f"as predicted in {int(agree.sum())} of {int(told.sum())} draws; radius below 1 in "
         f"{int((here.radius < 1).sum())} of {here.radius.size}, converged in "
-        f"{int(here.converged.sum())}; {int((~told).sum())} too near 1 to tell",
-        "all", bool(agree.sum() == told.sum()),
+        f"{int(here.converged.sum())}; {int((~told).sum())} too near 1 to tell; "
+        f"at most {apart:.0e} from the equilibrium",
+        "all, and ≤ 1e-6", bool(agree.sum() == told.sum()) and apart <= 1e-6,
     )  # fmt: skip
 
 
