@@ -59,8 +59,8 @@ class Config:
 
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
-    "width": 6, "stds": (0.05, 0.15, 0.2, 0.25, 0.4), "networks": 8, "race_stds": (0.1, 0.4),
-    "iterations": 1000, "race_iterations": 60, "horizons": (4.0, 16.0),
+    "width": 6, "stds": (0.05, 0.1, 0.2, 0.4), "networks": 8, "race_stds": (0.1, 0.4),
+    "iterations": 1000, "race_iterations": 60, "horizons": (4.0, 32.0),
 }  # fmt: skip
 
 
