@@ -66,7 +66,7 @@ def run(config: Config) -> xarray.Dataset:
     bp, tp = pcdyn.backpropagation(problem), pcdyn.target_propagation(problem)
     local = [t - x for t, x in zip(tp.targets[1:], bp.activities[1:], strict=True)]
     rules = {
-        "PC": (rest.activities, rest.prediction_errors),
+        "PC": jax.tree.map(jnp.asarray, (rest.activities, rest.prediction_errors)),
         "BP": (bp.activities, bp.deltas),
         "TP": (bp.activities, local),
     }
@@ -192,8 +192,8 @@ def _draw_rule(ax: Axes, data: xarray.Dataset, rule: str, network: pcdyn.Network
     largest = float(np.abs(data.activities).max())
     schematic.weights(ax, upper, network)
     clamped = (0, depth) if rule == "PC" else (0,)
-    schematic.units(ax, upper, activities, largest=largest, clamped=clamped)
-    below = data.targets.values[1:] if rule == "TP" else credit
+    schematic.units(ax, upper, list(activities), largest=largest, clamped=clamped)
+    below = list(data.targets.values[1:] if rule == "TP" else credit)
     schematic.units(
         ax, lower, below, layers=range(1, depth + 1), square=rule != "TP",
         clamped=(depth,) * (rule == "TP"),

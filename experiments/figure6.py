@@ -260,7 +260,7 @@ def plot(data: xarray.Dataset) -> Figure:
 
 def _draw_network(ax: Axes, data: xarray.Dataset, name: str, network: Any, color: str) -> None:
     layout = schematic.Layout(network.widths, layer_distance=1.9)
-    values = data.activities.sel(box=name).values
+    values = list(data.activities.sel(box=name).values)
     clamped = (0, network.depth) if name != "input free" else (network.depth,)
     schematic.weights(ax, layout, network, width=1.0)
     schematic.units(ax, layout, values, largest=float(abs(data.activities).max()), clamped=clamped)
