@@ -27,6 +27,8 @@ NAMES = (
     "figure3_ratios",
     "figure4_energies",
     "figure4_training",
+    "figure5",
+    "figure6",
 )
 EXTRA = (
     "equilibrium_basins",
@@ -43,6 +45,8 @@ EXTRA = (
     "relaxation_spectrum",
     "energy_landscape",
     "generalised_energies",
+    "interpolation",
+    "fixed_point",
 )
 
 
