@@ -59,6 +59,9 @@ class JointFlow(Problem):
     def network_at(self, state: State) -> Network:
         return _with_vectors(self.problem.network, state[len(self.free_layers) :])
 
+    def precisions_at(self, state: State) -> None:
+        """`None`: the precisions do not move."""
+
     def first_prediction(self) -> None:
         return None
 
@@ -127,12 +130,13 @@ class AdiabaticFlow(Problem):
         flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
         if state[0].ndim > 1:
             return jax.vmap(flow.activities)(state)
-        problem = flow._at(state)
-        found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
-        return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
+        return activities_at_rest(flow._at(state), self.method, self.tolerance)
 
     def network_at(self, state: State) -> Network:
         return _with_vectors(self.problem.network, state)
+
+    def precisions_at(self, state: State) -> None:
+        """`None`: the precisions do not move."""
 
     def first_prediction(self) -> None:
         return None
@@ -154,6 +158,14 @@ class AdiabaticFlow(Problem):
 
     def _at(self, state: State) -> InferenceProblem:
         return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+
+
+def activities_at_rest(
+    problem: InferenceProblem, method: Solver | None, tolerance: float | None
+) -> Activities:
+    """The equilibrium x_0 … x_L inside a JAX transformation, NaN for samples without one."""
+    found = equilibrium(problem, method=method, tolerance=tolerance, throw=False)
+    return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
 
 
 def _ok(found: Any, like: Any) -> Any:
