@@ -22,7 +22,7 @@ from pcdyn.learning.variational import (
     check_posterior,
     variational_free_energy,
 )
-from pcdyn.linear import is_linear, output_covariance
+from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
 from pcdyn.network import Activities
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.solvers import Solver
@@ -125,8 +125,11 @@ class PrecisionFlow(Problem):
         arrays, static = eqx.partition((self, state), eqx.is_array)
         flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
         if state[0].ndim > 1:
-            return eqx.filter_jit(jax.vmap(flow.activities))(state)
-        return activities_at_rest(flow.problem_at(state), self.method, self.tolerance)
+            return _activities_in_time(flow, state)
+        problem = flow.problem_at(state)
+        if self.method is None and is_linear(problem.network):
+            return linear_equilibrium(problem)
+        return activities_at_rest(problem, self.method, self.tolerance)
 
     def network_at(self, state: State) -> None:
         """`None`: the weights do not move."""
@@ -177,6 +180,11 @@ class PrecisionFlow(Problem):
         energy: Any = self.problem.energy
         precision = energy.precision(index)
         return jnp.ones((), self.problem.dtype) if precision is None else precision
+
+
+@eqx.filter_jit
+def _activities_in_time(flow: PrecisionFlow, states: State) -> Activities:
+    return jax.vmap(flow.activities)(states)
 
 
 def _parameters(precision: Any, structure: Structure, width: int) -> Array:
