@@ -125,9 +125,7 @@ class AdiabaticFlow(Problem):
         return _vectors(self.problem.network)
 
     def activities(self, state: State) -> Activities:
-        # Of a trajectory on the host, problem and states are NumPy arrays.
-        arrays, static = eqx.partition((self, state), eqx.is_array)
-        flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
+        flow, state = as_jax((self, state))
         if state[0].ndim > 1:
             return jax.vmap(flow.activities)(state)
         return activities_at_rest(flow._at(state), self.method, self.tolerance)
@@ -158,6 +156,12 @@ class AdiabaticFlow(Problem):
 
     def _at(self, state: State) -> InferenceProblem:
         return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+
+
+def as_jax(tree: Any) -> Any:
+    """The same with JAX arrays: problem and states of a trajectory on the host are NumPy arrays."""
+    arrays, static = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
 
 
 def activities_at_rest(

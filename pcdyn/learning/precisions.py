@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, PrecisionError, ShapeError
-from pcdyn.learning.joint import activities_at_rest
+from pcdyn.learning.joint import activities_at_rest, as_jax
 from pcdyn.learning.variational import (
     Posterior,
     check_gaussian,
@@ -25,7 +25,7 @@ from pcdyn.learning.variational import (
 from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
 from pcdyn.network import Activities
 from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.solvers import Solver
+from pcdyn.solvers import GaussNewton, Solver
 from pcdyn.trajectory import Trajectory
 
 Structure = Literal["fixed", "scalar", "diagonal", "full"]
@@ -47,8 +47,9 @@ class PrecisionFlow(Problem):
     - `posterior`: `"laplace"` or `"delta"`. For the delta posterior, which is the paper's, F has no
       lower bound: the errors of some layer vanish and its precision grows like e^{n_l t/2} if it is
       scalar (each of its eigenvalues like e^{t} if diagonal, e^{2t} if full).
-    - `method`, `tolerance`: of the equilibrium, as for `pcdyn.equilibrium`; where it is not found
-      the field is NaN and the simulation says so.
+    - `method`, `tolerance`: of the equilibrium, as for `pcdyn.equilibrium`; the closed form of a
+      linear network and Gauss–Newton for others unless given. Where it is not found the field is
+      NaN and the simulation says so.
 
     `pcdyn.simulate` integrates it; the trajectory's `precisions` hold Π_1 … Π_L in time. For optax,
     `free_energy` is a loss of the parameters `initial_state()`.
@@ -108,28 +109,25 @@ class PrecisionFlow(Problem):
 
     def precisions_at(self, state: State) -> tuple[Array, ...]:
         """Π_1 … Π_L: numbers, diagonals or matrices, after the leading axis if there is one."""
-        state = tuple(jnp.asarray(x) for x in state)
         if state[0].ndim > 1:
-            return jax.vmap(self.precisions_at)(state)
+            return _in_time(PrecisionFlow.precisions_at, *as_jax((self, state)))
         moving = dict(zip(self._learned, state, strict=True))
         widths = self.problem.network.widths
         return tuple(
             _precision(moving[index], structure, widths[index])
             if index in moving
-            else jnp.asarray(self._given(index))
+            else self._given(index)
             for index, structure in enumerate(self.structures, start=1)
         )
 
     def activities(self, state: State) -> Activities:
-        # Of a trajectory on the host, problem and states are NumPy arrays.
-        arrays, static = eqx.partition((self, state), eqx.is_array)
-        flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
         if state[0].ndim > 1:
-            return _activities_in_time(flow, state)
-        problem = flow.problem_at(state)
+            return _in_time(PrecisionFlow.activities, *as_jax((self, state)))
+        problem = self.problem_at(state)
         if self.method is None and is_linear(problem.network):
             return linear_equilibrium(problem)
-        return activities_at_rest(problem, self.method, self.tolerance)
+        method = GaussNewton() if self.method is None else self.method
+        return activities_at_rest(problem, method, self.tolerance)
 
     def network_at(self, state: State) -> None:
         """`None`: the weights do not move."""
@@ -155,8 +153,7 @@ class PrecisionFlow(Problem):
             return jnp.mean(variational_free_energy(problem, rest, posterior=self.posterior))
 
         rest = self.problem.state_of(trajectory.activities)
-        arguments = jax.tree.map(jnp.asarray, (trajectory.precisions, rest))
-        return jax.jit(jax.vmap(at))(*arguments)
+        return jax.jit(jax.vmap(at))(*as_jax((trajectory.precisions, rest)))
 
     def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
         if self.posterior == "laplace" and not is_linear(self.problem.network):
@@ -183,8 +180,9 @@ class PrecisionFlow(Problem):
 
 
 @eqx.filter_jit
-def _activities_in_time(flow: PrecisionFlow, states: State) -> Activities:
-    return jax.vmap(flow.activities)(states)
+def _in_time(function: Any, flow: PrecisionFlow, states: State) -> tuple[Array, ...]:
+    """`function` of the flow at several states."""
+    return jax.vmap(lambda state: function(flow, state))(states)
 
 
 def _parameters(precision: Any, structure: Structure, width: int) -> Array:
@@ -239,11 +237,18 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
     the errors of the samples do not span the outputs.
     """
     check_posterior(posterior)
+    found, measured = _output_noise(problem, posterior)
+    _check_spanned(measured, 1 if problem.batch_shape == () else problem.batch_shape[0])
+    return found
+
+
+@eqx.filter_jit
+def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[OutputNoise, Array]:
+    """The noise, and Ĉ."""
     explained = output_covariance(problem) - _output_noise_of(problem)
     errors = problem.output_error(problem.network.feedforward(problem.input)[-1])
     errors = jnp.atleast_2d(errors)
     measured = errors.T @ errors / len(errors)
-    _check_spanned(measured, len(errors))
     root = jnp.linalg.cholesky(measured)
     half = jsl.solve_triangular(root, explained, lower=True)
     white = jsl.solve_triangular(root, half.T, lower=True)
@@ -254,7 +259,7 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
         interior = share <= 0.25
         left = 0.5 * (1 - 2 * share + jnp.sqrt(jnp.where(interior, 1 - 4 * share, 0)))
     factor = root @ modes * jnp.sqrt(jnp.where(interior, left, 0))[None]
-    return OutputNoise(factor @ factor.T, jnp.all(interior))
+    return OutputNoise(factor @ factor.T, jnp.all(interior)), measured
 
 
 def _output_noise_of(problem: InferenceProblem) -> Array:

@@ -55,23 +55,35 @@ def variational_free_energy(
     """
     check_gaussian(problem)
     state = problem.initial_state(state)
-    # One Hessian serves every sample of a linear network.
-    free_energy = problem.free_energy(state) + _normalisation(problem)
     if isinstance(posterior, str):
         check_posterior(posterior)
+    else:
+        posterior = _checked_covariance(posterior, state).astype(problem.dtype)
+    found = _free_energy(problem, state, posterior)
+    if not is_traced(found) and np.isnan(np.asarray(found)).any():
+        raise PosteriorError(
+            f"{int(np.isnan(np.asarray(found)).sum())} of {np.size(found)} samples have a Hessian "
+            "or a covariance that is not positive definite: take a state at an equilibrium "
+            "(pcdyn.equilibrium) that is a minimum, a symmetric positive definite covariance, or "
+            'posterior="delta"'
+        )
+    return found
+
+
+@eqx.filter_jit
+def _free_energy(
+    problem: InferenceProblem, state: State, posterior: Posterior | Array
+) -> Float[Array, "*batch"]:
+    free_energy = problem.free_energy(state) + _normalisation(problem)
+    count = sum(x.shape[-1] for x in state)
+    if isinstance(posterior, str):
         if posterior == "delta":
             return free_energy
-        count = sum(x.shape[-1] for x in state)
-        extra = 0.5 * (_log_determinant(problem, state) - count * math.log(2 * math.pi))
-    else:
-        extra = _with_covariance(problem, state, as_float_array(posterior, "posterior"))
-    if not is_traced(extra) and np.isnan(np.asarray(extra)).any():
-        raise PosteriorError(
-            f"{int(np.isnan(np.asarray(extra)).sum())} of {np.size(extra)} Hessians or covariances "
-            "are not positive definite: take a state at an equilibrium (pcdyn.equilibrium) that is "
-            'a minimum, a symmetric positive definite covariance, or posterior="delta"'
-        )
-    return free_energy + extra
+        curvature = _over_samples(problem, state, _log_determinant)
+        return free_energy + 0.5 * (curvature - count * math.log(2 * math.pi))
+    spread = _over_samples(problem, state, lambda h: jnp.sum(h.dense() * posterior))
+    entropy = _precision_log_determinant(posterior, count) + count * (1 + math.log(2 * math.pi))
+    return free_energy + 0.5 * (spread - entropy)
 
 
 def check_gaussian(problem: InferenceProblem) -> None:
@@ -110,6 +122,7 @@ def _precision_log_determinant(precision: Array | None, width: int) -> Any:
 
 def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Array:
     """`function` of H, per sample; once for all samples if the network is linear."""
+    # One Hessian serves every sample of a linear network.
     if is_linear(problem.network):
         return function(hessian(problem))
     if state[0].ndim == 1:
@@ -121,25 +134,18 @@ def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Arr
     return eqx.filter_vmap(one)(problem.input, problem.output, state)
 
 
-def _log_determinant(problem: InferenceProblem, state: State) -> Array:
+def _log_determinant(matrix: BlockTridiagonal) -> Array:
     """log det H, NaN where H is not positive definite."""
-
-    def of(matrix: BlockTridiagonal) -> Array:
-        diagonals = [jnp.diagonal(factor) for factor in matrix.cholesky().factors]
-        return 2 * jnp.sum(jnp.log(jnp.concatenate(diagonals)))
-
-    return _over_samples(problem, state, of)
+    diagonals = [jnp.diagonal(factor) for factor in matrix.cholesky().factors]
+    return 2 * jnp.sum(jnp.log(jnp.concatenate(diagonals)))
 
 
-def _with_covariance(problem: InferenceProblem, state: State, covariance: Array) -> Array:
-    """½ tr(HΣ) − ½ log det Σ − ½ N (1 + log 2π)."""
+def _checked_covariance(value: Any, state: State) -> Array:
+    covariance = as_float_array(value, "posterior")
     count = sum(x.shape[-1] for x in state)
     if covariance.shape != (count, count):
         raise ShapeError(
             f"the posterior covariance has shape {covariance.shape}, but the free layers have "
             f"{count} units: give ({count}, {count})"
         )
-    covariance = covariance.astype(problem.dtype)
-    log_determinant = _precision_log_determinant(covariance, count)
-    trace = _over_samples(problem, state, lambda h: jnp.sum(h.dense() * covariance))
-    return 0.5 * (trace - log_determinant - count * (1 + math.log(2 * math.pi)))
+    return covariance
