@@ -34,6 +34,7 @@ EXTRA = (
     "joint_flow",
     "critical_points",
     "learning_rules",
+    "learned_precisions",
     "integrators",
     "integrator_choices",
 )

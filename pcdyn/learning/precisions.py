@@ -46,7 +46,7 @@ class PrecisionFlow(Problem):
       every θ is one SPD matrix); or `"fixed"`, as given.
     - `posterior`: `"laplace"` or `"delta"`. For the delta posterior, which is the paper's, F has no
       lower bound: the errors of some layer vanish and its precision grows like e^{n_l t/2} if it is
-      scalar (each of its eigenvalues like e^{t} if diagonal, e^{2t} if full).
+      scalar (each of its eigenvalues like e^{t/2} if diagonal, e^{2t} if full).
     - `method`, `tolerance`: of the equilibrium, as for `pcdyn.equilibrium`; the closed form of a
       linear network and Gauss–Newton for others unless given. Where it is not found the field is
       NaN and the simulation says so.
@@ -72,7 +72,9 @@ class PrecisionFlow(Problem):
             raise ShapeError(f"{len(self.structures)} structures for the layers 1 … {depth}")
         unknown = sorted(set(self.structures) - set(get_args(Structure)))
         if unknown:
-            raise InputError(f"unknown structure {unknown[0]!r}: use {', '.join(get_args(Structure))}")
+            raise InputError(
+                f"unknown structure {unknown[0]!r}: use {', '.join(get_args(Structure))}"
+            )
         if not self._learned:
             raise InputError("nothing to learn: every precision is fixed")
         if self.problem.output is None:
