@@ -295,26 +295,28 @@ def numbers(values: Any) -> str:
 def plot(data: xarray.Dataset) -> Figure:
     """Variances and precisions in time, F, the recovered noise, the boundary, BP and TP."""
     with plotting.style():
+        colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
         figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.6), layout="constrained")
         late, edge = data.isel(time=slice(1, None)), data.isel(edge_time=slice(1, None))
         for i, name in enumerate(NAMES):
             axes[0, 0].semilogx(late.time, late.variance.sel(parameter=name), label=name)
-            axes[0, 0].axhline(float(data.closed_form[i]), color=f"C{i}", ls="--", lw=1)
-            axes[0, 0].axhline(float(data.true_variance[i]), color=f"C{i}", ls=":", lw=1)
+            axes[0, 0].axhline(float(data.closed_form[i]), color=colors[i], ls="--", lw=1)
+            axes[0, 0].axhline(float(data.true_variance[i]), color=colors[i], ls=":", lw=1)
         axes[0, 0].set(xlabel="time", ylabel="variance (1 / precision)",
                        title="Laplace: the noise is recovered\n(dashed: closed form, dotted: true)")  # fmt: skip
-        axes[0, 0].legend()
+        axes[0, 0].set_ylim(bottom=0)
+        axes[0, 0].legend(loc="lower left", ncols=3)
         for ls, start in zip(("-", "--"), STARTS, strict=True):
             for i, name in enumerate(NAMES):
                 axes[0, 1].semilogy(
                     data.delta_time, data.precision.sel(start=start, parameter=name), ls,
-                    color=f"C{i}", label=name if ls == "-" else None,
+                    color=colors[i], label=name if ls == "-" else None,
                 )  # fmt: skip
         axes[0, 1].set(xlabel="time", ylabel="precision",
                        title="delta: one layer collapses\n(dashed: output more precise at first)")  # fmt: skip
         axes[0, 1].legend(loc="upper left")
-        draw_free_energy(axes[0, 2], data)
-        draw_noises(axes[1, 0], data)
+        draw_free_energy(axes[0, 2], data, colors)
+        draw_noises(axes[1, 0], data, colors)
         for i, direction in enumerate(("larger", "smaller")):
             axes[1, 1].loglog(edge.edge_time, edge.edge_precision[:, 1 - i],
                               label=f"{direction} eigenvalue")  # fmt: skip
@@ -323,37 +325,40 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1, 1].set(xlabel="time", ylabel="output precision",
                        title="Laplace at the boundary:\nhidden noise held too large")  # fmt: skip
         axes[1, 1].legend()
-        draw_cosines(axes[1, 2], data)
+        draw_cosines(axes[1, 2], data, colors)
     return figure
 
 
-def draw_free_energy(ax: Any, data: xarray.Dataset) -> None:
+def draw_free_energy(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     """F in time for both posteriors, on the time axis of the delta posterior."""
     shown = data.sel(time=slice(0, float(data.delta_time[-1])))
     ax.plot(shown.time, shown.free_energy, label="Laplace")
     for (i, start), ls in zip(enumerate(STARTS, start=1), ("-", "--"), strict=True):
-        ax.plot(data.delta_time, data.delta_free_energy.sel(start=start), ls, color=f"C{i}",
+        ax.plot(data.delta_time, data.delta_free_energy.sel(start=start), ls, color=colors[i],
                 label=f"delta, {start}")  # fmt: skip
     ax.axhline(float(data.free_energy[-1]), color="0.5", ls=":", lw=1)
     ax.set(xlabel="time", ylabel="variational free energy",
            title="free energy per sample\n(dotted: least −log p)")  # fmt: skip
+    # Room for the legend under the lines.
+    ax.set_ylim(bottom=1.6 * float(data.delta_free_energy.min()))
     ax.legend(loc="lower left")
 
 
-def draw_noises(ax: Any, data: xarray.Dataset) -> None:
+def draw_noises(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     """Ellipses of one standard deviation."""
     angle = np.linspace(0, 2 * np.pi, 200)
     circle = np.stack([np.cos(angle), np.sin(angle)])
-    looks = (("k", ":"), ("C0", "-"), ("C1", "--"), ("C2", "-"))
+    looks = (("k", ":"), (colors[0], "-"), (colors[1], "--"), (colors[2], "-"))
     for name, (color, ls) in zip(NOISES, looks, strict=True):
         ellipse = np.linalg.cholesky(data.noise.sel(noise_of=name).values) @ circle
         ax.plot(*ellipse, ls, color=color, label=name)
-    ax.set(xlabel="output 1", ylabel="output 2", aspect="equal", xlim=(-1, 1), ylim=(-1, 1.5),
+    ax.set(xlabel="output 1", ylabel="output 2", ylim=(-1, 1.6),
            title="covariance of the output noise\n(one standard deviation)")  # fmt: skip
+    ax.set_aspect("equal", adjustable="datalim")
     ax.legend(loc="upper center", ncols=2)
 
 
-def draw_cosines(ax: Any, data: xarray.Dataset) -> None:
+def draw_cosines(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     """Cosines to BP and TP, each flow over its own time."""
     flows = [("Laplace", data.time, data.cosine_bp, data.cosine_tp)]
     for start in STARTS:
@@ -363,8 +368,9 @@ def draw_cosines(ax: Any, data: xarray.Dataset) -> None:
         )
     for i, (name, time, bp, tp) in enumerate(flows):
         share = time / time[-1] if i else np.log1p(time) / np.log1p(time[-1])
-        ax.plot(share, bp, color=f"C{i}", label=name)
-        ax.plot(share, tp, "--", color=f"C{i}")
+        ax.plot(share, bp, color=colors[i], label=name)
+        ax.plot(share, tp, "--", color=colors[i])
     ax.set(xlabel="share of the time (Laplace: of its logarithm)", ylabel="mean cosine",
            title="weight gradient to BP (solid),\nhidden activities to TP (dashed)")  # fmt: skip
+    ax.set_ylim(bottom=1 - 1.6 * float(1 - data.delta_cosine_bp.min()))
     ax.legend(loc="lower right")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -14,7 +15,7 @@ from pcdyn.energy import Gaussian
 from pcdyn.learning.precisions import PrecisionFlow, output_noise
 from pcdyn.learning.variational import variational_free_energy
 from pcdyn.linear import linear_equilibrium
-from pcdyn.network import Network, mlp
+from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 
@@ -29,12 +30,11 @@ def marginal_likelihood(*, networks: int = 20, seed: int = 0) -> tuple[Evidence,
     second entry.
     """
     exact, missed = [], []
-    for key in jr.split(jr.key(seed), networks):
-        problem = _random_problem(key)
-        rest = problem.state_of(linear_equilibrium(problem))
+    rng = np.random.default_rng(seed)
+    for _ in range(networks):
+        problem = _random_problem(rng)
         expected = _by_linear_gaussian(problem)
-        found = np.asarray(variational_free_energy(problem, rest))
-        delta = np.asarray(variational_free_energy(problem, rest, posterior="delta"))
+        found, delta = (np.asarray(x) for x in _at_equilibrium(problem))
         exact.append(np.max(np.abs(found - expected) / (1 + np.abs(expected))))
         missed.append(np.max(np.abs(delta - expected)))
     settings = {"networks": networks, "widths": (3, 4, 3, 2), "samples": 3, "seed": seed}
@@ -62,13 +62,13 @@ def degenerate_point_posterior(*, seed: int = 0) -> tuple[Evidence, ...]:
     The hidden precision of a linear 3-4-2 network is raised; log π then moves at n/2 for ever, and
     F falls by n/2 for each unit of log π.
     """
-    width, problem = 4, _random_problem(jr.key(seed), (3, 4, 2), samples=8)
+    width, problem = 4, _random_problem(np.random.default_rng(seed), (3, 4, 2), 8)
     energies, sizes = [], (1e6, 1e8)
     for size in sizes:
         flow = PrecisionFlow(_with(problem, [size, 1.0]), ("scalar", "fixed"), "delta")
-        energies.append(float(flow.free_energy(flow.initial_state())))
-    slope = (energies[1] - energies[0]) / np.log(sizes[1] / sizes[0])
-    speed = float(flow.vector_field(flow.initial_state())[0][0])
+        energies.append(float(_free_energy(flow)))
+    slope = (energies[1] - energies[0]) / math.log(sizes[1] / sizes[0])
+    speed = float(_field(flow)[0][0])
     settings = {"widths": (3, 4, 2), "samples": 8, "precisions": sizes, "seed": seed}
     return (
         Evidence(
@@ -107,7 +107,7 @@ def recovered_covariance(*, samples: int = 20_000, seed: int = 0) -> tuple[Evide
     entries = []
     for posterior in ("laplace", "delta"):
         found = np.asarray(output_noise(problem, posterior=posterior).covariance)
-        off = np.linalg.norm(found - true) / np.linalg.norm(true)
+        off = float(np.linalg.norm(found - true) / np.linalg.norm(true))
         at = _with(problem, [20.0, np.linalg.inv(found)])
         flow = PrecisionFlow(at, ("fixed", "full"), posterior)
         entries.append((off, _largest(flow)))
@@ -139,6 +139,21 @@ def recovered_covariance(*, samples: int = 20_000, seed: int = 0) -> tuple[Evide
 
 
 @eqx.filter_jit
+def _at_equilibrium(problem: InferenceProblem) -> tuple[Any, Any]:
+    """F with a Laplace and with a delta posterior, per sample."""
+    rest = problem.state_of(linear_equilibrium(problem))
+    return (
+        variational_free_energy(problem, rest),
+        variational_free_energy(problem, rest, posterior="delta"),
+    )
+
+
+@eqx.filter_jit
+def _free_energy(flow: PrecisionFlow) -> Any:
+    return flow.free_energy(flow.initial_state())
+
+
+@eqx.filter_jit
 def _field(flow: PrecisionFlow) -> Any:
     return flow.vector_field(flow.initial_state())
 
@@ -153,20 +168,18 @@ def _with(problem: InferenceProblem, precisions: list[Any]) -> InferenceProblem:
 
 
 def _random_problem(
-    key: Any, widths: tuple[int, ...] = (3, 4, 3, 2), samples: int = 3
+    rng: np.random.Generator, widths: tuple[int, ...] = (3, 4, 3, 2), samples: int = 3
 ) -> InferenceProblem:
     """A linear network with precisions of all kinds between 1/e and e, and random data."""
-    keys = jr.split(key, 4)
-    network: Network = mlp(widths, activation="identity", key=keys[0])
-    precisions: list[Any] = []
-    for index, (width, one) in enumerate(zip(widths[1:], jr.split(keys[1], 9), strict=False)):
-        spread = jnp.exp(jr.uniform(one, (width,), minval=-1.0, maxval=1.0))
-        turn = jnp.linalg.qr(jr.normal(one, (width, width)))[0]
-        full = turn @ jnp.diag(spread) @ turn.T
-        precisions.append(((full + full.T) / 2, spread, spread[0])[index % 3])
+    layers, precisions = [], []
+    for index, (below, width) in enumerate(itertools.pairwise(widths)):
+        layers.append(Dense(rng.normal(size=(width, below)) / below**0.5))
+        spread = np.exp(rng.uniform(-1, 1, width))
+        turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
+        precisions.append(((turn * spread) @ turn.T, spread, float(spread[0]))[index % 3])
     return InferenceProblem(
-        network, input=jr.normal(keys[2], (samples, widths[0])),
-        output=jr.normal(keys[3], (samples, widths[-1])), energy=Gaussian(precisions),
+        Network(layers), input=rng.normal(size=(samples, widths[0])),
+        output=rng.normal(size=(samples, widths[-1])), energy=Gaussian(precisions),
     )  # fmt: skip
 
 

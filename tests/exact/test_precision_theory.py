@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pcdyn.theory.precisions import (
@@ -19,7 +21,7 @@ from pcdyn.theory.precisions import (
         (recovered_covariance, {"samples": 500}, [True, True, False, True]),
     ],
 )
-def test_verdicts(measure, options, holding) -> None:  # noqa: ANN001
+def test_verdicts(measure: Any, options: dict[str, Any], holding: list[bool]) -> None:
     """Each entry holds or not as its derivation says, here by hand, and as it says itself."""
     entries = measure(**options)
     assert [entry.holds for entry in entries] == holding

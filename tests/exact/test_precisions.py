@@ -276,7 +276,7 @@ def test_optax_descends_to_the_closed_form() -> None:
 
 
 def test_an_equilibrium_that_is_not_found_is_not_hidden() -> None:
-    """One Gauss–Newton iteration is not enough for tanh: the field is NaN, which simulations see."""
+    """One Gauss–Newton iteration is not enough for tanh: the field is NaN."""
     case = build_case(seed=13, widths=WIDTHS, activations=("tanh",), batch=3)
     method = GaussNewton(max_iterations=1)
     flow = PrecisionFlow(case.problem, ("fixed", "scalar"), "delta", method, 1e-13)
