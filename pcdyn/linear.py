@@ -131,12 +131,11 @@ def linear_equilibrium(
 
 
 def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
-    spread, s_matrix = _output_space(problem, _USE_CHOLESKY)
+    start, error, spread, s_matrix = _output_space(problem, _USE_CHOLESKY)
     network, depth = problem.network, problem.network.depth
-    error = problem.output_error(network.feedforward(problem.input)[-1])
     factor = jsl.cho_factor(s_matrix)
     weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
-    activities = [problem.input]
+    activities = [start]
     for index in range(1, depth):
         prediction = network.predict(index, activities[-1])
         activities.append(prediction + weighted @ spread[index])
@@ -152,7 +151,7 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
     clamped.
     """
-    return _output_space(problem, _CLAMP_BOTH)[1]
+    return _output_space(problem, _CLAMP_BOTH)[-1]
 
 
 def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
@@ -161,8 +160,7 @@ def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]
     The hidden layers are integrated out (`output_covariance` is S). Raises `NotLinearError`, and
     `InputError` unless both ends are clamped.
     """
-    covariance = output_covariance(problem)
-    error = problem.output_error(problem.network.feedforward(problem.input)[-1])
+    _, error, _, covariance = _output_space(problem, _CLAMP_BOTH)
     factor = jnp.linalg.cholesky(covariance)
     white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
     log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
@@ -174,8 +172,10 @@ _USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="
 _CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
 
 
-def _output_space(problem: InferenceProblem, remedy: str) -> tuple[dict[int, Array], Array]:
-    """P_l Π_l⁻¹ for each l = 1 … L, and S."""
+def _output_space(
+    problem: InferenceProblem, remedy: str
+) -> tuple[Array, Array, dict[int, Array], Array]:
+    """The input, e0 = T − feedforward(d), P_l Π_l⁻¹ for each l = 1 … L, and S."""
     layers, energy = _linear_parts(problem)
     if problem.input is None or problem.output is None:
         raise InputError(remedy)
@@ -186,7 +186,8 @@ def _output_space(problem: InferenceProblem, remedy: str) -> tuple[dict[int, Arr
         products[index - 1] = products[index] @ layers[index - 1].weight
     spread = {index: energy.unweigh(index, product) for index, product in products.items()}
     parts = (spread[index] @ products[index].T for index in products)
-    return spread, sum(parts, start=jnp.zeros((), problem.dtype))
+    error = problem.output - problem.network.feedforward(problem.input)[-1]
+    return problem.input, error, spread, sum(parts, start=jnp.zeros((), problem.dtype))
 
 
 class ExactFlow(eqx.Module):

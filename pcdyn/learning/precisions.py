@@ -25,10 +25,15 @@ from pcdyn.learning.variational import (
 from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
 from pcdyn.network import Activities
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.references import feedforward
 from pcdyn.solvers import GaussNewton, Solver
 from pcdyn.trajectory import Trajectory
 
 Structure = Literal["fixed", "scalar", "diagonal", "full"]
+
+
+def _as_tuple(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    return tuple(structures)
 
 
 class PrecisionFlow(Problem):
@@ -59,7 +64,7 @@ class PrecisionFlow(Problem):
     """
 
     problem: InferenceProblem
-    structures: tuple[Structure, ...] = eqx.field(static=True, converter=tuple)
+    structures: tuple[Structure, ...] = eqx.field(static=True, converter=_as_tuple)
     posterior: Posterior = eqx.field(static=True, default="laplace")
     method: Solver | None = None
     tolerance: float | None = eqx.field(static=True, default=None)
@@ -240,7 +245,7 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
     """
     check_posterior(posterior)
     found, measured = _output_noise(problem, posterior)
-    _check_spanned(measured, 1 if problem.batch_shape == () else problem.batch_shape[0])
+    _check_spanned(measured, (problem.batch_shape or (1,))[0])
     return found
 
 
@@ -248,7 +253,7 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
 def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[OutputNoise, Array]:
     """The noise, and Ĉ."""
     explained = output_covariance(problem) - _output_noise_of(problem)
-    errors = problem.output_error(problem.network.feedforward(problem.input)[-1])
+    errors = problem.output_error(feedforward(problem)[-1])
     errors = jnp.atleast_2d(errors)
     measured = errors.T @ errors / len(errors)
     root = jnp.linalg.cholesky(measured)

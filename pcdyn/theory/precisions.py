@@ -62,13 +62,13 @@ def degenerate_point_posterior(*, seed: int = 0) -> tuple[Evidence, ...]:
     The hidden precision of a linear 3-4-2 network is raised; log π then moves at n/2 for ever, and
     F falls by n/2 for each unit of log π.
     """
-    width, problem = 4, _random_problem(np.random.default_rng(seed), (3, 4, 2), 8)
+    width, speed, problem = 4, math.nan, _random_problem(np.random.default_rng(seed), (3, 4, 2), 8)
     energies, sizes = [], (1e6, 1e8)
     for size in sizes:
         flow = PrecisionFlow(_with(problem, [size, 1.0]), ("scalar", "fixed"), "delta")
         energies.append(float(_free_energy(flow)))
+        speed = float(_field(flow)[0][0])
     slope = (energies[1] - energies[0]) / math.log(sizes[1] / sizes[0])
-    speed = float(_field(flow)[0][0])
     settings = {"widths": (3, 4, 2), "samples": 8, "precisions": sizes, "seed": seed}
     return (
         Evidence(
