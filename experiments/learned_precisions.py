@@ -355,9 +355,9 @@ def draw_noises(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     for name, (color, ls) in zip(NOISES, looks, strict=True):
         ellipse = np.linalg.cholesky(data.noise.sel(noise_of=name).values) @ circle
         ax.plot(*ellipse, ls, color=color, label=name)
-    ax.set(xlabel="output 1", ylabel="output 2", ylim=(-1, 1.6),
+    ax.set(xlabel="output 1", ylabel="output 2", xlim=(-1.6, 1.6), ylim=(-1, 1.6),
            title="covariance of the output noise\n(one standard deviation)")  # fmt: skip
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_aspect("equal")
     ax.legend(loc="upper center", ncols=2)
 
 
