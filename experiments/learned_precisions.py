@@ -149,7 +149,7 @@ def compared(problem: pcdyn.InferenceProblem, precisions: Any) -> Any:
     def at(precisions: Any) -> Any:
         now = with_precisions(problem, precisions)
         activities = pcdyn.linear_equilibrium(now, method="output_space")
-        before = now.network.feedforward(now.input)
+        before = pcdyn.feedforward(now)
         target = (now.output - before[-1]) @ jnp.linalg.pinv(now.network.layers[-1].weight).T
 
         def angle(x: Any, y: Any, rest: Any) -> Any:
@@ -181,7 +181,7 @@ def table(found: dict[str, Any]) -> np.ndarray:
 
 def second_moment(problem: pcdyn.InferenceProblem) -> np.ndarray:
     """Ĉ, the mean of e0 e0ᵀ."""
-    errors = problem.output_error(problem.network.feedforward(problem.input)[-1])
+    errors = problem.output_error(pcdyn.feedforward(problem)[-1])
     return np.asarray(errors.T @ errors) / len(errors)
 
 
