@@ -38,6 +38,7 @@ EXTRA = (
     "loss_along_inference",
     "learning_limits",
     "learning_rules",
+    "learned_precisions",
     "integrators",
     "integrator_choices",
     "theorems",

@@ -54,6 +54,10 @@ class SingularHessianError(InputError):
     """The free energy has a flat direction, so that no unique equilibrium exists."""
 
 
+class PosteriorError(InputError):
+    """A Gaussian posterior has no covariance: the state is no strict minimum of the free energy."""
+
+
 class SingularWeightError(InputError):
     """A weight matrix has no inverse, so that no target propagation target exists."""
 

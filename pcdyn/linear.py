@@ -7,6 +7,7 @@ and time constant, and works under `jax.jit`, `jax.vmap` and `jax.grad`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -130,29 +131,63 @@ def linear_equilibrium(
 
 
 def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
+    start, error, spread, s_matrix = _output_space(problem, _USE_CHOLESKY)
+    network, depth = problem.network, problem.network.depth
+    factor = jsl.cho_factor(s_matrix)
+    weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
+    activities = [start]
+    for index in range(1, depth):
+        prediction = network.predict(index, activities[-1])
+        activities.append(prediction + weighted @ spread[index])
+    return (*activities, problem.output)
+
+
+def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
+    """S = Σ_l P_l Π_l⁻¹ P_lᵀ, P_l = W_L … W_{l+1}: the covariance that the network predicts of T.
+
+    The generative model of a linear network, in which each layer is its prediction with Gaussian
+    noise of covariance Π_l⁻¹ added, gives the output the mean of the feedforward pass and this
+    covariance. It is the matrix through which predictive coding sees BP: `Π_l ε_l* = P_lᵀ S⁻¹ e0`
+    with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
+    clamped.
+    """
+    return _output_space(problem, _CLAMP_BOTH)[-1]
+
+
+def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
+    """−log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
+
+    The hidden layers are integrated out (`output_covariance` is S). Raises `NotLinearError`, and
+    `InputError` unless both ends are clamped.
+    """
+    _, error, _, covariance = _output_space(problem, _CLAMP_BOTH)
+    factor = jnp.linalg.cholesky(covariance)
+    white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
+    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    constant = error.shape[-1] * math.log(2 * math.pi) + log_determinant
+    return 0.5 * (jnp.sum(white.reshape(error.shape) ** 2, axis=-1) + constant)
+
+
+_USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="cholesky"'
+_CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
+
+
+def _output_space(
+    problem: InferenceProblem, remedy: str
+) -> tuple[Array, Array, dict[int, Array], Array]:
+    """The input, e0 = T − feedforward(d), P_l Π_l⁻¹ for each l = 1 … L, and S."""
     layers, energy = _linear_parts(problem)
     if problem.input is None or problem.output is None:
-        raise InputError('the method "output_space" needs both ends clamped; use method="cholesky"')
+        raise InputError(remedy)
     depth = problem.network.depth
     # products[l] = P_l, whose n_L rows are the batch that Π_l⁻¹ acts on.
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
         products[index - 1] = products[index] @ layers[index - 1].weight
     spread = {index: energy.unweigh(index, product) for index, product in products.items()}
-    s_matrix = sum(spread[index] @ products[index].T for index in products)
-    first = problem.network.predict(1, problem.input)
-    error = problem.output - first @ products[1].T
-    for index in range(2, depth + 1):
-        bias = layers[index - 1].bias
-        if bias is not None:
-            error = error - jnp.broadcast_to(products[index] @ bias, error.shape)
-    factor = jsl.cho_factor(s_matrix)
-    weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
-    activities = [problem.input]
-    for index in range(1, depth):
-        prediction = first if index == 1 else problem.network.predict(index, activities[-1])
-        activities.append(prediction + weighted @ spread[index])
-    return (*activities, problem.output)
+    parts = (spread[index] @ products[index].T for index in products)
+    error = problem.output - problem.network.feedforward(problem.input)[-1]
+    return problem.input, error, spread, sum(parts, start=jnp.zeros((), problem.dtype))
 
 
 class ExactFlow(eqx.Module):

@@ -50,6 +50,10 @@ class Problem(eqx.Module):
         """The network at a state, or at several, where weights move; `None` where they do not."""
 
     @abc.abstractmethod
+    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
+        """Π_1 … Π_L at a state, or at several, where precisions move; `None` where they do not."""
+
+    @abc.abstractmethod
     def first_prediction(self) -> Array | None:
         """μ_1 where it is constant; `None` where it moves."""
 
@@ -166,6 +170,10 @@ class InferenceProblem(Problem):
 
     def network_at(self, state: State) -> Network | None:
         """`None`: the weights do not move."""
+        return None
+
+    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
+        """`None`: the precisions do not move."""
         return None
 
     def first_prediction(self) -> Float[Array, "*batch n_1"] | None:

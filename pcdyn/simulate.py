@@ -52,8 +52,8 @@ def simulate(
 
     Arguments:
 
-    - `problem`: a `pcdyn.InferenceProblem`, or a flow in which weights move as well, such as
-      `pcdyn.learning.JointFlow`.
+    - `problem`: a `pcdyn.InferenceProblem`, or a flow in which weights or precisions move as well,
+      such as `pcdyn.learning.JointFlow`.
     - `t1`: the end time, in units of the activity time constant.
     - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
     - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`).
@@ -227,6 +227,7 @@ def _build(
         integrator=method.name,
         free_layers=problem.free_layers,
         network=problem.network_at(states),
+        precisions=problem.precisions_at(states),
         **rest,
     )
 

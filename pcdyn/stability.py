@@ -290,9 +290,10 @@ def _check_problem(problem: Any) -> None:
 
 def _states(problem: InferenceProblem, trajectory: Trajectory, activities: Any) -> State:
     """The free layers of `activities`, checked against the problem."""
-    if trajectory.network is not None:
+    if trajectory.network is not None or trajectory.precisions is not None:
+        moving = "precisions" if trajectory.network is None else "weights"
         raise InputError(
-            "the weights move along this trajectory: give a state, at=problem.state_of"
+            f"the {moving} move along this trajectory: give a state, at=problem.state_of"
         )
     if len(activities) != problem.network.depth + 1 or (
         trajectory.free_layers != problem.free_layers

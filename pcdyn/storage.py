@@ -53,10 +53,12 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """
     import xarray
 
-    if trajectory.network is not None:
+    if trajectory.network is not None or trajectory.precisions is not None:
+        moving = "precisions" if trajectory.network is None else "weights"
         raise ShapeError(
-            "weights move in this trajectory, for which there is no file format: keep its "
-            "activities and the arrays of its network, for example with numpy.savez"
+            f"{moving} move in this trajectory, for which there is no file format: keep its "
+            f"activities and its {moving}, for "
+            "example with numpy.savez"
         )
     if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
         raise ShapeError(

@@ -40,6 +40,8 @@ class Trajectory(LayerEnergies):
     - `free_layers`: the indices of the layers that were not clamped.
     - `network`: where weights move, the network whose arrays have the time axis first; otherwise
       `None`.
+    - `precisions`: where precisions move, `precisions[l - 1]` is Π_l with the time axis first, as
+      in `pcdyn.Gaussian`: a number, a diagonal or a matrix; otherwise `None`.
 
     With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
     and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
@@ -62,6 +64,7 @@ class Trajectory(LayerEnergies):
     run_seconds: Any = 0.0
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
     network: Any = None
+    precisions: Any = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")

@@ -3,6 +3,7 @@
 from pcdyn.learning.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
 from pcdyn.learning.base import Learned, Rule
 from pcdyn.learning.joint import AdiabaticFlow, JointFlow
+from pcdyn.learning.precisions import OutputNoise, PrecisionFlow, output_noise
 from pcdyn.learning.predictive_coding import (
     EulerPredictiveCoding,
     IncrementalPredictiveCoding,
@@ -11,6 +12,7 @@ from pcdyn.learning.predictive_coding import (
 )
 from pcdyn.learning.targets import LearnedTargetPropagation, TargetPropagation
 from pcdyn.learning.train import Evaluation, Training, train
+from pcdyn.learning.variational import variational_free_energy
 from pcdyn.solvers.truncated import TruncatedGaussNewton
 
 __all__ = [
@@ -24,11 +26,15 @@ __all__ = [
     "Learned",
     "LearnedTargetPropagation",
     "LowPrecisionPredictiveCoding",
+    "OutputNoise",
+    "PrecisionFlow",
     "PredictiveCoding",
     "Rule",
     "TargetPropagation",
     "Training",
     "TruncatedGaussNewton",
     "ZeroDivergence",
+    "output_noise",
     "train",
+    "variational_free_energy",
 ]

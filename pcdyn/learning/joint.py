@@ -59,6 +59,9 @@ class JointFlow(Problem):
     def network_at(self, state: State) -> Network:
         return _with_vectors(self.problem.network, state[len(self.free_layers) :])
 
+    def precisions_at(self, state: State) -> None:
+        """`None`: the precisions do not move."""
+
     def first_prediction(self) -> None:
         return None
 
@@ -122,17 +125,16 @@ class AdiabaticFlow(Problem):
         return _vectors(self.problem.network)
 
     def activities(self, state: State) -> Activities:
-        # Of a trajectory on the host, problem and states are NumPy arrays.
-        arrays, static = eqx.partition((self, state), eqx.is_array)
-        flow, state = eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
+        flow, state = as_jax((self, state))
         if state[0].ndim > 1:
             return jax.vmap(flow.activities)(state)
-        problem = flow._at(state)
-        found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
-        return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
+        return activities_at_rest(flow._at(state), self.method, self.tolerance)
 
     def network_at(self, state: State) -> Network:
         return _with_vectors(self.problem.network, state)
+
+    def precisions_at(self, state: State) -> None:
+        """`None`: the precisions do not move."""
 
     def first_prediction(self) -> None:
         return None
@@ -154,6 +156,20 @@ class AdiabaticFlow(Problem):
 
     def _at(self, state: State) -> InferenceProblem:
         return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+
+
+def as_jax(tree: Any) -> Any:
+    """The same with JAX arrays: problem and states of a trajectory on the host are NumPy arrays."""
+    arrays, static = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
+
+
+def activities_at_rest(
+    problem: InferenceProblem, method: Solver | None, tolerance: float | None
+) -> Activities:
+    """The equilibrium x_0 … x_L inside a JAX transformation, NaN for samples without one."""
+    found = equilibrium(problem, method=method, tolerance=tolerance, throw=False)
+    return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
 
 
 def _ok(found: Any, like: Any) -> Any:

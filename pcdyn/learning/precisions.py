@@ -1,0 +1,287 @@
+"""Learned precisions: gradient flow of the variational free energy on Π, which stays SPD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, Float
+
+from pcdyn.checks import Numbers, is_traced
+from pcdyn.energy import Gaussian
+from pcdyn.errors import InputError, PrecisionError, ShapeError
+from pcdyn.learning.joint import activities_at_rest, as_jax
+from pcdyn.learning.variational import (
+    Posterior,
+    check_gaussian,
+    check_posterior,
+    variational_free_energy,
+)
+from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
+from pcdyn.network import Activities
+from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.references import feedforward
+from pcdyn.solvers import GaussNewton, Solver
+from pcdyn.trajectory import Trajectory
+
+Structure = Literal["fixed", "scalar", "diagonal", "full"]
+
+
+def _as_tuple(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    return tuple(structures)
+
+
+class PrecisionFlow(Problem):
+    """`dθ/dt = −∂F/∂θ` of the parameters θ of the precisions, with inference at its equilibrium.
+
+    F is the variational free energy (`pcdyn.learning.variational_free_energy`) at the equilibrium
+    of inference, averaged over the samples, which share the precisions. Time is in units of the
+    time constant of θ. Arguments:
+
+    - `problem`: with a clamped output and the energy `pcdyn.Gaussian`, whose precisions are the
+      start.
+    - `structures`: for each layer l = 1 … L what Π_l is: `"scalar"`, π I with θ = log π;
+      `"diagonal"`, θ its logarithms; `"full"`, Π_l = C Cᵀ with C lower triangular, θ the logarithms
+      of C's diagonal and then the rows below it (log-Cholesky: Pinheiro & Bates 1996, so that
+      every θ is one SPD matrix); or `"fixed"`, as given.
+    - `posterior`: `"laplace"` or `"delta"`. For the delta posterior, which is the paper's, F has no
+      lower bound: the errors of some layer vanish and its precision grows like e^{n_l t/2} if it is
+      scalar (each of its eigenvalues like e^{t/2} if diagonal, e^{2t} if full).
+    - `method`, `tolerance`: of the equilibrium, as for `pcdyn.equilibrium`; the closed form of a
+      linear network and Gauss–Newton for others unless given. Where it is not found the field is
+      NaN and the simulation says so.
+
+    `pcdyn.simulate` integrates it; the trajectory's `precisions` hold Π_1 … Π_L in time. For optax,
+    `free_energy` is a loss of the parameters `initial_state()`.
+
+    Raises `ShapeError` unless there is one structure per layer and it can hold the precision given,
+    `InputError` for unknown structures or posteriors, nothing to learn, or a free output.
+    """
+
+    problem: InferenceProblem
+    structures: tuple[Structure, ...] = eqx.field(static=True, converter=_as_tuple)
+    posterior: Posterior = eqx.field(static=True, default="laplace")
+    method: Solver | None = None
+    tolerance: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        check_gaussian(self.problem)
+        check_posterior(self.posterior)
+        depth = self.problem.network.depth
+        if len(self.structures) != depth:
+            raise ShapeError(f"{len(self.structures)} structures for the layers 1 … {depth}")
+        unknown = sorted(set(self.structures) - set(get_args(Structure)))
+        if unknown:
+            raise InputError(
+                f"unknown structure {unknown[0]!r}: use {', '.join(get_args(Structure))}"
+            )
+        if not self._learned:
+            raise InputError("nothing to learn: every precision is fixed")
+        if self.problem.output is None:
+            raise InputError("precisions are learned from data: clamp the output")
+        for index in self._learned:
+            given = self._given(index)
+            if given.ndim > ("scalar", "diagonal", "full").index(self.structures[index - 1]):
+                raise ShapeError(
+                    f"the precision of layer {index} has shape {given.shape}, which a "
+                    f"{self.structures[index - 1]} precision cannot start from"
+                )
+
+    @property
+    def dtype(self) -> Any:
+        return self.problem.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        return self.problem.free_layers
+
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
+        """θ of the problem's precisions, one vector for each layer that is not fixed."""
+        if initial != "feedforward":
+            raise InputError("the start is that of the problem's precisions: change its energy")
+        return tuple(
+            _parameters(self._given(i), self.structures[i - 1], self.problem.network.widths[i])
+            for i in self._learned
+        )
+
+    def problem_at(self, state: State) -> InferenceProblem:
+        """The problem with the precisions of the parameters `state`."""
+        energy = Gaussian(list(self.precisions_at(state)))
+        return eqx.tree_at(lambda p: p.energy, self.problem, energy)
+
+    def precisions_at(self, state: State) -> tuple[Array, ...]:
+        """Π_1 … Π_L: numbers, diagonals or matrices, after the leading axis if there is one."""
+        if state[0].ndim > 1:
+            return _in_time(PrecisionFlow.precisions_at, *as_jax((self, state)))
+        moving = dict(zip(self._learned, state, strict=True))
+        widths = self.problem.network.widths
+        return tuple(
+            _precision(moving[index], structure, widths[index])
+            if index in moving
+            else self._given(index)
+            for index, structure in enumerate(self.structures, start=1)
+        )
+
+    def activities(self, state: State) -> Activities:
+        if state[0].ndim > 1:
+            return _in_time(PrecisionFlow.activities, *as_jax((self, state)))
+        problem = self.problem_at(state)
+        if self.method is None and is_linear(problem.network):
+            return linear_equilibrium(problem)
+        method = GaussNewton() if self.method is None else self.method
+        return activities_at_rest(problem, method, self.tolerance)
+
+    def network_at(self, state: State) -> None:
+        """`None`: the weights do not move."""
+
+    def first_prediction(self) -> None:
+        return None
+
+    def observe(
+        self, state: State, first_prediction: Array | None = None
+    ) -> tuple[Activities, Array]:
+        rest = self.problem.state_of(self.activities(state))
+        return self.problem_at(state).observe(rest)
+
+    def free_energy(self, state: State) -> Array:
+        """The variational free energy of the parameters θ, averaged over the samples."""
+        return self._free_energy(state, self.problem.state_of(self.activities(state)))
+
+    def free_energy_along(self, trajectory: Trajectory) -> Float[Array, " time"]:
+        """`free_energy` at the saved times of a trajectory of this flow."""
+
+        def at(precisions: Any, rest: State) -> Array:
+            problem = eqx.tree_at(lambda p: p.energy, self.problem, Gaussian(list(precisions)))
+            return jnp.mean(variational_free_energy(problem, rest, posterior=self.posterior))
+
+        rest = self.problem.state_of(trajectory.activities)
+        return jax.jit(jax.vmap(at))(*as_jax((trajectory.precisions, rest)))
+
+    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+        if self.posterior == "laplace" and not is_linear(self.problem.network):
+            # log det H depends on where the equilibrium is.
+            slope = jax.grad(self.free_energy)(state)
+        else:
+            rest = self.problem.state_of(self.activities(state))
+            slope = jax.grad(lambda s: self._free_energy(s, rest))(state)
+        return jax.tree.map(jnp.negative, slope)
+
+    def _free_energy(self, state: State, rest: State) -> Array:
+        problem = self.problem_at(state)
+        return jnp.mean(variational_free_energy(problem, rest, posterior=self.posterior))
+
+    @property
+    def _learned(self) -> tuple[int, ...]:
+        return tuple(i for i, s in enumerate(self.structures, start=1) if s != "fixed")
+
+    def _given(self, index: int) -> Any:
+        """The precision to start from, 1 unless given."""
+        energy: Any = self.problem.energy
+        precision = energy.precision(index)
+        return jnp.ones((), self.problem.dtype) if precision is None else precision
+
+
+@eqx.filter_jit
+def _in_time(function: Any, flow: PrecisionFlow, states: State) -> tuple[Array, ...]:
+    """`function` of the flow at several states."""
+    return jax.vmap(lambda state: function(flow, state))(states)
+
+
+def _parameters(precision: Any, structure: Structure, width: int) -> Array:
+    """θ of a precision, as one vector."""
+    if structure == "scalar":
+        return jnp.log(precision).reshape(1)
+    if structure == "diagonal":
+        return jnp.log(jnp.broadcast_to(precision, (width,)))
+    if precision.ndim < 2:
+        precision = jnp.diag(jnp.broadcast_to(precision, (width,)))
+    factor = jnp.linalg.cholesky(precision)
+    return jnp.concatenate([jnp.log(jnp.diagonal(factor)), factor[np.tril_indices(width, -1)]])
+
+
+def _precision(parameters: Array, structure: Structure, width: int) -> Array:
+    """The inverse of `_parameters`."""
+    if structure == "scalar":
+        return jnp.exp(parameters[0])
+    if structure == "diagonal":
+        return jnp.exp(parameters)
+    factor = jnp.diag(jnp.exp(parameters[:width]))
+    factor = factor.at[np.tril_indices(width, -1)].set(parameters[width:])
+    return factor @ factor.T
+
+
+class OutputNoise(eqx.Module):
+    """What `output_noise` computes.
+
+    - `covariance`: Π_L⁻¹ where F_var is least, shape `(n_L, n_L)`; with zero eigenvalues where it
+      is not `interior`.
+    - `interior`: whether it is positive definite, a minimum that a precision can reach.
+    """
+
+    covariance: Float[Array, "n_L n_L"]
+    interior: Any
+
+
+def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace") -> OutputNoise:
+    """The covariance Π_L⁻¹ of the output that is learned if all other precisions are held.
+
+    In closed form for linear networks. With Ĉ the mean of e0 e0ᵀ over the samples, e0 = T −
+    feedforward(d), and V = Σ_{l<L} P_l Π_l⁻¹ P_lᵀ what the hidden layers explain,
+
+    - `"laplace"`: the maximum of the likelihood, Ĉ − V if that is positive definite. Otherwise, in
+      coordinates in which Ĉ = I and V = diag(m), it is diag(max(1 − m, 0)): at the boundary, with
+      infinite precision where the hidden layers predict more variance than there is.
+    - `"delta"`: in the same coordinates the minimum, only a local one, of the paper's free energy
+      with its log-determinant, u = ½(1 − 2m + √(1 − 4m)), less than the noise, if m ≤ ¼; else there
+      is none and the precision grows without bound.
+
+    Raises `NotLinearError`, `InputError` unless both ends are clamped, and `PrecisionError` where
+    the errors of the samples do not span the outputs.
+    """
+    check_posterior(posterior)
+    found, measured = _output_noise(problem, posterior)
+    _check_spanned(measured, (problem.batch_shape or (1,))[0])
+    return found
+
+
+@eqx.filter_jit
+def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[OutputNoise, Array]:
+    """The noise, and Ĉ."""
+    explained = output_covariance(problem) - _output_noise_of(problem)
+    errors = problem.output_error(feedforward(problem)[-1])
+    errors = jnp.atleast_2d(errors)
+    measured = errors.T @ errors / len(errors)
+    root = jnp.linalg.cholesky(measured)
+    half = jsl.solve_triangular(root, explained, lower=True)
+    white = jsl.solve_triangular(root, half.T, lower=True)
+    share, modes = jnp.linalg.eigh((white + white.T) / 2)
+    if posterior == "laplace":
+        interior, left = share < 1, 1 - share
+    else:
+        interior = share <= 0.25
+        left = 0.5 * (1 - 2 * share + jnp.sqrt(jnp.where(interior, 1 - 4 * share, 0)))
+    factor = root @ modes * jnp.sqrt(jnp.where(interior, left, 0))[None]
+    return OutputNoise(factor @ factor.T, jnp.all(interior)), measured
+
+
+def _output_noise_of(problem: InferenceProblem) -> Array:
+    """Π_L⁻¹ as a matrix."""
+    energy: Any = problem.energy
+    width = problem.network.widths[-1]
+    return energy.unweigh(problem.network.depth, jnp.eye(width, dtype=problem.dtype))
+
+
+def _check_spanned(covariance: Array, samples: int) -> None:
+    if is_traced(covariance):
+        return
+    sizes = np.linalg.eigvalsh(np.asarray(covariance))
+    if sizes[0] <= len(sizes) * np.finfo(sizes.dtype).eps * sizes[-1]:
+        raise PrecisionError(
+            f"the errors of {samples} samples do not span the {len(sizes)} outputs, so that the "
+            "likelihood has no maximum: give more samples than outputs, none predicted exactly"
+        )

@@ -1,0 +1,150 @@
+"""The variational free energy with the log-determinants that the paper drops.
+
+Each layer is its prediction with Gaussian noise of covariance Π_l⁻¹ added, so that a network is a
+density p(x_1 … x_L | x_0) and F = ½ Σ ε_lᵀ Π_l ε_l is −log of it only up to terms in which the
+precisions appear. They matter as soon as precisions are learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pcdyn.block_tridiagonal import BlockTridiagonal
+from pcdyn.checks import Numbers, as_float_array, is_traced
+from pcdyn.energy import Gaussian
+from pcdyn.errors import InputError, PosteriorError, ShapeError
+from pcdyn.hessian import free_energy_hessian
+from pcdyn.linear import hessian, is_linear
+from pcdyn.problem import InferenceProblem, State
+
+Posterior = Literal["delta", "laplace"]
+
+
+def variational_free_energy(
+    problem: InferenceProblem,
+    state: Sequence[Numbers],
+    *,
+    posterior: Posterior | Float[Array, "N N"] = "laplace",
+) -> Float[Array, "*batch"]:
+    """An upper bound of −log p(T | d), per sample, from a posterior with its mean at `state`.
+
+    `−log p(x_1 … x_L | d) = Σ_l ½ ε_lᵀ Π_l ε_l − ½ log det Π_l + ½ n_l log 2π` is averaged over the
+    posterior of the free layers, and its entropy subtracted. With H = ∂²F/∂x² and N free units,
+    `posterior` is
+
+    - `"delta"`: all of the posterior at `state`, as in the paper. Its entropy, an infinite
+      constant, is left out, so that this is no bound: it has no lower bound in the precisions.
+    - `"laplace"`: Gaussian with covariance H⁻¹, which adds `½ log det H − ½ N log 2π`. At the
+      equilibrium of a linear network it equals `pcdyn.linear.negative_log_likelihood`.
+    - a covariance Σ of the stacked free layers, shape `(N, N)`, the same for every sample, which
+      adds `½ tr(HΣ) − ½ log det Σ − ½ N (1 + log 2π)`: a bound for a linear network, an
+      approximation to second order for others.
+
+    Of a nonlinear network H is the whole Hessian at the state. Raises `InputError` for energies
+    that are no densities (only `pcdyn.Gaussian` is one), `PosteriorError` where a Hessian or a
+    covariance is not positive definite (NaN under a JAX transformation), and what a state that
+    does not fit raises. (Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.)
+    """
+    check_gaussian(problem)
+    state = problem.initial_state(state)
+    if isinstance(posterior, str):
+        check_posterior(posterior)
+    else:
+        posterior = _checked_covariance(posterior, state).astype(problem.dtype)
+    found = _free_energy(problem, state, posterior)
+    if not is_traced(found) and np.isnan(np.asarray(found)).any():
+        raise PosteriorError(
+            f"{int(np.isnan(np.asarray(found)).sum())} of {np.size(found)} samples have a Hessian "
+            "or a covariance that is not positive definite: take a state at an equilibrium "
+            "(pcdyn.equilibrium) that is a minimum, a symmetric positive definite covariance, or "
+            'posterior="delta"'
+        )
+    return found
+
+
+@eqx.filter_jit
+def _free_energy(
+    problem: InferenceProblem, state: State, posterior: Posterior | Array
+) -> Float[Array, "*batch"]:
+    free_energy = problem.free_energy(state) + _normalisation(problem)
+    count = sum(x.shape[-1] for x in state)
+    if isinstance(posterior, str):
+        if posterior == "delta":
+            return free_energy
+        curvature = _over_samples(problem, state, _log_determinant)
+        return free_energy + 0.5 * (curvature - count * math.log(2 * math.pi))
+    spread = _over_samples(problem, state, lambda h: jnp.sum(h.dense() * posterior))
+    entropy = _precision_log_determinant(posterior, count) + count * (1 + math.log(2 * math.pi))
+    return free_energy + 0.5 * (spread - entropy)
+
+
+def check_gaussian(problem: InferenceProblem) -> None:
+    """Raise `InputError` unless the energy is −log of a density up to a known constant."""
+    if not isinstance(problem.energy, Gaussian):
+        raise InputError(
+            f"precisions are those of Gaussian noise, but the energy is a "
+            f"{type(problem.energy).__name__}: use pcdyn.Gaussian"
+        )
+
+
+def check_posterior(posterior: str) -> None:
+    """Raise `InputError` for an unknown posterior."""
+    if posterior not in ("delta", "laplace"):
+        raise InputError(f'unknown posterior {posterior!r}: "delta", "laplace" or a covariance')
+
+
+def _normalisation(problem: InferenceProblem) -> Array:
+    """Σ_l ½ n_l log 2π − ½ log det Π_l."""
+    total = jnp.zeros((), problem.dtype)
+    energy: Any = problem.energy
+    for index in range(1, problem.network.depth + 1):
+        width = problem.network.widths[index]
+        log_determinant = _precision_log_determinant(energy.precision(index), width)
+        total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
+    return total
+
+
+def _precision_log_determinant(precision: Array | None, width: int) -> Any:
+    if precision is None:
+        return 0.0
+    if precision.ndim == 2:
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(precision))))
+    return jnp.sum(jnp.log(jnp.broadcast_to(precision, (width,))))
+
+
+def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Array:
+    """`function` of H, per sample; once for all samples if the network is linear."""
+    # One Hessian serves every sample of a linear network.
+    if is_linear(problem.network):
+        return function(hessian(problem))
+    if state[0].ndim == 1:
+        return function(free_energy_hessian(problem, state))
+
+    def one(input: Any, output: Any, state: State) -> Array:
+        return function(free_energy_hessian(problem.with_data(input, output), state))
+
+    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+
+
+def _log_determinant(matrix: BlockTridiagonal) -> Array:
+    """log det H, NaN where H is not positive definite."""
+    diagonals = [jnp.diagonal(factor) for factor in matrix.cholesky().factors]
+    return 2 * jnp.sum(jnp.log(jnp.concatenate(diagonals)))
+
+
+def _checked_covariance(value: Any, state: State) -> Array:
+    covariance = as_float_array(value, "posterior")
+    count = sum(x.shape[-1] for x in state)
+    if covariance.shape != (count, count):
+        raise ShapeError(
+            f"the posterior covariance has shape {covariance.shape}, but the free layers have "
+            f"{count} units: give ({count}, {count})"
+        )
+    return covariance
