@@ -11,22 +11,14 @@ import jax.random as jr
 import numpy as np
 
 from pcdyn.energy import Gaussian
-from pcdyn.integrators import Diffrax, SciPy
-from pcdyn.learning import AdiabaticFlow
 from pcdyn.network import Dense, Network
 from pcdyn.output_error import (
     LARGEST_RISE,
-    energy_gradient_margin,
-    feedforward_output_error,
     output_error_flow,
 )
 from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
-from pcdyn.solvers import ClosedForm
 from pcdyn.theory.evidence import Evidence
-
-MINIMUM_TIME = 2.3
-"""Where the output loss of `rising_loss_problem` is least."""
+from pcdyn.theory.statement import Statement
 
 
 def rising_loss_problem() -> InferenceProblem:
@@ -82,84 +74,7 @@ def growing_weight(time: Any, start: float, *, noise: float, precision: float) -
     return np.array([at(float(t)) if t > 0 else start for t in np.atleast_1d(time)])
 
 
-def counterexample() -> tuple[Evidence, ...]:
-    """ℒ rises during inference in a linear network that starts within the energy gradient bound."""
-    problem = rising_loss_problem()
-    run = simulate(
-        problem, t1=1e3, times=[MINIMUM_TIME, 1e3],
-        integrator=SciPy("LSODA", rtol=1e-10, atol=1e-12),
-    )  # fmt: skip
-    flow, error = output_error_flow(problem), feedforward_output_error(problem)
-    settings = {"widths": (2, 2, 2, 2), "integrator": "LSODA", "rtol": 1e-10}
-    squares = 2 * np.asarray(run.output_loss)
-    exact = [2 * float(flow.loss(error, t)) for t in (MINIMUM_TIME, math.inf)]
-    shared: dict[str, Any] = {"statement": "Theorem 3.6, A.6.3", "settings": settings}
-    # The solver's error grows with the steps it takes, some thousand here; the constants that the
-    # squares are held against have four digits.
-    apart = float(np.max(np.abs(squares - exact)))
-    return (
-        Evidence(
-            claim="output loss in closed form, ε_L(t) = M(t)e0, against the ODE",
-            measured=apart, relation="at most", expected=0.0, tolerance=1e-8,
-            oracle="SciPy on the vector field by automatic differentiation", **shared,
-        ),
-        Evidence(
-            claim="‖ε_L‖² falls from 1 to its least value at t = 2.3",
-            measured=float(squares[0]), relation="equal", expected=0.2336, tolerance=5e-5,
-            oracle="closed form, printed digits", **shared,
-        ),
-        Evidence(
-            claim="and is larger at equilibrium",
-            measured=float(squares[1]), relation="equal", expected=0.2902, tolerance=5e-5,
-            oracle="closed form, printed digits", **shared,
-        ),
-        Evidence(
-            claim="the output loss never rises during inference (rise over ℒ at the start)",
-            measured=float(squares[1] - squares[0]), relation="at most", expected=0.0,
-            tolerance=1e-8, oracle="SciPy", expected_to_hold=False, **shared,
-        ),
-    )  # fmt: skip
-
-
-def gradient_bound() -> tuple[Evidence, ...]:
-    """The energy gradient bound holds at the feedforward pass and is not preserved."""
-    problem = rising_loss_problem()
-    flow = output_error_flow(problem)
-    times = np.geomspace(1e-3, 1e2, 101)
-    run = simulate(
-        problem, t1=100.0, times=times,
-        integrator=SciPy("LSODA", rtol=1e-10, atol=1e-12),
-    )  # fmt: skip
-    states = tuple(jnp.asarray(run.activities[index]) for index in problem.free_layers)
-    margins = jax.vmap(lambda s: energy_gradient_margin(problem, s))(states)
-    start = energy_gradient_margin(problem, problem.feedforward_state())
-    error = feedforward_output_error(problem)
-    slope = problem.network.layers[-1].weight.T @ error
-    rates = jax.vmap(lambda t: flow.loss_rate(error, t))(times)
-    shared: dict[str, Any] = {
-        "statement": "Eq 47, A.6.3",
-        "settings": {"widths": (2, 2, 2, 2), "times": "101 from 1e-3 to 1e2"},
-    }
-    return (
-        Evidence(
-            claim="at the feedforward pass the bound's margin −dℒ/dt is ‖∂ℒ/∂x_{L−1}‖² (relative)",
-            measured=float(start / jnp.sum(slope**2)), relation="equal", expected=1.0,
-            tolerance=1e-12, oracle="‖W_Lᵀe0‖² by hand", **shared,
-        ),
-        Evidence(
-            claim="the margin is minus the rate of ℒ in closed form",
-            measured=float(jnp.max(jnp.abs(margins + rates))), relation="at most", expected=0.0,
-            tolerance=1e-6, oracle="derivative of the closed form M(t)", **shared,
-        ),
-        Evidence(
-            claim="the bound is preserved during inference (least margin)",
-            measured=float(jnp.min(margins)), relation="at least", expected=0.0, tolerance=1e-6,
-            oracle="SciPy", expected_to_hold=False, **shared,
-        ),
-    )  # fmt: skip
-
-
-def monotone_cases(networks: int = 50, seed: int = 0) -> tuple[Evidence, ...]:
+def largest_rises(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Where ℒ provably falls in linear networks, where it need not, and how much it can rise."""
     cases = {
         "scalar output, 4-4-4-1": ((4, 4, 4, 1), None),
@@ -175,7 +90,7 @@ def monotone_cases(networks: int = 50, seed: int = 0) -> tuple[Evidence, ...]:
     names = list(cases)
     rows = [
         Evidence(
-            statement="Theorem 3.6, A.6.3",
+            statement="A.6.3 largest rise",
             claim=f"no target makes ℒ rise: {name} (largest rise over ℒ at the start)",
             measured=float(rises[name].max()), relation="at most", expected=0.0, tolerance=1e-9,
             oracle="eigenvalues of N(∞)² − N(t)² over all targets",
@@ -186,7 +101,7 @@ def monotone_cases(networks: int = 50, seed: int = 0) -> tuple[Evidence, ...]:
     ]  # fmt: skip
     rows.append(
         Evidence(
-            statement="Theorem 3.6, A.6.3",
+            statement="A.6.3 largest rise",
             claim="no linear network's ℒ rises by more than (√5 − 2)/4 of its start",
             measured=float(max(r.max() for r in rises.values())), relation="at most",
             expected=LARGEST_RISE, tolerance=1e-12,
@@ -222,66 +137,15 @@ def _largest_rises(
     return np.asarray(jax.jit(jax.vmap(rise))(jr.split(jr.key(seed), networks)))
 
 
-def growing_weights() -> tuple[Evidence, ...]:
-    """Learning without end: ‖W_2‖ grows like t^¼ at a saddle of ℒ, where ℒ stays put."""
-    noise, precision, start = 3.0, 1.0, 0.5
-    problem = noisy_problem(
-        [jnp.zeros((1, 1)), jnp.asarray([[0.0], [start]])], noise=noise, precision=precision
-    )
-    times = np.asarray([1e2, 1e7, 1e8])
-    sizes = np.linalg.norm(_learned(problem, times)[1], axis=(1, 2))
-    expected = growing_weight(4 * times, start, noise=noise, precision=precision)
-    order = math.log(sizes[2] / sizes[1]) / math.log(10)
-    shared: dict[str, Any] = {
-        "statement": "Proposition 3.1, Theorem 3.6",
-        "settings": {"widths": (1, 1, 2), "noise": noise, "precision": precision, "t1": 1e8},
-    }
-    return (
-        Evidence(
-            claim="‖W_2‖ at the saddle against the reduced ODE (largest relative difference)",
-            measured=float(np.max(np.abs(sizes / expected - 1))), relation="at most",
-            expected=0.0, tolerance=1e-6, oracle="implicit solution of the scalar ODE", **shared,
-        ),
-        Evidence(
-            claim="‖W_2‖ grows like t^¼ (exponent from 1e7 to 1e8)",
-            measured=order, relation="equal", expected=0.25, tolerance=1e-3,
-            oracle="b → (4c²t)^¼", **shared,
-        ),
-        Evidence(
-            claim="learning ends at weights of finite size (growth from 1e7 to 1e8)",
-            measured=float(sizes[2] / sizes[1] - 1), relation="at most", expected=0.0,
-            tolerance=1e-3, oracle="b → (4c²t)^¼", expected_to_hold=False, **shared,
-        ),
-    )  # fmt: skip
-
-
-def saddle() -> tuple[Evidence, ...]:
-    """From the same weights learning ends at a saddle of ℒ for λ = 1, at its minimum for .001."""
-    weights = [jnp.asarray([[0.5]]), jnp.asarray([[0.5], [0.5]])]
-    rows = []
-    for precision, expected_to_hold in ((1.0, False), (1e-3, True)):
-        problem = noisy_problem(weights, noise=3.0, precision=precision)
-        first, second = (w[-1] for w in _learned(problem, np.asarray([1e3, 1e4, 1e5]) / precision))
-        # Mean squares over the samples, with x and ξ of mean square 1 and uncorrelated.
-        product = (second @ first)[:, 0]
-        loss = 0.5 * ((1 - product[0]) ** 2 + product[1] ** 2 + 9)
-        rows.append(
-            Evidence(
-                statement="Theorem 3.6",
-                claim=f"learning ends at the least ℒ, 4.5 per sample, at output precision "
-                f"{precision:g}",
-                measured=float(loss), relation="at most", expected=4.5, tolerance=1e-3,
-                oracle="least squares by hand", expected_to_hold=expected_to_hold,
-                settings={"widths": (1, 1, 2), "noise": 3.0, "weights": 0.5, "t1": 1e5 / precision},
-            )
-        )  # fmt: skip
-    return tuple(rows)
-
-
-def _learned(problem: InferenceProblem, times: np.ndarray) -> list[np.ndarray]:
-    """The weights at three times of the flow of F*: as many each time, for one program."""
-    run = simulate(
-        AdiabaticFlow(problem, ClosedForm()), t1=times[-1], times=times,
-        integrator=Diffrax("kvaerno5", rtol=1e-9, atol=1e-12, max_steps=2**14),
-    )  # fmt: skip
-    return [np.asarray(layer.weight) for layer in run.network.layers]
+STATEMENTS = (
+    Statement(
+        number="A.6.3 largest rise", title="How far the loss can rise",
+        says="From the feedforward pass the supervised loss is guaranteed to decrease during "
+        "inference.",
+        as_printed="does not hold",
+        form="In linear networks it does with a scalar output, and with one hidden layer of scalar "
+        "precision. Otherwise it can rise again, by at most (√5 − 2)/4 = 5.9 % of its start; it "
+        "never ends above its start.",
+        measure=largest_rises,
+    ),
+)  # fmt: skip

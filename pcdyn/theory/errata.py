@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from pcdyn.theory.evidence import Evidence
@@ -123,33 +122,6 @@ def inverse_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]
     return tuple(rows)
 
 
-def logarithmic_energy(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
-    """A.8: log ε, whose flow ends in a singularity at t = ε_0²/2."""
-    starts = np.random.default_rng(seed).uniform(0.5, 2.0, networks)
-    errors, singular = [], []
-    for start in starts:
-        reached = lambda t, y: y[0] - 1e-3  # noqa: E731
-        reached.terminal = True  # pyright: ignore[reportFunctionMemberAccess]
-        found = solve_ivp(
-            lambda t, y: -1 / y, (0, 10), [start], events=reached, rtol=1e-10, atol=1e-13
-        )
-        # ε² = ε_0² − 2t: what is left from ε = 1e-3 on is 5e-7.
-        errors.append(abs(float(found.t[-1]) + 5e-7 - start**2 / 2))
-        singular.append(found.status == 1)
-    settings = {"units": networks, "ε_0": "uniform in (.5, 2)"}
-    oracle = "SciPy's RK45 on ε̇ = −1/ε"
-    return (
-        Evidence("A.8 log ε", "the flow of log ε reaches ε = 0, singular, at t = ε_0²/2 "
-                 "(largest difference)", max(errors), "equal", 0.0, 1e-7, oracle, settings),
-        Evidence("A.8 log ε", "as printed, h(ε) = log ε is an energy to infer with: share of units "
-                 "whose flow exists for all times", 1 - float(np.mean(singular)), "equal", 1.0,
-                 0.0, oracle, settings, expected_to_hold=False),
-        Evidence("A.8 log ε", "as required there, h is bounded below: log ε at ε = 1e-300",
-                 float(np.log(1e-300)), "at least", -100.0, 0.0, "NumPy", settings,
-                 expected_to_hold=False),
-    )  # fmt: skip
-
-
 STATEMENTS = (
     Statement(
         number="Eqs 6, 30, 33", title="Sign of the precision-weighted flow",
@@ -178,13 +150,5 @@ STATEMENTS = (
         as_printed="does not hold",
         form="+ẽ (W x)ᵀ descends ½ ‖ẽ‖² and rests at W⁻¹.",
         measure=inverse_update,
-    ),
-    Statement(
-        number="A.8 log ε", title="Divisive errors",
-        says="h(ε) = log ε gives divisive prediction errors.",
-        as_printed="does not hold",
-        form="log ε is unbounded below, undefined for ε < 0 and singular at t = ε_0²/2; log(δ + "
-        "ε²) is bounded and smooth.",
-        measure=logarithmic_energy,
     ),
 )  # fmt: skip

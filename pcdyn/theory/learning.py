@@ -269,7 +269,7 @@ STATEMENTS = (
         "marginal condition is met.",
         as_printed="does not hold",
         form="The bound holds at the feedforward pass but is not preserved; ℒ can rise. Linear "
-        "networks with one hidden layer or a scalar output are safe.",
+        "networks with a scalar output, or one hidden layer of scalar precision, are safe.",
         measure=energy_gradient_bound,
     ),
     Statement(

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pcdyn.errors import InputError
-from pcdyn.theory import errata, inference, learning, limits
+from pcdyn.theory import (
+    convergence,
+    dynamics,
+    energies,
+    errata,
+    inference,
+    learning,
+    limits,
+    precisions,
+)
 from pcdyn.theory.statement import Statement
 
 # A module with more statements is added here; this order is that of the tables.
 STATEMENTS: tuple[Statement, ...] = (
     *inference.STATEMENTS,
+    *dynamics.STATEMENTS,
     *limits.STATEMENTS,
     *learning.STATEMENTS,
+    *convergence.STATEMENTS,
+    *precisions.STATEMENTS,
+    *energies.STATEMENTS,
     *errata.STATEMENTS,
 )
 

@@ -28,7 +28,6 @@ from pcdyn.generalised_energy import (
     Student,
     named_energy,
 )
-from pcdyn.theory import energies as evidence
 from pcdyn.well_posedness import well_posedness
 from tests.networks import EPS, assert_close, build_case
 
@@ -218,22 +217,6 @@ def test_the_weight_gradient_is_local() -> None:
         influence = precision * FUNCTIONS["Student"][2](case.activities[index] - prediction)
         expected = -np.outer((1 - prediction**2) * influence, below)
         assert_close(found.layers[index - 1].weight, expected, ROUND_OFF)
-
-
-@pytest.mark.parametrize(
-    "measure",
-    [
-        evidence.adjoint_recursion,
-        evidence.printed_logarithm,
-        evidence.student_minima,
-        evidence.unique_equilibrium,
-        evidence.bounded_influence,
-    ],
-)
-def test_the_statements_have_the_verdicts_on_record(measure: Any) -> None:
-    """A.8 and Eq 51."""
-    for row in measure(networks=1):
-        assert row.as_known, row
 
 
 def test_the_adjoint_condition_looks_at_every_layer() -> None:

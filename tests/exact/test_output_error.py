@@ -125,12 +125,3 @@ def test_the_growing_weight_solves_its_equation() -> None:
     )  # fmt: skip
     found = convergence.growing_weight(times, 0.5, noise=3.0, precision=0.4)
     np.testing.assert_allclose(found, solved.y[0], rtol=1e-8)
-
-
-@pytest.mark.parametrize(
-    "measure", ["counterexample", "gradient_bound", "monotone_cases", "growing_weights", "saddle"]
-)
-def test_the_evidence_is_as_known(measure: str) -> None:
-    """Every statement has its expected verdict."""
-    options = {"networks": 10} if measure == "monotone_cases" else {}
-    assert all(row.as_known for row in getattr(convergence, measure)(**options))

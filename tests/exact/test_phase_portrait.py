@@ -16,7 +16,6 @@ from pcdyn.network import Dense, Network
 from pcdyn.phase_portrait import phase_portrait
 from pcdyn.plotting_portrait import NULLCLINE_COLORS
 from pcdyn.problem import InferenceProblem
-from pcdyn.theory.dynamics import condition_numbers, marchenko_pastur_edges
 from tests.networks import build_case
 
 
@@ -145,13 +144,3 @@ def test_what_does_not_fit_is_refused() -> None:
         phase_portrait(problem, resolution=1)
     with pytest.raises(ShapeError, match=r"\(starts, 2\)"):
         phase_portrait(problem, starts=np.zeros(2))
-
-
-def test_the_evidence_on_rates_holds() -> None:
-    """Medians of the condition number and the edges of Marchenko and Pastur, as on record."""
-    rows = (
-        *condition_numbers(depths=(2, 8), networks=40),
-        *marchenko_pastur_edges(width=60, networks=10),
-    )
-    assert all(row.as_known for row in rows)
-    assert [row.holds for row in rows] == [True, True, False, True, True]

@@ -101,8 +101,8 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     found = verify(["Eq 21", "A.3"], networks=3, progress=lambda s: told.append(s.number))
     assert told == ["A.3", "Eq 21"]
     records = json.loads(json.dumps(found.records()))
-    assert [len(r["evidence"]) for r in records] == [4, 2]
-    assert len(found.table().splitlines()) == 2 + 6 + 1
+    assert [len(r["evidence"]) for r in records] == [1, 2]
+    assert len(found.table().splitlines()) == 2 + 3 + 1
     data = found.to_xarray()
     assert data.measured.values.tolist() == [e.measured for e in found.evidence]
     assert found.ok
