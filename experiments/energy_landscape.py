@@ -45,7 +45,7 @@ class Config:
 
 
 PRESETS = {"paper": Config(), "code": Config()}
-FAST = {"depth": 3, "width": 2, "resolution": 21, "gauss_newton_steps": 2, "saves": 21}
+FAST = {"depth": 3, "width": 2, "resolution": 21, "saves": 21}
 
 
 def run(config: Config) -> xarray.Dataset:

@@ -213,7 +213,7 @@ def regression(config: Config, key: Any, raised: Any) -> tuple[Any, Any, Any]:
     count = round(config.learning_fraction * config.learning_samples)
     hit = jr.permutation(keys[1], jnp.arange(config.learning_samples) < count)
     y = jnp.sin(2 * x) + 0.1 * jr.normal(keys[2], x.shape)
-    return x, y + raised * hit[:, None], hit
+    return x, y + raised * hit[:, None].astype(y.dtype), hit
 
 
 @eqx.filter_jit

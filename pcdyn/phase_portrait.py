@@ -27,8 +27,9 @@ from pcdyn.planar import (
 from pcdyn.problem import InferenceProblem
 from pcdyn.simulate import simulate
 
-# A flow has arrived at an equilibrium within this share of the diagonal.
-_ARRIVED = 1e-2
+# A flow has arrived at an equilibrium within this share of the diagonal. An explicit method hovers
+# about a kink, farther from it the more the field jumps there.
+_ARRIVED, _ARRIVED_AT_KINK = 1e-2, 3e-2
 _SAVES = 81
 _LEAST_T1, _LEAST_T1_AT_KINKS, _MOST_T1 = 10.0, 30.0, 1000.0
 
@@ -160,7 +161,7 @@ def phase_portrait(
     border = _border(box) if starts is None else np.asarray(starts, float)
     t1 = _default_t1(problem, found) if t1 is None else float(t1)
     times, paths = _follow(problem, np.concatenate([points.reshape(-1, 2), border]), t1, integrator)
-    arrived = _nearest(found, paths[-1], _ARRIVED * diagonal(box))
+    arrived = _nearest(found, paths[-1], diagonal(box))
     return PhasePortrait(
         problem=problem, coordinates=coordinates(problem), x=points[0, :, 0], y=points[:, 0, 1],
         free_energy=energy.reshape(points.shape[:2]), velocity=velocity.reshape(points.shape),
@@ -255,9 +256,11 @@ def _follow(
     return times, np.concatenate(problem.state_of(run.activities), axis=-1)
 
 
-def _nearest(found: PlanarEquilibria, ends: np.ndarray, near: float) -> np.ndarray:
-    """The index of the equilibrium within `near` of each end, or −1."""
+def _nearest(found: PlanarEquilibria, ends: np.ndarray, size: float) -> np.ndarray:
+    """The index of the equilibrium at which each end has arrived in a box of this size, or −1."""
     if not len(found.points):
         return np.full(len(ends), -1)
-    distances = np.linalg.norm(ends[:, None] - found.points[None], axis=-1)
-    return np.where(distances.min(axis=1) <= near, distances.argmin(axis=1), -1)
+    shares = [_ARRIVED_AT_KINK if kind == "at a kink" else _ARRIVED for kind in found.kinds]
+    distances = np.linalg.norm(ends[:, None] - found.points[None], axis=-1) / size
+    nearest = distances.argmin(axis=1)
+    return np.where(distances.min(axis=1) <= np.array(shares)[nearest], nearest, -1)

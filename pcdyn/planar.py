@@ -170,7 +170,8 @@ def _against_the_flow(
     def velocity(point: np.ndarray) -> np.ndarray:
         return local_flow(problem, point[None])[1][0]
 
-    slowest = 0.1 * np.linalg.norm(velocity(saddle + offset))
+    # Nearer to a maximum than this the curve would only be traced to and fro across it.
+    slowest = 0.5 * np.linalg.norm(velocity(saddle + offset))
     outer = np.reshape(box, (2, 2)) + 0.05 * diagonal(box) * np.array([-1, 1])
 
     def unit(_: float, point: np.ndarray) -> np.ndarray:

@@ -88,8 +88,9 @@ def test_two_chains_with_three_stationary_points_each_make_nine() -> None:
     rests = portrait.equilibria[portrait.basin] > lines
     assert (rests == sides).all()
     assert len(portrait.separatrices) == 8
+    # The tolerance of the solver is 1e-6 of the longest curve, 3 √32, for each of many steps.
     for curve in portrait.separatrices:
-        assert np.abs(curve - lines).max(axis=0).min() < 1e-5
+        assert np.abs(curve - lines).max(axis=0).min() < 1e-4
     assert portrait.stable.sum() == 4
 
 
