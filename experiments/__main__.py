@@ -122,6 +122,7 @@ def run_experiment(name: str, options: Options) -> list[Claim]:
         panels=module.PANELS, preset=options.preset, fast=options.fast,
         seconds=round(time.perf_counter() - started, 2),
         claims=[dataclasses.asdict(claim) for claim in claims],
+        summary=module.summary(data) if hasattr(module, "summary") else "",
     )  # fmt: skip
     plt.close(figure)
     if page := getattr(module, "page", None):

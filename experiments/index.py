@@ -40,6 +40,8 @@ def _section(name: str, manifest: dict[str, Any]) -> list[str]:
     settings = f"preset `{manifest['preset']}`{', fast' if manifest['fast'] else ''}"
     lines = ["", f"## {manifest['panels']}", "", f"![{name}]({name}.png)", ""]
     lines += [f"`{name}`, {settings}, {manifest['time'][:10]}.", ""]
+    if summary := manifest.get("summary"):
+        return [*lines, summary]
     lines += ["| claim | measured | expected | verdict |", "|---|---|---|---|"]
     for fields in manifest["claims"]:
         claim = Claim(**fields)

@@ -77,7 +77,6 @@ def plot(data: xarray.Dataset) -> Figure:
 def page(data: xarray.Dataset) -> str:
     """The statements as a page: words, verdict, the form that holds, numbers, source."""
     evidence = evidence_of(data)
-    numbers = {e.statement for e in evidence}
     lines = [
         "# The statements of the paper, measured",
         "",
@@ -93,11 +92,35 @@ def page(data: xarray.Dataset) -> str:
         "| statement | | as printed |",
         "|---|---|---|",
     ]
-    shown = [s for s in STATEMENTS if _numbers_of(s) & numbers]
+    shown = _shown(evidence)
     lines += [f"| [{s.number}](#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} |" for s in shown]
     for statement in shown:
         lines += _section(statement, evidence)
     return "\n".join(lines) + "\n"
+
+
+def summary(data: xarray.Dataset) -> str:
+    """The statements for the index of all figures: verdicts, what holds, links to the evidence."""
+    evidence = evidence_of(data)
+    unexpected = sum(not e.as_known for e in evidence)
+    lines = [
+        f"{len(evidence)} claims, {sum(e.holds for e in evidence)} of which hold; {unexpected} "
+        "verdicts differ from those on record. [Numbers, oracles and code](theorems.md).",
+        "",
+        "| statement | | as printed | what holds |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| [{s.number}](theorems.md#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} | "
+        f"{_cell(s.form)} |"
+        for s in _shown(evidence)
+    ]
+    return "\n".join(lines)
+
+
+def _shown(evidence: list[Evidence]) -> list[Statement]:
+    numbers = {e.statement for e in evidence}
+    return [s for s in STATEMENTS if _numbers_of(s) & numbers]
 
 
 def _numbers_of(statement: Statement) -> set[str]:
