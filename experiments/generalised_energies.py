@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
+from experiments import phase_portraits
 from experiments.base import Claim
 from pcdyn import learning, plotting
 from pcdyn.generalised_energy import CustomEnergy, Divisive, LogCosh, PseudoHuber, Split, Student
@@ -54,6 +55,7 @@ class Config:
     outlier_std: float = 10.0
     target: float = 4.0
     starts: int = 21
+    resolution: int = 61
     learning_samples: int = 40
     learning_fraction: float = 0.2
     learning_outlier: float = 4.0
@@ -67,7 +69,7 @@ class Config:
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "energies": ("Gaussian", "Student, s = 1"), "fractions": (0.0, 0.2), "samples": 20,
-    "starts": 9, "seeds": 2, "updates": 600,
+    "starts": 9, "resolution": 9, "seeds": 2, "updates": 600,
 }  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def run(config: Config) -> xarray.Dataset:
             ("energy", "time"),
             np.stack([relaxation(config, energy, times) for energy in shown]),
         ),
-        **_chains(config),
+        **_well(config),
     }
     return xarray.Dataset(
         data,
@@ -101,7 +103,7 @@ def run(config: Config) -> xarray.Dataset:
             "time": times, "where": list(WHERE),
         },
         attrs={"source": "random numbers", "target": config.target},
-    )  # fmt: skip
+    ).merge(_pair(config))  # fmt: skip
 
 
 def chain(hidden: int, target: float) -> pcdyn.InferenceProblem:
@@ -110,41 +112,27 @@ def chain(hidden: int, target: float) -> pcdyn.InferenceProblem:
     return pcdyn.InferenceProblem(network, input=[0.0], output=[target], energy=Student())
 
 
-def _chains(config: Config) -> dict[str, Any]:
-    """Minima of the chains of one and of two units; landscape and vector field of both."""
-    target, count = config.target, config.starts
-    one, two = chain(1, target), chain(2, target)
-    axis = np.linspace(0, target, count)
-    found = pcdyn.multiple_equilibria(one, (axis[:, None] + 1e-3,))
-    x, y = (side.ravel() for side in np.meshgrid(axis + 1e-3, axis + 2e-3, indexing="ij"))
-    pair = pcdyn.multiple_equilibria(two, (x[:, None], y[:, None]))
-    fine = np.linspace(-0.25 * target, 1.25 * target, 121)
-    landscape = np.asarray(one.free_energy((jnp.asarray(fine)[:, None],)))
-    mesh = np.meshgrid(fine[::4], fine[::4], indexing="ij")
-    state = tuple(jnp.asarray(side.ravel())[:, None] for side in mesh)
-    many = pcdyn.InferenceProblem(
-        two.network, input=np.zeros((len(state[0]), 1)), output=np.full((len(state[0]), 1), target),
-        energy=two.energy,
-    )  # fmt: skip
-    fields = [
-        np.asarray(part)[:, 0].reshape(mesh[0].shape) for part in many.vector_field(state, None)
-    ]
-    height = np.asarray(many.free_energy(state)).reshape(mesh[0].shape)
-    kept, stable = np.asarray(found.stable), np.asarray(pair.stable)
-    places = np.stack([np.asarray(pair.activities[l])[:, 0] for l in (1, 2)], axis=-1)
+def _well(config: Config) -> dict[str, Any]:
+    """Equilibria and landscape of the chain of one unit."""
+    one = chain(1, config.target)
+    starts = np.linspace(0, config.target, config.starts)
+    found = pcdyn.multiple_equilibria(one, (starts[:, None] + 1e-3,))
+    fine = np.linspace(-0.25 * config.target, 1.25 * config.target, 121)
     return {
         "chain_equilibria": ("chain_equilibrium", np.asarray(found.activities[1])[:, 0]),
-        "chain_stable": ("chain_equilibrium", kept),
-        "landscape": ("place", landscape),
-        "place": ("place", fine),
-        "axis": ("axis", fine[::4]),
-        "field": (("unit", "axis", "axis_2"), np.stack(fields)),
-        "height": (("axis", "axis_2"), height),
-        "pair_equilibria": (("pair_equilibrium", "unit"), places),
-        "pair_stable": ("pair_equilibrium", stable),
-        "basin": (("start", "start_2"), np.asarray(pair.basin_of).reshape(count, count)),
-        "start": ("start", axis),
+        "chain_stable": ("chain_equilibrium", np.asarray(found.stable)),
+        "landscape": ("activity", np.asarray(one.free_energy((jnp.asarray(fine)[:, None],)))),
+        "activity": ("activity", fine),
     }
+
+
+def _pair(config: Config) -> xarray.Dataset:
+    """The portrait of the chain of two units."""
+    low, high = -0.25 * config.target, 1.25 * config.target
+    portrait = pcdyn.phase_portrait(
+        chain(2, config.target), extent=(low, high, low, high), resolution=config.resolution
+    )
+    return phase_portraits.as_data("pair", -1, portrait)
 
 
 def inference_errors(config: Config, energy: Any) -> np.ndarray:
@@ -272,6 +260,7 @@ def _distance(learned: xarray.DataArray, x: xarray.DataArray) -> xarray.DataArra
 
 def check(data: xarray.Dataset) -> list[Claim]:
     """Two minima at 2 ± √3; outliers spoil the Gaussian and not Student; all F fall."""
+    kinds = data.kinds_pair.values.tolist()
     minima = np.sort(data.chain_equilibria.values[data.chain_stable.values])
     expected = np.array([2 - np.sqrt(3), 2 + np.sqrt(3)])
     spread = data.inference_error.median("sample")
@@ -300,8 +289,9 @@ def check(data: xarray.Dataset) -> list[Claim]:
         ),
         Claim(
             "Student: in the chain of two units every minimum leaves the jump to one error",
-            f"{int(data.pair_stable.sum())} minima", "3, one for each error",
-            int(data.pair_stable.sum()) == 3,
+            f"{kinds.count('minimum')} minima, {kinds.count('saddle')} saddles, "
+            f"{kinds.count('maximum')} maxima", "3 minima, one for each error, and index sum 1",
+            kinds.count("minimum") == 3 and int(data.index_sum_pair) == 1,
         ),
         Claim(
             f"inference: {worst:.0%} outliers spoil least squares, and hardly a Student estimate",
@@ -362,7 +352,8 @@ def plot(data: xarray.Dataset) -> Figure:
         relax.set(xlabel=plotting.TIME_LABEL, ylabel="(F − F*) / (F(0) − F*)", ylim=(1e-8, 1.5),
                   title="Relaxation, tanh 3-5-2")  # fmt: skip
         _draw_wells(well, data)
-        _draw_phase(phase, data)
+        phase_portraits.portrait_of(data, "pair").plot(phase, legend=False)
+        phase.set_title(f"Chain 0 → x₁ → x₂ → {data.target:g}")
         _draw_fits(fitted, data)
         learned = learning_errors(data)
         colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -384,29 +375,14 @@ def plot(data: xarray.Dataset) -> Figure:
 
 
 def _draw_wells(ax: Any, data: xarray.Dataset) -> None:
-    ax.plot(data.place, data.landscape, "k")
+    ax.plot(data.activity, data.landscape, "k")
     for x, stable in zip(data.chain_equilibria.values, data.chain_stable.values, strict=True):
-        level = np.interp(x, data.place.values, data.landscape.values)
+        level = np.interp(x, data.activity.values, data.landscape.values)
         ax.plot(x, level, "o", color="C0" if stable else "w", mec="k")
         if stable:
             ax.annotate(f"{x:.3f}", (x, level), (0, -12), textcoords="offset points", ha="center")
     ax.set_ylim(bottom=float(data.landscape.min()) - 0.5)
     ax.set(xlabel="x", ylabel="F", title=f"Student chain 0 → x → {data.target:g}")
-
-
-def _draw_phase(ax: Any, data: xarray.Dataset) -> None:
-    starts = data.start.values
-    minima = data.pair_equilibria.values
-    ax.pcolormesh(starts, starts, data.basin.values.T % 10, cmap="Pastel1", vmin=0, vmax=8,
-                  shading="nearest", alpha=0.7, rasterized=True)  # fmt: skip
-    axis = data.axis.values
-    ax.contour(axis, axis, data.height.values.T, levels=12, colors="0.6", linewidths=0.5)
-    ax.streamplot(axis, axis, data.field.values[0].T, data.field.values[1].T,
-                  color="0.3", linewidth=0.5, density=0.9, arrowsize=0.6)  # fmt: skip
-    for place, stable in zip(minima, data.pair_stable.values, strict=True):
-        ax.plot(*place, "o", color="C0" if stable else "w", mec="k", ms=6)
-    ax.set(xlabel="x₁", ylabel="x₂", xlim=axis[[0, -1]], ylim=axis[[0, -1]],
-           title=f"Chain 0 → x₁ → x₂ → {data.target:g}")  # fmt: skip
 
 
 def _draw_fits(ax: Any, data: xarray.Dataset) -> None:

@@ -342,13 +342,13 @@ def plot(data: xarray.Dataset) -> Figure:
                     ax.axvline(limit, color=f"C{i}", ls=":", lw=1)
             ax.axhline(0.5, color="0.6", lw=0.8, ls=":")
             ax.set(ylabel=r"mean $\mathcal{L}$ above the least", ylim=(-0.02, 0.55))
-            ax.legend()
+        decay.legend()  # for the norm too, which has no room
         decay.set(xlabel="weight decay ω (of F*/λ)", title="remedy: weight decay")
         norm.set(xlabel="norm of $W_2$", title="remedy: fixed norm (dotted: limit)")
         for i, precision in enumerate(data.remedy_precision.values):
             values = loss_gradient(data.weight_decay_weights[i].values).mean(-1)
             slope.loglog(data.decay, values, "o-", ms=3, label=f"λ = {precision:g}")
         slope.set(xlabel="weight decay ω (of F*/λ)", ylabel=r"mean $\|\nabla\mathcal{L}\|$",
-                  title="and how far from critical it ends")  # fmt: skip
+                  title="decay: how far from critical it ends", ylim=(1e-20, 10))  # fmt: skip
         slope.legend()
     return figure
