@@ -156,8 +156,7 @@ def _section(statement: Statement, evidence: list[Evidence]) -> list[str]:
             cells = (e.claim, f"{e.measured:.3g}", expectation(e), e.verdict, e.oracle, settings)
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return [*lines, "", f"Source: [{file}](../{file}#L{line}). To reproduce:", "", "```python",
-            'import jax; jax.config.update("jax_enable_x64", True)', statement.snippet,
-            "```"]  # fmt: skip
+            statement.snippet, "```"]  # fmt: skip
 
 
 def _short(value: Any) -> str:

@@ -44,7 +44,11 @@ class Statement:
 
     @property
     def snippet(self) -> str:
-        """One line of Python that prints the evidence."""
-        function = self.measure
-        name = function.__name__
-        return f"from {function.__module__} import {name}; print(*{name}(seed=0), sep='\\n')"
+        """Python that prints the evidence."""
+        name, module = self.measure.__name__, self.measure.__module__
+        return (
+            "import jax\n\n"
+            'jax.config.update("jax_enable_x64", True)\n'
+            f"from {module} import {name}\n\n"
+            f'print(*{name}(seed=0), sep="\\n")'
+        )

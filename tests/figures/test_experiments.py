@@ -111,6 +111,8 @@ def test_the_examples_in_the_readme_run(capsys: pytest.CaptureFixture[str]) -> N
     order = re.search(r"order (\d\.\d+)", printed)
     assert order
     assert float(order[1]) == pytest.approx(2, abs=0.1)
+    exec(example("phase_portrait"), names)
+    plt.close("all")
 
 
 def test_the_learning_example_in_the_readme_runs(

@@ -42,6 +42,15 @@ def test_each_statement_has_the_verdict_on_record(statement: Any) -> None:
     assert any(e.expected_to_hold for e in found)
 
 
+def test_the_page_leads_to_the_code() -> None:
+    """The committed page has each statement with the line on which its code begins today."""
+    page = (ROOT / "paper_figures" / "theorems.md").read_text("utf-8")
+    for statement in STATEMENTS:
+        file, line = statement.source
+        assert f"(../{file}#L{line})" in page, statement.number
+        assert statement.snippet in page
+
+
 def verdicts(name: str, networks: int) -> list[bool]:
     """Whether each claim of one statement has its verdict on record."""
     return [e.as_known for e in verify([name], networks=networks).evidence]
