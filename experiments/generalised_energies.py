@@ -122,7 +122,8 @@ def _well(config: Config) -> dict[str, Any]:
         "chain_equilibria": ("chain_equilibrium", np.asarray(found.activities[1])[:, 0]),
         "chain_stable": ("chain_equilibrium", np.asarray(found.stable)),
         "landscape": (
-            "activity", np.asarray(jax.vmap(lambda x: one.free_energy((x,)))(fine[:, None]))
+            "activity",
+            np.asarray(jax.vmap(lambda x: one.free_energy((x,)))(fine[:, None])),
         ),
         "activity": ("activity", fine),
     }

@@ -74,6 +74,22 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
+NOTATION = (
+    "**Notation.** Layers 0 … L with activities x_l, input d, target T, predictions "
+    "μ_l = f_l(W_l x_{l−1} + b_l), prediction errors ε_l = x_l − μ_l and precisions Π_l. Free "
+    "energy F = ½ Σ ε_lᵀ Π_l ε_l, output loss ℒ = F's term of layer L, residual energy Ẽ = F − ℒ; "
+    "x* is the equilibrium and F* the free energy there. x̂, x_ff: the feedforward pass; e_0: its "
+    "output error; δ_l: the deltas of BP; t_l: the targets of TP; W⁺: the pseudoinverse; λ: the "
+    "output precision (in Eq 48 the weight of ℒ); ρ: the ratio of the precisions of neighbouring "
+    "layers. Linear networks: y all free activities together, H = ∂²F/∂y², P_l = W_L … W_{l+1}, "
+    "S = Σ P_l Π_l⁻¹ P_lᵀ.",
+    "",
+    "**Verdicts.** Forms that do not hold as printed are measured too, beside those that do: a "
+    "*finding* is a claim of the paper that was measured and is not so. An *oracle* is the "
+    "independent computation that a number is held against, without the code that it checks.",
+)
+
+
 def page(data: xarray.Dataset) -> str:
     """The statements as a page: words, verdict, the form that holds, numbers, source."""
     evidence = evidence_of(data)
@@ -83,9 +99,10 @@ def page(data: xarray.Dataset) -> str:
         "Millidge, Song, Salvatori, Lukasiewicz and Bogacz, A theoretical framework for inference "
         "and learning in predictive coding networks (ICLR 2023). Written by `python -m experiments "
         f"theorems` over {data.attrs['networks']} random networks for each statement, seed "
-        f"{data.attrs['seed']}; `pcdyn verify` prints the same as a table. Forms that do not hold "
-        "as printed are measured too, beside those that do. Oracles share no code with what they "
-        "check.",
+        f"{data.attrs['seed']}; `pcdyn verify` prints verdicts and numbers, over 20 networks "
+        "unless given `--networks`.",
+        "",
+        *NOTATION,
         "",
         "![theorems](theorems.png)",
         "",
@@ -120,13 +137,7 @@ def summary(data: xarray.Dataset) -> str:
 
 def _shown(evidence: list[Evidence]) -> list[Statement]:
     numbers = {e.statement for e in evidence}
-    return [s for s in STATEMENTS if _numbers_of(s) & numbers]
-
-
-def _numbers_of(statement: Statement) -> set[str]:
-    # Eqs 31 and 36 are measured with A.4 and A.5.3, in which they stand.
-    beside = {"A.4": {"Eq 31"}, "A.5.3": {"Eq 36"}}
-    return {statement.number} | beside.get(statement.number, set())
+    return [s for s in STATEMENTS if s.number in numbers]
 
 
 def _anchor(statement: Statement) -> str:
@@ -142,13 +153,13 @@ def _section(statement: Statement, evidence: list[Evidence]) -> list[str]:
         "",
         f"The paper: {statement.says}",
         "",
-        f"As printed it **{statement.as_printed}**. What holds: {statement.form}",
+        f"As printed: **{statement.as_printed}**. What holds: {statement.form}",
         "",
         "| claim | measured | expected | verdict | oracle | settings |",
         "|---|---|---|---|---|---|",
     ]
     for e in evidence:
-        if e.statement in _numbers_of(statement):
+        if e.statement == statement.number:
             settings = ", ".join(
                 f"{key} {_short(value)}" for key, value in e.settings.items()
                 if key not in ("sizes", "errors")

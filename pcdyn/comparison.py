@@ -281,6 +281,8 @@ def _sentence(
     text = f"For {what}, {best.title} is the fastest ({_seconds(best)})"
     if second is None:
         text += "; no other integrator reached it."
+    elif speedup < _TELLING:
+        text += f", as fast within the noise of timing as {second.title} ({_seconds(second)})."
     else:
         text += f", {speedup:.2g} times faster than the next, {second.title} ({_seconds(second)})."
     return text + (f" Not reached by {', '.join(missed)}." if missed and second else "")
@@ -288,6 +290,10 @@ def _sentence(
 
 def _seconds(run: Run) -> str:
     return f"{run.run_seconds:.2g} s"
+
+
+# Repeats of one run differ by as much.
+_TELLING = 1.2
 
 
 def _words(metric: str) -> str:

@@ -211,16 +211,16 @@ def path_to_convergence(*, seed: int = 0, networks: int = 20) -> tuple[Evidence,
     settings = {**made.settings, "t": t}
     fixed = made.unstack(solved.reshape(count, size))[2]
     return (
-        Evidence("A.4", "neighbours fixed, Eq 31 with e^{−At} (largest difference)",
+        Evidence("A.4, Eq 31", "neighbours fixed, Eq 31 with e^{−At} (largest difference)",
                  _size(layer[0] - alone), "equal", 0.0, 1e-11, "SciPy's expm", settings),
-        Evidence("Eq 31", "as printed, with e^{+At} (largest difference from the flow)",
+        Evidence("A.4, Eq 31", "as printed, with e^{+At} (largest difference from the flow)",
                  _size(printed - alone), "equal", 0.0, 1e-11, "SciPy's expm", settings,
                  expected_to_hold=False),
-        Evidence("A.4", "neighbours not fixed, where the paper sees no closed form: y* + "
+        Evidence("A.4, Eq 31", "neighbours not fixed, where the paper sees no closed form: y* + "
                  "e^{−Ht}(y(0) − y*) of all layers (largest difference)",
                  _size(np.concatenate(stacked, -1) - solved.reshape(count, size)), "equal", 0.0,
                  1e-9, "SciPy's DOP853 on the flow in NumPy, tolerance 1e-12", settings),
-        Evidence("A.4", "Eq 31 for a layer whose neighbours do move (largest difference)",
+        Evidence("A.4, Eq 31", "Eq 31 for a layer whose neighbours do move (largest difference)",
                  _size(alone - fixed), "equal", 0.0, 1e-9,
                  "SciPy's DOP853 on the flow in NumPy, tolerance 1e-12", settings,
                  expected_to_hold=False),
@@ -273,17 +273,17 @@ def input_unconstrained_dynamics(*, seed: int = 0, networks: int = 20) -> tuple[
     tolerance = 1e2 * EPS * float(np.linalg.cond(matrix).max()) * max(map(_size, end))
     oracle = "∂F/∂x by hand in NumPy"
     return (
-        Evidence("A.5.3", "the flow with the input free, −ε_l included, rests at the targets "
-                 "(largest difference)", largest(end, targets), "equal", 0.0,
+        Evidence("A.5.3, Eq 36", "the flow with the input free, −ε_l included, rests at the "
+                 "targets (largest difference)", largest(end, targets), "equal", 0.0,
                  tolerance, "t = W⁻¹ t by NumPy, dense solve of the stacked system",
                  made.settings),
-        Evidence("A.5.3", "F falls along that flow (largest dF/dt)",
+        Evidence("A.5.3, Eq 36", "F falls along that flow (largest dF/dt)",
                  float(np.max(rates[0])), "at most", 0.0, 0.0, oracle, made.settings),
-        Evidence("A.5.3", "as argued and as in the authors' code, without −ε_1: F falls (largest "
-                 "dF/dt where the feedback halves −ε_1)", float(np.max(rates[1])), "at most", 0.0,
+        Evidence("A.5.3, Eq 36", "as argued and as in the authors' code, without −ε_1: F falls "
+                 "(largest dF/dt where the feedback halves −ε_1)", float(np.max(rates[1])), "at most", 0.0,
                  0.0, oracle, made.settings, expected_to_hold=False),
-        Evidence("Eq 36", "as printed, ẋ_l = −ε_{l+1} ∂f/∂x_l descends E_{l+1} (largest dE/dt "
-                 "with that sign)", float(max((f * f).sum(-1).max() for f in feedback)), "at most",
+        Evidence("A.5.3, Eq 36", "as printed, ẋ_l = −ε_{l+1} ∂f/∂x_l descends E_{l+1} (largest "
+                 "dE/dt with that sign)", float(max((f * f).sum(-1).max() for f in feedback)), "at most",
                  0.0, 0.0, oracle, made.settings, expected_to_hold=False),
     )  # fmt: skip
 
@@ -356,7 +356,7 @@ STATEMENTS = (
         measure=convexity,
     ),
     Statement(
-        number="A.4", title="Path to convergence",
+        number="A.4, Eq 31", title="Path to convergence",
         says="Eq 31 is the path of a layer with fixed neighbours; with moving ones no analytical "
         "solution exists.",
         as_printed="does not hold",
@@ -374,7 +374,7 @@ STATEMENTS = (
         measure=equal_influences,
     ),
     Statement(
-        number="A.5.3", title="Dynamics with the input free",
+        number="A.5.3, Eq 36", title="Dynamics with the input free",
         says="With the input free ε_l = 0, so that ẋ_l needs only the feedback error (Eq 36).",
         as_printed="does not hold",
         form="The full flow, −ε_l included, descends F and rests at the targets; without −ε_1 F "

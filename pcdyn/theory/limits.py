@@ -358,9 +358,8 @@ STATEMENTS = (
     ),
     Statement(
         number="Incremental PC", title="Weights that move with the activities",
-        says="Not a statement of the paper, whose weights move once at convergence; related work "
-        "updates both at once.",
-        as_printed="holds with a condition",
+        says="The weights of the paper move once at convergence; related work moves both at once.",
+        as_printed="not in the paper",
         form="With τ_W = 1/ε the weights stay within O(ε) of those of inference to equilibrium.",
         measure=incremental_coding,
     ),

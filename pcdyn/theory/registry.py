@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pcdyn.errors import InputError
@@ -33,7 +34,7 @@ STATEMENTS: tuple[Statement, ...] = (
 def select(names: Sequence[str]) -> tuple[Statement, ...]:
     """The statements of these names, all of them if there are none.
 
-    A name is a statement's number or how one begins or ends ("Theorem 3.4", "eq-48", "3.1", "A.2");
+    A name is a statement's number or how one begins or ends ("Theorem 3.4", "eq-30", "3.1", "A.2");
     capitals do not matter, and a hyphen is a space. Raises `InputError` for a name of none.
     """
     chosen: list[Statement] = []
@@ -48,5 +49,14 @@ def select(names: Sequence[str]) -> tuple[Statement, ...]:
 
 def _matches(name: str, number: str) -> bool:
     wanted = name.lower().replace("-", " ").strip()
-    whole = number.lower()
-    return wanted == whole or whole.startswith(f"{wanted} ") or whole.endswith(f" {wanted}")
+    return any(
+        wanted == known or known.startswith(f"{wanted} ") or known.endswith(f" {wanted}")
+        for known in _names(number.lower())
+    )
+
+
+def _names(number: str) -> set[str]:
+    """What a number can be called: "eqs 6, 30" is "eq 6" and "eq 30" too."""
+    equations = re.findall(r"eqs? ([\d, –]+)", number)
+    each = {f"eq {digits}" for listed in equations for digits in re.findall(r"\d+", listed)}
+    return {number, *number.split(", "), *each}

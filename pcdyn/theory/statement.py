@@ -10,7 +10,7 @@ from typing import Literal
 
 from pcdyn.theory.evidence import Evidence
 
-Verdict = Literal["holds", "holds with a condition", "does not hold"]
+Verdict = Literal["holds", "holds with a condition", "does not hold", "not in the paper"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

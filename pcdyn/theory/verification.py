@@ -65,16 +65,16 @@ class Verification:
         for each in self.measured:
             statement = each.statement
             lines.append(f"{statement.number}: {statement.title}. As printed: "
-                         f"{statement.as_printed}.")  # fmt: skip
+                         f"{statement.as_printed}. What holds: {statement.form}")  # fmt: skip
             lines += [
                 f"  {e.verdict:<24} {e.measured:>10.3g} {expectation(e):<24} {e.claim}"
                 for e in each.evidence
             ]
         holds = sum(e.holds for e in self.evidence)
         lines.append(
-            f"{len(self.measured)} statements, {len(self.evidence)} claims: {holds} hold, "
-            f"{len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts not on record "
-            f"(seed {self.seed}, {self.networks} networks each)"
+            f"Statements: {len(self.measured)}. Claims: {len(self.evidence)}, of which {holds} "
+            f"hold and {len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts are other "
+            f"than those on record (seed {self.seed}, {self.networks} networks each)."
         )
         return "\n".join(lines)
 

@@ -34,7 +34,9 @@ def test_verify_prints_what_the_library_measures(capsys: pytest.CaptureFixture[s
     assert record["files"] == ["run/verify.nc", "run/verify.png"]
     assert Path("run/verify.png").read_bytes().startswith(b"\x89PNG")
     assert main(arguments) == 0
-    assert "4 claims: 2 hold, 2 do not; 0 verdicts not on record" in capsys.readouterr().out
+    assert (
+        "Claims: 4, of which 2 hold and 2 do not; 0 verdicts are other" in capsys.readouterr().out
+    )
     assert main([*arguments, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
 
