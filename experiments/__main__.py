@@ -56,7 +56,7 @@ class Options:
     """Run experiments, save data, pictures and manifests, and print the table of claims."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Experiments to run; the paper's figures unless given. A name that is unknown lists all."""
+    """Experiments to run; the paper's figures unless given. `list` names them all."""
     preset: Literal["paper", "code"] = "paper"
     """Settings of the paper (as corrected) or of the authors' code."""
     fast: bool = False
@@ -87,6 +87,10 @@ def configure() -> None:
 def main(options: Options) -> int:
     """Run; returns the exit status, 1 if a claim that should hold does not."""
     known = (*NAMES, *EXTRA)
+    if options.names == ("list",):
+        print("figures of the paper:", *NAMES, sep="\n  ")
+        print("and beyond:", *EXTRA, sep="\n  ")
+        return 0
     unknown = sorted(set(options.names) - set(known))
     if unknown:
         print(f"unknown experiment {', '.join(unknown)}; known: {', '.join(known)}")

@@ -240,12 +240,21 @@ _TITLES = {
 }
 
 
+_FOOT = (
+    "circles: activities, red above zero, blue below, a heavy edge is clamped\n"
+    "arrows and numbers: the size of each layer's weighted prediction error. "
+    "Time in activity time constants"
+)
+
+
 def plot(data: xarray.Dataset) -> Figure:
     """One box for each condition: the network and errors there, and the distance measured."""
     network = network_of(jnp.asarray(data.weight.values), "tanh")
     with plotting.style():
         figure = plt.figure(figsize=(11, 8.6), layout="constrained")
-        boxes = np.ravel(np.asarray(figure.subfigures(2, 3, wspace=0.03, hspace=0.04)))
+        *rows, foot = figure.subfigures(3, 1, height_ratios=(1, 1, 0.08), hspace=0.03)
+        foot.text(0.5, 0.5, _FOOT, ha="center", va="center", fontsize=9)
+        boxes = [box for row in rows for box in row.subfigures(1, 3, wspace=0.03)]
         for box, name in zip(boxes, BOXES, strict=True):
             title, color = _TITLES[name]
             box.set_facecolor((*to_rgb(color), 0.07))
@@ -304,12 +313,14 @@ def _draw_curve(ax: Axes, data: xarray.Dataset, name: str) -> None:
     values = data[key]
     lowest = 0 if name == "input free" else 1
     for column, layer in enumerate(range(lowest, lowest + values.shape[1])):
-        ax.plot(data[axis], values[:, column], color=f"C{layer + 2}", label=f"layer {layer}")
+        ax.plot(data[axis], values[:, column], color=f"C{layer + 2}", label=f"layer {layer}",
+                ls="-" if layer < 2 else "--")  # fmt: skip
     logarithmic = axis in ("odds", "early", "ratio")
     ax.set(xscale="log" if logarithmic else "linear", yscale="log", xlabel=label,
            ylabel=f"relative distance\nto {what}")  # fmt: skip
     notes = {"fixed prediction": "fixed_gradient", "first update": "first_gradient"}
     if name in notes:
         rule = "at rest" if name == "fixed prediction" else "Z-IL, step 1"
-        ax.set_title(f"weight gradient to BP's, {rule}: {float(data[notes[name]]):.0e}", fontsize=9)
+        apart = float(data[notes[name]])
+        ax.set_title(f"weight gradients {rule}: BP's to {apart:.0e}", fontsize=9)
     ax.legend(fontsize=8)

@@ -239,7 +239,7 @@ def plot(data: xarray.Dataset) -> Figure:
             for panel in panels:
                 panel.set(xscale="log", yscale="log", xlabel="seconds for the batch")
                 panel.xaxis.set_minor_formatter(NullFormatter())
-                panel.legend(loc="lower left" if panel is third else "upper right")
+                panel.legend()
     return figure
 
 

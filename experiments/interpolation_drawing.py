@@ -85,7 +85,8 @@ def wide(ax: Axes, data: xarray.Dataset) -> None:
     widths = "-".join(str(w) for w in data.attrs["wide"])
     ax.set(xlabel="λ/(1 − λ)", ylabel="relative distance (median)",
            title=f"layer L − 1, wide weights ({widths})")  # fmt: skip
-    ax.legend(loc="lower left", fontsize=8)
+    ax.set_ylim(top=1e4)  # room for the legend
+    ax.legend(loc="upper left", fontsize=7)
 
 
 def residuals(ax: Axes, data: xarray.Dataset) -> None:
@@ -98,4 +99,5 @@ def residuals(ax: Axes, data: xarray.Dataset) -> None:
     ax.axhline(data.attrs["tolerance"], color="k", ls=":", lw=1, label="tolerance")
     ax.set(xlabel="λ/(1 − λ) or ρ", ylabel="largest ‖∂F/∂x‖ of all networks",
            title="residuals of the equilibria")  # fmt: skip
-    ax.legend(fontsize=8)
+    ax.set_ylim(top=1e-2)  # room for the legend
+    ax.legend(fontsize=7, loc="upper center", ncols=2)

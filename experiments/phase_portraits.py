@@ -272,7 +272,10 @@ def plot(data: xarray.Dataset) -> Figure:
             ax.set_title(data.attrs[f"title_{case}"] + (f" (seed {seed})" if seed >= 0 else ""),
                          fontsize=10)  # fmt: skip
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles)
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=-(-len(handles) // 2),
         )
     return figure
 

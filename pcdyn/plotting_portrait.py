@@ -50,6 +50,8 @@ def phase_portrait(
         name = _coordinate(portrait, component)
         label = rf"nullcline d{name}/d$t$ = 0"
         handles.append(Line2D([], [], color=color, linewidth=1.8, label=label))
+    handles.append(Line2D([], [], color="0.15", linewidth=0.9, label="trajectory"))
+    handles.append(Line2D([], [], color="0.45", linewidth=0.5, label="contour of $F$"))
     for curve in portrait.separatrices:
         ax.plot(*curve.T, color="k", linestyle="--", linewidth=1.6, zorder=3.5)
     if portrait.separatrices:

@@ -273,8 +273,9 @@ class InferenceProblem(Problem):
             x = self.input
         if x is None:
             raise InputError(
-                "the input is free, so that there is no feedforward pass to start from: use "
-                "problem.feedforward_state(input=…), problem.random_state(key) or a given state"
+                "the input is free, so that there is no feedforward pass to start from: "
+                'start from "zeros", problem.random_state(key), a state of your own, or '
+                "problem.feedforward_state(input=…)"
             )
         return self.state_of(self.network.feedforward(x))
 

@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except PcdynError as error:
         return _fail(str(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
+    except BrokenPipeError:  # the reader of the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except OSError as error:
         return _fail(str(error), BAD_INPUT)
 

@@ -142,9 +142,9 @@ class Simulate:
     integrator: Annotated[
         str,
         option(
-            "tsit5, dopri5, dopri8, bosh3, heun, midpoint, ralston, kvaerno3, kvaerno4, kvaerno5, "
-            "implicit_euler, rk23, rk45, dop853, radau, bdf, lsoda, exact (linear networks) or "
-            "euler."
+            "tsit5, dopri5, dopri8, bosh3, heun, midpoint, ralston, rodas5p (stiff problems), "
+            "kvaerno3, kvaerno4, kvaerno5, implicit_euler, rk23, rk45, dop853, radau, bdf, lsoda, "
+            "exact (linear networks) or euler (needs --dt)."
         ),
     ] = "tsit5"
     rtol: Annotated[

@@ -40,5 +40,5 @@ def get_integrator(integrator: str | Integrator) -> Integrator:
         return SciPy(SCIPY_NAMES[integrator.lower()])
     if integrator == "euler":
         raise IntegratorError("Euler needs a step: pcdyn.Euler(dt=0.05)")
-    known = ", ".join([*DIFFRAX_NAMES, *SCIPY_NAMES, "exact"])
+    known = ", ".join([*DIFFRAX_NAMES, *SCIPY_NAMES, "exact", "euler"])
     raise IntegratorError(f"unknown integrator {integrator!r}; known names are {known}")

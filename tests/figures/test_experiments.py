@@ -58,9 +58,12 @@ def test_a_failed_claim_makes_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_
         assert main(options) == status
 
 
-def test_an_unknown_experiment_is_refused() -> None:
-    """A wrong name gives exit status 2 and runs nothing."""
+def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong name gives exit status 2 and runs nothing; `list` names them all."""
     assert main(Options(names=("figure9",))) == 2
+    assert "figure9" in capsys.readouterr().out
+    assert main(Options(names=("list",))) == 0
+    assert set(capsys.readouterr().out.split()) >= {*NAMES, *EXTRA}
 
 
 def test_a_failed_write_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
