@@ -296,17 +296,19 @@ def plot(data: xarray.Dataset) -> Figure:
             for kind, dashes in zip(KINDS, ("-", "--"), strict=True):
                 here = data.sel(kind=kind, race_std=std)
                 start = float(here.iterated[0])
-                label = names[kind]
-                ax.plot(here.step, here.iterated / start, dashes, color="C1",
-                        label=f"iteration (Euler, step 1), {label}")  # fmt: skip
-                ax.plot(here.step, here.euler / start, dashes, color="C2",
-                        label=f"Euler, step {data.attrs['euler_step']:g}, {label}")  # fmt: skip
-                ax.plot(here.adaptive_evaluations, here.adaptive / start, "o" + dashes, ms=3,
-                        color="C0", label=f"flow, Tsit5, {label}")  # fmt: skip
+                methods = (
+                    ("C1", dashes, here.step, here.iterated, "iteration (Euler, step 1)"),
+                    ("C2", dashes, here.step, here.euler,
+                     f"Euler, step {data.attrs['euler_step']:g}"),
+                    ("C0", "o" + dashes, here.adaptive_evaluations, here.adaptive, "flow, Tsit5"),
+                )  # fmt: skip
+                for color, look, evaluations, distance, label in methods:
+                    ax.plot(evaluations, distance / start, look, ms=3, color=color,
+                            label=label if kind == KINDS[0] else None)  # fmt: skip
             ax.set(xscale="log", yscale="log", ylim=(1e-12, 1e4), xlim=(1, None),
                    xlabel="evaluations of ∂F/∂x", ylabel="relative distance to equilibrium",
-                   title=f"weights of std {std:.3g}")  # fmt: skip
-        axes[0, 1].legend(fontsize=7, loc="lower left")
+                   title=f"weights of std {std:.3g} (solid: linear, dashed: tanh)")  # fmt: skip
+            ax.legend(fontsize=8, loc="lower left")
         for kind, shade in zip(KINDS, ("C0", "C1"), strict=True):
             here = data.sel(kind=kind)
             for ax, values, words in (

@@ -30,6 +30,7 @@ NAMES = ("hidden", "output 1", "output 2")
 STARTS = {"hidden layer more precise": (2.0, 1.0), "output more precise": (0.1, 10.0)}
 # Growth at the boundary is slower: a factor of time in which Π_L grows to 10³ as well.
 EDGE_TIME = 100.0
+TIME = "time (time constants of the precisions)"
 NOISES = ("true", "closed form", "flow", "delta, closed form")
 
 
@@ -303,19 +304,19 @@ def plot(data: xarray.Dataset) -> Figure:
             axes[0, 0].semilogx(late.time, late.variance.sel(parameter=name), label=name)
             axes[0, 0].axhline(float(data.closed_form[i]), color=colors[i], ls="--", lw=1)
             axes[0, 0].axhline(float(data.true_variance[i]), color=colors[i], ls=":", lw=1)
-        axes[0, 0].set(xlabel="time", ylabel="variance (1 / precision)",
-                       title="Laplace: the noise is recovered\n"
+        axes[0, 0].set(xlabel=TIME, ylabel="variance (1 / precision)",
+                       title="Laplace posterior: noise recovered\n"
                        "(dashed: closed form, dotted: true)")  # fmt: skip
         axes[0, 0].set_ylim(bottom=0)
-        axes[0, 0].legend(loc="lower left", ncols=3)
+        axes[0, 0].legend(loc="lower left", ncols=3, columnspacing=1, handlelength=1.5)
         for ls, start in zip(("-", "--"), STARTS, strict=True):
             for i, name in enumerate(NAMES):
                 axes[0, 1].semilogy(
                     data.delta_time, data.precision.sel(start=start, parameter=name), ls,
                     color=colors[i], label=name if ls == "-" else None,
                 )  # fmt: skip
-        axes[0, 1].set(xlabel="time", ylabel="precision",
-                       title="delta: one layer collapses\n"
+        axes[0, 1].set(xlabel=TIME, ylabel="precision",
+                       title="delta posterior: one layer collapses\n"
                        "(dashed: output more precise at first)")  # fmt: skip
         axes[0, 1].legend(loc="upper left")
         draw_free_energy(axes[0, 2], data, colors)
@@ -325,8 +326,9 @@ def plot(data: xarray.Dataset) -> Figure:
                               label=f"{direction} eigenvalue")  # fmt: skip
         guide = edge.edge_precision[-1, 1] * edge.edge_time / edge.edge_time[-1]
         axes[1, 1].loglog(edge.edge_time, guide, "k:", lw=1, label="∝ t")
-        axes[1, 1].set(xlabel="time", ylabel="output precision",
-                       title="Laplace at the boundary:\nhidden noise held too large")  # fmt: skip
+        axes[1, 1].set(xlabel=TIME, ylabel="output precision",
+                       title="Laplace posterior, hidden noise\n"
+                       "held larger than the data allow")  # fmt: skip
         axes[1, 1].legend()
         draw_cosines(axes[1, 2], data, colors)
     return figure
@@ -340,7 +342,7 @@ def draw_free_energy(ax: Any, data: xarray.Dataset, colors: Any) -> None:
         ax.plot(data.delta_time, data.delta_free_energy.sel(start=start), ls, color=colors[i],
                 label=f"delta, {start}")  # fmt: skip
     ax.axhline(float(data.free_energy[-1]), color="0.5", ls=":", lw=1)
-    ax.set(xlabel="time", ylabel="variational free energy",
+    ax.set(xlabel=TIME, ylabel="variational free energy",
            title="free energy per sample\n(dotted: least −log p)")  # fmt: skip
     # Room for the legend under the lines.
     ax.set_ylim(bottom=1.6 * float(data.delta_free_energy.min()))

@@ -105,8 +105,8 @@ class PhasePortrait(eqx.Module):
         return plotting.phase_portrait(self, ax=ax, **options)
 
     def __repr__(self) -> str:
-        counts = [f"{self.kinds.count(kind)} {kind}" for kind in KINDS if kind in self.kinds]
-        return f"PhasePortrait of {self.coordinates}: {', '.join(counts) or 'no equilibrium'}"
+        counts = [f"{kind}: {self.kinds.count(kind)}" for kind in KINDS if kind in self.kinds]
+        return f"PhasePortrait of {self.coordinates} ({', '.join(counts) or 'no equilibrium'})"
 
 
 def phase_portrait(
@@ -135,9 +135,8 @@ def phase_portrait(
     - `tolerance` of the gradient at an equilibrium, absolute.
 
     Minima, and equilibria at kinks, are where `pcdyn.multiple_equilibria` leads to from a coarse
-    grid; saddles and maxima are those that Newton's method for ∂F/∂x = 0 finds within
-    the extent. An
-    equilibrium with a basin narrower than that grid can be missed: see `index_sum`. Ridges at
+    grid; saddles and maxima are those that Newton's method for ∂F/∂x = 0 finds within the extent.
+    An equilibrium with a basin narrower than that grid can be missed: see `index_sum`. Ridges at
     kinks, where no gradient vanishes, are not searched for.
 
     Raises `ShapeError` for another number of free units or a batch, `InputError` for an extent, a
