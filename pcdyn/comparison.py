@@ -124,6 +124,11 @@ class Comparison:
     t1: float
     repeats: int
 
+    def __str__(self) -> str:
+        return self.table()
+
+    __repr__ = __str__
+
     @property
     def integrators(self) -> tuple[str, ...]:
         """The names of the integrators, each once."""

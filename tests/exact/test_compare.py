@@ -146,6 +146,7 @@ def test_runs_that_fail_stay_as_such(comparison: Comparison) -> None:
         assert row.status is Status.MAX_STEPS
         assert np.isnan([row.final_error, row.l2_error, row.energy_error]).all()
     table = comparison.table()
+    assert str(comparison) == repr(comparison) == table
     assert "UNSTABLE_STEP" in table and "MAX_STEPS" in table
     for error in (1e-6, 1e3):
         assert "out of steps" in comparison.recommendation(error).missed
