@@ -155,9 +155,10 @@ class CustomEnergy(Separable):
     """`E_l = Σ_i Π_i h(ε_i)` with any elementwise `function` h in terms of JAX.
 
     Build it once and reuse it: what is compiled for a function is kept for that very function. h is
-    looked at on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`): raises
+    looked at in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`): raises
     `IllPosedEnergyError` if it is not elementwise, not finite or not bounded below there, and warns
-    with `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2.
+    with `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2. Raises
+    `InputError` for what is no function.
 
     Arguments: `function`; `precisions`, see `LogCosh`.
     """
@@ -166,6 +167,8 @@ class CustomEnergy(Separable):
     weighting: Gaussian
 
     def __init__(self, function: Callable[..., Any], precisions: Numbers | None = None):
+        if not callable(function):
+            raise InputError(f"h must be a function of an array, got a {type(function).__name__}")
         self.function = function
         self.weighting = _weighting(precisions)
         if not is_traced(function):
@@ -285,21 +288,29 @@ def _refuse_ill_posed(seen: WellPosedness) -> None:
     if not seen.finite:
         raise IllPosedEnergyError(
             f"h or h' is not finite at ε = {seen.where:g}: prediction errors take any value and "
-            "sign. log ε is so, use Divisive(delta); if h uses jnp.where, see that neither branch "
-            "has an infinite derivative"
+            f"sign. {_remedy(seen.where)}"
         )
     if not seen.bounded_below:
         raise IllPosedEnergyError(
             f"h still falls at ε = {seen.where:g}: an energy that is not bounded below has no "
             "equilibrium, and its flow runs away"
         )
-    if not seen.lipschitz:
+    if seen.lipschitz is False:
         warnings.warn(
             f"h' is not Lipschitz near ε = {seen.where:g}: explicit steps chatter there, and "
             "equilibrium may not be found; smooth h, as PseudoHuber smooths |ε|",
             EnergyWarning,
             stacklevel=4,
         )
+
+
+def _remedy(where: float | None) -> str:
+    if where is not None and abs(where) > 1:
+        return "if it overflows, as cosh ε does, let h grow no faster than a power of ε"
+    return (
+        "log ε is so, use Divisive(delta); if h uses jnp.where, see that neither branch has an "
+        "infinite derivative"
+    )
 
 
 def _weighting(precisions: Numbers | None) -> Gaussian:

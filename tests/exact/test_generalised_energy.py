@@ -245,6 +245,12 @@ KINDS: dict[str, tuple[Any, tuple[bool, bool, bool, bool]]] = {
     "|e|": (jnp.abs, (True, True, False, True)),
     "linear": (lambda e: e * 1.0, (True, False, True, True)),
     "-log1p": (lambda e: -jnp.log1p(e**2), (True, False, True, False)),
+    "1 + sin": (lambda e: 1 + jnp.sin(e), (True, True, True, False)),
+    "1 - cos": (lambda e: 1 - jnp.cos(e), (True, True, True, False)),
+    "cosh": (lambda e: jnp.cosh(e) - 1, (False, False, False, False)),
+    # Of kinks that lie at no error of the grid.
+    "dead zone": (lambda e: jnp.maximum(jnp.abs(e) - 0.3, 0), (True, True, False, True)),
+    "its square": (lambda e: jnp.maximum(jnp.abs(e) - 0.3, 0) ** 2, (True, True, True, True)),
 }  # fmt: skip
 
 
@@ -256,6 +262,17 @@ def test_well_posedness_is_seen(name: str) -> None:
     assert (seen.finite, seen.bounded_below, seen.lipschitz, seen.convex) == expected
 
 
+def test_well_posedness_does_not_depend_on_the_default_dtype() -> None:
+    """Measured in float64 with float64 off as well; not at all where h is of float32."""
+    with jax.enable_x64(False):
+        with pytest.warns(EnergyWarning, match="not Lipschitz near ε = 0"):
+            CustomEnergy(lambda e: jnp.abs(e) ** 1.5)
+        seen = well_posedness(lambda e: e**2 * jnp.ones((), jnp.float32))
+        assert seen.lipschitz and seen.holds
+    seen = well_posedness(jnp.abs, jnp.float32)
+    assert seen.lipschitz is None and seen.holds
+
+
 def test_energies_that_are_ill_posed_are_refused_with_the_reason() -> None:
     """The printed log ε by name and as a function, unbounded ones, and |ε|^p with a warning."""
     for call, words in (
@@ -264,6 +281,10 @@ def test_energies_that_are_ill_posed_are_refused_with_the_reason() -> None:
         (lambda: CustomEnergy(jnp.log), "not finite.*Divisive"),
         (lambda: CustomEnergy(lambda e: -(e**2)), "bounded below"),
         (lambda: CustomEnergy(jnp.sum), "elementwise"),
+        (lambda: CustomEnergy(lambda e: e**2 * jnp.sum(e**2)), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: e**2 + jnp.sum(e**2)), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: jnp.cumsum(e) ** 2), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: jnp.cosh(e) - 1), "ε = -794.*overflows"),
     ):
         with pytest.raises(IllPosedEnergyError, match=words):
             call()
