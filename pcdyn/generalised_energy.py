@@ -20,7 +20,13 @@ from jaxtyping import Array, Float
 
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.energy import CrossEntropy, Energy, Gaussian, checked_precision, scale_output, weigh
-from pcdyn.errors import EnergyWarning, IllPosedEnergyError, InputError, ShapeError
+from pcdyn.errors import (
+    EnergyWarning,
+    IllPosedEnergyError,
+    InputError,
+    PrecisionError,
+    ShapeError,
+)
 from pcdyn.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -105,8 +111,16 @@ class PseudoHuber(Separable):
         self.weighting = _weighting(precisions)
 
     def h(self, error: Array) -> Array:
-        # The root minus 1, without the cancellation.
-        return error**2 / (1 + jnp.sqrt(1 + (error / self.delta) ** 2))
+        # The root minus 1, without the cancellation. Far out, where 1 is nothing beside the square,
+        # without the square, which overflows.
+        far = jnp.abs(error) > self.delta / float(jnp.finfo(error.dtype).eps) ** 0.5
+        near = jnp.where(far, 0, error)
+        root = 1 + jnp.sqrt(1 + (near / self.delta) ** 2)
+        return jnp.where(far, self.delta * (jnp.abs(error) - self.delta), near**2 / root)
+
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.delta, "delta of PseudoHuber")
 
 
 class Student(Separable):
@@ -129,6 +143,10 @@ class Student(Separable):
     def h(self, error: Array) -> Array:
         return jnp.log1p((error / self.scale) ** 2)
 
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.scale, "scale of Student")
+
 
 class Divisive(Separable):
     """`h(ε) = ½ log(1 + ε²/δ)`: divisive prediction errors in a form that is well posed.
@@ -149,6 +167,10 @@ class Divisive(Separable):
 
     def h(self, error: Array) -> Array:
         return 0.5 * jnp.log1p(error**2 / self.delta)
+
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.delta, "delta of Divisive")
 
 
 class CustomEnergy(Separable):
@@ -323,6 +345,20 @@ def _weighting(precisions: Numbers | None) -> Gaussian:
                 "give a number or one per unit"
             )
     return weighting
+
+
+def _check_resolved(value: Array, name: str) -> None:
+    """Raise `PrecisionError` unless a parameter, its square and their inverses are numbers.
+
+    A problem converts it to the dtype of its network, in which it may vanish; h'' has its square.
+    """
+    _positive_number(value, name)
+    least = float(jnp.finfo(value.dtype).tiny) ** 0.5
+    if not is_traced(value) and not least <= float(value) <= 1 / least:
+        raise PrecisionError(
+            f"{name} is {float(value):g}, whose square or its inverse is out of the range of "
+            f"{value.dtype}: take one between {least:.1e} and {1 / least:.1e}, or other units"
+        )
 
 
 def _positive_number(value: Numbers, name: str) -> Float[Array, ""]:

@@ -78,6 +78,41 @@ def test_log_cosh_neither_overflows_nor_cancels() -> None:
     assert found == pytest.approx([1e3 - np.log(2), 1e5 - np.log(2), 0.5e-16], rel=1e-14)
 
 
+def test_pseudo_huber_does_not_overflow() -> None:
+    """δ|ε| − δ² far out, where (ε/δ)² is no number; the square root's series where it turns."""
+    for dtype, delta in ((np.float32, 1e-18), (np.float64, 1e-150)):
+        error = jnp.asarray([-3e7, 2.0, 50.0], dtype)
+        energy = jax.tree.map(lambda x, d=dtype: x.astype(d), PseudoHuber(delta))
+        np.testing.assert_allclose(energy.h(error), delta * np.abs(error), rtol=1e-6)
+        np.testing.assert_allclose(energy.slope(error), delta * np.sign(error), rtol=1e-6)
+    for far in (6e7, 7e7):
+        assert float(PseudoHuber().h(jnp.asarray(far))) == pytest.approx(far - 1, rel=1e-15)
+
+
+@pytest.mark.parametrize("kind", [PseudoHuber, Student, Divisive])
+def test_parameters_that_the_network_cannot_hold_are_refused(kind: Any) -> None:
+    """0 in its dtype, or with a square or its inverse out of range: F and its slope would be 0."""
+    case = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",), batch=2)
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), case.network)
+    for network, value in ((single, 1e-50), (single, 1e-20), (case.network, 1e-200),
+                           (case.network, 1e200)):  # fmt: skip
+        with pytest.raises(PrecisionError, match=kind.__name__):
+            pcdyn.InferenceProblem(network, input=case.input, energy=kind(value))
+    made = jax.jit(lambda value: pcdyn.InferenceProblem(single, energy=kind(value)).energy)(0.5)
+    assert float(jax.tree.leaves(made)[0]) == 0.5
+
+
+def test_an_energy_that_overflows_is_not_at_equilibrium() -> None:
+    """The slope of log(1 + ∞) is computed as 0, but there is no equilibrium to be seen."""
+    case = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",), batch=2)
+    problem = pcdyn.InferenceProblem(
+        case.network, input=case.input, output=[[2e200, 1.0], [0.1, 0.2]], energy=Student()
+    )
+    found = pcdyn.equilibrium(problem, throw=False)
+    assert found.status[0] is pcdyn.EquilibriumStatus.NON_FINITE
+    assert found.status[1] is pcdyn.EquilibriumStatus.CONVERGED
+
+
 def test_layers_are_summed_with_their_precisions() -> None:
     """E_l = Σ_i Π_i h(ε_i), with a number, one per unit, or none; only the output is scaled."""
     error = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
