@@ -252,10 +252,15 @@ def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
     return jnp.asarray(_symmetric_positive_definite(np.asarray(precision), name))
 
 
-def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
-    # Inverting a covariance leaves asymmetry of the order of round-off times its conditioning.
+def asymmetry_of(matrix: np.ndarray) -> float:
+    """The largest entry of M − Mᵀ over that of M; 0 where it is no more than round-off."""
     asymmetry = np.max(np.abs(matrix - matrix.T)) / np.max(np.abs(matrix), initial=1e-300)
-    if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps):
+    # Inverting a matrix leaves asymmetry of the order of round-off times its conditioning.
+    return float(asymmetry) if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps) else 0.0
+
+
+def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
+    if asymmetry := asymmetry_of(matrix):
         raise PrecisionError(
             f"{name} is not symmetric (relative asymmetry {asymmetry:.1e}); use (P + P.T) / 2 if "
             "that is what you mean"

@@ -56,6 +56,8 @@ BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
     "another start": (
         lambda: flow("scalar", "full").initial_state("zeros"), InputError, "change its energy"),
     "a covariance of another size": (lambda: bound(np.eye(3)), ShapeError, r"give \(2, 2\)"),
+    "a covariance that is not symmetric": (
+        lambda: bound([[1.0, 0.2], [0.0, 1.0]]), PosteriorError, r"asymmetry 2.0e-01.*S \+ S.T"),
     "a covariance that is none": (lambda: bound(-np.eye(2)), PosteriorError, "not positive def"),
     "a posterior that is unknown": (lambda: bound("mean field"), InputError, "mean field"),
     "no minimum": (
