@@ -196,6 +196,17 @@ class CrossEntropy(Energy):
             )
 
 
+def check_energy(energy: Any, name: str) -> None:
+    """Raise `InputError` for what is no energy, such as the class of one."""
+    if isinstance(energy, Energy):
+        return
+    if isinstance(energy, type) and issubclass(energy, Energy):
+        raise InputError(f"{name} is the class {energy.__name__}: call it, {energy.__name__}(…)")
+    raise InputError(
+        f"{name} must be an energy such as pcdyn.Gaussian(), got a {type(energy).__name__}"
+    )
+
+
 def error_gradient(energy: Energy, index: int, error: Array, target: Array | None) -> Array:
     """∂E_l/∂ε_l, which is −∂E_l/∂μ_l; Π_l ε_l where the energy is Gaussian."""
     if isinstance(energy, Gaussian):
@@ -242,6 +253,8 @@ def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
     if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
         raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "
                          f"got shape {precision.shape}")  # fmt: skip
+    if precision.size == 0:
+        raise ShapeError(f"{name} is empty: give a number, one per unit, or a square matrix")
     if is_traced(precision):
         return precision
     if precision.ndim < 2:

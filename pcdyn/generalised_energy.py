@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pcdyn.checks import Numbers, is_traced
-from pcdyn.energy import CrossEntropy, Energy, Gaussian, checked_precision, scale_output, weigh
+from pcdyn.energy import (
+    CrossEntropy,
+    Energy,
+    Gaussian,
+    check_energy,
+    checked_precision,
+    scale_output,
+    weigh,
+)
 from pcdyn.errors import (
     EnergyWarning,
     IllPosedEnergyError,
@@ -207,11 +215,22 @@ class Split(Energy):
     one per layer; `output`, that of the output layer alone, with one precision if it has one per
     layer (`Gaussian([p])`), or `CrossEntropy(weight=…)`.
 
-    The output must be clamped, for only then is there a loss: raises `InputError` where it is not.
+    The output must be clamped, for only then is there a loss: raises `InputError` where it is not,
+    and for parts that are no energies, or for a residual that is one of targets, such as
+    `CrossEntropy`.
     """
 
     residual: Energy
     output: Energy
+
+    def __check_init__(self) -> None:
+        check_energy(self.residual, "residual of Split")
+        check_energy(self.output, "output of Split")
+        if isinstance(self.residual, CrossEntropy | Split):
+            raise InputError(
+                f"{type(self.residual).__name__} compares with a target, which the layers of the "
+                "residual do not have: give it as the output of Split"
+            )
 
     def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
         if target is None:
@@ -261,16 +280,20 @@ def named_energy(name: str, *, precisions: Numbers | None = None, parameter: Any
     """The energy of that name: gaussian, log_cosh, pseudo_huber, student or divisive.
 
     Arguments: `precisions`; `parameter`, the δ of pseudo_huber and divisive and the scale of
-    student, 1 unless given. Raises `IllPosedEnergyError` for the paper's `"log"` and for
-    `"power"`, with the reason, and `InputError` for other names and a parameter of no use.
+    student, 1 unless given. Another h is a `CustomEnergy`, which has no name.
+
+    Raises `IllPosedEnergyError` for the paper's `"log"` and for `"power"`, with the reason, and
+    `InputError` for other names and a parameter of no use.
     """
+    if not isinstance(name, str):
+        raise InputError(f"an energy is named by a text, got a {type(name).__name__}")
     if name in _ILL_POSED:
         raise IllPosedEnergyError(_ILL_POSED[name])
     if name in _WITH_PARAMETER:
         return _WITH_PARAMETER[name](1.0 if parameter is None else parameter, precisions)
     if name not in _WITHOUT_PARAMETER:
         known = ", ".join((*_WITHOUT_PARAMETER, *_WITH_PARAMETER))
-        raise InputError(f"unknown energy {name!r}; known are {known}, or use CustomEnergy(h)")
+        raise InputError(f"unknown energy {name!r}; known are {known}")
     if parameter is not None:
         raise InputError(f"the energy {name} has no parameter, but {parameter} was given")
     return _WITHOUT_PARAMETER[name](precisions)
@@ -295,13 +318,12 @@ _WITH_PARAMETER: dict[str, Any] = {
 _ILL_POSED = {
     "log": (
         "h(ε) = log ε is undefined for ε < 0 and has no minimum: the flow dε/dt = −1/ε reaches "
-        "ε = 0 with infinite speed at the time ε₀²/2 and has no continuation; use Divisive(delta), "
-        "h = ½ log(1 + ε²/δ), whose slope ε/(δ + ε²) tends to 1/ε as δ → 0"
+        "ε = 0 with infinite speed at the time ε₀²/2 and has no continuation; use divisive with a "
+        "small parameter δ, h = ½ log(1 + ε²/δ), whose slope ε/(δ + ε²) tends to 1/ε as δ → 0"
     ),
     "power": (
         "h(ε) = |ε|^p with 1 < p < 2 has h' ~ |ε|^(p−1), which is not Lipschitz at 0: curvature is "
-        "infinite where inference should rest; use PseudoHuber(delta) or LogCosh(), or "
-        "CustomEnergy, which warns"
+        "infinite where inference should rest; use pseudo_huber or log_cosh"
     ),
 }
 

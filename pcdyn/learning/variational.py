@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -96,10 +96,15 @@ def check_gaussian(problem: InferenceProblem) -> None:
         )
 
 
-def check_posterior(posterior: str) -> None:
-    """Raise `InputError` for an unknown posterior."""
-    if posterior not in ("delta", "laplace"):
-        raise InputError(f'unknown posterior {posterior!r}: "delta", "laplace" or a covariance')
+def check_posterior(posterior: Any) -> None:
+    """Raise `InputError` for a posterior that is no known name."""
+    if isinstance(posterior, str) and posterior in get_args(Posterior):
+        return
+    given = repr(posterior) if isinstance(posterior, str) else f"a {type(posterior).__name__}"
+    raise InputError(
+        f'unknown posterior {given}: use "delta" or "laplace"; a covariance is taken by '
+        "variational_free_energy only"
+    )
 
 
 def _normalisation(problem: InferenceProblem) -> Array:

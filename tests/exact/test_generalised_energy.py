@@ -18,7 +18,15 @@ from pcdyn import learning
 from pcdyn.adjoint import adjoint_condition
 from pcdyn.cli.network import build_problem
 from pcdyn.energy import CrossEntropy, Gaussian, scale_output
-from pcdyn.errors import EnergyWarning, IllPosedEnergyError, InputError, PrecisionError, ShapeError
+from pcdyn.errors import (
+    DtypeError,
+    EnergyWarning,
+    IllPosedEnergyError,
+    InputError,
+    NonFiniteError,
+    PrecisionError,
+    ShapeError,
+)
 from pcdyn.generalised_energy import (
     CustomEnergy,
     Divisive,
@@ -28,6 +36,8 @@ from pcdyn.generalised_energy import (
     Student,
     named_energy,
 )
+from pcdyn.interpolation import interpolated
+from pcdyn.network import Dense, Network
 from pcdyn.well_posedness import well_posedness
 from tests.networks import EPS, assert_close, build_case
 
@@ -355,6 +365,46 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             call()
+
+
+SMALL = Network([Dense(0.5 * np.ones((3, 2)), activation="tanh"), Dense(0.5 * np.ones((2, 3)))])
+
+
+def look(interaction: Any = lambda x, mu: x - mu, x: Any = (0.1, 0.2, 0.3)) -> Any:
+    """The adjoint condition of a small network."""
+    return adjoint_condition(SMALL, [np.ones(2), x, np.ones(2)], interaction=interaction)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: CustomEnergy(3.0), InputError, "function of an array, got a float"),
+    (lambda: CustomEnergy(lambda e: 1.0), IllPosedEnergyError, "returned a float"),
+    (lambda: CustomEnergy(lambda e: None), IllPosedEnergyError, "returned a NoneType"),
+    (lambda: CustomEnergy(lambda e: [e]), IllPosedEnergyError, "returned a list"),
+    (lambda: CustomEnergy(lambda e: np.asarray(e) ** 2), IllPosedEnergyError, "jax.numpy"),
+    (lambda: CustomEnergy(lambda e: e**2 if e > 0 else e), IllPosedEnergyError, "jnp.where"),
+    (lambda: Split(LogCosh(), None), InputError, "output of Split must be an energy"),
+    (lambda: Split(LogCosh, pcdyn.Gaussian), InputError, r"residual .* LogCosh: call it"),
+    (lambda: Split(CrossEntropy(), pcdyn.Gaussian()), InputError, "compares with a target"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy=LogCosh), InputError, r"call it, LogCosh"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy="log_cosh"), InputError, "got a str"),
+    (lambda: named_energy(["x"]), InputError, "got a list"),
+    (lambda: PseudoHuber("a"), DtypeError, "delta of PseudoHuber is a str"),
+    (lambda: PseudoHuber(None), DtypeError, "delta of PseudoHuber is a NoneType"),
+    (lambda: Student([1.0, [2.0, 3.0]]), DtypeError, "equal lengths"),
+    (lambda: Student(10**400), DtypeError, "scale of Student"),
+    (lambda: pcdyn.Gaussian([[]]), ShapeError, "layer 1 is empty"),
+    (lambda: interpolated(0.5, 2.5), InputError, "whole number .* 2.5"),
+    (lambda: interpolated("x", 3), DtypeError, "λ is a str"),
+    (lambda: look(lambda x, mu: (x - mu)[:1]), ShapeError, r"of shape \(3,\).* gives \(1,\)"),
+    (lambda: look(lambda x, mu: (x, mu)), ShapeError, "gives tuple"),
+    (lambda: look(x=np.full(3, np.nan)), NonFiniteError, "activities of layer 1"),
+    (lambda: look(x=None), DtypeError, "activities of layer 1"),
+])  # fmt: skip
+def test_what_is_no_energy_or_number_is_named(call: Any, error: Any, words: str) -> None:
+    """Without the checks of annotations, as users run it: never an error of JAX or NumPy."""
+    with pytest.raises(error, match=words):
+        call()
 
 
 def test_a_named_energy_goes_to_a_file_and_back(tmp_path: Path) -> None:

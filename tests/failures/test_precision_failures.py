@@ -11,6 +11,7 @@ import pytest
 from pcdyn import linear
 from pcdyn.energy import CrossEntropy, Gaussian
 from pcdyn.errors import (
+    DtypeError,
     InputError,
     NotLinearError,
     PcdynError,
@@ -44,6 +45,15 @@ def bound(posterior: Any, **changes: Any) -> Any:
 BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
     "an unknown structure": (lambda: flow("scalar", "sparse"), InputError, "sparse.*diagonal"),
     "one structure for two layers": (lambda: flow("scalar"), ShapeError, "1 structures"),
+    "no structures": (lambda: PrecisionFlow(problem(), None), InputError, "got a NoneType"),
+    "structures in one word": (
+        lambda: PrecisionFlow(problem(), "full"), InputError, "each layer"),
+    "structures of two kinds": (lambda: flow("scalar", 1), InputError, "structure 1"),
+    "a list as a structure": (
+        lambda: flow(["full"], "full"), InputError, r"structure \['full'\]"),
+    "a covariance for all time": (
+        lambda: flow("scalar", "full", posterior=np.eye(2)), InputError, "ndarray.*laplace"),
+    "no posterior": (lambda: bound(None), DtypeError, "posterior is a NoneType"),
     "nothing to learn": (lambda: flow("fixed", "fixed"), InputError, "fixed"),
     "an unknown posterior": (lambda: flow("scalar", "full", posterior="map"), InputError, "map"),
     "a free output": (lambda: flow("scalar", "full", output=None), InputError, "clamp the output"),
