@@ -121,6 +121,8 @@ def test_an_energy_that_overflows_is_not_at_equilibrium() -> None:
     found = pcdyn.equilibrium(problem, throw=False)
     assert found.status[0] is pcdyn.EquilibriumStatus.NON_FINITE
     assert found.status[1] is pcdyn.EquilibriumStatus.CONVERGED
+    flow = pcdyn.simulate(problem, t1=50.0, until="equilibrium", per_sample=True, throw=False)
+    assert flow.status == (pcdyn.Status.NON_FINITE, pcdyn.Status.CONVERGED)
 
 
 def test_layers_are_summed_with_their_precisions() -> None:
