@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pcdyn.checks import as_float_array
 from pcdyn.errors import ShapeError
 from pcdyn.network import Network
 
@@ -72,14 +73,21 @@ def adjoint_condition(
     relative residual, 1000 units of round-off unless given.
 
     One point can refute the condition and not prove it: try random activities. Raises `ShapeError`
-    for activities that do not fit or no hidden layer.
+    for activities that do not fit, no hidden layer or a g that is not shaped like x_l, and
+    `DtypeError` or `NonFiniteError` for activities that are no real numbers.
     """
-    layers = [jnp.asarray(x, network.dtype) for x in activities]
+    layers = [
+        as_float_array(x, f"activities of layer {index}").astype(network.dtype)
+        for index, x in enumerate(activities)
+    ]
     if network.depth < 2 or [x.shape for x in layers] != [(n,) for n in network.widths]:
         raise ShapeError(
             f"the adjoint condition is one of hidden layers and one sample: layers of shape "
             f"{[x.shape for x in layers]} were given for widths {network.widths}"
         )
+
+    for index in range(1, network.depth + 1):
+        _check_interaction(interaction, index, layers[index])
 
     def residual(index: int) -> Array:
         below, here, above = layers[index - 1 : index + 2]
@@ -93,3 +101,14 @@ def adjoint_condition(
     if tolerance is None:
         tolerance = 1e3 * float(jnp.finfo(network.dtype).eps)
     return AdjointCondition(residuals, tolerance)
+
+
+def _check_interaction(interaction: Interaction, index: int, layer: Array) -> None:
+    """Raise `ShapeError` unless g of a layer and its prediction is shaped like the layer."""
+    found = jax.eval_shape(interaction, layer, layer)
+    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != layer.shape:
+        shape = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
+        raise ShapeError(
+            f"the interaction of layer {index} must map x_l and μ_l, of shape {layer.shape}, to an "
+            f"array of that shape, one entry per unit, but gives {shape}"
+        )

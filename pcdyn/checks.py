@@ -30,11 +30,21 @@ def as_float_array(value: Any, name: str) -> Array:
     """`value` as a floating-point JAX array with finite entries.
 
     Python numbers and nested lists become the default float dtype; an array keeps its own.
-    Raises `DtypeError` for integer, boolean or complex arrays and `NonFiniteError` for NaN or
-    infinity, each naming `name`.
+    Raises `DtypeError` for integer, boolean or complex arrays and for what is no array of numbers,
+    such as a text or lists of several lengths, and `NonFiniteError` for NaN or infinity, each
+    naming `name`.
     """
     is_python = isinstance(value, int | float | list | tuple)
-    array = jnp.asarray(value, dtype=float) if is_python else jnp.asarray(value)
+    try:
+        if isinstance(value, str):
+            # JAX would take it for the name of a dtype.
+            raise TypeError("a text")
+        array = jnp.asarray(value, dtype=float) if is_python else jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DtypeError(
+            f"{name} is a {type(value).__name__} that does not convert to an array of real "
+            "numbers: give a number, an array, or lists of equal lengths"
+        ) from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise DtypeError(
             f"{name} has dtype {array.dtype}; activities are real numbers: convert it to "

@@ -196,6 +196,17 @@ class CrossEntropy(Energy):
             )
 
 
+def check_energy(energy: Any, name: str) -> None:
+    """Raise `InputError` for what is no energy, such as the class of one."""
+    if isinstance(energy, Energy):
+        return
+    if isinstance(energy, type) and issubclass(energy, Energy):
+        raise InputError(f"{name} is the class {energy.__name__}: call it, {energy.__name__}(…)")
+    raise InputError(
+        f"{name} must be an energy such as pcdyn.Gaussian(), got a {type(energy).__name__}"
+    )
+
+
 def error_gradient(energy: Energy, index: int, error: Array, target: Array | None) -> Array:
     """∂E_l/∂ε_l, which is −∂E_l/∂μ_l; Π_l ε_l where the energy is Gaussian."""
     if isinstance(energy, Gaussian):
@@ -242,6 +253,8 @@ def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
     if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
         raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "
                          f"got shape {precision.shape}")  # fmt: skip
+    if precision.size == 0:
+        raise ShapeError(f"{name} is empty: give a number, one per unit, or a square matrix")
     if is_traced(precision):
         return precision
     if precision.ndim < 2:
@@ -252,10 +265,15 @@ def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
     return jnp.asarray(_symmetric_positive_definite(np.asarray(precision), name))
 
 
-def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
-    # Inverting a covariance leaves asymmetry of the order of round-off times its conditioning.
+def asymmetry_of(matrix: np.ndarray) -> float:
+    """The largest entry of M − Mᵀ over that of M; 0 where it is no more than round-off."""
     asymmetry = np.max(np.abs(matrix - matrix.T)) / np.max(np.abs(matrix), initial=1e-300)
-    if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps):
+    # Inverting a matrix leaves asymmetry of the order of round-off times its conditioning.
+    return float(asymmetry) if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps) else 0.0
+
+
+def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
+    if asymmetry := asymmetry_of(matrix):
         raise PrecisionError(
             f"{name} is not symmetric (relative asymmetry {asymmetry:.1e}); use (P + P.T) / 2 if "
             "that is what you mean"

@@ -273,9 +273,10 @@ def _build(
     resting = xp.all(residuals <= tolerance, axis=-1)
     claimed = solution.status == EquilibriumStatus.CONVERGED
     doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), solution.status)
-    finite = xp.all(xp.isfinite(residuals), axis=-1)
+    # A slope can vanish because the energy it is of has overflowed.
+    finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
     doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
-    status = xp.where(resting, int(EquilibriumStatus.CONVERGED), doubted)
+    status = xp.where(resting & finite, int(EquilibriumStatus.CONVERGED), doubted)
     for sample, point in (sliding or {}).items():
         # A point with no unit at a kink is an equilibrium like any other.
         slides = any(mask.any() for mask in point.at_kink)

@@ -19,8 +19,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pcdyn.checks import Numbers, is_traced
-from pcdyn.energy import CrossEntropy, Energy, Gaussian, checked_precision, scale_output, weigh
-from pcdyn.errors import EnergyWarning, IllPosedEnergyError, InputError, ShapeError
+from pcdyn.energy import (
+    CrossEntropy,
+    Energy,
+    Gaussian,
+    check_energy,
+    checked_precision,
+    scale_output,
+    weigh,
+)
+from pcdyn.errors import (
+    EnergyWarning,
+    IllPosedEnergyError,
+    InputError,
+    PrecisionError,
+    ShapeError,
+)
 from pcdyn.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -105,8 +119,16 @@ class PseudoHuber(Separable):
         self.weighting = _weighting(precisions)
 
     def h(self, error: Array) -> Array:
-        # The root minus 1, without the cancellation.
-        return error**2 / (1 + jnp.sqrt(1 + (error / self.delta) ** 2))
+        # The root minus 1, without the cancellation. Far out, where 1 is nothing beside the square,
+        # without the square, which overflows.
+        far = jnp.abs(error) > self.delta / float(jnp.finfo(error.dtype).eps) ** 0.5
+        near = jnp.where(far, 0, error)
+        root = 1 + jnp.sqrt(1 + (near / self.delta) ** 2)
+        return jnp.where(far, self.delta * (jnp.abs(error) - self.delta), near**2 / root)
+
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.delta, "delta of PseudoHuber")
 
 
 class Student(Separable):
@@ -129,6 +151,10 @@ class Student(Separable):
     def h(self, error: Array) -> Array:
         return jnp.log1p((error / self.scale) ** 2)
 
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.scale, "scale of Student")
+
 
 class Divisive(Separable):
     """`h(ε) = ½ log(1 + ε²/δ)`: divisive prediction errors in a form that is well posed.
@@ -150,14 +176,19 @@ class Divisive(Separable):
     def h(self, error: Array) -> Array:
         return 0.5 * jnp.log1p(error**2 / self.delta)
 
+    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
+        super().check(widths, output)
+        _check_resolved(self.delta, "delta of Divisive")
+
 
 class CustomEnergy(Separable):
     """`E_l = Σ_i Π_i h(ε_i)` with any elementwise `function` h in terms of JAX.
 
     Build it once and reuse it: what is compiled for a function is kept for that very function. h is
-    looked at on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`): raises
+    looked at in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`): raises
     `IllPosedEnergyError` if it is not elementwise, not finite or not bounded below there, and warns
-    with `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2.
+    with `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2. Raises
+    `InputError` for what is no function.
 
     Arguments: `function`; `precisions`, see `LogCosh`.
     """
@@ -166,6 +197,8 @@ class CustomEnergy(Separable):
     weighting: Gaussian
 
     def __init__(self, function: Callable[..., Any], precisions: Numbers | None = None):
+        if not callable(function):
+            raise InputError(f"h must be a function of an array, got a {type(function).__name__}")
         self.function = function
         self.weighting = _weighting(precisions)
         if not is_traced(function):
@@ -182,11 +215,22 @@ class Split(Energy):
     one per layer; `output`, that of the output layer alone, with one precision if it has one per
     layer (`Gaussian([p])`), or `CrossEntropy(weight=…)`.
 
-    The output must be clamped, for only then is there a loss: raises `InputError` where it is not.
+    The output must be clamped, for only then is there a loss: raises `InputError` where it is not,
+    and for parts that are no energies, or for a residual that is one of targets, such as
+    `CrossEntropy`.
     """
 
     residual: Energy
     output: Energy
+
+    def __check_init__(self) -> None:
+        check_energy(self.residual, "residual of Split")
+        check_energy(self.output, "output of Split")
+        if isinstance(self.residual, CrossEntropy | Split):
+            raise InputError(
+                f"{type(self.residual).__name__} compares with a target, which the layers of the "
+                "residual do not have: give it as the output of Split"
+            )
 
     def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
         if target is None:
@@ -236,16 +280,20 @@ def named_energy(name: str, *, precisions: Numbers | None = None, parameter: Any
     """The energy of that name: gaussian, log_cosh, pseudo_huber, student or divisive.
 
     Arguments: `precisions`; `parameter`, the δ of pseudo_huber and divisive and the scale of
-    student, 1 unless given. Raises `IllPosedEnergyError` for the paper's `"log"` and for
-    `"power"`, with the reason, and `InputError` for other names and a parameter of no use.
+    student, 1 unless given. Another h is a `CustomEnergy`, which has no name.
+
+    Raises `IllPosedEnergyError` for the paper's `"log"` and for `"power"`, with the reason, and
+    `InputError` for other names and a parameter of no use.
     """
+    if not isinstance(name, str):
+        raise InputError(f"an energy is named by a text, got a {type(name).__name__}")
     if name in _ILL_POSED:
         raise IllPosedEnergyError(_ILL_POSED[name])
     if name in _WITH_PARAMETER:
         return _WITH_PARAMETER[name](1.0 if parameter is None else parameter, precisions)
     if name not in _WITHOUT_PARAMETER:
         known = ", ".join((*_WITHOUT_PARAMETER, *_WITH_PARAMETER))
-        raise InputError(f"unknown energy {name!r}; known are {known}, or use CustomEnergy(h)")
+        raise InputError(f"unknown energy {name!r}; known are {known}")
     if parameter is not None:
         raise InputError(f"the energy {name} has no parameter, but {parameter} was given")
     return _WITHOUT_PARAMETER[name](precisions)
@@ -270,13 +318,12 @@ _WITH_PARAMETER: dict[str, Any] = {
 _ILL_POSED = {
     "log": (
         "h(ε) = log ε is undefined for ε < 0 and has no minimum: the flow dε/dt = −1/ε reaches "
-        "ε = 0 with infinite speed at the time ε₀²/2 and has no continuation; use Divisive(delta), "
-        "h = ½ log(1 + ε²/δ), whose slope ε/(δ + ε²) tends to 1/ε as δ → 0"
+        "ε = 0 with infinite speed at the time ε₀²/2 and has no continuation; use divisive with a "
+        "small parameter δ, h = ½ log(1 + ε²/δ), whose slope ε/(δ + ε²) tends to 1/ε as δ → 0"
     ),
     "power": (
         "h(ε) = |ε|^p with 1 < p < 2 has h' ~ |ε|^(p−1), which is not Lipschitz at 0: curvature is "
-        "infinite where inference should rest; use PseudoHuber(delta) or LogCosh(), or "
-        "CustomEnergy, which warns"
+        "infinite where inference should rest; use pseudo_huber or log_cosh"
     ),
 }
 
@@ -285,21 +332,29 @@ def _refuse_ill_posed(seen: WellPosedness) -> None:
     if not seen.finite:
         raise IllPosedEnergyError(
             f"h or h' is not finite at ε = {seen.where:g}: prediction errors take any value and "
-            "sign. log ε is so, use Divisive(delta); if h uses jnp.where, see that neither branch "
-            "has an infinite derivative"
+            f"sign. {_remedy(seen.where)}"
         )
     if not seen.bounded_below:
         raise IllPosedEnergyError(
             f"h still falls at ε = {seen.where:g}: an energy that is not bounded below has no "
             "equilibrium, and its flow runs away"
         )
-    if not seen.lipschitz:
+    if seen.lipschitz is False:
         warnings.warn(
             f"h' is not Lipschitz near ε = {seen.where:g}: explicit steps chatter there, and "
             "equilibrium may not be found; smooth h, as PseudoHuber smooths |ε|",
             EnergyWarning,
             stacklevel=4,
         )
+
+
+def _remedy(where: float | None) -> str:
+    if where is not None and abs(where) > 1:
+        return "if it overflows, as cosh ε does, let h grow no faster than a power of ε"
+    return (
+        "log ε is so, use Divisive(delta); if h uses jnp.where, see that neither branch has an "
+        "infinite derivative"
+    )
 
 
 def _weighting(precisions: Numbers | None) -> Gaussian:
@@ -312,6 +367,20 @@ def _weighting(precisions: Numbers | None) -> Gaussian:
                 "give a number or one per unit"
             )
     return weighting
+
+
+def _check_resolved(value: Array, name: str) -> None:
+    """Raise `PrecisionError` unless a parameter, its square and their inverses are numbers.
+
+    A problem converts it to the dtype of its network, in which it may vanish; h'' has its square.
+    """
+    _positive_number(value, name)
+    least = float(jnp.finfo(value.dtype).tiny) ** 0.5
+    if not is_traced(value) and not least <= float(value) <= 1 / least:
+        raise PrecisionError(
+            f"{name} is {float(value):g}, whose square or its inverse is out of the range of "
+            f"{value.dtype}: take one between {least:.1e} and {1 / least:.1e}, or other units"
+        )
 
 
 def _positive_number(value: Numbers, name: str) -> Float[Array, ""]:

@@ -28,7 +28,7 @@ def interpolated(weight: Numbers, depth: int) -> Gaussian:
     the activities there (the paper takes λ = 0 for BP and λ = 1 for TP).
 
     Raises `PrecisionError` for another λ, unless it is traced, `ShapeError` for one that is not a
-    number and `InputError` for a depth below 2.
+    number and `InputError` for a depth below 2 or not whole.
     """
     value = _number(weight, "λ", depth)
     if not is_traced(value) and not 0 < float(value) < 1:
@@ -48,7 +48,7 @@ def graded(ratio: Numbers, depth: int) -> Gaussian:
 
     Raises `PrecisionError` for a ratio that is not positive or so far from 1 that a precision
     leaves the range of floating-point numbers, `ShapeError` for one that is not a number and
-    `InputError` for a depth below 2.
+    `InputError` for a depth below 2 or not whole.
     """
     value = _number(ratio, "ratio of precisions", depth)
     precisions = [value**index for index in range(1, depth + 1)]
@@ -75,6 +75,9 @@ def _number(value: Numbers, name: str, depth: int) -> Any:
     array = as_float_array(value, name)
     if array.ndim:
         raise ShapeError(f"{name} must be one number, got shape {array.shape}")
-    if depth < 2:
-        raise InputError(f"depth must be at least 2, a hidden layer and the output, got {depth}")
+    if not isinstance(depth, int | np.integer) or depth < 2:
+        raise InputError(
+            f"depth must be a whole number of at least 2, a hidden layer and the output, got "
+            f"{depth!r}"
+        )
     return array

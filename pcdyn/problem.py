@@ -13,7 +13,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn.checks import Numbers, as_float_array, check_finite, is_traced
-from pcdyn.energy import Energy, Gaussian, error_gradient
+from pcdyn.energy import Energy, Gaussian, check_energy, error_gradient
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
 
@@ -93,7 +93,7 @@ class InferenceProblem(Problem):
     reversed).
 
     Raises `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit, and
-    `InputError` for time constants that are not positive.
+    `InputError` for what is no energy or does not fit, and time constants that are not positive.
     """
 
     network: Network
@@ -117,6 +117,7 @@ class InferenceProblem(Problem):
         if self.input is not None and self.output is not None:
             _check_same_batch(self.input, self.output)
         energy = Gaussian() if energy is None else energy
+        check_energy(energy, "energy")
         self.energy = jax.tree.map(
             lambda x: x.astype(network.dtype) if eqx.is_inexact_array(x) else x, energy
         )

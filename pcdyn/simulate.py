@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def simulate(
     with Stopwatch() as clock:
         run, fallback = integrate_with_fallback(method, request, per_sample)
         observed = on_host(_observe(problem, run.states))
+    run = _without_overflow(run, observed)
     trajectory = _trajectory(request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
@@ -189,7 +191,18 @@ def _observe(problem: Problem, states: State) -> Observed:
 def _traced_trajectory(request: Request, run: Integration, method: Integrator) -> Trajectory:
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
     observed = _observe(request.problem, states)
+    run = _without_overflow(run, observed)
     return _build(request.problem, run, observed, states, times, method)
+
+
+def _without_overflow(run: Integration, observed: Observed) -> Integration:
+    """A field can vanish because the energy it is of has overflowed: that is no equilibrium."""
+    module = np if isinstance(observed.energies, np.ndarray) else jnp
+    last = observed.energies[-1]
+    finite = module.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
+    vanished = (run.status == Status.CONVERGED) & ~finite
+    status = module.where(vanished, int(Status.NON_FINITE), run.status)
+    return dataclasses.replace(run, status=status)
 
 
 def _build(

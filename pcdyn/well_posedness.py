@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn.errors import IllPosedEnergyError
 
 # Errors at which h is looked at: from the smallest that matter to far outside any network.
 _MAGNITUDES = np.concatenate([np.geomspace(1e-4, 1.0, 41), np.geomspace(1.0, 1e4, 81)[1:]])
+# How many of them there are in each decade above 1.
+_DECADE = 20
 # Spacings at which the slope of h' is measured, coarse and fine. A Lipschitz h' of curvature c has
 # quotients near c at both; those of |ε|^(p−1) grow by the ratio of the two to the power 2 − p.
 _COARSE, _FINE = 1e-2, 1e-8
@@ -29,9 +32,10 @@ class WellPosedness:
     """What a grid of errors shows of h.
 
     - `finite`: whether h and h' are finite at every error.
-    - `bounded_below`: whether h does not fall at the outer ends of the grid.
+    - `bounded_below`: whether h does not fall to new minima at the outer ends of the grid.
     - `lipschitz`: whether difference quotients of h' stay bounded as the spacing shrinks from 1e-2
-      to 1e-8.
+      to 1e-8, between any two errors of the grid up to 10 where h' changes most; `None` where h
+      is not of float64, in which they would be round-off.
     - `convex`: whether h' never falls.
     - `where`: an error at which one of the first three fails, otherwise `None`.
     - `largest_slope`: the largest |h'|, which bounds the influence of an error if h' is bounded.
@@ -39,7 +43,7 @@ class WellPosedness:
 
     finite: bool
     bounded_below: bool
-    lipschitz: bool
+    lipschitz: bool | None
     convex: bool
     where: float | None
     largest_slope: float
@@ -47,76 +51,117 @@ class WellPosedness:
     @property
     def holds(self) -> bool:
         """Whether nothing speaks against a well-posed flow; convexity is not needed for it."""
-        return self.finite and self.bounded_below and self.lipschitz
+        return self.finite and self.bounded_below and self.lipschitz is not False
 
 
 def well_posedness(h: Callable[[Any], Any], dtype: Any = None) -> WellPosedness:
     """Look at an elementwise h and its derivative on a grid of errors from −1e4 to 1e4.
 
-    Raises `IllPosedEnergyError` if h does not map an array to a real one of its shape.
+    It is looked at in float64, whatever JAX's default, unless another `dtype` is given. Raises
+    `IllPosedEnergyError` if h does not map a JAX array elementwise to a real one.
     """
-    # An energy may be made inside a function that is being compiled.
-    with jax.ensure_compile_time_eval():
-        return _inspect(h, dtype)
+    # An energy may be made inside a function that is being compiled, and h hold float32 constants.
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        return _inspect(h, jnp.float64 if dtype is None else dtype)
 
 
 def _inspect(h: Callable[[Any], Any], dtype: Any) -> WellPosedness:
     grid = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
     errors = jnp.asarray(grid, dtype)
-    values = h(errors)
-    if jnp.shape(values) != errors.shape or not jnp.issubdtype(values.dtype, jnp.floating):
+    slope = jax.jit(jax.vmap(jax.grad(lambda error: h(error[None])[0])))
+    try:
+        found = h(errors)
+        _check_elementwise(h, errors, found)
+        slopes = np.asarray(slope(errors), float)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, IllPosedEnergyError):
+            raise
         raise IllPosedEnergyError(
-            f"h must be elementwise and real: an array of shape {errors.shape} became one of shape "
-            f"{jnp.shape(values)} and dtype {values.dtype}"
-        )
-    slope = jax.vmap(jax.grad(lambda error: h(error[None])[0]))
-    values, slopes = np.asarray(values, float), np.asarray(slope(errors), float)
+            f"h must take an array and be written in terms of JAX (jax.numpy, jnp.where in place "
+            f"of if), but it failed on one of shape {errors.shape}: {error}"
+        ) from error
+    values = np.asarray(found, float)
     finite = np.isfinite(values) & np.isfinite(slopes)
     if not finite.all():
         at = _nearest_to_zero(grid[~finite])
         return WellPosedness(False, False, False, False, at, float("inf"))
-    outward = slopes * np.sign(grid)
-    # Beyond the last point a slope of the wrong sign leads to minus infinity, unless it vanishes.
-    falls = {i: outward[i] < 0 and _keeps_falling(values, outward, i) for i in (0, -1)}
-    steep = _growing(slope, grid, errors.dtype)
+    middle = len(_MAGNITUDES)
+    sides = {grid[0]: values[middle::-1], grid[-1]: values[middle:]}
+    end = next((float(at) for at, side in sides.items() if _keeps_falling(side)), None)
+    # Differences at the fine spacing would be round-off in a lower precision.
+    measured = found.dtype == jnp.float64
+    steep = _growing(slope, grid) if measured else None
     # Slopes are known to round-off times their size.
-    known = 1e3 * np.finfo(errors.dtype).eps * (1e-6 + np.abs(slopes[1:]) + np.abs(slopes[:-1]))
-    convex = bool(np.all(np.diff(slopes) >= -known))
-    where = next((float(grid[i]) for i, fell in falls.items() if fell), None)
+    known = 1e3 * np.finfo(found.dtype).eps * (1e-6 + np.abs(slopes[1:]) + np.abs(slopes[:-1]))
     return WellPosedness(
         finite=True,
-        bounded_below=not any(falls.values()),
-        lipschitz=steep is None,
-        convex=convex,
-        where=steep if where is None else where,
+        bounded_below=end is None,
+        lipschitz=steep is None if measured else None,
+        convex=bool(np.all(np.diff(slopes) >= -known)),
+        where=steep if end is None else end,
         largest_slope=float(np.abs(slopes).max()),
     )
 
 
-def _keeps_falling(values: np.ndarray, outward: np.ndarray, end: int) -> bool:
-    """Whether the fall over the last decade is no slower than logarithmic."""
-    inner = 40 if end == 0 else -41
-    return bool(outward[end] * _MAGNITUDES[-1] <= 0.5 * outward[inner] * _MAGNITUDES[-41])
+def _check_elementwise(h: Callable[[Any], Any], errors: Array, found: Any) -> None:
+    """Raise `IllPosedEnergyError` unless h of an array is a real array of h of its entries."""
+    if not isinstance(found, jax.Array):
+        raise IllPosedEnergyError(
+            f"h must map an array of JAX to one, but returned a {type(found).__name__}: write it "
+            "with jax.numpy"
+        )
+    if found.shape != errors.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise IllPosedEnergyError(
+            f"h must be elementwise and real: an array of shape {errors.shape} became one of shape "
+            f"{found.shape} and dtype {found.dtype}"
+        )
+    alone, together = np.asarray(jax.vmap(h)(errors[:, None])[:, 0]), np.asarray(found)
+    tolerance = float(np.sqrt(np.finfo(found.dtype).eps))
+    same = np.isclose(together, alone, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if not same.all():
+        at = int(np.argmin(same))
+        raise IllPosedEnergyError(
+            f"h must be elementwise, but at ε = {float(errors[at]):g} it is {alone[at]:g} alone "
+            f"and {together[at]:g} among others: the flow of a sample would depend on its batch"
+        )
 
 
-def _growing(slope: Any, grid: np.ndarray, dtype: Any) -> float | None:
+def _keeps_falling(values: np.ndarray) -> bool:
+    """Whether h, from ε = 0 outward, falls to new minima and no slower than logarithmically."""
+    inner, middle, end = values[[-1 - 2 * _DECADE, -1 - _DECADE, -1]]
+    new_minima = end < values[:-1].min() and middle < values[: -1 - _DECADE].min()
+    return bool(new_minima and middle - end >= 0.5 * (inner - middle))
+
+
+def _growing(slope: Any, grid: np.ndarray) -> float | None:
     """An error at which difference quotients of h' grow as the spacing shrinks, if there is one."""
-    if dtype != jnp.float64:
-        # Differences at the fine spacing would be round-off.
-        return None
     near = grid[np.abs(grid) <= 10]
+    lower, upper = near[:-1], near[1:]
+    at_lower, at_upper = np.asarray(slope(lower)), np.asarray(slope(upper))
+    size = np.maximum(np.abs(at_lower), np.abs(at_upper))
 
     def quotients(spacing: float) -> np.ndarray:
-        ends = (slope(jnp.asarray(near + sign * spacing / 2)) for sign in (1, -1))
-        upper, lower = (np.asarray(end, float) for end in ends)
-        return np.abs(upper - lower) / spacing
+        """Those of the intervals, halved to the spacing, always to where h' changes more."""
+        nonlocal lower, upper, at_lower, at_upper
+        while (wide := upper - lower > spacing).any():
+            middle = (lower + upper) / 2
+            at_middle = np.asarray(slope(middle))
+            below = np.abs(at_middle - at_lower) > np.abs(at_upper - at_middle)
+            left, right = wide & below, wide & ~below
+            upper, at_upper = np.where(left, (middle, at_middle), (upper, at_upper))
+            lower, at_lower = np.where(right, (middle, at_middle), (lower, at_lower))
+        return np.abs(at_upper - at_lower) / (upper - lower)
 
     coarse, fine = quotients(_COARSE), quotients(_FINE)
-    size = np.abs(np.asarray(slope(jnp.asarray(near)), float))
-    round_off = 4 * np.finfo(float).eps * (1 + size) / _FINE
-    # The coarse quotient straddles what lies within its spacing; the largest of them is the scale.
+    round_off = 4 * np.finfo(float).eps * (1 + size) / (upper - lower)
+    # One scale for all, for h' can be as high at both ends of a coarse interval.
     grows = ~(fine <= _GROWTH * max(coarse.max(), 1e-3) + round_off)
-    return _nearest_to_zero(near[grows]) if grows.any() else None
+    # To more than the spacing, so that a kink at 0 is said to be at 0.
+    return _nearest_to_zero(np.round(lower[grows], 7) + 0.0) if grows.any() else None
 
 
 def _nearest_to_zero(errors: np.ndarray) -> float:

@@ -139,7 +139,9 @@ def _named_energy(text: str, precisions: Any) -> Energy:
     try:
         parameter = float(number) if colon else None
     except ValueError as error:
-        raise InputError(f"the parameter of the energy {text!r} is not a number") from error
+        raise InputError(
+            f"the parameter of the energy {text!r} is not a number: give one as in {name}:0.5"
+        ) from error
     return named_energy(name, precisions=_precisions(precisions), parameter=parameter)
 
 

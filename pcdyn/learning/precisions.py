@@ -33,7 +33,17 @@ Structure = Literal["fixed", "scalar", "diagonal", "full"]
 
 
 def _as_tuple(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    if isinstance(structures, str) or not isinstance(structures, Sequence):
+        raise InputError(
+            f"structures are a list with one of {', '.join(get_args(Structure))} for each layer "
+            f"l = 1 … L, got a {type(structures).__name__}"
+        )
     return tuple(structures)
+
+
+def _as_posterior(posterior: Posterior) -> Posterior:
+    check_posterior(posterior)
+    return posterior
 
 
 class PrecisionFlow(Problem):
@@ -65,21 +75,19 @@ class PrecisionFlow(Problem):
 
     problem: InferenceProblem
     structures: tuple[Structure, ...] = eqx.field(static=True, converter=_as_tuple)
-    posterior: Posterior = eqx.field(static=True, default="laplace")
+    posterior: Posterior = eqx.field(static=True, default="laplace", converter=_as_posterior)
     method: Solver | None = None
     tolerance: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         check_gaussian(self.problem)
-        check_posterior(self.posterior)
         depth = self.problem.network.depth
         if len(self.structures) != depth:
             raise ShapeError(f"{len(self.structures)} structures for the layers 1 … {depth}")
-        unknown = sorted(set(self.structures) - set(get_args(Structure)))
+        known = get_args(Structure)
+        unknown = [s for s in self.structures if not isinstance(s, str) or s not in known]
         if unknown:
-            raise InputError(
-                f"unknown structure {unknown[0]!r}: use {', '.join(get_args(Structure))}"
-            )
+            raise InputError(f"unknown structure {unknown[0]!r}: use {', '.join(known)}")
         if not self._learned:
             raise InputError("nothing to learn: every precision is fixed")
         if self.problem.output is None:

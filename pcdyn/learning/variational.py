@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from pcdyn.block_tridiagonal import BlockTridiagonal
 from pcdyn.checks import Numbers, as_float_array, is_traced
-from pcdyn.energy import Gaussian
+from pcdyn.energy import Gaussian, asymmetry_of
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.linear import hessian, is_linear
@@ -33,7 +33,7 @@ def variational_free_energy(
     *,
     posterior: Posterior | Float[Array, "N N"] = "laplace",
 ) -> Float[Array, "*batch"]:
-    """An upper bound of −log p(T | d), per sample, from a posterior with its mean at `state`.
+    """−log p(T | d) or a bound of it, per sample, from a posterior with its mean at `state`.
 
     `−log p(x_1 … x_L | d) = Σ_l ½ ε_lᵀ Π_l ε_l − ½ log det Π_l + ½ n_l log 2π` is averaged over the
     posterior of the free layers, and its entropy subtracted. With H = ∂²F/∂x² and N free units,
@@ -41,16 +41,18 @@ def variational_free_energy(
 
     - `"delta"`: all of the posterior at `state`, as in the paper. Its entropy, an infinite
       constant, is left out, so that this is no bound: it has no lower bound in the precisions.
-    - `"laplace"`: Gaussian with covariance H⁻¹, which adds `½ log det H − ½ N log 2π`. At the
-      equilibrium of a linear network it equals `pcdyn.linear.negative_log_likelihood`.
+    - `"laplace"`: Gaussian with covariance H⁻¹, which adds `½ log det H − ½ N log 2π`. For a linear
+      network an upper bound, at the equilibrium equal to `pcdyn.linear.negative_log_likelihood`.
     - a covariance Σ of the stacked free layers, shape `(N, N)`, the same for every sample, which
-      adds `½ tr(HΣ) − ½ log det Σ − ½ N (1 + log 2π)`: a bound for a linear network, an
-      approximation to second order for others.
+      adds `½ tr(HΣ) − ½ log det Σ − ½ N (1 + log 2π)`. For a linear network an upper bound.
 
-    Of a nonlinear network H is the whole Hessian at the state. Raises `InputError` for energies
-    that are no densities (only `pcdyn.Gaussian` is one), `PosteriorError` where a Hessian or a
-    covariance is not positive definite (NaN under a JAX transformation), and what a state that
-    does not fit raises. (Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.)
+    Of a nonlinear network H is the whole Hessian at the state, and the average over the posterior
+    is to second order: the Laplace approximation, which can lie on either side of −log p(T | d).
+
+    Raises `InputError` for energies that are no densities (only `pcdyn.Gaussian` is one),
+    `PosteriorError` where a Hessian or a covariance is not positive definite (NaN under a JAX
+    transformation) or a covariance is not symmetric, and what a state that does not fit raises.
+    (Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.)
     """
     check_gaussian(problem)
     state = problem.initial_state(state)
@@ -94,10 +96,15 @@ def check_gaussian(problem: InferenceProblem) -> None:
         )
 
 
-def check_posterior(posterior: str) -> None:
-    """Raise `InputError` for an unknown posterior."""
-    if posterior not in ("delta", "laplace"):
-        raise InputError(f'unknown posterior {posterior!r}: "delta", "laplace" or a covariance')
+def check_posterior(posterior: Any) -> None:
+    """Raise `InputError` for a posterior that is no known name."""
+    if isinstance(posterior, str) and posterior in get_args(Posterior):
+        return
+    given = repr(posterior) if isinstance(posterior, str) else f"a {type(posterior).__name__}"
+    raise InputError(
+        f'unknown posterior {given}: use "delta" or "laplace"; a covariance is taken by '
+        "variational_free_energy only"
+    )
 
 
 def _normalisation(problem: InferenceProblem) -> Array:
@@ -146,5 +153,10 @@ def _checked_covariance(value: Any, state: State) -> Array:
         raise ShapeError(
             f"the posterior covariance has shape {covariance.shape}, but the free layers have "
             f"{count} units: give ({count}, {count})"
+        )
+    if not is_traced(covariance) and (asymmetry := asymmetry_of(np.asarray(covariance))):
+        raise PosteriorError(
+            f"the posterior covariance is not symmetric (relative asymmetry {asymmetry:.1e}); use "
+            "(S + S.T) / 2 if that is what you mean"
         )
     return covariance

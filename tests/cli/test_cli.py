@@ -189,6 +189,10 @@ BAD_INPUT = {
         "simulate --widths 3 3 2 --input data.npz", r"input has shape \(2, 2\), .* needs \(3,\)"
     ),
     "negative precision": ("equilibrium --precisions 1 -2", "must be positive, but contains -2"),
+    "energy without a flow": ("simulate --energy log", "undefined .* use divisive"),
+    "energy with a singular flow": ("simulate --energy power", "use pseudo_huber or log_cosh$"),
+    "unknown energy": ("simulate --energy huber", "known are .* student, divisive$"),
+    "energy with a word": ("simulate --energy student:x", "not a number: .* student:0.5"),
     "too few precisions": ("equilibrium --precisions 1 2 3", "3 precisions for a network with 2"),
     "missing array": ("simulate --input no.npy", "no file no.npy"),
     "missing network": ("simulate --network no.nc", "no file no.nc"),

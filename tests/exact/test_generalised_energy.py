@@ -18,7 +18,15 @@ from pcdyn import learning
 from pcdyn.adjoint import adjoint_condition
 from pcdyn.cli.network import build_problem
 from pcdyn.energy import CrossEntropy, Gaussian, scale_output
-from pcdyn.errors import EnergyWarning, IllPosedEnergyError, InputError, PrecisionError, ShapeError
+from pcdyn.errors import (
+    DtypeError,
+    EnergyWarning,
+    IllPosedEnergyError,
+    InputError,
+    NonFiniteError,
+    PrecisionError,
+    ShapeError,
+)
 from pcdyn.generalised_energy import (
     CustomEnergy,
     Divisive,
@@ -28,6 +36,8 @@ from pcdyn.generalised_energy import (
     Student,
     named_energy,
 )
+from pcdyn.interpolation import interpolated
+from pcdyn.network import Dense, Network
 from pcdyn.well_posedness import well_posedness
 from tests.networks import EPS, assert_close, build_case
 
@@ -76,6 +86,43 @@ def test_log_cosh_neither_overflows_nor_cancels() -> None:
     """|ε| − log 2 far out, ½ε² to full relative accuracy near zero."""
     found = np.asarray(LogCosh().h(jnp.asarray([1e3, -1e5, 1e-8])))
     assert found == pytest.approx([1e3 - np.log(2), 1e5 - np.log(2), 0.5e-16], rel=1e-14)
+
+
+def test_pseudo_huber_does_not_overflow() -> None:
+    """δ|ε| − δ² far out, where (ε/δ)² is no number; the square root's series where it turns."""
+    for dtype, delta in ((np.float32, 1e-18), (np.float64, 1e-150)):
+        error = jnp.asarray([-3e7, 2.0, 50.0], dtype)
+        energy = jax.tree.map(lambda x, d=dtype: x.astype(d), PseudoHuber(delta))
+        np.testing.assert_allclose(energy.h(error), delta * np.abs(error), rtol=1e-6)
+        np.testing.assert_allclose(energy.slope(error), delta * np.sign(error), rtol=1e-6)
+    for far in (6e7, 7e7):
+        assert float(PseudoHuber().h(jnp.asarray(far))) == pytest.approx(far - 1, rel=1e-15)
+
+
+@pytest.mark.parametrize("kind", [PseudoHuber, Student, Divisive])
+def test_parameters_that_the_network_cannot_hold_are_refused(kind: Any) -> None:
+    """0 in its dtype, or with a square or its inverse out of range: F and its slope would be 0."""
+    case = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",), batch=2)
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), case.network)
+    for network, value in ((single, 1e-50), (single, 1e-20), (case.network, 1e-200),
+                           (case.network, 1e200)):  # fmt: skip
+        with pytest.raises(PrecisionError, match=kind.__name__):
+            pcdyn.InferenceProblem(network, input=case.input, energy=kind(value))
+    made = jax.jit(lambda value: pcdyn.InferenceProblem(single, energy=kind(value)).energy)(0.5)
+    assert float(jax.tree.leaves(made)[0]) == 0.5
+
+
+def test_an_energy_that_overflows_is_not_at_equilibrium() -> None:
+    """The slope of log(1 + ∞) is computed as 0, but there is no equilibrium to be seen."""
+    case = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",), batch=2)
+    problem = pcdyn.InferenceProblem(
+        case.network, input=case.input, output=[[2e200, 1.0], [0.1, 0.2]], energy=Student()
+    )
+    found = pcdyn.equilibrium(problem, throw=False)
+    assert found.status[0] is pcdyn.EquilibriumStatus.NON_FINITE
+    assert found.status[1] is pcdyn.EquilibriumStatus.CONVERGED
+    flow = pcdyn.simulate(problem, t1=50.0, until="equilibrium", per_sample=True, throw=False)
+    assert flow.status == (pcdyn.Status.NON_FINITE, pcdyn.Status.CONVERGED)
 
 
 def test_layers_are_summed_with_their_precisions() -> None:
@@ -245,6 +292,12 @@ KINDS: dict[str, tuple[Any, tuple[bool, bool, bool, bool]]] = {
     "|e|": (jnp.abs, (True, True, False, True)),
     "linear": (lambda e: e * 1.0, (True, False, True, True)),
     "-log1p": (lambda e: -jnp.log1p(e**2), (True, False, True, False)),
+    "1 + sin": (lambda e: 1 + jnp.sin(e), (True, True, True, False)),
+    "1 - cos": (lambda e: 1 - jnp.cos(e), (True, True, True, False)),
+    "cosh": (lambda e: jnp.cosh(e) - 1, (False, False, False, False)),
+    # Of kinks that lie at no error of the grid.
+    "dead zone": (lambda e: jnp.maximum(jnp.abs(e) - 0.3, 0), (True, True, False, True)),
+    "its square": (lambda e: jnp.maximum(jnp.abs(e) - 0.3, 0) ** 2, (True, True, True, True)),
 }  # fmt: skip
 
 
@@ -256,6 +309,17 @@ def test_well_posedness_is_seen(name: str) -> None:
     assert (seen.finite, seen.bounded_below, seen.lipschitz, seen.convex) == expected
 
 
+def test_well_posedness_does_not_depend_on_the_default_dtype() -> None:
+    """Measured in float64 with float64 off as well; not at all where h is of float32."""
+    with jax.enable_x64(False):
+        with pytest.warns(EnergyWarning, match="not Lipschitz near ε = 0"):
+            CustomEnergy(lambda e: jnp.abs(e) ** 1.5)
+        seen = well_posedness(lambda e: e**2 * jnp.ones((), jnp.float32))
+        assert seen.lipschitz and seen.holds
+    seen = well_posedness(jnp.abs, jnp.float32)
+    assert seen.lipschitz is None and seen.holds
+
+
 def test_energies_that_are_ill_posed_are_refused_with_the_reason() -> None:
     """The printed log ε by name and as a function, unbounded ones, and |ε|^p with a warning."""
     for call, words in (
@@ -264,6 +328,10 @@ def test_energies_that_are_ill_posed_are_refused_with_the_reason() -> None:
         (lambda: CustomEnergy(jnp.log), "not finite.*Divisive"),
         (lambda: CustomEnergy(lambda e: -(e**2)), "bounded below"),
         (lambda: CustomEnergy(jnp.sum), "elementwise"),
+        (lambda: CustomEnergy(lambda e: e**2 * jnp.sum(e**2)), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: e**2 + jnp.sum(e**2)), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: jnp.cumsum(e) ** 2), "elementwise.*batch"),
+        (lambda: CustomEnergy(lambda e: jnp.cosh(e) - 1), "ε = -794.*overflows"),
     ):
         with pytest.raises(IllPosedEnergyError, match=words):
             call()
@@ -299,6 +367,46 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             call()
+
+
+SMALL = Network([Dense(0.5 * np.ones((3, 2)), activation="tanh"), Dense(0.5 * np.ones((2, 3)))])
+
+
+def look(interaction: Any = lambda x, mu: x - mu, x: Any = (0.1, 0.2, 0.3)) -> Any:
+    """The adjoint condition of a small network."""
+    return adjoint_condition(SMALL, [np.ones(2), x, np.ones(2)], interaction=interaction)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: CustomEnergy(3.0), InputError, "function of an array, got a float"),
+    (lambda: CustomEnergy(lambda e: 1.0), IllPosedEnergyError, "returned a float"),
+    (lambda: CustomEnergy(lambda e: None), IllPosedEnergyError, "returned a NoneType"),
+    (lambda: CustomEnergy(lambda e: [e]), IllPosedEnergyError, "returned a list"),
+    (lambda: CustomEnergy(lambda e: np.asarray(e) ** 2), IllPosedEnergyError, "jax.numpy"),
+    (lambda: CustomEnergy(lambda e: e**2 if e > 0 else e), IllPosedEnergyError, "jnp.where"),
+    (lambda: Split(LogCosh(), None), InputError, "output of Split must be an energy"),
+    (lambda: Split(LogCosh, pcdyn.Gaussian), InputError, r"residual .* LogCosh: call it"),
+    (lambda: Split(CrossEntropy(), pcdyn.Gaussian()), InputError, "compares with a target"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy=LogCosh), InputError, r"call it, LogCosh"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy="log_cosh"), InputError, "got a str"),
+    (lambda: named_energy(["x"]), InputError, "got a list"),
+    (lambda: PseudoHuber("a"), DtypeError, "delta of PseudoHuber is a str"),
+    (lambda: PseudoHuber(None), DtypeError, "delta of PseudoHuber is a NoneType"),
+    (lambda: Student([1.0, [2.0, 3.0]]), DtypeError, "equal lengths"),
+    (lambda: Student(10**400), DtypeError, "scale of Student"),
+    (lambda: pcdyn.Gaussian([[]]), ShapeError, "layer 1 is empty"),
+    (lambda: interpolated(0.5, 2.5), InputError, "whole number .* 2.5"),
+    (lambda: interpolated("x", 3), DtypeError, "λ is a str"),
+    (lambda: look(lambda x, mu: (x - mu)[:1]), ShapeError, r"of shape \(3,\).* gives \(1,\)"),
+    (lambda: look(lambda x, mu: (x, mu)), ShapeError, "gives tuple"),
+    (lambda: look(x=np.full(3, np.nan)), NonFiniteError, "activities of layer 1"),
+    (lambda: look(x=None), DtypeError, "activities of layer 1"),
+])  # fmt: skip
+def test_what_is_no_energy_or_number_is_named(call: Any, error: Any, words: str) -> None:
+    """Without the checks of annotations, as users run it: never an error of JAX or NumPy."""
+    with pytest.raises(error, match=words):
+        call()
 
 
 def test_a_named_energy_goes_to_a_file_and_back(tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import optax
 import pytest
 from scipy.optimize import minimize
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
 from pcdyn import linear
 from pcdyn.energy import Gaussian
+from pcdyn.equilibrium import equilibrium
 from pcdyn.errors import ShapeError
 from pcdyn.integrators import SciPy
 from pcdyn.learning import PrecisionFlow, output_noise, variational_free_energy
+from pcdyn.network import Dense, Network
+from pcdyn.problem import InferenceProblem
 from pcdyn.simulate import simulate
 from pcdyn.solvers import GaussNewton
 from pcdyn.stability import stability
@@ -102,6 +105,20 @@ def test_another_posterior_costs_its_divergence() -> None:
     )  # fmt: skip
     found = variational_free_energy(case.problem, case.state, posterior=jnp.asarray(spread))
     assert_close(found, divergence - log_likelihood(case), 1e4 * EPS)
+
+
+@pytest.mark.parametrize(("slope", "input", "target", "side"), [(1, 0.5, 0.2, 1), (2, 1, 0.9, -1)])
+def test_of_nonlinear_networks_laplace_is_no_bound(
+    slope: float, input: float, target: float, side: int
+) -> None:
+    """T ~ N(tanh(a x), 1), x ~ N(d, 1): against log p by quadrature it lies on either side."""
+    layers = [Dense([[1.0]], activation="identity"), Dense([[slope]], activation="tanh")]
+    problem = InferenceProblem(Network(layers), input=[input], output=[target])
+    rest = problem.state_of(equilibrium(problem).activities)
+    x = np.linspace(input - 12, input + 12, 20_001)
+    density = norm.pdf(x, loc=input) * norm.pdf(target, loc=np.tanh(slope * x))
+    gap = float(variational_free_energy(problem, rest)) + math.log(np.sum(density) * (x[1] - x[0]))
+    assert gap * side > 0.1
 
 
 def test_a_delta_posterior_gives_the_joint_density_and_laplace_its_curvature() -> None:

@@ -11,6 +11,7 @@ import pytest
 from pcdyn import linear
 from pcdyn.energy import CrossEntropy, Gaussian
 from pcdyn.errors import (
+    DtypeError,
     InputError,
     NotLinearError,
     PcdynError,
@@ -44,6 +45,15 @@ def bound(posterior: Any, **changes: Any) -> Any:
 BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
     "an unknown structure": (lambda: flow("scalar", "sparse"), InputError, "sparse.*diagonal"),
     "one structure for two layers": (lambda: flow("scalar"), ShapeError, "1 structures"),
+    "no structures": (lambda: PrecisionFlow(problem(), None), InputError, "got a NoneType"),
+    "structures in one word": (
+        lambda: PrecisionFlow(problem(), "full"), InputError, "each layer"),
+    "structures of two kinds": (lambda: flow("scalar", 1), InputError, "structure 1"),
+    "a list as a structure": (
+        lambda: flow(["full"], "full"), InputError, r"structure \['full'\]"),
+    "a covariance for all time": (
+        lambda: flow("scalar", "full", posterior=np.eye(2)), InputError, "ndarray.*laplace"),
+    "no posterior": (lambda: bound(None), DtypeError, "posterior is a NoneType"),
     "nothing to learn": (lambda: flow("fixed", "fixed"), InputError, "fixed"),
     "an unknown posterior": (lambda: flow("scalar", "full", posterior="map"), InputError, "map"),
     "a free output": (lambda: flow("scalar", "full", output=None), InputError, "clamp the output"),
@@ -56,6 +66,8 @@ BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
     "another start": (
         lambda: flow("scalar", "full").initial_state("zeros"), InputError, "change its energy"),
     "a covariance of another size": (lambda: bound(np.eye(3)), ShapeError, r"give \(2, 2\)"),
+    "a covariance that is not symmetric": (
+        lambda: bound([[1.0, 0.2], [0.0, 1.0]]), PosteriorError, r"asymmetry 2.0e-01.*S \+ S.T"),
     "a covariance that is none": (lambda: bound(-np.eye(2)), PosteriorError, "not positive def"),
     "a posterior that is unknown": (lambda: bound("mean field"), InputError, "mean field"),
     "no minimum": (
