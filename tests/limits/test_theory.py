@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from pcdyn.errors import InputError
+from pcdyn.errors import InputError, SimulationError
+from pcdyn.output_error import OutputErrorFlow
 from pcdyn.problem import InferenceProblem
-from pcdyn.theory import STATEMENTS, Evidence, select, verify
+from pcdyn.theory import STATEMENTS, Evidence, inference, learning, limits, select, verify
+from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
 from pcdyn.theory.verification import Measured, Verification
 
@@ -110,8 +112,8 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     found = verify(["Eq 21", "A.3"], networks=3, progress=lambda s: told.append(s.number))
     assert told == ["A.3", "Eq 21"]
     records = json.loads(json.dumps(found.records()))
-    assert [len(r["evidence"]) for r in records] == [1, 2]
-    assert len(found.table().splitlines()) == 2 + 3 + 1
+    assert [len(r["evidence"]) for r in records] == [2, 2]
+    assert len(found.table().splitlines()) == 2 + 4 + 1
     data = found.to_xarray()
     assert data.measured.values.tolist() == [e.measured for e in found.evidence]
     assert found.ok
@@ -119,5 +121,62 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     changed = Verification((Measured(found.measured[0].statement, (wrong,), 0.0),), 0, 3)
     assert not changed.ok
     assert len(changed.unexpected) == 1
-    assert not dataclasses.replace(wrong, measured=math.nan).holds
     assert isinstance(wrong, Evidence)
+
+
+def test_what_is_not_finite_confirms_nothing() -> None:
+    """Neither a claim nor a finding; the verdict says that it fails."""
+    for expected_to_hold in (True, False):
+        for measured in (math.nan, math.inf, -math.inf):
+            row = Evidence("", "", measured, "at most", 0.0, 1.0, "", {}, expected_to_hold)
+            assert not row.holds
+            assert not row.as_known
+            assert row.verdict == "FAILS"
+
+
+def test_findings_have_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theorem 3.2's equal f': errors that miss BP's by a millionth would be no finding."""
+
+    def almost(self: Networks, activities: Any) -> Any:
+        return [d * (1 + 1e-6) for d in self.deltas()]
+
+    monkeypatch.setattr(Networks, "weighted_errors", almost)
+    rows = verify(["Theorem 3.2"], networks=2).evidence[-3:]
+    assert [row.verdict for row in rows] == 3 * ["holds (UNEXPECTED)"]
+
+
+@pytest.mark.parametrize("seed", [3, 9, 11])
+def test_the_order_of_incremental_coding_is_that_of_small_ratios(seed: int) -> None:
+    """Networks in which ε = .1 and .01 are too large to show an order of one."""
+    (row,) = limits.incremental_coding(seed=seed)
+    assert row.measured == pytest.approx(1, abs=0.03)
+
+
+def test_a_wrong_bound_or_hessian_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of A.6.3 and A.3 run pcdyn's margin, its loss in closed form and its Hessian."""
+    margin, blocks = learning.energy_gradient_margin, inference.hessian
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "energy_gradient_margin", lambda p, s: 2 * margin(p, s))
+        patch.setattr(OutputErrorFlow, "whitened", lambda self, t: jax.numpy.exp(t) * self.root)
+        seen = [not known for known in verdicts("A.6.3", 7)[:6]]
+        assert seen == [True, False, True, True, True, True]
+    monkeypatch.setattr(inference, "hessian", lambda p: jax.tree.map(jax.numpy.negative, blocks(p)))
+    assert verdicts("A.3", 7) == [False, False]
+
+
+def test_a_wrong_energy_slope_along_the_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At random activities ∂Ẽ/∂x is not zero: without it A.6.3's rate of ℒ is another."""
+    right = learning._parts
+
+    def without(made: Networks, activities: Any) -> Any:
+        loss, residual = right(made, activities)
+        return loss, [np.zeros_like(r) for r in residual]
+
+    monkeypatch.setattr(learning, "_parts", without)
+    assert not verdicts("A.6.3", 3)[1]
+
+
+def test_a_flow_that_cannot_be_solved_is_named() -> None:
+    """SciPy's failure on dy/dt = y², which is infinite at t = 1."""
+    with pytest.raises(SimulationError, match="did not reach t = 2"):
+        integrate(lambda _, y: y**2, np.ones(1), [2.0], method="DOP853", tolerance=1e-6)
