@@ -14,6 +14,7 @@ import scipy.linalg
 from scipy.optimize import minimize
 
 from experiments.learning_limits import SAMPLES, reduced_energy
+from experiments.loss_along_inference import worst_target
 from pcdyn.errors import InputError, NotLinearError, TimesError
 from pcdyn.learning import AdiabaticFlow
 from pcdyn.output_error import (
@@ -115,6 +116,7 @@ def test_the_largest_rise_is_that_of_all_pairs_of_times() -> None:
     ]
     found = float(flow.largest_rise(times))
     assert found == pytest.approx(max(max(row) for row in rises if row), rel=1e-9)
+    assert float(worst_target(flow, jnp.asarray(times))) == pytest.approx(found, rel=1e-9)
     to_the_end = [float(flow.rise(t, math.inf)) for t in times[:-1]]
     assert to_the_end == pytest.approx([row[-1] for row in rises if row], abs=1e-12)
     assert 0.025 < found < LARGEST_RISE
