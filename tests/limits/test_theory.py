@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from pcdyn.errors import InputError, SimulationError
 from pcdyn.output_error import OutputErrorFlow
@@ -18,6 +19,7 @@ from pcdyn.problem import InferenceProblem
 from pcdyn.theory import STATEMENTS, Evidence, inference, learning, limits, select, verify
 from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
+from pcdyn.theory.pictures import margins, orders
 from pcdyn.theory.verification import Measured, Verification
 
 ROOT = Path(__file__).parents[2]
@@ -180,3 +182,32 @@ def test_a_flow_that_cannot_be_solved_is_named() -> None:
     """SciPy's failure on dy/dt = y², which is infinite at t = 1."""
     with pytest.raises(SimulationError, match="did not reach t = 2"):
         integrate(lambda _, y: y**2, np.ones(1), [2.0], method="DOP853", tolerance=1e-6)
+
+
+def test_numbers_beyond_the_picture_are_triangles() -> None:
+    """One too small, one within, one too large and one that is not finite; labels name them."""
+    axes = Figure().subplots()
+    rows = [
+        Evidence(f"row {i}", "", measured, "at most", 0.0, 1.0, "", {}, expected_to_hold=i < 2)
+        for i, measured in enumerate((-1.0, 0.5, 1e12, math.nan))
+    ]
+    drawn = margins(rows, ax=axes)[1:]
+    assert [line.get_marker() for line in drawn] == ["<", "o", ">", ">"]
+    assert [float(line.get_xdata()[0]) for line in drawn] == [1e-10, 0.5, 1e10, 1e10]
+    legend = axes.get_legend()
+    assert legend is not None
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert "below $10^{-10}$" in texts
+    assert "above $10^{10}$" in texts
+    # The marker that stands for a verdict is its own, though its first number is a triangle.
+    assert [line.get_marker() for line in legend.get_lines()][texts.index("holds")] == "o"
+
+
+def test_the_legend_of_the_orders_is_whole() -> None:
+    """A long claim goes on in a second line."""
+    axes = Figure().subplots()
+    claim = " ".join(f"word{i}" for i in range(30))
+    settings = {"sizes": [0.1, 0.01], "errors": [0.1, 0.01]}
+    orders([Evidence("Eq 1", claim, 1.0, "equal", 1.0, 0.1, "", settings)], ax=axes)
+    (text,) = axes.get_legend_handles_labels()[1]
+    assert " ".join(text.split()) == f"Eq 1: {claim} [1.00]"
