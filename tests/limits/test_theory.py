@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pcdyn.errors import InputError, SimulationError
+from pcdyn.learning import AdiabaticFlow
 from pcdyn.output_error import OutputErrorFlow
 from pcdyn.problem import InferenceProblem
 from pcdyn.theory import STATEMENTS, Evidence, inference, learning, limits, select, verify
@@ -176,6 +177,17 @@ def test_a_wrong_energy_slope_along_the_flow_is_seen(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(learning, "_parts", without)
     assert not verdicts("A.6.3", 3)[1]
+
+
+def test_a_wrong_learning_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theorem 3.6 integrates NumPy's −dF*/dW; pcdyn's is compared with it."""
+    right = AdiabaticFlow.vector_field
+
+    def faster(self: AdiabaticFlow, state: Any, first_prediction: Any = None) -> Any:
+        return jax.tree.map(lambda v: 1.001 * v, right(self, state, first_prediction))
+
+    monkeypatch.setattr(AdiabaticFlow, "vector_field", faster)
+    assert [not known for known in verdicts("Theorem 3.6", 7)] == [False, True, True] + 3 * [False]
 
 
 def test_a_flow_that_cannot_be_solved_is_named() -> None:
