@@ -137,6 +137,12 @@ def test_what_is_not_finite_confirms_nothing() -> None:
             assert row.verdict == "FAILS"
 
 
+def test_what_diverges_is_measured_while_it_is_small() -> None:
+    """The flow of the printed sign has grown much, and is far from the largest number."""
+    _, diverges, _ = verify(["Eqs 6, 30, 33"]).evidence
+    assert 10 < diverges.measured < 1e20
+
+
 def test_findings_have_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Theorem 3.2's equal f': errors that miss BP's by a millionth would be no finding."""
 
