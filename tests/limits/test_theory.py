@@ -17,7 +17,7 @@ from pcdyn.errors import InputError, SimulationError
 from pcdyn.learning import AdiabaticFlow
 from pcdyn.output_error import OutputErrorFlow
 from pcdyn.problem import InferenceProblem
-from pcdyn.theory import STATEMENTS, Evidence, inference, learning, limits, select, verify
+from pcdyn.theory import STATEMENTS, Evidence, dynamics, inference, learning, limits, select, verify
 from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
 from pcdyn.theory.pictures import margins, orders
@@ -183,6 +183,32 @@ def test_a_wrong_energy_slope_along_the_flow_is_seen(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(learning, "_parts", without)
     assert not verdicts("A.6.3", 3)[1]
+
+
+def test_one_wrong_network_of_many_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims of exactness are about every network, and medians would hide it."""
+    right = limits.on_each
+
+    def one_wrong(measure: Any, made: Networks, *arrays: Any, **options: Any) -> Any:
+        found = right(measure, made, *arrays, **options)
+        return found * (1 + 1e-9 * (np.arange(len(found)) == 0)[:, None])
+
+    monkeypatch.setattr(limits, "on_each", one_wrong)
+    assert not limits.frozen_predictions(networks=5)[0].as_known
+    assert not any(row.as_known for row in limits.first_update(networks=5)[:2])
+
+
+def test_condition_numbers_are_those_of_the_same_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millionth in each rate is seen, far below the spread of the median of other draws."""
+    right = dynamics.linear_spectra
+
+    def wrong(weights: Any) -> Any:
+        return right(weights) + 1e-6
+
+    settings = {"depths": (2, 4), "width": 8, "networks": 20}
+    assert all(row.as_known for row in dynamics.condition_numbers(**settings)[:-1])
+    monkeypatch.setattr(dynamics, "linear_spectra", wrong)
+    assert not any(row.as_known for row in dynamics.condition_numbers(**settings)[:-1])
 
 
 def test_a_wrong_learning_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
