@@ -42,13 +42,15 @@ the ratio of the two sides passes 1 and reaches {bound.max():.4f}. No learning r
 N(t) = N(∞) + Σ e^(−λt)/λ v vᵀ, a completely monotone function: it falls from I to N(∞), which is
 positive, in every direction at once. The loss is ½‖N(t) z‖², and squares of matrices need not fall
 with the matrices. They do where N(s) and N(t) commute: with a scalar output, with one hidden layer
-of scalar precision, and with weights whose singular vectors are aligned. The largest rise over all
-targets found in the first two cases is {float(data.width_worst_target.sel(width=1).max()):.0e} and
-{float(data.depth_worst_target.sel(depth=2).max()):.0e}. One hidden layer is not enough with a full
-precision Π₁: there the searched rise is as large as in deep networks.
+of scalar precision, and with weights whose singular vectors are aligned. The largest rise found
+there, over all targets and from any time to any later one, is
+{float(data.width_worst_target.sel(width=1).max()):.0e} in the first case and
+{float(data.depth_worst_target.sel(depth=2).max()):.0e} in the second. One hidden layer is not
+enough with a full precision Π₁: there the searched rise is as large as in deep networks.
 
-**How often.** In the end only the slowest mode v moves, and ℒ rises if the whitened error lies
-between the planes orthogonal to v and to N(∞)v: a share θ/π of directions, θ the angle of the two.
+**How often.** In the end only the slowest mode v that the output sees moves, and ℒ rises if the
+whitened error lies between the planes orthogonal to v and to N(∞)v: a share θ/π of directions, θ
+the angle of the two.
 That is an open set in every network where v is no eigenvector of N(∞); the exception is the rule.
 Of random linear networks with more than one hidden layer, {float(shares.min()):.1%} to
 {float(shares.max()):.1%} of draws, by depth and gain, rise by more than a millionth of ℒ at the
@@ -57,9 +59,10 @@ start. Tanh networks do so in {float((tanh > 1e-6).mean("tanh_network").min()):.
 scalar output, where the linear proof does not reach, in {float((scalar > 1e-6).mean()):.1%}, at
 worst by {float(scalar.max()):.1e}.
 
-**How much.** Little. Among linear draws the worst is {float(deep.max()):.2%} of ℒ at the start. No
-linear network, with any precisions, time constants and target, exceeds (√5 − 2)/4 =
-{LARGEST_RISE:.2%}: the largest eigenvalue of B² − A² over 0 ≼ B ≼ A ≼ I, which is attained in two
+**How much.** Little. Among linear draws the worst is {float(deep.max()):.2%} of ℒ at the start. A
+rise need not last: ℒ can fall again after it. But from no time to any later one does a linear
+network, with any precisions, time constants and target, exceed (√5 − 2)/4 = {LARGEST_RISE:.2%} of
+ℒ at the start: the largest eigenvalue of B² − A² over 0 ≼ B ≼ A ≼ I, which is attained in two
 dimensions. A search over weights comes close ({worst}).
 
 **What is always true.** ℒ(x*) ≤ F(x*) ≤ F(feedforward) = ℒ(feedforward): inference never ends above

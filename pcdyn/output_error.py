@@ -14,10 +14,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.checks import Numbers
-from pcdyn.errors import InputError
+from pcdyn.checks import Numbers, is_traced
+from pcdyn.errors import InputError, TimesError
 from pcdyn.linear import linear_modes
 from pcdyn.problem import InferenceProblem
 
@@ -73,23 +74,44 @@ class OutputErrorFlow(eqx.Module):
         start = self.root.T @ error
         return -jnp.sum((self.whitened(t) @ start) * (self.speed(t) @ start))
 
-    def final_rise(self, t: Numbers) -> Float[Array, ""]:
-        """The largest (ℒ(∞) − ℒ(t))/ℒ(0) over all targets; negative if ℒ is lower for all at ∞.
+    def rise(self, start: Numbers, end: Numbers) -> Float[Array, ""]:
+        """The largest (ℒ(end) − ℒ(start))/ℒ(0) over all targets; negative if ℒ falls for all.
 
-        It never exceeds `LARGEST_RISE`.
+        It never exceeds `LARGEST_RISE` for end ≥ start; both may be infinite.
         """
-        end, now = self.whitened(jnp.inf), self.whitened(t)
-        return jnp.linalg.eigvalsh(end @ end - now @ now)[-1]
+        before, after = self.whitened(start), self.whitened(end)
+        return jnp.linalg.eigvalsh(after @ after - before @ before)[-1]
+
+    def largest_rise(self, times: Numbers) -> Float[Array, ""]:
+        """The largest `rise` from one to a later one of `times`, over all pairs and targets.
+
+        Arguments: `times`, at least two in ascending order, of which the last may be infinite; a
+        rise between them is missed by what ℒ does within a step. Raises `TimesError` otherwise.
+        """
+        moments = jnp.asarray(times, self.rates.dtype)
+        if moments.ndim != 1 or len(moments) < 2:
+            raise TimesError(f"times must be two or more in a row, got the shape {moments.shape}")
+        if not is_traced(moments) and bool(np.any(np.diff(moments) <= 0)):
+            raise TimesError("times must be in ascending order; sort them, and drop repeated ones")
+        maps = jax.vmap(self.whitened)(moments)
+        squares = maps @ maps
+        early, late = np.triu_indices(len(moments), k=1)
+        return jnp.max(jnp.linalg.eigvalsh(squares[late] - squares[early])[:, -1])
 
     def rising_share(self) -> Float[Array, ""]:
         """The share of directions of the whitened error with which ℒ is rising in the end.
 
-        The slowest mode alone moves then, so that `dℒ/dt ∝ −(z·N(∞)v)(z·v)` with its v: positive
-        between the planes orthogonal to v and to N(∞)v, a share θ/π of directions for the angle θ
-        of the two. Zero where v is an eigenvector of N(∞): with a scalar output, with one hidden
-        layer of scalar precision. NaN if the slowest mode is not seen at the output.
+        The slowest mode that is seen at the output alone moves then, so that
+        `dℒ/dt ∝ −(z·N(∞)v)(z·v)` with its v: positive between the planes orthogonal to v and to
+        N(∞)v, a share θ/π of directions for the angle θ of the two. Zero where v is an eigenvector
+        of N(∞): with a scalar output, with one hidden layer of scalar precision. NaN if no mode is
+        seen at the output. Rates are taken to be different: of equal ones a single mode is used.
         """
-        slowest = self.visible[:, 0]
+        sizes = jnp.linalg.norm(self.visible, axis=0)
+        # v = 0 comes out as round-off, which has a direction too.
+        round_off = 10 * len(self.rates) * jnp.finfo(self.rates.dtype).eps
+        seen = sizes > round_off * jnp.max(sizes)
+        slowest = jnp.where(jnp.any(seen), self.visible[:, jnp.argmax(seen)], jnp.nan)
         moved = self.whitened(jnp.inf) @ slowest
         # The arc cosine of a number near 1 would lose half of the digits.
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))

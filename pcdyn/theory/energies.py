@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -94,7 +95,7 @@ def other_energies(*, seed: int = 0, networks: int = 5) -> tuple[Evidence, ...]:
 
 
 def student_minima(*, seed: int = 0, networks: int = 1) -> tuple[Evidence, ...]:
-    """h = log(1 + ε²) on the chain 0 → x → 4: minima at 2 ± √3, a saddle at 2."""
+    """h = log(1 + ε²) on the chain 0 → x → 4: minima at 2 ± √3, a maximum at 2."""
     network = Network([Dense(jnp.ones((1, 1))), Dense(jnp.ones((1, 1)))])
     problem = InferenceProblem(network, input=[0.0], output=[4.0], energy=Student())
     found = multiple_equilibria(problem, (np.array([[0.0], [4.0]]),), tolerance=_TOLERANCE)
@@ -109,10 +110,16 @@ def student_minima(*, seed: int = 0, networks: int = 1) -> tuple[Evidence, ...]:
                  "equal", 2 + sign * math.sqrt(3), _TOLERANCE, oracle, settings)
         for name, measured, sign in (("lower", low, -1), ("upper", high, 1))
     ]  # fmt: skip
-    rows.append(
+    middle = (jnp.array([2.0]),)
+    (slope,), ((between,),) = problem.gradient(middle), jax.hessian(problem.free_energy)(middle)
+    rows += [
         Evidence("A.8", "log(1 + ε²): both are minima (smallest F'')", curvature, "at least", 0.0,
-                 0.0, oracle, settings)
-    )  # fmt: skip
+                 0.0, oracle, settings),
+        Evidence("A.8", "log(1 + ε²): F' halfway between them, at 2", float(slope[0]), "equal",
+                 0.0, _ROUND_OFF, oracle, settings),
+        Evidence("A.8", "log(1 + ε²): F'' there, a maximum", float(between[0, 0]), "equal",
+                 -0.48, _ROUND_OFF, "F'' = 2 h''(2), h'' = 2(1 − ε²)/(1 + ε²)²", settings),
+    ]  # fmt: skip
     return tuple(rows)
 
 

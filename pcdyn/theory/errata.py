@@ -9,7 +9,15 @@ from scipy.linalg import expm
 
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import linear_rest, vector_field
-from pcdyn.theory.networks import draw, largest, reachable, relative, solve, times, transpose
+from pcdyn.theory.networks import (
+    draw,
+    largest,
+    largest_relative,
+    reachable,
+    solve,
+    times,
+    transpose,
+)
 from pcdyn.theory.statement import Statement
 
 SQUARE = (3, 3, 3, 3)
@@ -21,9 +29,10 @@ def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
     made = draw(seed=seed, networks=networks, widths=SQUARE, full_precisions=True)
     matrix, _ = made.linear_flow()
     rest = made.stack(linear_rest(made))
-    start, t = made.stack(made.start()), 20.0
-    away = start - rest
-    ends = [np.linalg.norm(times(expm(s * matrix * t), away), axis=-1) for s in (-1, 1)]
+    # At t = 20 what grows would come near the largest number, and infinity confirms nothing.
+    t, earlier = 20.0, 2.0
+    away = made.stack(made.start()) - rest
+    ends = [np.linalg.norm(times(expm(matrix * s), away), axis=-1) for s in (-t, earlier)]
     least = float(np.linalg.eigvalsh(matrix).min())
     left = [float((end / np.linalg.norm(away, axis=-1)).max()) for end in ends]
     state = made.start()
@@ -35,11 +44,11 @@ def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
         Evidence("Eqs 6, 30, 33", "corrected, ẋ_l = −Π_l ε_l + W_{l+1}ᵀ Π_{l+1} ε_{l+1}: "
                  "distance to the equilibrium at t = 20 over that at the start", left[0],
                  "at most", 0.0, float(np.exp(-least * t)), oracle, settings),
-        Evidence("Eqs 6, 30, 33", "as printed, with the opposite sign: the same", left[1],
-                 "at most", 0.0, 1.0, oracle, settings, expected_to_hold=False),
+        Evidence("Eqs 6, 30, 33", "as printed, with the opposite sign: the same at t = 2", left[1],
+                 "at most", 0.0, 1.0, oracle, {**settings, "t": earlier}, expected_to_hold=False),
         Evidence("Eqs 6, 30, 33", "the flow is minus what is printed (largest difference)",
                  largest([-f for f in ours], printed), "equal", 0.0, 1e-13,
-                 "Eq 6 as printed in NumPy", settings),
+                 "Eq 6 as printed in NumPy", made.settings),
     )  # fmt: skip
 
 
@@ -82,8 +91,8 @@ def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, .
                               ("as printed in Eq 25, f⁻¹(W⁻¹ t)", printed, False)):  # fmt: skip
         reached = np.tanh(times(weight, form))
         rows.append(
-            Evidence("Eq 25", f"{text}: the layer maps it to the target (median relative error)",
-                     relative([reached], [made.target]), "equal", 0.0, 1e-12, oracle,
+            Evidence("Eq 25", f"{text}: the layer maps it to the target (largest relative error)",
+                     largest_relative([reached], [made.target]), "equal", 0.0, 1e-12, oracle,
                      made.settings, expected_to_hold=holds)
         )  # fmt: skip
     return tuple(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ class Evidence:
     - `claim`: what is measured, in one line; for an erratum with the form that is meant.
     - `measured`, `relation`, `expected`, `tolerance`: the claim holds if `measured` is `equal` to
       `expected` within `tolerance`, or `at most` or `at least` `expected`, `tolerance` allowed.
-      A measured value that is not finite never holds.
+      A measured value that is not finite never holds, and is not as known for a finding either.
     - `oracle`: what the code under test is compared with, which does not share that code.
     - `settings`: how many networks, widths, seeds, tolerances.
     - `expected_to_hold`: false for a claim of the paper that is known not to hold (a finding).
@@ -39,19 +40,21 @@ class Evidence:
         excess = self.measured - self.expected
         verdicts = {
             "equal": abs(excess) <= self.tolerance,
-            "at most": excess <= self.tolerance and self.measured > float("-inf"),
-            "at least": excess >= -self.tolerance and self.measured < float("inf"),
+            "at most": excess <= self.tolerance,
+            "at least": excess >= -self.tolerance,
         }
-        return bool(verdicts[self.relation])  # a NumPy number gives a NumPy verdict
+        # A NumPy number gives a NumPy verdict.
+        return bool(math.isfinite(self.measured) and verdicts[self.relation])
 
     @property
     def as_known(self) -> bool:
         """Whether the verdict is the one on record; a run with another verdict fails."""
-        return self.holds == self.expected_to_hold
+        # Code that gives NaN or infinity would otherwise confirm any finding.
+        return math.isfinite(self.measured) and self.holds == self.expected_to_hold
 
     @property
     def verdict(self) -> str:
         """What the tables print."""
         if self.as_known:
             return "holds" if self.holds else "does not hold (finding)"
-        return "FAILS" if self.expected_to_hold else "holds (UNEXPECTED)"
+        return "holds (UNEXPECTED)" if self.holds else "FAILS"

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from pcdyn.equilibrium import equilibrium
-from pcdyn.errors import EquilibriumStatus, NotConvergedError
+from pcdyn.errors import EquilibriumStatus, NotConvergedError, SimulationError
 from pcdyn.linear import linear_equilibrium
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers import GaussNewton
@@ -68,7 +68,7 @@ def flow(
     """x_0 … x_L at each of `times` along pcdyn's flow, integrated by SciPy's DOP853 from t = 0.
 
     All networks make one system; `tolerance` is relative, and absolute a hundredth of it. Raises
-    `ArithmeticError` where SciPy fails.
+    `SimulationError` where SciPy fails.
     """
     free = _FREE[clamp]
     shapes = [x.shape for x in activities[free]]
@@ -91,11 +91,14 @@ def flow(
 def integrate(
     field: Any, start: np.ndarray, times: Sequence[float], *, method: str, tolerance: float
 ) -> np.ndarray:
-    """y at each of `times` by SciPy, on the first axis; raises `ArithmeticError` where it fails."""
+    """y at each of `times` by SciPy, on the first axis; raises `SimulationError` where it fails."""
     found = solve_ivp(
         field, (0, times[-1]), start, method=method, t_eval=times, rtol=tolerance,
         atol=tolerance / 100,
     )  # fmt: skip
     if not found.success:
-        raise ArithmeticError(f"{method} stopped at t = {found.t[-1]:g}: {found.message}")
+        raise SimulationError(
+            f"{method} did not reach t = {times[-1]:g} ({found.message}); choose another seed, or "
+            "fewer networks, which share one step"
+        )
     return found.y.T

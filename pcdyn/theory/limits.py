@@ -15,6 +15,7 @@ from pcdyn.theory.flows import flow, integrate, linear_rest, settle
 from pcdyn.theory.networks import (
     Networks,
     draw,
+    largest_relative,
     on_each,
     order,
     reachable,
@@ -27,6 +28,8 @@ SQUARE = (3, 3, 3, 3)
 SMALL = (1e-1, 1e-2, 1e-3, 1e-4)
 # Of a slope fitted over three decades, of which the largest size is not small.
 ORDER = 0.1
+# Far above round-off and below what is found: the finding is a difference of its own size.
+UNEQUAL = 1e-3
 _DELTAS = "BP's δ_{l−1} = W_lᵀ (f'_l ∘ δ_l) at the feedforward pass, in NumPy"
 
 
@@ -65,7 +68,7 @@ def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[
         rows.append(
             Evidence("Theorem 3.2", f"as printed below it, equal f' is enough: linear networks, "
                      f"weight std {std} (median relative difference of ε_l* from δ_l)",
-                     relative(errors, linear.deltas()), "at most", 0.0, 1e-10, _DELTAS,
+                     relative(errors, linear.deltas()), "at most", 0.0, UNEQUAL, _DELTAS,
                      {**linear.settings, "std": std}, expected_to_hold=False)
         )  # fmt: skip
     return tuple(rows)
@@ -108,12 +111,13 @@ def frozen_predictions(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
     lower, upper = solved[-1].reshape(2, networks, 3)
     closed = ((1 - (1 + t) * np.exp(-t)) * deltas[0], (1 - np.exp(-t)) * deltas[1])
     return (
-        Evidence("A.2 frozen predictions", "weight gradients at the equilibrium are BP's (median "
-                 "relative difference)", relative([ours], [expected]), "equal", 0.0, 1e-12,
-                 "BP's weight gradient in NumPy", {**made.settings, "dt": 0.5, "steps": 200}),
+        Evidence("A.2 frozen predictions", "weight gradients at the equilibrium are BP's "
+                 "(largest relative difference)", largest_relative([ours], [expected]), "equal",
+                 0.0, 1e-12, "BP's weight gradient in NumPy",
+                 {**made.settings, "dt": 0.5, "steps": 200}),
         Evidence("A.2 frozen predictions", "on the way ε_{L−1} = (1 − e^{−t}) δ and ε_{L−2} = "
-                 "(1 − (1 + t) e^{−t}) δ (median relative difference)",
-                 relative((lower, upper), closed), "equal", 0.0, 1e-9,
+                 "(1 − (1 + t) e^{−t}) δ (largest relative difference)",
+                 largest_relative((lower, upper), closed), "equal", 0.0, 1e-9,
                  "SciPy's DOP853 on the frozen flow in NumPy, tolerance 1e-12",
                  {**made.settings, "t": t}),
     )  # fmt: skip
@@ -142,8 +146,8 @@ def first_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
         expected = made.weight_gradient(forward, scaled)
         rows.append(
             Evidence("A.2 first update", f"Euler steps of {rate:g} from the feedforward pass: "
-                     f"layer l learns from {rate:g}^(L−l) δ_l (median relative difference)",
-                     relative([on_each(measure, made)], [expected]), "equal", 0.0, 1e-13,
+                     f"layer l learns from {rate:g}^(L−l) δ_l (largest relative difference)",
+                     largest_relative([on_each(measure, made)], [expected]), "equal", 0.0, 1e-13,
                      "BP's weight gradient in NumPy", {**made.settings, "γ": rate})
         )  # fmt: skip
     sizes = (1e-3, 1e-2, 1e-1)
@@ -253,7 +257,7 @@ def interpolation(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
         Evidence("Eq 48", "as printed, λ → 1 is target propagation in every layer: layer L−2 at "
                  "1 − λ = 1e-4 (median relative difference)", below, "at most", 0.0, 1e-2, oracle,
                  made.settings, expected_to_hold=False),
-        Evidence("Eq 48", "as printed, λ = 1 has an equilibrium: flat directions of F there",
+        Evidence("Eq 48", "as printed, λ = 1 has one equilibrium: flat directions of F there",
                  float(flat), "equal", 0.0, 0.0, "eigenvalues of AᵀΠA in NumPy", made.settings,
                  expected_to_hold=False),
         Evidence("Eq 48", "as printed, λ = 0 is BP: largest weight gradient there over BP's",
@@ -282,7 +286,8 @@ def incremental_coding(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
         return -now.weight_gradient(rest, now.weighted_errors(rest))[0]
 
     limit = integrate(adiabatic, flat, [1.0], method="DOP853", tolerance=1e-11)[-1]
-    sizes, distances = (1e-1, 1e-2, 1e-3), []
+    # Where the fastest weights move at rates of ten, ε = .01 is not small yet.
+    sizes, distances = (1e-3, 3e-4, 1e-4), []
     for ratio in sizes:
         ratios = np.asarray([ratio])
 

@@ -279,8 +279,17 @@ def largest(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
 
 def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     """‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
+    return float(np.median(_relative_each(ours, theirs)))
+
+
+def largest_relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """‖a − b‖ / ‖b‖ over all layers, the largest of the networks: for what is exact in each."""
+    return float(np.max(_relative_each(ours, theirs)))
+
+
+def _relative_each(ours: Sequence[Any], theirs: Sequence[Any]) -> np.ndarray:
     a, b = (np.concatenate(list(each), axis=-1) for each in (ours, theirs))
-    return float(np.median(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
+    return np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 def order(sizes: Any, errors: Any) -> float:

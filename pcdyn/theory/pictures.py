@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,31 +23,44 @@ _COLOURS = {
 def margins(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
     """How far each number is from what is expected, over its tolerance; left of 1 it holds.
 
-    Distances outside 1e-10 … 1e10 are drawn at these ends.
+    Triangles at the ends stand for distances outside 1e-10 … 1e10; so does the left one for numbers
+    that are less than "at most", or more than "at least", asks for.
     """
     numbers = list(dict.fromkeys(e.statement for e in evidence))
     artists: list[Any] = [ax.axvline(1, color="grey", linewidth=1)]
-    seen = set()
+    labels: dict[tuple[str, str], str] = {}
     for e in evidence:
-        label = None if e.verdict in seen else e.verdict
-        seen.add(e.verdict)
+        distance = _distance(e)
+        shown = float(np.clip(distance, _LEAST, _MOST))
+        marker = "o" if e.holds else "x"
+        labels[marker, _COLOURS[e.verdict]] = e.verdict
+        if distance != shown:
+            marker = "<" if shown == _LEAST else ">"
+            labels[marker, "grey"] = "below $10^{-10}$" if marker == "<" else "above $10^{10}$"
         artists += ax.plot(
-            _distance(e), numbers.index(e.statement), "o" if e.holds else "x", markersize=5,
-            color=_COLOURS[e.verdict], label=label, alpha=0.8,
+            shown, numbers.index(e.statement), marker, markersize=5, color=_COLOURS[e.verdict],
+            alpha=0.8,
         )  # fmt: skip
+    for (marker, colour), label in labels.items():
+        # Drawn apart, so that no label shows the triangle of the first marker that it has.
+        ax.plot([], [], marker, markersize=5, color=colour, alpha=0.8, label=label)
     ax.set(xscale="log", xlim=(_LEAST / 3, _MOST * 3), ylim=(len(numbers) - 0.4, -0.6),
            xlabel="distance from the expected value / tolerance")  # fmt: skip
     ax.set_yticks(range(len(numbers)), numbers)
     ax.grid(axis="y", linewidth=0.4)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=2, frameon=False)
+    ax.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handletextpad=0.2,
+        columnspacing=1,
+    )  # fmt: skip
     return artists
 
 
 def _distance(e: Evidence) -> float:
+    """Over the tolerance; zero or less where `at most` or `at least` is met without it."""
     excess = e.measured - e.expected
     distance = {"equal": abs(excess), "at most": excess, "at least": -excess}[e.relation]
     scale = e.tolerance if e.tolerance > 0 else 1e-12
-    return float(np.clip(distance / scale, _LEAST, _MOST)) if np.isfinite(distance) else _MOST
+    return float(distance / scale) if np.isfinite(distance) else np.inf
 
 
 def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
@@ -57,12 +71,11 @@ def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
         if e.expected == 1 and "errors" in e.settings and max(e.settings["sizes"]) < 1
     ]  # fmt: skip
     for place, e in enumerate(curves):
-        text = e.claim.removesuffix(" (order)")
-        text = text if len(text) < 58 else f"{text[:56]}…"
+        text = f"{e.statement}: {e.claim.removesuffix(' (order)')}  [{e.measured:.2f}]"
         artists += ax.plot(
             e.settings["sizes"], e.settings["errors"], "os^vDP"[place % 6] + "-", markersize=4,
             linewidth=1, color=f"C{place % 10}",
-            label=f"{e.statement}: {text}  [{e.measured:.2f}]",
+            label=textwrap.fill(text, 92, subsequent_indent="    "),
         )  # fmt: skip
     lowest = min((min(e.settings["errors"]) for e in curves), default=1.0)
     # Room for the legend below the curves, half of the height.

@@ -73,8 +73,8 @@ class Verification:
         holds = sum(e.holds for e in self.evidence)
         lines.append(
             f"Statements: {len(self.measured)}. Claims: {len(self.evidence)}, of which {holds} "
-            f"hold and {len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts are other "
-            f"than those on record (seed {self.seed}, {self.networks} networks each)."
+            f"hold and {len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts are "
+            f"other than those on record (seed {self.seed}, {self.networks} networks each)."
         )
         return "\n".join(lines)
 

@@ -14,7 +14,8 @@ import scipy.linalg
 from scipy.optimize import minimize
 
 from experiments.learning_limits import SAMPLES, reduced_energy
-from pcdyn.errors import InputError, NotLinearError
+from experiments.loss_along_inference import worst_target
+from pcdyn.errors import InputError, NotLinearError, TimesError
 from pcdyn.learning import AdiabaticFlow
 from pcdyn.output_error import (
     LARGEST_RISE,
@@ -79,6 +80,63 @@ def test_the_share_of_rising_targets_is_that_of_sampling() -> None:
     assert rises.mean() == pytest.approx(share, abs=4 * (share / 20000) ** 0.5)
 
 
+def test_a_mode_that_is_not_seen_has_no_share() -> None:
+    """One hidden layer wider than the output: the slowest modes are in the null space of W_L."""
+    for seed in range(3):
+        flow = output_error_flow(build_case(seed=seed, widths=(4, 8, 2)).problem)
+        assert float(flow.rising_share()) == pytest.approx(0, abs=1e-6)
+    case = build_case(seed=0, widths=(2, 3, 2))
+    nothing = case.replace(weights=(case.weights[0], np.zeros((2, 3))))
+    assert math.isnan(float(output_error_flow(nothing.problem).rising_share()))
+
+
+# Of ℒ at the start: it is .0906 of it at t = 1, .1042 at t = 24.2 and .0585 in the end for one
+# target, so that the rise is invisible to a comparison with the end.
+RISES_AND_FALLS = (
+    np.array([[-0.014, -0.118], [-0.201, 0.069]]),
+    np.array([[-13.824, 6.325], [-30.748, -10.179]]),
+    np.array([[0.813, -0.47], [0.74, -0.334]]),
+    np.array([[-0.467, 2.466], [-0.12, -0.174]]),
+)
+
+
+def test_the_largest_rise_is_that_of_all_pairs_of_times() -> None:
+    """N(t) = I − C H⁻¹(I − e^{−Ht}) Cᵀ in NumPy, and its eigenvalues pair by pair."""
+    case = build_case(seed=0, widths=(2, 2, 2, 2, 2)).replace(weights=RISES_AND_FALLS)
+    flow = output_error_flow(case.problem)
+    times = np.append(np.geomspace(0.1, 1e3, 31), math.inf)
+    values, vectors = np.linalg.eigh(case.linear_flow()[0])
+    seen = RISES_AND_FALLS[-1] @ vectors[-2:]
+    squares = []
+    for t in times:
+        now = np.eye(2) - (seen * -np.expm1(-values * t) / values) @ seen.T
+        squares.append(now @ now)
+    rises = [
+        [np.linalg.eigvalsh(b - a)[-1] for b in squares[i + 1 :]] for i, a in enumerate(squares)
+    ]
+    found = float(flow.largest_rise(times))
+    assert found == pytest.approx(max(max(row) for row in rises if row), rel=1e-9)
+    assert float(worst_target(flow, jnp.asarray(times))) == pytest.approx(found, rel=1e-9)
+    to_the_end = [float(flow.rise(t, math.inf)) for t in times[:-1]]
+    assert to_the_end == pytest.approx([row[-1] for row in rises if row], abs=1e-12)
+    assert 0.025 < found < LARGEST_RISE
+    assert max(to_the_end) < 1e-3
+
+
+def test_no_pair_of_times_exceeds_the_largest_rise() -> None:
+    """Random weights of all sizes, in which N(s) − N(t) is positive semidefinite for s < t."""
+    rng = np.random.default_rng(0)
+    times = np.append(np.geomspace(1e-3, 1e5, 33), math.inf)
+    for _ in range(10):
+        weights = tuple(w * 10 ** rng.normal() for w in rng.normal(size=(4, 2, 2)))
+        case = build_case(seed=0, widths=(2, 2, 2, 2, 2)).replace(weights=weights)
+        flow = output_error_flow(case.problem)
+        maps = np.asarray(jax.vmap(flow.whitened)(jnp.asarray(times)))
+        early, late = np.triu_indices(len(times), k=1)
+        assert np.linalg.eigvalsh(maps[early] - maps[late]).min() > -1e3 * EPS
+        assert float(flow.largest_rise(times)) <= LARGEST_RISE
+
+
 def test_the_largest_rise_is_that_of_two_matrices() -> None:
     """The largest eigenvalue of B² − A² where A has eigenvalues 1 and d, B = ββᵀ, βᵀA⁻¹β = 1."""
 
@@ -101,6 +159,10 @@ def test_what_cannot_be_done_is_refused() -> None:
         output_error_flow(build_case(seed=0, widths=(2, 3, 2), clamp="input").problem)
     with pytest.raises(NotLinearError):
         output_error_flow(build_case(seed=0, widths=(2, 3, 2), activations=("tanh",)).problem)
+    flow = output_error_flow(build_case(seed=0, widths=(2, 3, 2)).problem)
+    for times, says in (([1.0], "two or more"), ([0.0, 2.0, 2.0], "ascending")):
+        with pytest.raises(TimesError, match=says):
+            flow.largest_rise(times)
     with pytest.raises(InputError, match="input is free"):
         feedforward_output_error(build_case(seed=0, widths=(2, 3, 2), clamp="output").problem)
 

@@ -11,11 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from pcdyn.errors import InputError
+from pcdyn.errors import InputError, SimulationError
+from pcdyn.learning import AdiabaticFlow
+from pcdyn.output_error import OutputErrorFlow
 from pcdyn.problem import InferenceProblem
-from pcdyn.theory import STATEMENTS, Evidence, select, verify
+from pcdyn.theory import STATEMENTS, Evidence, dynamics, inference, learning, limits, select, verify
+from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
+from pcdyn.theory.pictures import margins, orders
 from pcdyn.theory.verification import Measured, Verification
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +115,8 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     found = verify(["Eq 21", "A.3"], networks=3, progress=lambda s: told.append(s.number))
     assert told == ["A.3", "Eq 21"]
     records = json.loads(json.dumps(found.records()))
-    assert [len(r["evidence"]) for r in records] == [1, 2]
-    assert len(found.table().splitlines()) == 2 + 3 + 1
+    assert [len(r["evidence"]) for r in records] == [2, 2]
+    assert len(found.table().splitlines()) == 2 + 4 + 1
     data = found.to_xarray()
     assert data.measured.values.tolist() == [e.measured for e in found.evidence]
     assert found.ok
@@ -119,5 +124,134 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     changed = Verification((Measured(found.measured[0].statement, (wrong,), 0.0),), 0, 3)
     assert not changed.ok
     assert len(changed.unexpected) == 1
-    assert not dataclasses.replace(wrong, measured=math.nan).holds
     assert isinstance(wrong, Evidence)
+
+
+def test_what_is_not_finite_confirms_nothing() -> None:
+    """Neither a claim nor a finding; the verdict says that it fails."""
+    for expected_to_hold in (True, False):
+        for measured in (math.nan, math.inf, -math.inf):
+            row = Evidence("", "", measured, "at most", 0.0, 1.0, "", {}, expected_to_hold)
+            assert not row.holds
+            assert not row.as_known
+            assert row.verdict == "FAILS"
+
+
+def test_what_diverges_is_measured_while_it_is_small() -> None:
+    """The flow of the printed sign has grown much, and is far from the largest number."""
+    _, diverges, _ = verify(["Eqs 6, 30, 33"]).evidence
+    assert 10 < diverges.measured < 1e20
+
+
+def test_findings_have_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theorem 3.2's equal f': errors that miss BP's by a millionth would be no finding."""
+
+    def almost(self: Networks, activities: Any) -> Any:
+        return [d * (1 + 1e-6) for d in self.deltas()]
+
+    monkeypatch.setattr(Networks, "weighted_errors", almost)
+    rows = verify(["Theorem 3.2"], networks=2).evidence[-3:]
+    assert [row.verdict for row in rows] == 3 * ["holds (UNEXPECTED)"]
+
+
+@pytest.mark.parametrize("seed", [3, 9, 11])
+def test_the_order_of_incremental_coding_is_that_of_small_ratios(seed: int) -> None:
+    """Networks in which ε = .1 and .01 are too large to show an order of one."""
+    (row,) = limits.incremental_coding(seed=seed)
+    assert row.measured == pytest.approx(1, abs=0.03)
+
+
+def test_a_wrong_bound_or_hessian_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of A.6.3 and A.3 run pcdyn's margin, its loss in closed form and its Hessian."""
+    margin, blocks = learning.energy_gradient_margin, inference.hessian
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "energy_gradient_margin", lambda p, s: 2 * margin(p, s))
+        patch.setattr(OutputErrorFlow, "whitened", lambda self, t: jax.numpy.exp(t) * self.root)
+        seen = [not known for known in verdicts("A.6.3", 7)[:6]]
+        assert seen == [True, False, True, True, True, True]
+    monkeypatch.setattr(inference, "hessian", lambda p: jax.tree.map(jax.numpy.negative, blocks(p)))
+    assert verdicts("A.3", 7) == [False, False]
+
+
+def test_a_wrong_energy_slope_along_the_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At random activities ∂Ẽ/∂x is not zero: without it A.6.3's rate of ℒ is another."""
+    right = learning._parts
+
+    def without(made: Networks, activities: Any) -> Any:
+        loss, residual = right(made, activities)
+        return loss, [np.zeros_like(r) for r in residual]
+
+    monkeypatch.setattr(learning, "_parts", without)
+    assert not verdicts("A.6.3", 3)[1]
+
+
+def test_one_wrong_network_of_many_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims of exactness are about every network, and medians would hide it."""
+    right = limits.on_each
+
+    def one_wrong(measure: Any, made: Networks, *arrays: Any, **options: Any) -> Any:
+        found = right(measure, made, *arrays, **options)
+        return found * (1 + 1e-9 * (np.arange(len(found)) == 0)[:, None])
+
+    monkeypatch.setattr(limits, "on_each", one_wrong)
+    assert not limits.frozen_predictions(networks=5)[0].as_known
+    assert not any(row.as_known for row in limits.first_update(networks=5)[:2])
+
+
+def test_condition_numbers_are_those_of_the_same_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millionth in each rate is seen, far below the spread of the median of other draws."""
+    right = dynamics.linear_spectra
+
+    def wrong(weights: Any) -> Any:
+        return right(weights) + 1e-6
+
+    settings = {"depths": (2, 4), "width": 8, "networks": 20}
+    assert all(row.as_known for row in dynamics.condition_numbers(**settings)[:-1])
+    monkeypatch.setattr(dynamics, "linear_spectra", wrong)
+    assert not any(row.as_known for row in dynamics.condition_numbers(**settings)[:-1])
+
+
+def test_a_wrong_learning_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theorem 3.6 integrates NumPy's −dF*/dW; pcdyn's is compared with it."""
+    right = AdiabaticFlow.vector_field
+
+    def faster(self: AdiabaticFlow, state: Any, first_prediction: Any = None) -> Any:
+        return jax.tree.map(lambda v: 1.001 * v, right(self, state, first_prediction))
+
+    monkeypatch.setattr(AdiabaticFlow, "vector_field", faster)
+    assert [not known for known in verdicts("Theorem 3.6", 7)] == [False, True, True] + 3 * [False]
+
+
+def test_a_flow_that_cannot_be_solved_is_named() -> None:
+    """SciPy's failure on dy/dt = y², which is infinite at t = 1."""
+    with pytest.raises(SimulationError, match="did not reach t = 2"):
+        integrate(lambda _, y: y**2, np.ones(1), [2.0], method="DOP853", tolerance=1e-6)
+
+
+def test_numbers_beyond_the_picture_are_triangles() -> None:
+    """One too small, one within, one too large and one that is not finite; labels name them."""
+    axes = Figure().subplots()
+    rows = [
+        Evidence(f"row {i}", "", measured, "at most", 0.0, 1.0, "", {}, expected_to_hold=i < 2)
+        for i, measured in enumerate((-1.0, 0.5, 1e12, math.nan))
+    ]
+    drawn = margins(rows, ax=axes)[1:]
+    assert [line.get_marker() for line in drawn] == ["<", "o", ">", ">"]
+    assert [float(line.get_xdata()[0]) for line in drawn] == [1e-10, 0.5, 1e10, 1e10]
+    legend = axes.get_legend()
+    assert legend is not None
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert "below $10^{-10}$" in texts
+    assert "above $10^{10}$" in texts
+    # The marker that stands for a verdict is its own, though its first number is a triangle.
+    assert [line.get_marker() for line in legend.get_lines()][texts.index("holds")] == "o"
+
+
+def test_the_legend_of_the_orders_is_whole() -> None:
+    """A long claim goes on in a second line."""
+    axes = Figure().subplots()
+    claim = " ".join(f"word{i}" for i in range(30))
+    settings = {"sizes": [0.1, 0.01], "errors": [0.1, 0.01]}
+    orders([Evidence("Eq 1", claim, 1.0, "equal", 1.0, 0.1, "", settings)], ax=axes)
+    (text,) = axes.get_legend_handles_labels()[1]
+    assert " ".join(text.split()) == f"Eq 1: {claim} [1.00]"
