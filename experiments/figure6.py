@@ -252,9 +252,10 @@ def plot(data: xarray.Dataset) -> Figure:
     network = network_of(jnp.asarray(data.weight.values), "tanh")
     with plotting.style():
         figure = plt.figure(figsize=(11, 8.6), layout="constrained")
-        parts = np.ravel(figure.subfigures(3, 1, height_ratios=(1, 1, 0.08), hspace=0.03))
-        parts[2].text(0.5, 0.5, _FOOT, ha="center", va="center", fontsize=9)
-        boxes = [box for row in parts[:2] for box in row.subfigures(1, 3, wspace=0.03)]
+        parts = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 0.08), hspace=0.03)
+        *rows, foot = parts[:, 0]
+        foot.text(0.5, 0.5, _FOOT, ha="center", va="center", fontsize=9)
+        boxes = [box for row in rows for box in row.subfigures(1, 3, wspace=0.03)]
         for box, name in zip(boxes, BOXES, strict=True):
             title, color = _TITLES[name]
             box.set_facecolor((*to_rgb(color), 0.07))
