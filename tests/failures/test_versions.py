@@ -55,7 +55,8 @@ def test_versions_that_hang_cannot_be_installed() -> None:
 )
 def test_an_affected_jaxlib_is_named_at_import(version: str, warned: bool) -> None:
     """Once, as a warning with the remedy, in an environment that has it all the same."""
-    program = f"import jax, jaxlib.version; jaxlib.version.__version__ = {version!r}; import pcdyn; import pcdyn"
+    changed = f"import jax, jaxlib.version; jaxlib.version.__version__ = {version!r}"
+    program = f"{changed}; import pcdyn; import pcdyn"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
