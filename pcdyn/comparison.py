@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcdyn.accuracy import Errors
-from pcdyn.errors import InputError, Status
+from pcdyn.checks import check_choice, check_instance, check_path, checked_number
+from pcdyn.errors import DataError, InputError, Status
 from pcdyn.files import write_atomically
 
 if TYPE_CHECKING:
@@ -136,10 +137,12 @@ class Comparison:
 
     def of(self, integrator: str) -> tuple[Run, ...]:
         """The runs of one integrator."""
+        check_choice(integrator, "integrator", self.integrators)
         return tuple(row for row in self.rows if row.integrator == integrator)
 
     def told(self, run: Run, metric: str) -> float:
         """A metric of a run, but an error not below what the reference can tell."""
+        check_instance(run, "run", Run, "one of the rows")
         value = getattr(run, checked_metric(metric))
         return getattr(self.reference_error, metric) if metric in run.below_reference else value
 
@@ -151,10 +154,8 @@ class Comparison:
         Raises `InputError` for an unknown metric or an error that is not positive, and where the
         reference cannot tell an error so small.
         """
-        if metric not in ERROR_METRICS:
-            raise InputError(f"{metric!r} is no error; choose among {', '.join(ERROR_METRICS)}")
-        if not 0 < error < math.inf:
-            raise InputError(f"error must be positive and finite, got {error}")
+        check_choice(metric, "metric", ERROR_METRICS)
+        error = checked_number(error, "error", above=0)
         limit = getattr(self.reference_error, metric)
         if limit > error:
             raise InputError(
@@ -246,6 +247,7 @@ class Comparison:
         One column for each attribute of a run (`below_reference` separated by spaces), then those
         of the reference, the same in every row. Raises `DataError` where the folder is missing.
         """
+        check_path(path, "path", error=DataError)
         reference = {
             "reference": self.reference,
             **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
@@ -267,8 +269,7 @@ class Comparison:
 
 def checked_metric(name: str) -> str:
     """The name of a metric of a run; raises `InputError` for an unknown one."""
-    if name not in (*METRICS, "value"):
-        raise InputError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+    check_choice(name, "metric", (*METRICS, "value"))
     return name
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcdyn.activations import Activation, get_activation
+from pcdyn.checks import check_instance
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ActivationError, DataError, EquilibriumStatus, InputError
 from pcdyn.generalised_energy import Separable, name_of, named_energy
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
-from pcdyn.storage import read_dataset, write_dataset
+from pcdyn.storage import check_dataset, read_dataset, write_dataset
 
 if TYPE_CHECKING:
     import xarray
@@ -42,6 +43,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     energy = problem.energy
     named = name_of(energy)
     if named is None or not isinstance(energy, Gaussian | Separable):
@@ -87,6 +89,7 @@ def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
 
     Raises `DataError` if there is none in it, and what the network and the problem raise.
     """
+    check_dataset(dataset)
     variables = dataset.variables
 
     def values(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pcdyn.checks import is_traced
+from pcdyn.checks import check_instance, check_path, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.files import write_atomically
 from pcdyn.trajectory import Trajectory
@@ -53,6 +53,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     if trajectory.network is not None or trajectory.precisions is not None:
         moving = "precisions" if trajectory.network is None else "weights"
         raise ShapeError(
@@ -134,6 +135,7 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
 
     Raises `DataError` if the data set lacks a part of a trajectory.
     """
+    check_dataset(dataset)
     # Indexing the data set itself would make up a coordinate that is missing.
     variables = dataset.variables
     layers = sum(str(name).startswith("activity_") for name in variables)
@@ -161,6 +163,13 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
         ) from error
 
 
+def check_dataset(dataset: Any) -> None:
+    """Raise `DataError` for what is no data set of xarray."""
+    import xarray
+
+    check_instance(dataset, "dataset", xarray.Dataset, "an xarray.Dataset", error=DataError)
+
+
 def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Write a trajectory to a NetCDF file, at once or not at all.
 
@@ -176,6 +185,8 @@ def write_dataset(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None
 
     Raises `DataError` if the folder does not exist and `OSError` if the file cannot be written.
     """
+    check_dataset(dataset)
+    check_path(path, "path", error=DataError)
     # xarray would mark NaN as missing, and then replace each NaN by its own.
     exact = {str(name): {"_FillValue": None} for name in dataset.variables}
     write_atomically(
@@ -203,6 +214,7 @@ def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
     """
     import xarray
 
+    check_path(path, "path", error=DataError)
     source = Path(path)
     if not source.is_file():
         raise DataError(
