@@ -20,7 +20,7 @@ from pcdyn.errors import ActivationError, DataError, EquilibriumStatus, InputErr
 from pcdyn.generalised_energy import Separable, name_of, named_energy
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
-from pcdyn.storage import read_dataset, write_dataset
+from pcdyn.netcdf import read_dataset, write_dataset
 
 if TYPE_CHECKING:
     import xarray

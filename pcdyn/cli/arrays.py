@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pcdyn.errors import DataError
-from pcdyn.storage import read_dataset
+from pcdyn.netcdf import read_dataset
 
 _SUFFIXES = (".npy", ".npz", ".nc")
 
