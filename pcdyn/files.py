@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import time
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pcdyn import interrupts
 from pcdyn.errors import DataError, InputError
@@ -120,6 +124,33 @@ def check_unpacked(size: int, packed: int, what: str) -> None:
             f"{what} claims to hold {size / 2**30:.3g} GiB in {packed / 2**20:.3g} MiB: it is "
             "damaged, or meant to fill the memory; if it is neither, unpack it first"
         )
+
+
+def read_numpy(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file, or that of an `.npy` file under the name `""`.
+
+    Raises `DataError` if the file is missing, damaged, holds Python objects, or claims to hold
+    gigabytes in megabytes.
+    """
+    content = read_bytes(path)
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            check_unpacked(size, len(content), str(path))
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {str(name): loaded[name] for name in loaded.files}
+    except DataError:
+        raise
+    # Which exception a damaged file raises depends on where the damage is.
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as NumPy arrays ({error}): it is truncated, corrupt or another "
+            "kind of file"
+        ) from error
 
 
 @contextlib.contextmanager

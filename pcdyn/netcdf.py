@@ -11,12 +11,11 @@ import hashlib
 import io
 import os
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcdyn.errors import DataError
+from pcdyn.errors import DataError, DtypeError
 from pcdyn.files import check_unpacked, checked_path, read_bytes, write_atomically
 
 # xarray and h5py are imported where they are used: `import pcdyn` stays fast.
@@ -29,7 +28,17 @@ _KINDS = {"real numbers": "f", "integers": "iu"}
 
 
 def netcdf_bytes(dataset: xarray.Dataset) -> bytes:
-    """A data set as the contents of a NetCDF file, every bit of it."""
+    """A data set as the contents of a NetCDF file, every bit of it.
+
+    Raises `DtypeError` for numbers that the format does not have, such as float16.
+    """
+    for name, variable in dataset.variables.items():
+        kind, size = variable.dtype.kind, variable.dtype.itemsize
+        if kind in "Vc" or (kind == "f" and size not in (4, 8)):
+            raise DtypeError(
+                f"{name} holds {variable.dtype}, but NetCDF files hold float32 and float64: "
+                "convert it with .astype"
+            )
     # xarray would mark NaN as missing, and then replace each NaN by its own.
     exact = {str(name): {"_FillValue": None} for name in dataset.variables}
     # In memory, for HDF5 crashes on a full disk, or closes a wrong file without an error.

@@ -178,7 +178,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         record=record,
         dataset=lambda: _with_problem(comparison.to_xarray(), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
-        write_table=comparison.to_csv,
+        table=comparison.to_csv,
     )
 
 
