@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pcdyn.checks import as_sequence, check_callable, check_instance, checked_number
 from pcdyn.errors import ActivationError
 
 Elementwise = Callable[[Array], Array]
@@ -39,6 +40,22 @@ class Activation:
     kinks: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_instance(self.name, "name of an activation", str, "a text", error=ActivationError)
+        for name in ("function", "inverse"):
+            if name == "function" or self.inverse is not None:
+                what = f"{name} of activation {self.name!r}"
+                check_callable(
+                    getattr(self, name), what, "a function of an array", error=ActivationError
+                )
+        for name in ("lower", "upper"):
+            what = f"{name} of activation {self.name!r}"
+            if not _is_infinite(getattr(self, name)):
+                checked_number(getattr(self, name), what, error=ActivationError)
+        wanted = "a tuple of the points where the derivative jumps"
+        kinks = as_sequence(self.kinks, "kinks", wanted, error=ActivationError)
+        kinks = tuple(checked_number(x, "each of kinks", error=ActivationError) for x in kinks)
+        # A tuple, for activations are compared and hashed.
+        object.__setattr__(self, "kinks", kinks)
         if not self.lower < self.upper:
             raise ActivationError(
                 f"activation {self.name!r} has the empty range ({self.lower}, {self.upper}); "
@@ -54,6 +71,10 @@ class Activation:
 
     def __repr__(self) -> str:
         return f"Activation({self.name!r})"
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _softplus_inverse(y: Array) -> Array:
@@ -72,16 +93,17 @@ relu = Activation("relu", jax.nn.relu, _identity, 0.0, kinks=(0.0,))
 softplus = Activation("softplus", jax.nn.softplus, _softplus_inverse, 0.0)
 
 
-# Cached, so that equal slopes give the same functions and therefore the same compiled code.
-@functools.cache
 def leaky_relu(slope: float = 0.01) -> Activation:
     """max(x, slope·x) for 0 < slope < 1; invertible on the whole line.
 
     Raises `ActivationError` for a slope outside (0, 1).
     """
-    if not 0.0 < slope < 1.0:
-        raise ActivationError(f"leaky_relu needs a slope between 0 and 1, got {slope}")
+    return _leaky_relu(checked_number(slope, "slope", above=0, below=1, error=ActivationError))
 
+
+# Cached, so that equal slopes give the same functions and therefore the same compiled code.
+@functools.cache
+def _leaky_relu(slope: float) -> Activation:
     def forward(x: Array) -> Array:
         return jnp.where(x > 0, x, slope * x)
 
@@ -103,7 +125,7 @@ def get_activation(activation: str | Activation) -> Activation:
         return activation
     if activation == "leaky_relu":
         return leaky_relu()
-    if activation not in _BY_NAME:
+    if not isinstance(activation, str) or activation not in _BY_NAME:
         known = ", ".join([*_BY_NAME, "leaky_relu"])
         raise ActivationError(
             f"unknown activation {activation!r}; known are {known}, "

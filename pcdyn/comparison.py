@@ -8,11 +8,13 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcdyn.accuracy import Errors
-from pcdyn.errors import InputError, Status
-from pcdyn.files import checked_path, write_atomically
+from pcdyn.checks import check_choice, check_instance, check_path, checked_number
+from pcdyn.errors import DataError, InputError, Status
+from pcdyn.files import write_atomically
 
 if TYPE_CHECKING:
     import xarray
@@ -141,6 +143,7 @@ class Comparison:
 
     def told(self, run: Run, metric: str) -> float:
         """A metric of a run, but an error not below what the reference can tell."""
+        check_instance(run, "run", Run, "one of the rows")
         value = getattr(run, checked_metric(metric))
         return getattr(self.reference_error, metric) if metric in run.below_reference else value
 
@@ -152,10 +155,8 @@ class Comparison:
         Raises `InputError` for an unknown metric or an error that is not positive, and where the
         reference cannot tell an error so small.
         """
-        if metric not in ERROR_METRICS:
-            raise InputError(f"{metric!r} is no error; choose among {', '.join(ERROR_METRICS)}")
-        if not 0 < error < math.inf:
-            raise InputError(f"error must be positive and finite, got {error}")
+        check_choice(metric, "metric", ERROR_METRICS)
+        error = checked_number(error, "error", above=0)
         limit = getattr(self.reference_error, metric)
         if limit > error:
             raise InputError(
@@ -248,6 +249,8 @@ class Comparison:
         separated by spaces), then those of the reference, the same in every row. Raises `DataError`
         where the file cannot be written.
         """
+        if path is not None:
+            check_path(path, "path", error=DataError)
         reference = {
             "reference": self.reference,
             **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
@@ -262,14 +265,13 @@ class Comparison:
             values["below_reference"] = " ".join(row.below_reference)
             writer.writerow(values)
         if path is not None:
-            write_atomically(checked_path(path), text.getvalue().encode())
+            write_atomically(Path(path), text.getvalue().encode())
         return text.getvalue()
 
 
 def checked_metric(name: str) -> str:
     """The name of a metric of a run; raises `InputError` for an unknown one."""
-    if name not in (*METRICS, "value"):
-        raise InputError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+    check_choice(name, "metric", (*METRICS, "value"))
     return name
 
 

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from pcdyn.checks import as_sequence, check_choice, check_instance, checked_number
 from pcdyn.errors import DataError
 
 Split = Literal["train", "test"]
@@ -189,11 +190,11 @@ def _load(
 
 
 def _check_choices(split: str, source: str, base_url: str | None) -> None:
-    if split not in _FILES:
-        raise DataError(f"split is {split!r}; it must be one of {', '.join(map(repr, _FILES))}")
-    if source not in get_args(Source):
-        choices = ", ".join(map(repr, get_args(Source)))
-        raise DataError(f"source is {source!r}; it must be one of {choices}")
+    check_choice(split, "split", _FILES, error=DataError)
+    check_choice(source, "source", get_args(Source), error=DataError)
+    if base_url is not None:
+        wanted = "the address of a folder on a server"
+        check_instance(base_url, "base_url", str, wanted, error=DataError)
     if base_url is not None and source != "download":
         raise DataError(
             f"base_url is {base_url!r}, but source={source!r} reads no server; leave base_url out, "
@@ -203,16 +204,23 @@ def _check_choices(split: str, source: str, base_url: str | None) -> None:
 
 def _pixel_values(limits: tuple[float, float], dtype: DTypeLike) -> NDArray[np.floating[Any]]:
     """The image value of each of the 256 pixel values, exact at both limits."""
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise DataError(f"dtype is no dtype ({error}): give one such as numpy.float32") from None
     if not np.issubdtype(dtype, np.floating):
         raise DataError(
-            f"dtype is {np.dtype(dtype)}; images are real numbers: give a floating-point dtype "
+            f"dtype is {dtype}; images are real numbers: give a floating-point dtype "
             "such as numpy.float32"
         )
-    low, high = limits
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise DataError(
-            f"limits is {limits!r}; give two finite numbers, the lower one first, as in (0.0, 1.0)"
-        )
+    wanted = "two finite numbers, the lower one first, as in (0.0, 1.0)"
+    each = [
+        checked_number(limit, "each of limits", error=DataError)
+        for limit in as_sequence(limits, "limits", wanted, error=DataError)
+    ]
+    if len(each) != 2 or not each[0] < each[1]:
+        raise DataError(f"limits is {limits!r}; give {wanted}")
+    low, high = each
     fraction = np.arange(256) / 255
     return (low * (1 - fraction) + high * fraction).astype(dtype)
 

@@ -12,14 +12,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import (
+    Numbers,
+    check_flag,
+    check_instance,
+    check_key,
+    checked_number,
+    is_traced,
+)
 from pcdyn.energy import LayerEnergies
 from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ToleranceError
 from pcdyn.hessian import solve_hessian
 from pcdyn.integrators.run import on_host
 from pcdyn.kinks import SlidingPoint
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers import FlowToRest, Solution, Solver, default_solvers, get_solver
+from pcdyn.problem import InferenceProblem, State, check_problem
+from pcdyn.solvers import FlowToRest, Solution, Solver, default_solvers, get_solvers
 from pcdyn.solvers.run import solve_in_turn, solve_on_host
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
@@ -100,11 +107,14 @@ class Equilibrium(LayerEnergies):
         `InputError` for a negative perturbation or one without a key.
         """
         start = self.start
-        if not perturbation >= 0:
-            raise InputError(f"perturbation must not be negative, got {perturbation}")
+        tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
+        perturbation = checked_number(perturbation, "perturbation", at_least=0)
+        if flow is not None:
+            check_instance(flow, "flow", FlowToRest, "a pcdyn.solvers.FlowToRest")
         if perturbation > 0:
             if key is None:
                 raise InputError("a perturbation is drawn at random: give a key")
+            check_key(key)
             keys = jr.split(key, len(start))
             start = tuple(
                 x + perturbation * jr.normal(k, x.shape, x.dtype)
@@ -194,6 +204,8 @@ def equilibrium(
     Raises `ToleranceError` and what the problem, the solver and the initial state raise, before
     anything runs.
     """
+    check_problem(problem)
+    check_flag(throw, "throw")
     solvers = _solvers(method, problem)
     for solver in solvers:
         solver.check(problem)
@@ -227,19 +239,13 @@ def _solvers(
 ) -> tuple[Solver, ...]:
     if method is None:
         return default_solvers(problem)
-    if isinstance(method, str | Solver):
-        return (get_solver(method),)
-    if not isinstance(method, list | tuple) or not method:
-        raise InputError(f"method is {method!r}: give a name, a solver, or a list of solvers")
-    return tuple(get_solver(each) for each in method)
+    return get_solvers(method)
 
 
 def _checked_tolerance(tolerance: float | None, dtype: Any) -> float:
     if tolerance is None:
         return 1e-6 if dtype == jnp.float64 else 1e-4
-    if not 0 < tolerance < float("inf"):
-        raise ToleranceError(f"tolerance must be positive and finite, got {tolerance}")
-    return float(tolerance)
+    return checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
 
 
 def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProblem, State]:

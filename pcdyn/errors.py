@@ -34,6 +34,10 @@ class NonFiniteError(InputError):
     """Data, weights or an initial state contain NaN or infinity."""
 
 
+class SizeError(InputError):
+    """What was asked takes more memory than the machine can give to one call."""
+
+
 class PrecisionError(InputError):
     """A precision is not symmetric positive definite (MATHS: the flow would not be a gradient)."""
 

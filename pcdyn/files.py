@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pcdyn import interrupts
-from pcdyn.errors import DataError, InputError
+from pcdyn.errors import DataError
 
 Contents = bytes | Callable[[Path], Any]
 
@@ -70,17 +70,6 @@ def write_all(files: Mapping[Path, Contents], *, replace: bool = True) -> None:
                 for target in made:
                     target.unlink(missing_ok=True)
                 raise
-
-
-def checked_path(path: Any, name: str = "path") -> Path:
-    """`path` as a `Path`; raises `InputError` for what names no file."""
-    try:
-        text = os.fspath(path)
-        if isinstance(text, str) and text and "\0" not in text:
-            return Path(text)
-    except TypeError:
-        pass
-    raise InputError(f"{name} must name a file, such as 'run.nc', got {path!r:.60}")
 
 
 def checked_target(path: Path) -> Path:

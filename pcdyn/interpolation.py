@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pcdyn.checks import Numbers, as_float_array, is_traced
+from pcdyn.checks import Numbers, as_float_array, checked_integer, is_traced
 from pcdyn.energy import Gaussian
-from pcdyn.errors import InputError, PrecisionError, ShapeError
+from pcdyn.errors import PrecisionError, ShapeError
 
 
 def interpolated(weight: Numbers, depth: int) -> Gaussian:
@@ -75,9 +75,5 @@ def _number(value: Numbers, name: str, depth: int) -> Any:
     array = as_float_array(value, name)
     if array.ndim:
         raise ShapeError(f"{name} must be one number, got shape {array.shape}")
-    if not isinstance(depth, int | np.integer) or depth < 2:
-        raise InputError(
-            f"depth must be a whole number of at least 2, a hidden layer and the output, got "
-            f"{depth!r}"
-        )
+    checked_integer(depth, "depth, the number of predicted layers,", at_least=2)
     return array

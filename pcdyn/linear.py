@@ -19,11 +19,18 @@ from jaxtyping import Array, Float
 
 from pcdyn.activations import identity
 from pcdyn.block_tridiagonal import BlockTridiagonal
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import (
+    Numbers,
+    as_sequence,
+    check_choice,
+    check_size,
+    checked_integer,
+    is_traced,
+)
 from pcdyn.energy import Gaussian
-from pcdyn.errors import InputError, NotLinearError, SingularHessianError
+from pcdyn.errors import InputError, NotLinearError, ShapeError, SingularHessianError
 from pcdyn.network import Activities, Dense, Network
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import InferenceProblem, State, check_problem
 
 
 def is_linear(network: Network) -> bool:
@@ -32,6 +39,7 @@ def is_linear(network: Network) -> bool:
 
 
 def _linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian]:
+    check_problem(problem)
     layers = []
     for index, layer in enumerate(problem.network.layers, start=1):
         if not isinstance(layer, Dense):
@@ -72,6 +80,8 @@ def gauss_newton_hessian(
     predictions.
     """
     network = problem.network
+    entries = sum(float(network.widths[index]) ** 2 for index in problem.free_layers)
+    check_size(entries * network.dtype.itemsize, "the Hessian of the free layers")
     diagonal, upper = [], []
     for index in problem.free_layers:
         width = network.widths[index]
@@ -112,10 +122,9 @@ def linear_equilibrium(
     `InputError` where the method does not apply. Under a JAX transformation a singular problem
     gives NaN instead, never a point that is no equilibrium.
     """
+    check_choice(method, "method", ("cholesky", "output_space"))
     if method == "output_space":
         return _output_space_equilibrium(problem)
-    if method != "cholesky":
-        raise InputError(f'unknown method {method!r}: use "cholesky" or "output_space"')
     matrix = hessian(problem)
     state, reciprocal_condition = matrix.solve(forcing(problem))
     size = sum(block.shape[0] for block in matrix.diagonal)
@@ -222,6 +231,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     constant coefficients. Raises `NotLinearError`.
     """
     rates, modes, scale = linear_modes(problem)
+    initial = problem.initial_state(initial)
     flat = _is_flat(rates)
     start = jnp.concatenate(initial, axis=-1)
     drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
@@ -248,8 +258,13 @@ def single_layer_flow(
     gives the start and its two neighbours the data. The flow's state has one entry.
     """
     network, energy = problem.network, _linear_parts(problem)[1]
-    if not 0 < layer < network.depth:
-        raise InputError(f"layer {layer} is not a hidden layer of 1 … {network.depth - 1}")
+    if network.depth < 2:
+        raise InputError("this network has no hidden layer")
+    layer = checked_integer(layer, "layer, a hidden one,", at_least=1, at_most=network.depth - 1)
+    wanted = f"activities x_0 … x_{network.depth}"
+    activities = as_sequence(activities, "activities", wanted)
+    if len(activities) != network.depth + 1:
+        raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
     precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
     constants = problem.time_constants
     neighbours = InferenceProblem(
@@ -288,7 +303,9 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 
     A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
     """
-    matrix = hessian(problem).dense()
+    blocks, units = hessian(problem), sum(problem.network.widths[i] for i in problem.free_layers)
+    check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
+    matrix = blocks.dense()
     widths = [problem.network.widths[index] for index in problem.free_layers]
     scale = jnp.ones(matrix.shape[0], matrix.dtype)
     if problem.time_constants is not None:

@@ -11,12 +11,14 @@ import hashlib
 import io
 import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcdyn.checks import check_instance, check_path
 from pcdyn.errors import DataError, DtypeError
-from pcdyn.files import check_unpacked, checked_path, read_bytes, write_atomically
+from pcdyn.files import check_unpacked, read_bytes, write_atomically
 
 # xarray and h5py are imported where they are used: `import pcdyn` stays fast.
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def netcdf_bytes(dataset: xarray.Dataset) -> bytes:
 
     Raises `DtypeError` for numbers that the format does not have, such as float16.
     """
+    check_dataset(dataset)
     for name, variable in dataset.variables.items():
         kind, size = variable.dtype.kind, variable.dtype.itemsize
         if kind in "Vc" or (kind == "f" and size not in (4, 8)):
@@ -53,7 +56,8 @@ def write_dataset(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None
 
     Raises `DataError`, and leaves an earlier file as it was, if the file cannot be written.
     """
-    write_atomically(checked_path(path), netcdf_bytes(dataset))
+    check_path(path, "path", error=DataError)
+    write_atomically(Path(path), netcdf_bytes(dataset))
 
 
 def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
@@ -65,7 +69,8 @@ def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
     import h5py
     import xarray
 
-    source = checked_path(path)
+    check_path(path, "path", error=DataError)
+    source = Path(path)
     content = read_bytes(source, hint="check the path, or write it with Trajectory.to_netcdf")
     try:
         _check_digest(content)
@@ -113,6 +118,13 @@ def named_values(
     if values.dtype.kind not in _KINDS[kind]:
         raise DataError(f"{name} holds {values.dtype}, but should hold {kind}")
     return values.astype(values.dtype.newbyteorder("="), order="C", copy=False)
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise `DataError` for what is no data set of xarray."""
+    import xarray
+
+    check_instance(dataset, "dataset", xarray.Dataset, "an xarray.Dataset", error=DataError)
 
 
 def _check_digest(content: bytes) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.errors import InputError, TimesError
 from pcdyn.linear import linear_modes
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 
 LARGEST_RISE = (5**0.5 - 2) / 4
 """No linear network's output loss rises by more than this share, 5.9 %, of its value at the start.
@@ -143,6 +143,7 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
 
 def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch n_L"]:
     """e0 = T − feedforward(d), the output error at which inference starts."""
+    check_problem(problem)
     if problem.input is None:
         raise InputError("there is no feedforward pass: this problem's input is free")
     return problem.output_error(problem.network.feedforward(problem.input)[-1])
@@ -154,6 +155,8 @@ def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array
     `g·(g + ∂Ẽ/∂x_{L−1})/τ_{L−1}` with g = ∂ℒ/∂x_{L−1}, Eq 47 of A.6.3 for the one hidden layer of
     which ℒ depends; for every layer below both sides of the bound are zero.
     """
+    check_problem(problem)
+    state = problem.initial_state(state)
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
     field = problem.vector_field(state, None)
     parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]

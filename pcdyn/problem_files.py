@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from pcdyn.activations import Activation, get_activation
+from pcdyn.checks import check_instance
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ActivationError, DataError, DtypeError, EquilibriumStatus, InputError
 from pcdyn.generalised_energy import Separable, name_of, named_energy
-from pcdyn.netcdf import named_values, read_dataset, write_dataset
+from pcdyn.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
 
@@ -45,6 +46,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     energy = problem.energy
     named = name_of(energy)
     if named is None or not isinstance(energy, Gaussian | Separable):
@@ -95,6 +97,7 @@ def problem_from_xarray(
     `DtypeError` for float64 numbers where float64 is off in JAX, unless float32 holds them exactly,
     and what the network and the problem raise.
     """
+    check_dataset(dataset)
 
     def values(name: str, *dimensions: str, sample: str = "absent") -> Any:
         if name not in dataset.variables:

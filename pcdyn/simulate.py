@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import (
+    Numbers,
+    as_host_array,
+    check_dtype,
+    check_flag,
+    check_instance,
+    check_size,
+    checked_number,
+    is_traced,
+)
 from pcdyn.errors import (
     IntegratorError,
     ShapeError,
@@ -23,7 +32,7 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
-from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
+from pcdyn.integrators import Diffrax, Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
@@ -83,6 +92,10 @@ def simulate(
     Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
     state raise, before anything runs.
     """
+    check_instance(problem, "problem", Problem, "a pcdyn.InferenceProblem or a flow of learning")
+    check_dtype(problem.dtype, "dtype of the problem")
+    for name, value in (("per_sample", per_sample), ("dense", dense), ("throw", throw)):
+        check_flag(value, name)
     method = get_integrator(integrator)
     stop = _stopping(until, problem)
     method.check(problem, stop, dense)
@@ -94,6 +107,7 @@ def simulate(
         until=stop,
         dense=dense,
     )
+    _check_sizes(request, method)
     if per_sample and request.state[0].ndim != 2:
         raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
     if is_traced(problem, request.state):
@@ -112,6 +126,18 @@ def simulate(
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
     return trajectory
+
+
+def _check_sizes(request: Request, method: Integrator) -> None:
+    """Raise `SizeError` for more saved states, or room for dense output, than memory holds."""
+    state = sum(x.size for x in request.state) * request.problem.dtype.itemsize
+    # With its errors a saved state takes twice its own size.
+    what = f"saving {len(request.times)} times of {state / 2**20:.3g} MiB, with their errors,"
+    check_size(2 * (len(request.times) + 1) * state, what)
+    if request.dense and isinstance(method, Diffrax):
+        # diffrax keeps no less than both ends of each step that it could take.
+        what = f"dense output of up to {method.max_steps} steps of {state / 2**20:.3g} MiB"
+        check_size(2 * method.max_steps * state, what)
 
 
 def _warn_of_step(problem: Problem, state: State, method: Integrator) -> None:
@@ -139,7 +165,7 @@ def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEq
         return None
     if isinstance(until, UntilEquilibrium):
         return until.resolved(problem.dtype)
-    if until == "equilibrium":
+    if isinstance(until, str) and until == "equilibrium":
         return UntilEquilibrium().resolved(problem.dtype)
     raise IntegratorError(
         f'until={until!r} is unknown: use "equilibrium" or pcdyn.UntilEquilibrium(tolerance=…)'
@@ -147,15 +173,12 @@ def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEq
 
 
 def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
-    if np.ndim(t1) != 0 or not (math.isfinite(t1) and t1 > 0):
-        raise TimesError(f"t1 must be one positive and finite number, got {t1}; time starts at 0")
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
     if times is None:
         return np.linspace(0.0, t1, _DEFAULT_SAVES)
-    array = np.asarray(times, dtype=float)
+    array = as_host_array(times, "times", error=TimesError)
     if array.ndim != 1 or array.size == 0:
         raise TimesError(f"times must be a vector of at least one time, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise TimesError("times contain NaN or infinity")
     if np.any(np.diff(array) <= 0):
         where = int(np.argmax(np.diff(array) <= 0))
         raise TimesError(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pcdyn.checks import is_traced
+from pcdyn.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
-from pcdyn.netcdf import named_values, read_dataset, write_dataset
+from pcdyn.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -52,6 +52,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     if trajectory.network is not None or trajectory.precisions is not None:
         moving = "precisions" if trajectory.network is None else "weights"
         raise ShapeError(
@@ -136,6 +137,7 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
     lacks a part of a trajectory, or has one that no trajectory has: other dimensions, text for
     numbers, times that do not increase, a status that does not exist.
     """
+    check_dataset(dataset)
     try:
         return _from_xarray(dataset)
     except DataError as error:

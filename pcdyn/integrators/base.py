@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pcdyn.checks import checked_number
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.problem import Problem, State
 from pcdyn.states import layer_norms
@@ -44,10 +44,9 @@ class UntilEquilibrium(eqx.Module):
     minimum_time: Any = 0.0
 
     def __check_init__(self) -> None:
-        if self.tolerance is not None and not (0 < self.tolerance < math.inf):
-            raise ToleranceError(f"tolerance must be positive and finite, got {self.tolerance}")
-        if not 0 <= self.minimum_time < math.inf:
-            raise ToleranceError(f"minimum_time must not be negative, got {self.minimum_time}")
+        if self.tolerance is not None:
+            checked_number(self.tolerance, "tolerance", above=0, error=ToleranceError)
+        checked_number(self.minimum_time, "minimum_time", at_least=0, error=ToleranceError)
 
     def resolved(self, dtype: Any) -> UntilEquilibrium:
         """The same with the tolerance filled in for a problem of this dtype."""
@@ -145,17 +144,16 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
     return (default_rtol if rtol is None else rtol, default_atol if atol is None else atol)
 
 
-def check_step(name: str, dt: float) -> None:
+def check_step(name: str, dt: Any) -> None:
     """Raise `IntegratorError` unless a fixed step is positive and finite."""
-    if not 0 < dt < math.inf:
-        raise IntegratorError(f"{name} needs a positive and finite step, got dt={dt}")
+    checked_number(dt, f"{name}: dt, the step,", above=0, error=IntegratorError)
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: Any = None) -> None:
     """Raise `ToleranceError` for tolerances that are not positive or too fine for the dtype."""
     for label, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not 0 < value < math.inf:
-            raise ToleranceError(f"{name}: {label} must be positive and finite, got {value}")
+        if value is not None:
+            checked_number(value, f"{name}: {label}", above=0, error=ToleranceError)
     if dtype is not None and rtol is not None and rtol < 10 * jnp.finfo(dtype).eps:
         hint = (
             ' or switch on float64 with jax.config.update("jax_enable_x64", True) and build the '
@@ -164,6 +162,6 @@ def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: A
             else ""
         )
         raise ToleranceError(
-            f"{name}: rtol={rtol:g} is finer than {jnp.dtype(dtype).name} can resolve "
+            f"{name}: rtol={float(rtol):g} is finer than {jnp.dtype(dtype).name} can resolve "
             f"(10 eps = {10 * float(jnp.finfo(dtype).eps):.1e}); loosen it{hint}"
         )

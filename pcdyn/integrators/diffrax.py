@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import check_instance, checked_integer
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -89,7 +90,9 @@ class Diffrax(Integrator):
         max_steps: int = 2**14,
         fallback: str | None = "LSODA",
     ):
-        if isinstance(solver, str) and solver not in _SOLVERS:
+        if not isinstance(solver, str):
+            check_solver(solver)
+        elif solver not in _SOLVERS:
             raise IntegratorError(
                 f"unknown diffrax solver {solver!r}; known names are {', '.join(_SOLVERS)}, or "
                 "pass a diffrax solver"
@@ -99,11 +102,12 @@ class Diffrax(Integrator):
             raise IntegratorError(f"Diffrax would ignore rtol and atol next to {chosen}")
         if dt is not None and controller is not None:
             raise IntegratorError("Diffrax takes a fixed step dt or a controller, not both")
-        if max_steps < 1:
-            raise IntegratorError(f"max_steps must be positive, got {max_steps}")
+        max_steps = checked_integer(max_steps, "max_steps", at_least=1, error=IntegratorError)
+        if controller is not None:
+            check_controller(controller)
         check_tolerances("Diffrax", rtol, atol)
         if fallback is not None:
-            SciPy(fallback)
+            SciPy(fallback)  # refuses an unknown one
         if dt is not None:
             check_step("Diffrax", dt)
         self.solver, self.rtol, self.atol, self.dt = solver, rtol, atol, dt
@@ -257,6 +261,28 @@ class Diffrax(Integrator):
         # At the start twice: for a start at rest, and by diffrax.
         tests = 0 if until is None else steps + 2
         return (stages - reused) * steps + reused + tests
+
+
+def check_solver(solver: Any) -> None:
+    """Raise `IntegratorError` for what is no diffrax solver, or one that no gradient flow suits."""
+    import diffrax
+
+    wanted = 'a name such as "tsit5", or a diffrax solver'
+    check_instance(solver, "solver", diffrax.AbstractSolver, wanted, error=IntegratorError)
+    if solver.term_structure is not diffrax.AbstractTerm:
+        raise IntegratorError(
+            f"{type(solver).__name__} is for several vector fields at once (implicit-explicit, "
+            "symplectic, stochastic …), but the flow has one: choose another, such as "
+            "diffrax.Tsit5() or diffrax.Kvaerno5()"
+        )
+
+
+def check_controller(controller: Any) -> None:
+    """Raise `IntegratorError` for what is no diffrax step size controller."""
+    import diffrax
+
+    kind, wanted = diffrax.AbstractStepSizeController, "a diffrax step size controller"
+    check_instance(controller, "controller", kind, wanted, error=IntegratorError)
 
 
 class _Interpolation(eqx.Module):

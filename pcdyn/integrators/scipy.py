@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pcdyn.checks import check_choice
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -46,10 +47,7 @@ class SciPy(Integrator):
     atol: Any = None
 
     def __check_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise IntegratorError(
-                f"unknown SciPy method {self.method!r}; known are {', '.join(_METHODS)}"
-            )
+        check_choice(self.method, "SciPy's method", _METHODS, error=IntegratorError)
         check_tolerances(self.method, self.rtol, self.atol)
 
     @property

@@ -15,15 +15,22 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from pcdyn.checks import Numbers, as_float_array
-from pcdyn.energy import Energy, Gaussian
+from pcdyn.checks import Numbers, as_float_array, check_callable, check_flag, check_path
+from pcdyn.energy import Energy, Gaussian, check_energy
 from pcdyn.errors import (
     CheckpointError,
+    ShapeError,
     TrainingDivergedError,
 )
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.base import Rule
-from pcdyn.learning.checks import check_numbers, check_rule, checked_data, number_of_seeds
+from pcdyn.learning.checks import (
+    check_numbers,
+    check_optimiser,
+    check_rule,
+    checked_data,
+    number_of_seeds,
+)
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
@@ -127,11 +134,20 @@ def train(
     or a weight is no longer finite.
     """
     energy = Gaussian() if energy is None else energy
+    check_energy(energy, "energy")
+    for name, value in (("compare", compare), ("progress", progress)):
+        check_flag(value, name)
+    if evaluate is not None:
+        wanted = "a function of a network, such as pcdyn.learning.Evaluation(…)"
+        check_callable(evaluate, "evaluate", wanted)
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
     seeds = number_of_seeds(key)
     data = checked_data(network, inputs, targets, seeds)
     check_numbers(epochs, batch_size, len(data[0]), reduction, checkpoint_every)
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
+    check_optimiser(optimiser, weights)
     setting = Setting(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
     state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
     course = _Course(state, seeds)
@@ -226,6 +242,16 @@ class Evaluation(eqx.Module):
         self.inputs = as_float_array(inputs, "inputs")
         self.targets = as_float_array(targets, "targets")
         self.energy = Gaussian() if energy is None else energy
+        check_energy(self.energy, "energy")
+        if (
+            self.inputs.ndim != 2
+            or self.targets.ndim != 2
+            or (len(self.inputs) != len(self.targets) or self.inputs.size == 0)
+        ):
+            raise ShapeError(
+                f"inputs and targets must be (samples, n_0) and (samples, n_L), got "
+                f"{self.inputs.shape} and {self.targets.shape}"
+            )
 
     def __call__(self, network: Network) -> dict[str, Any]:
         problem = InferenceProblem(

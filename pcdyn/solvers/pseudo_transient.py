@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import integer, number
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import (
@@ -30,10 +31,18 @@ class PseudoTransient(Solver):
     `growth`, the largest factor between steps; `cg_tolerance`, relative; `max_iterations`.
     """
 
-    first_step: float = 0.5
-    growth: float = 4.0
-    cg_tolerance: float = eqx.field(static=True, default=1e-3)
-    max_iterations: int = 1000
+    first_step: float = eqx.field(
+        default=0.5, converter=number("PseudoTransient: first_step", above=0)
+    )
+    growth: float = eqx.field(default=4.0, converter=number("PseudoTransient: growth", above=1))
+    cg_tolerance: float = eqx.field(
+        static=True,
+        default=1e-3,
+        converter=number("PseudoTransient: cg_tolerance", above=0, below=1),
+    )
+    max_iterations: int = eqx.field(
+        default=1000, converter=integer("PseudoTransient: max_iterations", at_least=1)
+    )
 
     @property
     def name(self) -> str:
