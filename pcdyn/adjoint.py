@@ -59,9 +59,9 @@ class AdjointCondition(eqx.Module):
         worst = int(np.argmax(np.asarray(self.residuals))) + 1
         size = float(np.asarray(self.residuals)[worst - 1])
         if self.holds:
-            return f"∂g obeys the adjoint condition in every layer (residual at most {size:.1e})"
+            return f"dg obeys the adjoint condition in every layer (residual at most {size:.1e})"
         return (
-            f"∂g does not obey the adjoint condition: relative residual {size:.1e} in layer "
+            f"dg does not obey the adjoint condition: relative residual {size:.1e} in layer "
             f"{worst}, so that equilibria do not carry the gradients of backpropagation"
         )
 

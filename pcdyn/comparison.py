@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,30 +243,31 @@ class Comparison:
         attributes = {name: getattr(self, name) for name in names} | notes
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV, at once or not at all; numbers in full precision.
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The table as CSV, also written to a file if one is given, at once or not at all.
 
-        One column for each attribute of a run (`below_reference` separated by spaces), then those
-        of the reference, the same in every row. Raises `DataError` where the folder is missing.
+        Numbers are in full precision. One column for each attribute of a run (`below_reference`
+        separated by spaces), then those of the reference, the same in every row. Raises `DataError`
+        where the file cannot be written.
         """
-        check_path(path, "path", error=DataError)
+        if path is not None:
+            check_path(path, "path", error=DataError)
         reference = {
             "reference": self.reference,
             **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
         }
-
-        def write(partial: Path) -> None:
-            with open(partial, "w", newline="", encoding="utf-8") as file:
-                names = [field.name for field in dataclasses.fields(Run)]
-                writer = csv.DictWriter(file, [*names, *reference])
-                writer.writeheader()
-                for row in self.rows:
-                    values = {name: getattr(row, name) for name in names} | reference
-                    values["status"] = row.status.name
-                    values["below_reference"] = " ".join(row.below_reference)
-                    writer.writerow(values)
-
-        write_atomically(Path(path), write)
+        names = [field.name for field in dataclasses.fields(Run)]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*names, *reference])
+        writer.writeheader()
+        for row in self.rows:
+            values = {name: getattr(row, name) for name in names} | reference
+            values["status"] = row.status.name
+            values["below_reference"] = " ".join(row.below_reference)
+            writer.writerow(values)
+        if path is not None:
+            write_atomically(Path(path), text.getvalue().encode())
+        return text.getvalue()
 
 
 def checked_metric(name: str) -> str:
@@ -307,4 +310,4 @@ def _words(metric: str) -> str:
 
 
 def _number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value, form)
+    return "-" if math.isnan(value) else format(value, form)

@@ -55,7 +55,7 @@ class ConvergenceOrder:
         used = self.steps[self.usable]
         return (
             f"{self.integrator}: order {self.order:.2f} from {used.size} steps "
-            f"{used[0]:.3g} … {used[-1]:.3g}, errors {self.errors[self.usable][0]:.1e} … "
+            f"{used[0]:.3g} to {used[-1]:.3g}, errors {self.errors[self.usable][0]:.1e} to "
             f"{self.errors[self.usable][-1]:.1e}"
         )
 

@@ -21,10 +21,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.resources
+import io
 import math
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pcdyn.checks import as_sequence, check_choice, check_instance, checked_number
 from pcdyn.errors import DataError
+from pcdyn.files import write_atomically
 
 Split = Literal["train", "test"]
 Origin = Literal["folder", "cache", "download", "sample"]
@@ -45,6 +46,7 @@ Source = Literal["auto", "folder", "cache", "download", "sample"]
 CLASSES = 10
 SIDE = 28
 FOLDER_VARIABLE = "PCDYN_DATA"
+_LARGEST = 2**28  # bytes, five times the images of the largest set
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,19 +320,34 @@ def _in_cache(archive: _Archive, name: str) -> _File:
 
 def _download(archive: _Archive, name: str, base_url: str) -> None:
     """Make sure that the cache holds an intact copy of a file."""
+    import pooch
+
     path = _cache_path(archive, name)
     if path.is_file() and _is_intact(_in_cache(archive, name)):
         return
     url = f"{base_url.rstrip('/')}/{name}.gz"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, path, archive.sha256[name])
-    except OSError as error:
-        raise DataError(
+
+    def fetch(partial: Path) -> None:
+        try:
+            pooch.HTTPDownloader()(url, str(partial), None)
+        except OSError as error:
+            raise failed(error) from error
+        remedy = "try again, or give another base_url"
+        _contents(_File(partial, url, remedy, archive.sha256[name]))
+
+    def failed(error: OSError) -> DataError:
+        return DataError(
             f"{url}: could not be downloaded into {path.parent} ({error}); check the address and "
             f"the connection, give another base_url, or set {FOLDER_VARIABLE} to a folder that "
             f"holds {archive.name}/"
-        ) from error
+        )
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise failed(error) from error
+    # A failure or an interruption leaves neither a partial file nor a damaged one behind.
+    write_atomically(path, fetch)
 
 
 def _is_intact(file: _File) -> bool:
@@ -341,27 +358,24 @@ def _is_intact(file: _File) -> bool:
     return True
 
 
-def _fetch(url: str, path: Path, sha256: str) -> None:
-    """Download to a scratch folder beside `path`, and move into place only what is intact.
-
-    A failure or an interruption thus leaves neither a partial file nor a damaged one behind.
-    """
-    import pooch
-
-    with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
-        pooch.HTTPDownloader()(url, str(partial), None)
-        _contents(_File(partial, url, "try again, or give another base_url", sha256))
-        os.replace(partial, path)
-
-
 def _contents(file: _File) -> bytes:
-    """The unzipped bytes of a file, checked against its SHA-256 if that is known."""
+    """The unzipped bytes of a file, checked against its SHA-256 if that is known.
+
+    No more are unzipped than its header asks for, and one.
+    """
     try:
-        data = file.path.read_bytes()
+        packed = file.path.read_bytes()
         # The first bytes tell, not the name: some servers unzip on the fly.
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        is_zipped = packed[:2] == b"\x1f\x8b"
+        stream = io.BytesIO(packed)
+        with gzip.GzipFile(fileobj=stream) if is_zipped else stream as unzipped:
+            head = unzipped.read(16)
+            asked = _length(head)
+            if asked > _LARGEST:
+                raise file.error(
+                    f"its header asks for {asked / 2**30:.3g} GiB, more than any set of images has"
+                )
+            data = head + unzipped.read(max(asked + 1 - len(head), 0))
     except (OSError, EOFError, zlib.error) as error:
         raise file.error(f"it cannot be read or unzipped ({error})") from error
     found = hashlib.sha256(data).hexdigest()
@@ -371,6 +385,14 @@ def _contents(file: _File) -> bytes:
             "damaged or another file"
         )
     return data
+
+
+def _length(head: bytes) -> int:
+    """How long an IDX file says it is; as long as can be for what is no IDX file of bytes."""
+    ndim = head[3] if len(head) == 16 and head[:3] == b"\0\0\x08" else 0
+    if ndim not in (1, 3):
+        return _LARGEST
+    return 4 + 4 * ndim + math.prod(struct.unpack_from(f">{ndim}I", head, 4))
 
 
 def _parse_images(file: _File) -> NDArray[np.uint8]:

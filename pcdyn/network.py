@@ -213,7 +213,7 @@ def mlp(
     """
     wanted = "a list of two or more positive integers"
     widths = tuple(
-        checked_integer(n, f"widths[{index}]", at_least=1, error=ShapeError)
+        checked_integer(n, f"widths[{index}]", at_least=1, at_most=2**31 - 1, error=ShapeError)
         for index, n in enumerate(as_sequence(widths, "widths", wanted, error=ShapeError))
     )
     if len(widths) < 2:

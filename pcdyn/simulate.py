@@ -310,6 +310,6 @@ def _message(status: Status, run: Integration, method: Integrator) -> str:
     failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
     if np.ndim(run.status) and failed.size:
         shown = ", ".join(map(str, failed[:_MOST_SAMPLES_NAMED]))
-        more = ", …" if failed.size > _MOST_SAMPLES_NAMED else ""
+        more = ", ..." if failed.size > _MOST_SAMPLES_NAMED else ""
         text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
     return f"{text}. {run.message}" if run.message else text

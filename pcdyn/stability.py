@@ -383,4 +383,4 @@ def _smallest(values: Any) -> float:
 
 def _range(values: Any) -> str:
     low, high = _smallest(values), _largest(values)
-    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} … {high:.3g}"
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

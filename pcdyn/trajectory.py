@@ -233,7 +233,7 @@ class Trajectory(LayerEnergies):
             f"  {self.integrator}: {self.message}",
             f"  evaluations {_total(self.vector_field_evaluations)}, steps accepted "
             f"{_total(self.accepted_steps)}, rejected {_total(self.rejected_steps)}",
-            f"  free energy {np.mean(self.free_energy[0]):.4g} → "
+            f"  free energy {np.mean(self.free_energy[0]):.4g} -> "
             f"{np.mean(self.free_energy[-1]):.4g}, largest vector field at the end "
             f"{np.max(self.vector_field_norms[-1]):.2g}",
             f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",

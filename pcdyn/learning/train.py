@@ -22,6 +22,7 @@ from pcdyn.errors import (
     ShapeError,
     TrainingDivergedError,
 )
+from pcdyn.files import check_writable
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import (
@@ -125,13 +126,14 @@ def train(
     - `compare`: record the cosine of each gradient with that of BP, at the cost of BP.
     - `checkpoint`: a file that is written after every `checkpoint_every` epochs and at the end. If
       it is there already, training goes on from it, to the very numbers of an uninterrupted run;
-      `epochs` counts from the beginning.
+      `epochs` counts from the beginning. Training with other data, settings, schedules or code of
+      its optimiser, rule, energy or activations, or by another version of JAX is refused.
     - `progress`: show a bar with the current loss.
 
     Raises `ShapeError`, `NonFiniteError`, `DtypeError`, `LabelError` or `InputError` for data that
-    do not fit, what the rule raises for the network, `CheckpointError` for a checkpoint that is
-    damaged or of another training, and `TrainingDivergedError`, which names the batch, when a loss
-    or a weight is no longer finite.
+    do not fit, what the rule raises for the network, `DataError` for a checkpoint that cannot be
+    written, `CheckpointError` for one that is damaged or of another training, and
+    `TrainingDivergedError`, which names the batch, when a loss or a weight is no longer finite.
     """
     energy = Gaussian() if energy is None else energy
     check_energy(energy, "energy")
@@ -153,11 +155,12 @@ def train(
     course = _Course(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
     if path is not None:
-        behaviour = checkpoints.optimiser_behaviour(optimiser, weights)
+        check_writable(path)
+        checkpoints.check_state(state)
         configuration = checkpoints.fingerprint(
-            network=(weights, static), rule=rule, energy=energy, optimiser=behaviour, data=data,
-            batch_size=batch_size, reduction=reduction, compare=compare, key=key,
-            evaluate=evaluate,
+            _computations(setting, evaluate, state, data, key, seeds),
+            network=(weights, static), rule=rule, energy=energy, data=data, key=key,
+            batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
         )  # fmt: skip
         course.resume(path, configuration, epochs)
     if not course.evaluations:
@@ -179,6 +182,19 @@ def train(
     return course.training(setting)
 
 
+def _computations(
+    setting: Setting, evaluate: Evaluate | None, state: Any, data: Any, key: Any, seeds: int | None
+) -> dict[str, Any]:
+    """What a checkpoint must agree with, as JAX lowers it."""
+    weights, optimiser_state, _ = state
+    update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
+    epoch = jnp.asarray(0)
+    return {
+        "optimiser": update.lower(weights, optimiser_state),
+        "activations, energy or rule": run_epoch.lower(setting, state, data, key, epoch, seeds),
+    }
+
+
 @dataclasses.dataclass
 class _Course:
     """How far a training is: its state, and the records of each epoch."""
@@ -197,7 +213,7 @@ class _Course:
         """Go on from a checkpoint, if there is one."""
         if not path.exists():
             return
-        done, self.state, records = checkpoints.load(path, configuration, self.state)
+        done, self.state, records = checkpoints.load(path, configuration, self.state, self._axis)
         if done > epochs:
             raise CheckpointError(f"{path} has {done} epochs already, but {epochs} were asked for")
         self.history = self._epochs_of(records["history"], done)
