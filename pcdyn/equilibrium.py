@@ -14,7 +14,14 @@ import numpy as np
 
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.energy import LayerEnergies
-from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ToleranceError
+from pcdyn.errors import (
+    EquilibriumStatus,
+    InputError,
+    NotConvergedError,
+    ShapeError,
+    Statuses,
+    ToleranceError,
+)
 from pcdyn.hessian import solve_hessian
 from pcdyn.integrators.run import on_host
 from pcdyn.kinks import SlidingPoint
@@ -70,12 +77,17 @@ class Equilibrium(LayerEnergies):
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return EquilibriumStatus(int(codes))
-        return tuple(EquilibriumStatus(int(code)) for code in codes)
+        if codes.ndim > 1:
+            raise ShapeError(
+                "this is an equilibrium of several networks: take one first, such as "
+                "jax.tree.map(lambda x: x[0], equilibrium)"
+            )
+        return Statuses(EquilibriumStatus(int(code)) for code in codes)
 
     @property
     def ok(self) -> bool:
         """Whether every sample is at an equilibrium."""
-        return all(EquilibriumStatus(int(c)).ok for c in np.atleast_1d(self.status_codes))
+        return all(EquilibriumStatus(int(code)).ok for code in np.ravel(self.status_codes))
 
     @property
     def state(self) -> State:

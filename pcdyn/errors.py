@@ -8,10 +8,14 @@ only while a solver runs (a diverging step, too many steps) is a `Status` of the
 
 from __future__ import annotations
 
+import collections
 import enum
 from typing import Any
 
 import numpy as np
+
+# Messages name so many samples one by one, and count them beyond.
+MOST_SAMPLES_NAMED = 20
 
 
 class PcdynError(Exception):
@@ -141,6 +145,16 @@ _EXPLANATIONS = {
     ),
     Status.SOLVER_FAILED: "the solver gave up for a reason of its own, given in the message",
 }
+
+
+class Statuses(tuple[Any, ...]):
+    """The status of each sample; those of many samples print as counts."""
+
+    def __repr__(self) -> str:
+        if len(self) <= MOST_SAMPLES_NAMED:
+            return super().__repr__()
+        counts = ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(self).items()))
+        return f"({len(self)} samples: {counts})"
 
 
 class EquilibriumStatus(enum.IntEnum):

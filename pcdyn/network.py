@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pcdyn.activations import Activation, get_activation, identity
 from pcdyn.checks import Numbers, as_float_array
 from pcdyn.errors import InputError, ShapeError
+from pcdyn.functions import as_part
 
 Layer = Callable[[Array], Array]
 # Arrays of JAX inside a computation, of NumPy once a result is on the host.
@@ -78,7 +79,7 @@ class Network(eqx.Module):
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, layers: Sequence[Layer], *, input_width: int | None = None):
-        self.layers = tuple(layers)
+        self.layers = tuple(as_part(layer) for layer in layers)
         if not self.layers:
             raise ShapeError("a network needs at least one layer")
         self.widths = _widths(self.layers, input_width)
@@ -100,7 +101,16 @@ class Network(eqx.Module):
 
     def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
         """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
+        self.check_one()
         return _feedforward(self, input)
+
+    def check_one(self) -> None:
+        """Raise `ShapeError` for the stacked weights of several networks."""
+        if any(isinstance(layer, Dense) and layer.weight.ndim != 2 for layer in self.layers):
+            raise ShapeError(
+                "the network holds the weights of several networks: map over them with "
+                "equinox.filter_vmap, or take one with jax.tree.map(lambda x: x[0], network)"
+            )
 
 
 def apply_layer(layer: Any, x: Any) -> Any:

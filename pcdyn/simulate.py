@@ -15,6 +15,7 @@ import numpy as np
 
 from pcdyn.checks import Numbers, is_traced
 from pcdyn.errors import (
+    MOST_SAMPLES_NAMED,
     IntegratorError,
     ShapeError,
     Status,
@@ -23,18 +24,17 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
-from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
+from pcdyn.integrators import Exact, Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.spectrum import estimated_fastest_rate
-from pcdyn.states import layer_norms
+from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
 
 _DEFAULT_SAVES = 101
-_MOST_SAMPLES_NAMED = 20
 
 
 def simulate(
@@ -86,42 +86,48 @@ def simulate(
     method = get_integrator(integrator)
     stop = _stopping(until, problem)
     method.check(problem, stop, dense)
+    state = problem.initial_state(initial)
+    # The closed form is one of the weights, layer by layer.
+    deep = problem if isinstance(method, Exact) else stacked(problem)
     request = Request(
-        problem=problem,
-        state=problem.initial_state(initial),
+        problem=deep,
+        state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
         times=_checked_times(t1, times),
         t1=float(t1),
         until=stop,
         dense=dense,
     )
-    if per_sample and request.state[0].ndim != 2:
+    if per_sample and state[0].ndim != 2:
         raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
-    if is_traced(problem, request.state):
+    if is_traced(problem, state):
         if not method.runs_in_jax:
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
-        return _traced_trajectory(request, integrate(method, request, per_sample), method)
-    _warn_of_step(problem, request.state, method)
+        run = integrate(method, request, per_sample)
+        return _traced_trajectory(problem, request, run, method)
+    _warn_of_step(request, method)
     with Stopwatch() as clock:
         run, fallback = integrate_with_fallback(method, request, per_sample)
-        observed = on_host(_observe(problem, run.states))
+        observed = on_host(_observe(deep, run.states))
     run = _without_overflow(run, observed)
-    trajectory = _trajectory(request, run, observed, method, fallback, clock)
+    trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
     return trajectory
 
 
-def _warn_of_step(problem: Problem, state: State, method: Integrator) -> None:
+def _warn_of_step(request: Request, method: Integrator) -> None:
     """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
-    if method.fixed_step is None or not isinstance(problem, InferenceProblem):
+    problem = request.problem
+    known = isinstance(problem, InferenceProblem | StackedProblem)
+    if method.fixed_step is None or not known:
         return
     interval = known_interval(method)
     if interval is None or math.isinf(interval):
         return
-    fastest = estimated_fastest_rate(problem, state)
+    fastest = estimated_fastest_rate(problem, request.state)
     above = np.flatnonzero(np.ravel(fastest) * float(method.fixed_step) > interval)
     if above.size:
         share = "" if fastest.ndim == 0 else f" of {above.size} of {fastest.size} samples"
@@ -183,16 +189,18 @@ def _observe(problem: Problem, states: State) -> Observed:
 
     def at(state: State) -> Observed:
         errors, energies = problem.observe(state, flow.first_prediction)
-        return Observed(errors, energies, layer_norms(flow(0.0, state)))
+        return Observed(errors, energies, flow.norms(state))
 
     return jax.vmap(at)(states)
 
 
-def _traced_trajectory(request: Request, run: Integration, method: Integrator) -> Trajectory:
+def _traced_trajectory(
+    problem: Problem, request: Request, run: Integration, method: Integrator
+) -> Trajectory:
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
     observed = _observe(request.problem, states)
     run = _without_overflow(run, observed)
-    return _build(request.problem, run, observed, states, times, method)
+    return _build(problem, run, observed, states, times, method, request.problem)
 
 
 def _without_overflow(run: Integration, observed: Observed) -> Integration:
@@ -212,8 +220,16 @@ def _build(
     states: State,
     times: Any,
     method: Integrator,
+    integrated: Problem,
     **rest: Any,
 ) -> Trajectory:
+    """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
+    errors, interpolation = observed.errors, run.interpolation
+    if interpolation is not None:
+        interpolation = _DenseActivities(problem, integrated, interpolation)
+    states = _layers_of(integrated, states)
+    if isinstance(integrated, StackedProblem):
+        errors = integrated.unpack_errors(errors)
     module = np if isinstance(times, np.ndarray) else jnp
     activities = tuple(
         module.broadcast_to(module.asarray(x), (len(times), *x.shape))
@@ -221,13 +237,10 @@ def _build(
         else module.asarray(x)
         for index, x in enumerate(problem.activities(states))
     )
-    interpolation = run.interpolation
-    if interpolation is not None:
-        interpolation = _DenseActivities(problem, interpolation)
     return Trajectory(
         times=times,
         activities=activities,
-        prediction_errors=observed.errors,
+        prediction_errors=errors,
         energies=observed.energies,
         vector_field_norms=observed.norms,
         status_codes=run.status,
@@ -249,13 +262,21 @@ class _DenseActivities(eqx.Module):
     """Dense output of the state as activities of all layers."""
 
     problem: Problem
+    integrated: Problem
     interpolation: Any
 
     def __call__(self, t: Any) -> tuple[Any, ...]:
-        return self.problem.activities(self.interpolation(jnp.asarray(t)))
+        state = self.interpolation(jnp.asarray(t))
+        return self.problem.activities(_layers_of(self.integrated, state))
+
+
+def _layers_of(problem: Problem, state: State) -> State:
+    """An array for each free layer, whatever the state of the problem is."""
+    return problem.unpack(state) if isinstance(problem, StackedProblem) else state
 
 
 def _trajectory(
+    problem: Problem,
     request: Request,
     run: Integration,
     observed: Observed,
@@ -274,7 +295,7 @@ def _trajectory(
     states = tuple(x[rows] for x in run.states)
     observed = jax.tree.map(lambda x: x[rows], observed)
     return _build(
-        on_host(request.problem), run, observed, states, all_times, method,
+        on_host(problem), run, observed, states, all_times, method, request.problem,
         fallback=fallback, message=_message(worst, run, method),
         compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
     )  # fmt: skip
@@ -286,7 +307,7 @@ def _message(status: Status, run: Integration, method: Integrator) -> str:
         text += f" (dt={method.fixed_step:g})"
     failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
     if np.ndim(run.status) and failed.size:
-        shown = ", ".join(map(str, failed[:_MOST_SAMPLES_NAMED]))
-        more = ", …" if failed.size > _MOST_SAMPLES_NAMED else ""
+        shown = ", ".join(map(str, failed[:MOST_SAMPLES_NAMED]))
+        more = ", …" if failed.size > MOST_SAMPLES_NAMED else ""
         text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
     return f"{text}. {run.message}" if run.message else text

@@ -11,7 +11,14 @@ import numpy as np
 
 from pcdyn.checks import is_traced
 from pcdyn.energy import LayerEnergies
-from pcdyn.errors import DenseOutputError, ShapeError, Status, TimesError, worst_status
+from pcdyn.errors import (
+    DenseOutputError,
+    ShapeError,
+    Status,
+    Statuses,
+    TimesError,
+    worst_status,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -77,7 +84,7 @@ class Trajectory(LayerEnergies):
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return Status(int(codes))
-        return tuple(Status(int(code)) for code in codes)
+        return Statuses(Status(int(code)) for code in codes)
 
     @property
     def ok(self) -> bool:
@@ -87,9 +94,11 @@ class Trajectory(LayerEnergies):
     @property
     def final(self) -> tuple[Any, ...]:
         """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
-        if len(self.times) == 0:
+        # Before the axis of time is that of several networks, if there are any.
+        *networks, count = np.shape(self.times)
+        if count == 0:
             raise TimesError(f"no time was saved before the run ended: {self.message}")
-        return tuple(x[-1] for x in self.activities)
+        return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
 
     def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
         """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
@@ -120,6 +129,7 @@ class Trajectory(LayerEnergies):
 
     def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""
+        self._one_network()
         there = reference if isinstance(reference, list | tuple) else reference.activities
         if len(there) != len(self.activities):
             raise ShapeError(

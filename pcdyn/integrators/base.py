@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.problem import Problem, State
-from pcdyn.states import layer_norms
+from pcdyn.stacked import norms_of
 
 
 class Flow(eqx.Module):
@@ -28,6 +28,10 @@ class Flow(eqx.Module):
     def __call__(self, t: Any, state: State, args: Any = None) -> State:
         """dx/dt at `state`; the flow does not depend on time."""
         return self.problem.vector_field(state, self.first_prediction)
+
+    def norms(self, state: State) -> Array:
+        """‖dx_l/dt‖ of each free layer at `state`, per sample."""
+        return norms_of(self.problem, self(0.0, state))
 
 
 class UntilEquilibrium(eqx.Module):
@@ -55,9 +59,8 @@ class UntilEquilibrium(eqx.Module):
             return self
         return UntilEquilibrium(1e-6 if dtype == jnp.float64 else 1e-3, self.minimum_time)
 
-    def reached(self, t: Any, field: State) -> Array:
-        """Whether to stop at time t, one boolean for all samples."""
-        norms = layer_norms(field)
+    def reached(self, t: Any, norms: Any) -> Array:
+        """Whether to stop at time t, by the `Flow.norms` there: one boolean for all samples."""
         tolerance, minimum = (
             jnp.asarray(x, norms.dtype) for x in (self.tolerance, self.minimum_time)
         )
