@@ -28,6 +28,7 @@ from pcdyn.kinks import SlidingPoint
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers import FlowToRest, Solution, Solver, default_solvers, get_solver
 from pcdyn.solvers.run import solve_in_turn, solve_on_host
+from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 
@@ -265,8 +266,13 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
 
 @eqx.filter_jit
 def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
-    errors = problem.prediction_errors(problem.activities(state))
-    return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
+    deep = stacked(problem)
+    if not isinstance(deep, StackedProblem):
+        errors = problem.prediction_errors(problem.activities(state))
+        return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
+    together = deep.pack(state)
+    errors, energies = deep.observe(together)
+    return deep.unpack_errors(errors), energies, deep.norms(deep.gradient(together))
 
 
 def _build(

@@ -3,8 +3,8 @@
 XLA compiles every operation that it is shown, and a network of 200 layers shows it each one 200
 times. Here the state is one array with the units of all free layers side by side, and consecutive
 layers of one kind are stacked and run in a loop that is compiled once. The numbers agree with those
-of `pcdyn.InferenceProblem` up to round-off; up to `MOST_WRITTEN_OUT` layers nothing is stacked, for
-loops run slower.
+of `pcdyn.InferenceProblem` up to round-off. A network of at most `pcdyn.network.MOST_WRITTEN_OUT`
+layers stays as it is, for loops run slower.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import numpy as np
 from pcdyn.checks import is_traced
 from pcdyn.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.generalised_energy import Separable, Split
-from pcdyn.network import Activities, apply_layer
+from pcdyn.network import MOST_WRITTEN_OUT, Activities, apply_layer, stack, structure_of
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.states import layer_norms
-
-MOST_WRITTEN_OUT = 16
 
 
 class Run(eqx.Module):
@@ -233,22 +231,6 @@ def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:
             lambda e: e.precisions, Gaussian(), (precision,), is_leaf=lambda x: x is None
         )
     return None
-
-
-def structure_of(part: Any) -> Any:
-    """What layers share that one loop can run."""
-    arrays, static = eqx.partition(part, eqx.is_array)
-    leaves, tree = jax.tree.flatten(arrays)
-    return [(x.shape, x.dtype) for x in leaves], tree, static
-
-
-def stack(parts: list[Any]) -> Any:
-    """Layers of one structure as one, each array with their axis first."""
-    arrays = [eqx.filter(part, eqx.is_array) for part in parts]
-    static = eqx.filter(parts[0], eqx.is_array, inverse=True)
-    # On the host, where nothing need be compiled.
-    xp = jnp if is_traced(arrays) else np
-    return eqx.combine(jax.tree.map(lambda *each: xp.stack(each), *arrays), static)
 
 
 def _split(x: Any, widths: tuple[int, ...]) -> tuple[Any, ...]:

@@ -24,11 +24,10 @@ import jax.scipy.linalg as jsl
 
 from pcdyn.energy import Energy, Gaussian, error_gradient, weigh
 from pcdyn.generalised_energy import Separable, curvature, output_part, residual_part
-from pcdyn.network import apply_layer
+from pcdyn.network import apply_layer, stack, structure_of
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import round_off
 from pcdyn.solvers.damped import Look
-from pcdyn.stacked import stack, structure_of
 from pcdyn.states import dot, largest_norm
 
 Stacked = tuple[Any, ...]
