@@ -37,7 +37,7 @@ class FlowToRest(Solver):
         self.integrator.check(problem, UntilEquilibrium(), False)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+        return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         slowest = 1.0
