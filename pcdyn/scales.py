@@ -75,7 +75,7 @@ def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) ->
     at_rest = jnp.all(norms <= floor, axis=-1)
     tiny = jnp.finfo(both.dtype).tiny
     wanted = jnp.maximum(relative * gradient_scale(problem, start), tiny)
-    return jnp.where(at_rest, jnp.maximum(wanted, jnp.max(norms, axis=-1)), wanted)
+    return jnp.where(at_rest, jnp.maximum(wanted, 2 * jnp.max(floor, axis=-1)), wanted)
 
 
 def gradient_round_off(problem: InferenceProblem, state: State) -> Any:

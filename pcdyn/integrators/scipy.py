@@ -189,8 +189,8 @@ class _HostSystem:
         """Whether the vector field is below the tolerance in every layer and sample."""
         self.tests += 1
         field = self.unflatten(self.field(0.0, y))
-        norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]
-        return bool(max(norms) <= until.tolerance)
+        norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in field], axis=-1)
+        return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
 
 
 class _AtEquilibrium:

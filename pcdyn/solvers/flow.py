@@ -51,9 +51,7 @@ class FlowToRest(Solver):
                 state=state,
                 times=jnp.asarray([0.0]),
                 t1=jnp.asarray(self.t1, float),
-                until=eqx.tree_at(
-                    lambda until: until.tolerance, UntilEquilibrium(1.0), tolerance / slowest
-                ),
+                until=UntilEquilibrium().with_tolerance(tolerance / slowest),
                 dense=False,
             )
         )

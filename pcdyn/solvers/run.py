@@ -42,6 +42,10 @@ def _solve_first(
     problem: InferenceProblem, state: State, solver: Solver, tolerance: Any, relative: bool
 ) -> tuple[Solution, Any]:
     """The solution, and the tolerance per sample."""
+    if has_kinks(problem.network):
+        # On a ridge the gradient vanishes, and nothing could be small beside it.
+        beside, falls = step_off_ridges(problem, state)
+        state = choose(falls, beside, state)
     if relative:
         goal = resting_tolerance(problem, state, tolerance)
     else:
@@ -63,7 +67,9 @@ def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Any) -
         after = solver.solve(problem, start, jnp.where(running, goal, jnp.inf))
         solution = choose(running, _with_costs_of(before, after), before)
         beside, falls = step_off_ridges(problem, solution.state)
-        ridge = running & falls & (solution.status == EquilibriumStatus.CONVERGED)
+        ended = solution.status == EquilibriumStatus.CONVERGED
+        ended = ended | (solution.status == EquilibriumStatus.STALLED)
+        ridge = running & falls & ended
         start = choose(ridge, beside, solution.state)
         return solution, start, ridge, count + 1
 
