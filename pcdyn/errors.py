@@ -178,7 +178,7 @@ class EquilibriumStatus(enum.IntEnum):
 
 
 _EQUILIBRIUM_EXPLANATIONS = {
-    EquilibriumStatus.CONVERGED: "the gradient of the free energy is below the tolerance",
+    EquilibriumStatus.CONVERGED: "the gradient of the free energy is within the tolerance",
     EquilibriumStatus.SLIDING: (
         "stationary at kinks of the activations: zero lies between the one-sided gradients there, "
         "where no gradient vanishes"

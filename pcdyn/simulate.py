@@ -84,7 +84,7 @@ def simulate(
     state raise, before anything runs.
     """
     method = get_integrator(integrator)
-    stop = _stopping(until, problem)
+    stop = _stopping(until)
     method.check(problem, stop, dense)
     state = problem.initial_state(initial)
     # The closed form is one of the weights, layer by layer.
@@ -94,7 +94,7 @@ def simulate(
         state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
         times=_checked_times(t1, times),
         t1=float(t1),
-        until=stop,
+        until=None if stop is None else stop.resolved(problem, state),
         dense=dense,
     )
     if per_sample and state[0].ndim != 2:
@@ -140,13 +140,11 @@ def _warn_of_step(request: Request, method: Integrator) -> None:
         )
 
 
-def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEquilibrium | None:
-    if until is None:
-        return None
-    if isinstance(until, UntilEquilibrium):
-        return until.resolved(problem.dtype)
+def _stopping(until: str | UntilEquilibrium | None) -> UntilEquilibrium | None:
+    if until is None or isinstance(until, UntilEquilibrium):
+        return until
     if until == "equilibrium":
-        return UntilEquilibrium().resolved(problem.dtype)
+        return UntilEquilibrium()
     raise IntegratorError(
         f'until={until!r} is unknown: use "equilibrium" or pcdyn.UntilEquilibrium(tolerance=…)'
     )

@@ -163,13 +163,11 @@ class StackedProblem(Problem):
 
     def norms(self, state: State) -> Any:
         """The Euclidean norm of each free layer, per sample."""
-        (x,), start, norms = state, 0, []
-        for width, group in itertools.groupby(self.free_widths):
-            length = len(list(group))
-            part = x[..., start : start + length * width]
-            norms.append(jnp.linalg.norm(part.reshape(*x.shape[:-1], length, width), axis=-1))
-            start += length * width
-        return jnp.concatenate(norms, axis=-1)
+        return _norms(state[0], self.free_widths)
+
+    def error_norms(self, errors: Activities) -> Any:
+        """The Euclidean norm of ε_1 … ε_L, per sample."""
+        return _norms(errors[0], self.widths[1:])
 
 
 def norms_of(problem: Problem, state: State) -> Any:
@@ -231,6 +229,16 @@ def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:
             lambda e: e.precisions, Gaussian(), (precision,), is_leaf=lambda x: x is None
         )
     return None
+
+
+def _norms(x: Any, widths: tuple[int, ...]) -> Any:
+    start, norms = 0, []
+    for width, group in itertools.groupby(widths):
+        length = len(list(group))
+        part = x[..., start : start + length * width]
+        norms.append(jnp.linalg.norm(part.reshape(*x.shape[:-1], length, width), axis=-1))
+        start += length * width
+    return jnp.concatenate(norms, axis=-1)
 
 
 def _split(x: Any, widths: tuple[int, ...]) -> tuple[Any, ...]:

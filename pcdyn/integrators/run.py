@@ -24,27 +24,37 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(input: Array | None, output: Array | None, state: State) -> Integration:
-        return _checked_run(method, _with_data(request, input, output, state))
+    def one(input: Array | None, output: Array | None, state: State, goal: Any) -> Integration:
+        return _checked_run(method, _with_data(request, input, output, state, goal))
 
     problem = request.problem
     assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, request.state))
+    data = (problem.input, problem.output, request.state, _goals(request))
+    return _batch_of(eqx.filter_vmap(one)(*data))
 
 
 def _with_data(
-    request: Request, input: Array | None, output: Array | None, state: State
+    request: Request, input: Array | None, output: Array | None, state: State, goal: Any
 ) -> Request:
     problem = request.problem
     assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    return dataclasses.replace(request, problem=problem.with_data(input, output), state=state)
+    problem = problem.with_data(input, output)
+    until = None if request.until is None else request.until.with_tolerance(goal)
+    return dataclasses.replace(request, problem=problem, state=state, until=until)
+
+
+def _goals(request: Request) -> Any:
+    """The tolerance of each sample at which to stop."""
+    if request.until is None:
+        return None
+    return jnp.broadcast_to(request.until.tolerance, request.state[0].shape[:1])
 
 
 def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
     problem = request.problem
     assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    data = (problem.input, problem.output, request.state)
+    data = (problem.input, problem.output, request.state, _goals(request))
     return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
 
 

@@ -198,8 +198,8 @@ class _HostSystem:
         problem = self._flow.problem
         field = self.unflatten(self.field(0.0, y))
         layers = problem.unpack(field) if isinstance(problem, StackedProblem) else field
-        norms = [np.linalg.norm(layer, axis=-1).max() for layer in layers]
-        return bool(max(norms) <= until.tolerance)
+        norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in layers], axis=-1)
+        return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
 
 
 class _AtEquilibrium:

@@ -24,8 +24,8 @@ from pcdyn.errors import PcdynError
 from pcdyn.integrators import Diffrax, Euler
 from pcdyn.learning import (
     Backpropagation,
-    DifferenceTargetPropagation,
     EulerPredictiveCoding,
+    FixedPrediction,
     IncrementalPredictiveCoding,
     PredictiveCoding,
 )
@@ -141,7 +141,7 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "rule, Euler steps": (by_rule(EulerPredictiveCoding(steps=5)), 1e-14, ()),
     "rule, incremental": (by_rule(IncrementalPredictiveCoding(steps=5, ratio=0.1)), 1e-13, ()),
     "rule, backpropagation": (by_rule(Backpropagation()), 1e-14, ()),
-    "rule, target propagation": (by_rule(DifferenceTargetPropagation()), 1e-14, ()),
+    "rule, fixed prediction": (by_rule(FixedPrediction(steps=5)), 1e-14, ()),
 }  # fmt: skip
 
 
@@ -201,7 +201,9 @@ def check(cells: dict[str, str], cell: str, ours: Any, theirs: Any, allowed: Any
     if wrong.any():
         names = [*LEAVES, "all"]
         worst = [names[i] for i in np.flatnonzero(wrong)] if wrong.ndim else ""
-        cells[cell] = f"{np.ravel(ours)} instead of {np.ravel(theirs)} ± {np.ravel(allowed)} {worst}"
+        cells[cell] = (
+            f"{np.ravel(ours)} instead of {np.ravel(theirs)} ± {np.ravel(allowed)} {worst}"
+        )
 
 
 @pytest.mark.parametrize("name", VERBS)
