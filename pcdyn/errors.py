@@ -8,10 +8,14 @@ only while a solver runs (a diverging step, too many steps) is a `Status` of the
 
 from __future__ import annotations
 
+import collections
 import enum
 from typing import Any
 
 import numpy as np
+
+# Messages name so many samples one by one, and count them beyond.
+MOST_SAMPLES_NAMED = 20
 
 
 class PcdynError(Exception):
@@ -147,6 +151,16 @@ _EXPLANATIONS = {
 }
 
 
+class Statuses(tuple[Any, ...]):
+    """The status of each sample; those of many samples print as counts."""
+
+    def __repr__(self) -> str:
+        if len(self) <= MOST_SAMPLES_NAMED:
+            return super().__repr__()
+        counts = ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(self).items()))
+        return f"({len(self)} samples: {counts})"
+
+
 class EquilibriumStatus(enum.IntEnum):
     """How the search for an equilibrium ended; `explanation` gives cause and remedy."""
 
@@ -168,7 +182,7 @@ class EquilibriumStatus(enum.IntEnum):
 
 
 _EQUILIBRIUM_EXPLANATIONS = {
-    EquilibriumStatus.CONVERGED: "the gradient of the free energy is below the tolerance",
+    EquilibriumStatus.CONVERGED: "the gradient of the free energy is within the tolerance",
     EquilibriumStatus.SLIDING: (
         "stationary at kinks of the activations: zero lies between the one-sided gradients there, "
         "where no gradient vanishes"

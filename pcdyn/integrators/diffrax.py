@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pcdyn.checks import check_instance, checked_integer
 from pcdyn.errors import IntegratorError, Status
+from pcdyn.functions import Name
 from pcdyn.integrators.base import (
     Flow,
     Integration,
@@ -23,6 +24,7 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 
 if TYPE_CHECKING:
     import diffrax
@@ -110,7 +112,8 @@ class Diffrax(Integrator):
             SciPy(fallback)  # refuses an unknown one
         if dt is not None:
             check_step("Diffrax", dt)
-        self.solver, self.rtol, self.atol, self.dt = solver, rtol, atol, dt
+        self.solver = Name(solver) if isinstance(solver, str) else solver
+        self.rtol, self.atol, self.dt = rtol, atol, dt
         self.controller, self.max_steps, self.fallback = controller, max_steps, fallback
 
     @property
@@ -165,7 +168,8 @@ class Diffrax(Integrator):
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         if self.solver == "rodas5p":
-            return Rodas5P(problem if isinstance(problem, InferenceProblem) else None)
+            known = isinstance(problem, InferenceProblem | StackedProblem)
+            return Rodas5P(problem if known else None)
         if not isinstance(self.solver, str):
             return _with_structure(self.solver, problem)
         solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
@@ -188,7 +192,7 @@ class Diffrax(Integrator):
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
         event = None
         if until is not None:
-            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow(t, y)))
+            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow.norms(y)))
         saveat = diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,
@@ -213,7 +217,7 @@ class Diffrax(Integrator):
         end_time, status = cast(Any, solution.ts)[1][0], _status(solution.result)
         if until is not None:
             # diffrax saves nothing where the event has already happened at the start.
-            at_rest = until.reached(0.0, flow(0.0, state))
+            at_rest = until.reached(0.0, flow.norms(state))
             states, end_state = jax.tree.map(
                 lambda saved, x: jnp.where(at_rest, x, saved), (states, end_state), (state, state)
             )
@@ -325,14 +329,16 @@ def _with_structure(solver: Any, problem: Problem) -> Any:
     """
     from lineax import AutoLinearSolver
 
-    if not (_is_implicit(solver) and isinstance(problem, InferenceProblem)):
+    known = isinstance(problem, InferenceProblem | StackedProblem)
+    if not (_is_implicit(solver) and known):
         return solver
     finder = solver.root_finder
     if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
         return solver
     from pcdyn.integrators.structured import ChainSolver, free_time_constants
 
-    chosen = ChainSolver(free_time_constants(problem))
+    widths = problem.free_widths if isinstance(problem, StackedProblem) else None
+    chosen = ChainSolver(free_time_constants(problem), widths)
     finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
     return dataclasses.replace(solver, root_finder=finder)
 

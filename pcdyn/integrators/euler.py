@@ -63,7 +63,7 @@ class Euler(Integrator):
         def finished(step: Any, state: State) -> Any:
             if until is None:
                 return jnp.asarray(False)
-            return until.reached(jnp.asarray(step, dtype) * dt, flow(0.0, state))
+            return until.reached(jnp.asarray(step, dtype) * dt, flow.norms(state))
 
         def advance(carry: Any, stop: Any) -> Any:
             def proceed(carry: Any) -> Any:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.errors import Status
+from pcdyn.errors import MOST_SAMPLES_NAMED, Status
 from pcdyn.integrators.base import Integration, Integrator, Request
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 from pcdyn.states import choose
 
 
@@ -23,26 +24,37 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(input: Array | None, output: Array | None, state: State) -> Integration:
-        return _checked_run(method, _with_data(request, input, output, state))
+    def one(input: Array | None, output: Array | None, state: State, goal: Any) -> Integration:
+        return _checked_run(method, _with_data(request, input, output, state, goal))
 
     problem = request.problem
-    assert isinstance(problem, InferenceProblem), "others have no samples"
-    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, request.state))
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    data = (problem.input, problem.output, request.state, _goals(request))
+    return _batch_of(eqx.filter_vmap(one)(*data))
 
 
 def _with_data(
-    request: Request, input: Array | None, output: Array | None, state: State
+    request: Request, input: Array | None, output: Array | None, state: State, goal: Any
 ) -> Request:
-    assert isinstance(request.problem, InferenceProblem), "others have no samples"
-    problem = request.problem.with_data(input, output)
-    return dataclasses.replace(request, problem=problem, state=state)
+    problem = request.problem
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    problem = problem.with_data(input, output)
+    until = None if request.until is None else request.until.with_tolerance(goal)
+    return dataclasses.replace(request, problem=problem, state=state, until=until)
+
+
+def _goals(request: Request) -> Any:
+    """The tolerance of each sample at which to stop."""
+    if request.until is None:
+        return None
+    return jnp.broadcast_to(request.until.tolerance, request.state[0].shape[:1])
 
 
 def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
-    assert isinstance(request.problem, InferenceProblem), "others have no samples"
-    data = (request.problem.input, request.problem.output, request.state)
+    problem = request.problem
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    data = (problem.input, problem.output, request.state, _goals(request))
     return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
 
 
@@ -191,7 +203,10 @@ def integrate_with_fallback(
         return _integrate_on_host(other, request, per_sample), reason
     samples = np.flatnonzero(gave_up)
     again = _integrate_on_host(other, _take(request, samples), per_sample)
-    return _replace_samples(run, samples, again), f"{reason} (samples {samples.tolist()})"
+    shown = ", ".join(map(str, samples[:MOST_SAMPLES_NAMED]))
+    more = ", …" if samples.size > MOST_SAMPLES_NAMED else ""
+    counted = f"{samples.size} of {run.status.size} samples: {shown}{more}"
+    return _replace_samples(run, samples, again), f"{reason} ({counted})"
 
 
 def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -> Integration:
@@ -204,6 +219,35 @@ def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -
 def _finish_on_host(run: Integration, request: Request) -> Integration:
     finished = _finish(_numbers_as_arrays(on_host(run)), request, np)
     return _with_held_ends(finished, request.state)
+
+
+class _Stacked(eqx.Module):
+    """Dense outputs of several samples, which differ in kind, as one function of time."""
+
+    interpolations: tuple[Any, ...]
+
+    def __call__(self, t: Any) -> State:
+        states = [each(t) for each in self.interpolations]
+        return tuple(np.stack(layer) for layer in zip(*states, strict=True))
+
+
+class _Replaced(eqx.Module):
+    """Dense output of a batch in which another one has taken over for some samples."""
+
+    interpolation: Any
+    again: Any
+    samples: np.ndarray
+
+    def __call__(self, t: Any) -> State:
+        return _with_rows(self.interpolation(t), self.again(t), self.samples, 0)
+
+
+def _with_rows(mine: State, theirs: State, samples: np.ndarray, axis: int) -> State:
+    """A state in which some samples, along an axis, are those of another."""
+    layers = tuple(np.array(x) for x in mine)
+    for layer, part in zip(layers, theirs, strict=True):
+        np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(np.asarray(part), axis, 0)
+    return layers
 
 
 def _stack(runs: list[Integration]) -> Integration:
@@ -228,24 +272,13 @@ def _stack(runs: list[Integration]) -> Integration:
         jacobian_evaluations=column("jacobian_evaluations"),
         accepted_steps=column("accepted_steps"),
         rejected_steps=column("rejected_steps"),
-        interpolation=lambda t: tuple(
-            jnp.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
-        ),
+        interpolation=None if interpolations[0] is None else _Stacked(tuple(interpolations)),
         message=message,
     )
 
 
 def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) -> Integration:
     """`run` with some samples replaced by those of another integration."""
-
-    def replaced(mine: State, theirs: State, axis: int) -> State:
-        layers = tuple(np.array(x) for x in mine)
-        for layer, part in zip(layers, theirs, strict=True):
-            np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(part, axis, 0)
-        return layers
-
-    def interpolation(t: Any) -> State:
-        return replaced(run.interpolation(t), again.interpolation(t), 0)
 
     def merged(name: str) -> Any:
         mine, theirs = getattr(run, name), getattr(again, name)
@@ -255,12 +288,15 @@ def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) 
         values[samples] = theirs
         return values
 
+    interpolation = run.interpolation
+    if interpolation is not None:
+        interpolation = _Replaced(interpolation, again.interpolation, samples)
     names = ("end_time", "status", "evaluations", "jacobian_evaluations", "accepted_steps")
     return dataclasses.replace(
         run,
-        states=replaced(run.states, again.states, 1),
-        end_state=replaced(run.end_state, again.end_state, 0),
-        interpolation=None if run.interpolation is None else interpolation,
+        states=_with_rows(run.states, again.states, samples, 1),
+        end_state=_with_rows(run.end_state, again.end_state, samples, 0),
+        interpolation=interpolation,
         rejected_steps=None,
         message=again.message,
         **{name: merged(name) for name in names},

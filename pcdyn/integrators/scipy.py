@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.checks import check_choice
-from pcdyn.errors import IntegratorError, Status
+from pcdyn.checks import check_choice, is_traced
+from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
     Integration,
@@ -21,8 +21,9 @@ from pcdyn.integrators.base import (
     check_tolerances,
     default_tolerances,
 )
-from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries
+from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _MOST_NON_FINITE = 200
@@ -39,7 +40,6 @@ class SciPy(Integrator):
     defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
     dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
     differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
-    Dense output is always there.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
@@ -73,10 +73,10 @@ class SciPy(Integrator):
         system = _HostSystem(problem, state)
         start = system.flatten(state)
         if until is not None and until.minimum_time == 0 and system.below(start, until):
-            return _at_rest(system, start, request.times)
+            return _at_rest(system, start, request)
         system.tests += 1
         if not np.isfinite(system.field(0.0, start)).all():
-            return _failed(system, start, request.times, Status.NON_FINITE, "")
+            return _failed(system, start, request, Status.NON_FINITE, "")
         rtol, atol = map(float, default_tolerances(self.rtol, self.atol, request))
         options = system.jacobian_options(self.method)
         if until is not None:
@@ -94,11 +94,11 @@ class SciPy(Integrator):
                     **options,
                 )
             except _NonFiniteField:
-                return _failed(system, start, request.times, Status.NON_FINITE, "")
+                return _failed(system, start, request, Status.NON_FINITE, "")
             except (ValueError, np.linalg.LinAlgError) as error:
                 # The implicit methods raise on a Jacobian with NaN.
                 reason = f"SciPy says: {error}"
-                return _failed(system, start, request.times, Status.SOLVER_FAILED, reason)
+                return _failed(system, start, request, Status.SOLVER_FAILED, reason)
         return self._package(system, solution, request)
 
     def _package(self, system: _HostSystem, solution: Any, request: Request) -> Integration:
@@ -122,7 +122,7 @@ class SciPy(Integrator):
             jacobian_evaluations=solution.njev,
             accepted_steps=accepted,
             rejected_steps=rejected,
-            interpolation=lambda t: system.unflatten(solution.sol(float(t))),
+            interpolation=system.output(solution.sol) if request.dense else None,
             message="" if status.ok else f"SciPy says: {solution.message}",
         )
 
@@ -150,8 +150,11 @@ class _HostSystem:
 
     def unflatten(self, y: np.ndarray) -> State:
         """The state of a flat vector, or the states of several with a leading axis."""
-        rows = y.reshape(*y.shape[:-1], *self._batch, sum(self._widths)).astype(self._dtype)
-        return tuple(np.split(rows, np.cumsum(self._widths)[:-1], axis=-1))
+        return _unflatten(y, self._widths, self._batch, self._dtype)
+
+    def output(self, solution: Any) -> _DenseOutput:
+        """SciPy's dense output as a function from a time to a state."""
+        return _DenseOutput(_Interpolants(solution), self._widths, self._batch, self._dtype)
 
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
         rows = y.reshape(*self._batch, -1).astype(self._dtype)
@@ -172,23 +175,28 @@ class _HostSystem:
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
         problem = self._flow.problem
-        if not isinstance(problem, InferenceProblem):
+        if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": lambda t, y: self.dense_jacobian(y)}
-        pattern = ChainPattern(self._widths, int(np.prod(self._batch, dtype=int)))
+        deep = isinstance(problem, StackedProblem)
+        widths = problem.free_widths if deep else self._widths
+        pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)))
         if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": lambda t, y: self.dense_jacobian(y)}
 
         def entries(y: np.ndarray) -> np.ndarray:
-            return np.asarray(chain_entries(problem, self.unflatten(y)), dtype=np.float64)
+            found = deep_entries if deep else chain_entries
+            return np.asarray(found(problem, self.unflatten(y)), dtype=np.float64)
 
         return pattern.options(method, entries)
 
     def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
         """Whether the vector field is below the tolerance in every layer and sample."""
         self.tests += 1
+        problem = self._flow.problem
         field = self.unflatten(self.field(0.0, y))
-        norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]
-        return bool(max(norms) <= until.tolerance)
+        layers = problem.unpack(field) if isinstance(problem, StackedProblem) else field
+        norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in layers], axis=-1)
+        return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
 
 
 class _AtEquilibrium:
@@ -224,19 +232,69 @@ def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
     return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
 
 
-def _at_rest(system: _HostSystem, start: np.ndarray, times: Any) -> Integration:
-    state = system.unflatten(start)
-    saved = system.unflatten(np.tile(start, (len(times), 1)))
-    return Integration(
-        saved, 0.0, state, int(Status.CONVERGED), 1, 0, 0, 0, interpolation=lambda t: state
-    )
+def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> State:
+    rows = y.reshape(*y.shape[:-1], *batch, sum(widths)).astype(dtype)
+    return tuple(np.split(rows, np.cumsum(widths)[:-1], axis=-1))
+
+
+class _Interpolants:
+    """SciPy's dense output as a value: equal where it gives the same states."""
+
+    def __init__(self, solution: Any):
+        self.solution = solution
+
+    def _key(self) -> tuple[bytes, bytes]:
+        times = self.solution.ts
+        return times.tobytes(), self.solution((times[1:] + times[:-1]) / 2).tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Interpolants) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class _DenseOutput(eqx.Module):
+    """SciPy's dense output as a function from a time to a state; no leaf of a pytree."""
+
+    interpolants: _Interpolants = eqx.field(static=True)
+    widths: tuple[int, ...] = eqx.field(static=True)
+    batch: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, t: Any) -> State:
+        if is_traced(t):
+            raise DenseOutputError(
+                "SciPy's dense output is evaluated on the host, which JAX cannot transform: "
+                "integrate with diffrax, or evaluate at known times"
+            )
+        y = self.interpolants.solution(float(t))
+        return _unflatten(y, self.widths, self.batch, self.dtype)
+
+
+class _Rest(eqx.Module):
+    """Dense output of a run that did not leave its start."""
+
+    state: State
+
+    def __call__(self, t: Any) -> State:
+        return self.state
+
+
+def _at_rest(system: _HostSystem, start: np.ndarray, request: Request) -> Integration:
+    return _unmoved(system, start, request, int(Status.CONVERGED), 1, 0, 0, 0)
 
 
 def _failed(
-    system: _HostSystem, start: np.ndarray, times: Any, status: Status, message: str
+    system: _HostSystem, start: np.ndarray, request: Request, status: Status, message: str
+) -> Integration:
+    return _unmoved(system, start, request, int(status), message=message)
+
+
+def _unmoved(
+    system: _HostSystem, start: np.ndarray, request: Request, *counts: Any, message: str = ""
 ) -> Integration:
     state = system.unflatten(start)
-    saved = system.unflatten(np.tile(start, (len(times), 1)))
-    return Integration(
-        saved, 0.0, state, int(status), interpolation=lambda t: state, message=message
-    )
+    saved = system.unflatten(np.tile(start, (len(request.times), 1)))
+    interpolation = _Rest(state) if request.dense else None
+    return Integration(saved, 0.0, state, *counts, interpolation=interpolation, message=message)
