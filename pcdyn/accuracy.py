@@ -14,7 +14,7 @@ from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.linear import is_linear
+from pcdyn.whitened import is_linear
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.kinks import has_kinks
-from pcdyn.linear import is_linear
+from pcdyn.whitened import is_linear
 from pcdyn.problem import InferenceProblem
 from pcdyn.solvers.base import Solution, Solver
 from pcdyn.solvers.closed_form import ClosedForm
