@@ -207,15 +207,15 @@ def equilibrium(
       pseudo-transient continuation.
     - `initial`: `"feedforward"`, `"zeros"` or a state.
     - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute. Unless given it is 1e-6 in
-      float64 and 1e-4 in float32 times the scale of each sample: the largest ‖∂F/∂x_l‖ at the
-      start, or if that is less the largest prediction error there times the smallest precision. A
-      sample whose gradient at the start is within its round-off is at rest there.
+      float64 and 1e-4 in float32 times the scale of each sample: the least of 1, of the largest
+      ‖∂F/∂x_l‖ at the start, and of the largest prediction error there times the smallest
+      precision. A sample whose gradient at the start is within its round-off is at rest there.
     - `throw`: raise `pcdyn.NotConvergedError` if any sample has not converged, with what was found
       in its `equilibrium`; with `throw=False` the status says so instead.
 
-    Where round-off keeps the gradient above the tolerance, as at large ratios of precisions, a
-    sample has converged once its solver cannot lower F any more and the gradient is within that
-    round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point with a
+    Where round-off keeps the gradient above a tolerance that was not given, as at large ratios of
+    precisions, a sample has converged once its solver cannot lower F any more and the gradient is
+    within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point with a
     vanishing gradient on one side of which F falls is no equilibrium: the search goes on from
     beside it.
 
@@ -242,7 +242,7 @@ def equilibrium(
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))
         fixed, begin = eqx.combine(frozen, (batched, state))
         ran = solve_in_turn(fixed, begin, solvers, wanted, relative)
-        verdict = _verdict(fixed, ran, _observe(fixed, ran.solution.state))
+        verdict = _verdict(fixed, ran, _observe(fixed, ran.solution.state), relative)
         converged = verdict.status == EquilibriumStatus.CONVERGED
         moving = with_derivatives(batched, ran.solution.state, converged)
         return _build(problem, start, moving, ran, _observe(batched, moving), verdict, given)
@@ -250,7 +250,7 @@ def equilibrium(
         ran = solve_on_host(batched, state, solvers, wanted, relative)
         # Copies, for the sliding samples get other numbers.
         observed = jax.tree.map(np.array, _observe(batched, ran.solution.state))
-        verdict = _verdict(batched, ran, observed)
+        verdict = _verdict(batched, ran, observed, relative)
         found = _build(
             on_host(problem), on_host(start), ran.solution.state, ran, observed, verdict, given
         )
@@ -301,7 +301,9 @@ class _Verdict:
     tolerance: Any
 
 
-def _verdict(problem: InferenceProblem, ran: Ran, observed: tuple[Any, Any, Any]) -> _Verdict:
+def _verdict(
+    problem: InferenceProblem, ran: Ran, observed: tuple[Any, Any, Any], relative: bool
+) -> _Verdict:
     """A solver's claim to have converged is checked."""
     _, energies, residuals = observed
     xp = np if isinstance(energies, np.ndarray) else jnp
@@ -313,7 +315,7 @@ def _verdict(problem: InferenceProblem, ran: Ran, observed: tuple[Any, Any, Any]
     finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
     doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
     status = xp.where(resting & finite, int(EquilibriumStatus.CONVERGED), doubted)
-    if xp is jnp or (status == EquilibriumStatus.STALLED).any():
+    if relative and (xp is jnp or (status == EquilibriumStatus.STALLED).any()):
         status, tolerance = settled(problem, ran.solution.state, status, ran.tolerance)
         status, tolerance = (xp.asarray(x) for x in (status, tolerance))
     return _Verdict(status, residuals, tolerance)

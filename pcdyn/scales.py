@@ -62,9 +62,9 @@ def _smallest(energy: Energy, index: int, dtype: Any) -> Any:
 def gradient_scale(problem: InferenceProblem, state: State) -> Any:
     """What ‖∂F/∂x_l‖ at an equilibrium is small beside, seen from a start, per sample.
 
-    The largest ‖∂F/∂x_l‖ at the start, or if that is less the largest prediction error there times
-    the smallest precision: where precisions differ much, the large ones dominate the gradient at
-    the start, and beside it that of the slow directions would be small before anything has moved.
+    The least of 1, of the largest ‖∂F/∂x_l‖ at the start, and of the largest prediction error there
+    times the smallest precision: where precisions differ much, the large ones dominate the gradient
+    at the start, and beside it that of the slow directions would be small before it has moved.
     """
     deep = stacked(problem)
     if isinstance(deep, StackedProblem):
@@ -74,7 +74,7 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Any:
     else:
         field = largest_norm(problem.gradient(state))
         largest = largest_norm(problem.prediction_errors(problem.activities(state)))
-    return jnp.minimum(field, smallest_precision(deep) * largest)
+    return jnp.minimum(1, jnp.minimum(field, smallest_precision(deep) * largest))
 
 
 def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) -> Any:
@@ -122,7 +122,8 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     signs = np.random.default_rng(0)
 
     def rounded(x: Any) -> Any:
-        return eps * jnp.abs(x) * signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
+        each = signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
+        return eps * jnp.abs(x) * np.broadcast_to(each, x.shape)
 
     squares = [
         layer_norms(tangent(*jax.tree.map(rounded, (state, sizes)))) ** 2 for _ in range(_PROBES)

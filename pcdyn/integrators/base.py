@@ -42,7 +42,7 @@ class UntilEquilibrium(eqx.Module):
     The norm is Euclidean and per layer. Nothing stops before `minimum_time`. A given tolerance is
     absolute. Unless given it is 1e-6 in float64 and 1e-3 in float32 times the scale of each sample,
     as for `pcdyn.equilibrium` but over the largest time constant; where weights or precisions move
-    as well, times the largest ‖dx_l/dt‖ at the start.
+    as well, times the largest ‖dx_l/dt‖ at the start if that is below 1.
     """
 
     tolerance: Any = None
@@ -80,8 +80,8 @@ def _resting_field(problem: Problem, start: State, relative: Any) -> Any:
     """What ‖dx_l/dt‖ is to be, per sample."""
     if isinstance(problem, InferenceProblem):
         return resting_tolerance(problem, start, relative) / _slowest_time(problem)
-    tiny = jnp.finfo(problem.dtype).tiny
-    return jnp.maximum(relative * jnp.max(layer_norms(Flow(problem)(0.0, start))), tiny)
+    largest = jnp.minimum(1, jnp.max(layer_norms(Flow(problem)(0.0, start))))
+    return jnp.maximum(relative * largest, jnp.finfo(problem.dtype).tiny)
 
 
 def _slowest_time(problem: InferenceProblem | StackedProblem) -> Any:

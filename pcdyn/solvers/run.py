@@ -129,8 +129,9 @@ def solve_in_turn(
     """Try solvers until each sample has converged, to a tolerance that may be `relative`."""
     solution, goal = _solve_first(problem, start, solvers[0], tolerance, relative)
     for solver in solvers[1:]:
-        status, _ = settled(problem, solution.state, solution.status, goal)
-        solution = dataclasses.replace(solution, status=status)
+        if relative:
+            status, _ = settled(problem, solution.state, solution.status, goal)
+            solution = dataclasses.replace(solution, status=status)
         state = _restart(solution, start)
         # Nothing is left to do for those that have converged to round-off only.
         done = solution.status == EquilibriumStatus.CONVERGED
@@ -166,7 +167,7 @@ def solve_on_host(
             solution = _follow_up(solution, _solve(problem, state, numbers, left), done)
         solution = on_host(solution)
         ran.append(solver.name)
-        if np.any(solution.status == EquilibriumStatus.STALLED):
+        if relative and np.any(solution.status == EquilibriumStatus.STALLED):
             status, _ = settled(problem, solution.state, solution.status, goal)
             solution = dataclasses.replace(solution, status=np.array(status))
         if has_kinks(problem.network):
