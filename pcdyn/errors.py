@@ -115,6 +115,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 4
     UNSTABLE_STEP = 5
     SOLVER_FAILED = 6
+    TIME_LIMIT = 7
 
     @property
     def ok(self) -> bool:
@@ -132,7 +133,9 @@ _EXPLANATIONS = {
     Status.CONVERGED: "stopped at equilibrium: the vector field fell below the tolerance",
     Status.MAX_STEPS: (
         "ran out of steps before the end time: raise max_steps, loosen the tolerance, or use an "
-        'implicit integrator such as "kvaerno5" or "lsoda" if the problem is stiff'
+        'implicit integrator such as "rodas5p" or "lsoda" if the problem is stiff. Where '
+        "activations have kinks, as ReLU has, the flow can slide along one in steps of the size of "
+        "the tolerance: the fallback of pcdyn.Diffrax() rounds the kinks and follows it"
     ),
     Status.STEP_TOO_SMALL: (
         "the step size fell below what the floating-point format resolves: loosen the tolerance "
@@ -147,7 +150,15 @@ _EXPLANATIONS = {
         "the free energy rose, which the exact flow never does: the fixed step is too large; "
         "explicit Euler needs dt < 2 / largest eigenvalue of the Hessian"
     ),
-    Status.SOLVER_FAILED: "the solver gave up for a reason of its own, given in the message",
+    Status.SOLVER_FAILED: (
+        "the root finder of an implicit step did not converge, or the solver gave up for a reason "
+        "of its own that follows: take a smaller step, loosen the tolerance, or use "
+        '"rodas5p", which is implicit and finds no roots'
+    ),
+    Status.TIME_LIMIT: (
+        "ran out of the seconds that it was given before the end time: give it more, or an "
+        "earlier t1"
+    ),
 }
 
 

@@ -89,8 +89,12 @@ def simulate(
     A fixed step above the largest stable one of an explicit method at the initial state gives a
     `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
 
-    Where diffrax runs out of steps or its step vanishes, SciPy's LSODA takes over on the host and
-    the trajectory's `fallback` says so (`pcdyn.Diffrax(…, fallback=None)` switches it off).
+    Where diffrax runs out of steps, its step vanishes or it finds no root of an implicit step,
+    SciPy's LSODA takes over on the host and the trajectory's `fallback` says so
+    (`pcdyn.Diffrax(…, fallback=None)` switches it off). Where activations have kinks the flow can
+    slide along them: then Rodas5P takes over with each kink rounded over a width, named in
+    `fallback`, of the tolerance; activities are those of the sliding flow up to that width, and
+    `vector_field_norms` those of the rounded field, which vanishes where the flow rests at a kink.
 
     Under `jax.vmap` or `jax.jit`, over networks and data alike, nothing is raised, trimmed or
     handed to SciPy: look at `status_codes`. The times must be known then. Derivatives are taken
@@ -129,8 +133,8 @@ def simulate(
         return _traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
     with Stopwatch() as clock:
-        run, fallback = integrate_with_fallback(method, request, per_sample)
-        observed = on_host(_observe(deep, run.states))
+        run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
+        observed = on_host(_observe(integrated, run.states))
     run = _without_overflow(run, observed)
     trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import equinox as eqx
@@ -96,7 +97,8 @@ def _slowest_time(problem: InferenceProblem | StackedProblem) -> Any:
 class Request(eqx.Module):
     """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
 
-    It stops before t1 where `until` says so, and keeps dense output if `dense`.
+    It stops before t1 where `until` says so, and keeps dense output if `dense`. On the host it
+    stops at `deadline`, in seconds of `time.monotonic`.
     """
 
     problem: Problem
@@ -105,6 +107,7 @@ class Request(eqx.Module):
     t1: Any
     until: UntilEquilibrium | None
     dense: bool = eqx.field(static=True)
+    deadline: Any = math.inf
 
 
 class Integration(eqx.Module):
@@ -165,8 +168,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
     if until is not None:
         # An explicit method hovers where its own error control lets it; a hundredth of the
         # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
-        activities = request.problem.activities(request.state)
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+        largest = largest_activity(request)
         floor = 20 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
         rate = jnp.ones((), dtype)
@@ -177,6 +179,12 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         default_rtol = jnp.clip(wanted / largest, floor, default_rtol)
         default_atol = jnp.minimum(default_atol, wanted)
     return (default_rtol if rtol is None else rtol, default_atol if atol is None else atol)
+
+
+def largest_activity(request: Request) -> Array:
+    """The largest absolute activity at the start, clamped ones included."""
+    activities = request.problem.activities(request.state)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
 
 
 def check_step(name: str, dt: Any) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.checks import check_choice, is_traced
+from pcdyn.checks import check_choice, integer, is_traced
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -22,11 +22,11 @@ from pcdyn.integrators.base import (
     default_tolerances,
 )
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
+from pcdyn.integrators.host_steps import Course, march
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.stacked import StackedProblem
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
-_MOST_NON_FINITE = 200
 # LAPACK's dense factorisation is quicker where more of one sample's matrix than this is not zero.
 _DENSE_SHARE = 0.4
 _EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
@@ -40,11 +40,15 @@ class SciPy(Integrator):
     defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
     dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
     differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
+    It gives up after `max_steps` steps, or 64 times as many evaluations of the vector field.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
     rtol: Any = None
     atol: Any = None
+    max_steps: int = eqx.field(
+        static=True, default=2**14, converter=integer("max_steps", at_least=1)
+    )
 
     def __check_init__(self) -> None:
         check_choice(self.method, "SciPy's method", _METHODS, error=IntegratorError)
@@ -67,8 +71,6 @@ class SciPy(Integrator):
         check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
 
     def integrate(self, request: Request) -> Integration:
-        from scipy.integrate import solve_ivp
-
         problem, state, until = request.problem, request.state, request.until
         system = _HostSystem(problem, state)
         start = system.flatten(state)
@@ -78,57 +80,47 @@ class SciPy(Integrator):
         if not np.isfinite(system.field(0.0, start)).all():
             return _failed(system, start, request, Status.NON_FINITE, "")
         rtol, atol = map(float, default_tolerances(self.rtol, self.atol, request))
-        options = system.jacobian_options(self.method)
-        if until is not None:
-            options["events"] = _AtEquilibrium(system, until)
-        with np.errstate(all="ignore"):
-            try:
-                solution = solve_ivp(
-                    system.field,
-                    (0.0, float(request.t1)),
-                    start,
-                    method=self.method,
-                    rtol=rtol,
-                    atol=atol,
-                    dense_output=True,
-                    **options,
-                )
-            except _NonFiniteField:
-                return _failed(system, start, request, Status.NON_FINITE, "")
-            except (ValueError, np.linalg.LinAlgError) as error:
-                # The implicit methods raise on a Jacobian with NaN.
-                reason = f"SciPy says: {error}"
-                return _failed(system, start, request, Status.SOLVER_FAILED, reason)
-        return self._package(system, solution, request)
 
-    def _package(self, system: _HostSystem, solution: Any, request: Request) -> Integration:
-        status = {0: Status.REACHED_T1, 1: Status.CONVERGED}.get(
-            solution.status, Status.STEP_TOO_SMALL
-        )
-        end_time, end = float(solution.t[-1]), solution.y[:, -1]
-        if not np.isfinite(end).all():
-            status = Status.NON_FINITE
-        accepted = len(solution.t) - 1
+        def at_rest(t: float, y: np.ndarray) -> bool:
+            assert until is not None, "watched for only where it is"
+            return t >= until.minimum_time and system.below(y, until)
+
+        with np.errstate(all="ignore"):
+            course = march(
+                self.method,
+                system.field,
+                start,
+                float(request.t1),
+                max_steps=self.max_steps,
+                deadline=float(request.deadline),
+                event=None if until is None else at_rest,
+                rtol=rtol,
+                atol=atol,
+                **system.jacobian_options(self.method),
+            )
+        return self._package(system, course, request)
+
+    def _package(self, system: _HostSystem, course: Course, request: Request) -> Integration:
+        end_time, accepted = float(course.times[-1]), len(course.times) - 1
         per_step = _EVALUATIONS_PER_STEP.get(self.method)
-        evaluations = solution.nfev + system.tests
-        rejected = None if per_step is None else (solution.nfev - 2) // per_step - accepted
-        saved = np.asarray(solution.sol(np.minimum(np.asarray(request.times), end_time)))
+        rejected = None if per_step is None else (course.evaluations - 2) // per_step - accepted
+        saved = np.asarray(course.sol(np.minimum(np.asarray(request.times), end_time)))
         return Integration(
             states=system.unflatten(saved.T),
             end_time=end_time,
-            end_state=system.unflatten(end),
-            status=int(status),
-            evaluations=evaluations,
-            jacobian_evaluations=solution.njev,
+            end_state=system.unflatten(course.end),
+            status=int(course.status),
+            evaluations=course.evaluations + system.tests,
+            jacobian_evaluations=course.jacobian_evaluations,
             accepted_steps=accepted,
             rejected_steps=rejected,
-            interpolation=system.output(solution.sol) if request.dense else None,
-            message="" if status.ok else f"SciPy says: {solution.message}",
+            interpolation=None if not request.dense else self._output(system, course, request),
+            message=course.message,
         )
 
-
-class _NonFiniteField(Exception):
-    """The vector field has been NaN or infinite for many evaluations in a row."""
+    def _output(self, system: _HostSystem, course: Course, request: Request) -> Any:
+        moved = len(course.times) > 1
+        return system.output(course.sol) if moved else _Rest(request.state)
 
 
 class _HostSystem:
@@ -140,7 +132,6 @@ class _HostSystem:
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
         self._dtype = problem.dtype
-        self._non_finite = 0
         self.tests = 0
 
     def flatten(self, state: State) -> np.ndarray:
@@ -159,10 +150,6 @@ class _HostSystem:
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
         rows = y.reshape(*self._batch, -1).astype(self._dtype)
         field = np.asarray(_flat_field(self._flow, self._widths, rows), dtype=np.float64)
-        # A step can run into NaN and be halved; a solver that cannot get out of it never returns.
-        self._non_finite = 0 if np.isfinite(field).all() else self._non_finite + 1
-        if self._non_finite > _MOST_NON_FINITE:
-            raise _NonFiniteField
         return field.reshape(-1)
 
     def dense_jacobian(self, y: np.ndarray) -> np.ndarray:
@@ -197,20 +184,6 @@ class _HostSystem:
         layers = problem.unpack(field) if isinstance(problem, StackedProblem) else field
         norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in layers], axis=-1)
         return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
-
-
-class _AtEquilibrium:
-    """A terminal event of solve_ivp: positive before equilibrium, negative at it."""
-
-    terminal = True
-
-    def __init__(self, system: _HostSystem, until: UntilEquilibrium):
-        self._system, self._until = system, until
-
-    def __call__(self, t: float, y: np.ndarray) -> float:
-        if t < self._until.minimum_time:
-            return 1.0
-        return -1.0 if self._system.below(y, self._until) else 1.0
 
 
 def _host_device() -> Any:
