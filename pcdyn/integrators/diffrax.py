@@ -121,7 +121,7 @@ class Diffrax(Integrator):
 
     @property
     def name(self) -> str:
-        label = self.solver if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        label = str(self.solver) if isinstance(self.solver, str) else type(self.solver).__name__.lower()
         return label if self.dt is None else f"{label} with fixed step"
 
     @property
