@@ -198,7 +198,11 @@ def odd_values() -> dict[str, Callable[[], Any]]:
         xarray.Dataset(),
     ]  # fmt: skip
     fixed = [*numbers, *sequences, *texts, *arrays, *objects]
-    values = {_label(value): (lambda value=value: value) for value in fixed}
+    values: dict[str, Callable[[], Any]] = {}
+    for value in fixed:
+        label = _label(value)
+        count = sum(each.split(" no. ")[0] == label for each in values)
+        values[f"{label} no. {count + 1}" if count else label] = lambda value=value: value
     values |= {f"the {name}": (lambda name=name: getattr(KNOWN, name)) for name in _PASSED_AROUND}
     values |= {
         "generator": lambda: (t for t in (0.0, 1.0)),
@@ -213,7 +217,7 @@ def _label(value: Any) -> str:
     if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         return f"{kind} {value.shape} {value.dtype}"
     if isinstance(value, eqx.Module | pandas.Series | xarray.DataArray | xarray.Dataset):
-        return f"{kind} {id(value):x}"
+        return f"one {kind}"
     return f"{kind} {str(value)[:40]}"
 
 
@@ -587,17 +591,19 @@ def main(count: int, only: str = "", seed: int = 0) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (14 * 2**30, resource.RLIM_INFINITY))
     jax.config.update("jax_enable_x64", True)
     start, generator = time.perf_counter(), random.Random(seed)
-    names = [
-        name
-        for name in calls()
-        if only in ("", name) or (only == "quick" and not calls()[name].slow)
-    ]
+    groups: dict[str, Callable[[Call], bool]] = {
+        "": lambda call: True,
+        "quick": lambda call: not call.slow,
+        "slow": lambda call: call.slow,
+    }
+    choose = groups.get(only, lambda call: call.name == only)
+    names = [call.name for call in calls().values() if choose(call)]
 
     def all_changes() -> Iterator[tuple[str, dict[str, str]]]:
         for name in names:
             for changes in single_changes(name):
                 yield name, changes
-        while only in ("", "quick"):
+        while only in groups:
             name = generator.choice(names)
             yield name, random_changes(generator, calls()[name])
 
