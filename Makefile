@@ -2,19 +2,23 @@
 # set-up in .venv:
 #   make figures   regenerates the paper's figures and prints the claims
 #   make test      runs the tests
-# For development: make lint, make format, make lock. PYTHON=python3.12 chooses an interpreter.
+# For development: make lint, make format, make lock, and make mutants, which plants mistakes and
+# sees that the tests notice (an hour). PYTHON=python3.12 chooses an interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 UV ?= uv
 
-.PHONY: figures test lint format lock
+.PHONY: figures test mutants lint format lock
 
 figures: .venv/installed
 	$(BIN)/python -m experiments
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+mutants: .venv/installed
+	$(BIN)/python -m tests.mutants
 
 lint: .venv/installed
 	$(BIN)/ruff check .

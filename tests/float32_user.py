@@ -16,6 +16,7 @@ import pickle
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,22 +29,22 @@ import pcdyn
 from tests.networks import Case, build_case
 
 RATIOS = (1.0, 1e2, 1e4)
-T1 = 1.0
+T1 = 0.25
 DIFFRAX = ("heun", "midpoint", "ralston", "bosh3", "tsit5", "dopri5", "dopri8", "implicit_euler",
            "kvaerno3", "kvaerno4", "kvaerno5", "rodas5p")  # fmt: skip
 SCIPY = ("rk45", "rk23", "dop853", "radau", "bdf", "lsoda")
-IMPLICIT = ("implicit_euler", "kvaerno3", "kvaerno4", "kvaerno5")
 METHODS = ("gauss_newton", "nesterov", "pseudo_transient", "flow", "closed_form")
 README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Came:
-    """What came out: the `value`, or an `error` as class names and message; and `warnings`."""
+    """What came out: the `value`, or an `error` as class names and message; `warnings`, seconds."""
 
     value: Any = None
     error: tuple[tuple[str, ...], str] | None = None
     warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 def case(activation: str, ratio: float = 1.0, batch: int | None = None) -> Case:
@@ -84,7 +85,7 @@ def simulations() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in (*DIFFRAX, *SCIPY):
         for ratio in RATIOS:
             yield (f"tanh {ratio:g} {name}", lambda n=name, r=ratio: simulated("tanh", r, n))
-    for name in ("exact", "tsit5", "rodas5p"):
+    for name in ("exact", "tsit5"):
         for ratio in RATIOS:
             yield (
                 f"identity {ratio:g} {name}",
@@ -98,7 +99,7 @@ def simulations() -> Iterator[tuple[str, Callable[[], Any]]]:
             f"tanh {ratio:g} euler",
             lambda r=ratio: simulated("tanh", r, pcdyn.Euler(dt=step(r))),
         )
-    for name in (*IMPLICIT, "rodas5p"):
+    for name in ("kvaerno3", "rodas5p"):
         yield (
             f"tanh 100 {name} at a fixed step",
             lambda n=name: simulated("tanh", 1e2, pcdyn.Diffrax(n, dt=0.01)),
@@ -173,8 +174,7 @@ def rests() -> Iterator[tuple[str, Callable[[], Any]]]:
 def compared() -> Any:
     found = pcdyn.compare(["tsit5", "rodas5p", "lsoda"], case("tanh", 1e2).problem, t1=T1)
     rows = [(r.integrator, r.value, r.status.name, r.maximum_error) for r in found.rows]
-    return {"rows": rows, "recommended": found.recommendation(error=1e-3).best.title,
-            "reference": found.reference_error.maximum_error}  # fmt: skip
+    return {"rows": rows, "reference": found.reference_error.maximum_error}  # fmt: skip
 
 
 def order() -> Any:
@@ -321,13 +321,15 @@ def came(action: Callable[[], Any]) -> Came:
     """What comes of it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        started = time.process_time()
         try:
             result = Came(jax.tree.map(np.asarray, action()))
         except Exception as error:
             kinds = tuple(kind.__name__ for kind in type(error).__mro__)
             result = Came(error=(kinds, str(error)))
     seen = [f"{w.category.__name__}: {w.message}" for w in caught]
-    return dataclasses.replace(result, warnings=tuple(seen))
+    spent = time.process_time() - started
+    return dataclasses.replace(result, warnings=tuple(seen), seconds=spent)
 
 
 def main(group: str, file: str, *arguments: str) -> None:

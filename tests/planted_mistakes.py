@@ -212,7 +212,7 @@ MISTAKES = (
         "pcdyn/kinks.py",
         "outside = np.maximum(local.low - slopes, slopes - local.high)",
         "outside = slopes - local.high",
-        ("tests/exact/test_kinks.py",),
+        ("tests/exact/test_kink_release.py",),
     ),
     Mistake(
         "spectrum: the wrong time constant beside the diagonal",
@@ -260,7 +260,7 @@ MISTAKES = (
         "pcdyn/equilibrium.py",
         "resting = xp.all(residuals <= tolerance, axis=-1)",
         "resting = xp.any(residuals <= tolerance, axis=-1)",
-        ("tests/failures/test_equilibrium_failures.py",),
+        ("tests/failures/test_equilibrium_failures.py::test_what_failed_is_told_per_sample",),
     ),
     Mistake(
         "equilibrium: the implicit derivative has the wrong sign",
@@ -332,7 +332,7 @@ MISTAKES = (
         "pcdyn/integrators/euler.py",
         "last = jnp.round(jnp.asarray(t1) / self.dt).astype(int)",
         "last = jnp.floor(jnp.asarray(t1) / self.dt).astype(int)",
-        ("tests/exact/test_integrators.py::test_euler_is_the_plain_loop_bit_for_bit",),
+        ("tests/exact/test_steps.py::test_euler_takes_as_many_steps_as_fit",),
     ),
     Mistake(
         "euler: a whole step between two updates",
@@ -353,14 +353,14 @@ MISTAKES = (
         "pcdyn/integrators/diffrax.py",
         "return jnp.max(jnp.where(zero, 0,",
         "return jnp.mean(jnp.where(zero, 0,",
-        ("tests/exact/test_integrators.py",),
+        ("tests/exact/test_steps.py::test_the_error_of_a_batch_is_that_of_its_worst_sample",),
     ),
     Mistake(
         "diffrax: the fallback forgets the tolerances",
         "pcdyn/integrators/diffrax.py",
         "return SciPy(self.fallback, rtol=self.rtol, atol=self.atol)",
         "return SciPy(self.fallback)",
-        ("tests/exact/test_integrators.py::test_lsoda_takes_over_and_says_so",),
+        ("tests/exact/test_steps.py::test_the_fallback_has_the_tolerances_of_the_method",),
     ),
     Mistake(
         "diffrax: running out of steps passes for a failed solver",
@@ -406,14 +406,14 @@ MISTAKES = (
         "pcdyn/integrators/rosenbrock.py",
         "-0.17202221070155493",
         "0.17202221070155493",
-        ("tests/exact/test_stiff.py::test_rodas5p_has_order_five_and_its_dense_output_order_four",),
+        ("tests/exact/test_steps.py::test_rodas5p_between_steps_is_the_published_method",),
     ),
     Mistake(
         "rosenbrock: the sign of another weight of the dense output",
         "pcdyn/integrators/rosenbrock.py",
         "-0.15582684282751913",
         "0.15582684282751913",
-        ("tests/exact/test_stiff.py::test_rodas5p_has_order_five_and_its_dense_output_order_four",),
+        ("tests/exact/test_steps.py::test_rodas5p_between_steps_is_the_published_method",),
     ),
     Mistake(
         "rosenbrock: gamma is dropped",
@@ -427,7 +427,7 @@ MISTAKES = (
         "pcdyn/integrators/rosenbrock.py",
         "error = jax.tree.map(lambda x: x[-1], increments)",
         "error = jax.tree.map(lambda x: x[0], increments)",
-        ("tests/exact/test_stiff.py",),
+        ("tests/exact/test_stiff.py::test_rodas5p_is_the_solution",),
     ),
     Mistake(
         "structured: steps without time constants",
@@ -685,7 +685,7 @@ MISTAKES = (
         "pcdyn/datasets.py",
         "if labels.max() >= CLASSES:",
         "if labels.max() > CLASSES:",
-        ("tests/exact/test_datasets.py",),
+        ("tests/exact/test_datasets.py::test_labels_that_do_not_fit_the_images",),
     ),
     Mistake(
         "files: a failed write leaves its part",
@@ -699,7 +699,7 @@ MISTAKES = (
         "pcdyn/cli/network.py",
         "jr.fold_in(key, index[0])",
         "jr.fold_in(key, 1)",
-        ("tests/cli/test_cli.py::test_random_data_and_biases_follow_the_seed",),
+        ("tests/cli/test_options.py::test_random_input_output_and_weights_are_independent",),
     ),
     Mistake(
         "cli: a TOML file wins over options",
@@ -720,14 +720,14 @@ MISTAKES = (
         "pcdyn/cli/commands.py",
         'until="equilibrium" if options.until_equilibrium else None',
         "until=None",
-        ("tests/cli/test_cli.py",),
+        ("tests/cli/test_options.py::test_it_stops_at_equilibrium_if_asked",),
     ),
     Mistake(
         "cli: --per-sample is ignored",
         "pcdyn/cli/commands.py",
         "        per_sample=options.per_sample,\n    )\n    status =",
         "    )\n    status =",
-        ("tests/cli/test_cli.py",),
+        ("tests/cli/test_options.py::test_samples_have_steps_of_their_own_if_asked",),
     ),
     Mistake(
         "cli: bad input is called a failed run",
@@ -769,7 +769,9 @@ MISTAKES = (
         "pcdyn/ladder.py",
         '"atol": ATOL_PER_RTOL * rtol}',
         '"atol": None}',
-        ("tests/exact/test_compare.py",),
+        (
+            "tests/exact/test_compare.py::test_values_run_with_their_own_numbers_unless_a_ladder_is_given",
+        ),
     ),
     Mistake(
         "plotting: the first sample for the one asked for",
@@ -833,10 +835,12 @@ MISTAKES = (
         ("tests/figures/test_experiments.py::test_a_failed_claim_makes_the_run_fail",),
     ),
     Mistake(
-        "experiments: targets of the wrong mean",
+        "experiments: the cosine without its root",
         "experiments/base.py",
-        "return weights, 1 + inputs, -1 + outputs",
-        "return weights, 1 + inputs, 1 + outputs",
-        ("tests/figures/test_experiments.py",),
+        "return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))",
+        "return (a * b).sum(-1) / ((a**2).sum(-1) * (b**2).sum(-1))",
+        (
+            "tests/figures/test_experiments.py::test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures[figure3_ratios]",
+        ),
     ),
 )
