@@ -50,13 +50,15 @@ class Came:
 def case(activation: str, ratio: float = 1.0, batch: int | None = None) -> Case:
     """2-3-2 with biases, both ends clamped, the precision of the output `ratio` times the other.
 
-    The biases keep the preactivations of the output away from the kink of ReLU.
+    Biases and target keep the preactivations of the output away from the kink of ReLU.
     """
     made = build_case(seed=3, widths=(2, 3, 2), activations=(activation,), bias=True, batch=batch)
     made = made.replace(precisions=(1.0, ratio))
     if activation != "relu":
         return made
-    return made.replace(biases=(made.biases[0], np.array([3.0, 4.0])))
+    biases, target = (made.biases[0], np.array([3.0, 4.0])), np.array([3.0, 1.5])
+    activities = (*made.activities[:-1], np.broadcast_to(target, made.activities[-1].shape))
+    return made.replace(biases=biases, activities=activities)
 
 
 def step(ratio: float) -> float:
