@@ -210,6 +210,10 @@ class StepSizeWarning(UserWarning):
     """A fixed step is above the largest with which its explicit method is stable."""
 
 
+class JaxlibDeadlockWarning(UserWarning):
+    """The installed jaxlib can deadlock on batched linear algebra; another version does not."""
+
+
 class EnergyWarning(UserWarning):
     """The slope of an energy is not Lipschitz: its flow can be stiff without limit, or stop."""
 
