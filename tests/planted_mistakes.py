@@ -36,8 +36,8 @@ MISTAKES = (
     Mistake(
         "network: all layers drawn with one key",
         "pcdyn/network.py",
-        "return [draw(k, shape, dtype)",
-        "return [draw(key, shape, dtype)",
+        "[draw(k, shape, dtype) for k",
+        "[draw(key, shape, dtype) for k",
         ("tests/exact/test_network.py::test_layers_and_keys_are_independent",),
     ),
     Mistake(
@@ -48,11 +48,11 @@ MISTAKES = (
         ("tests/exact/test_network.py::test_std_is_the_standard_deviation",),
     ),
     Mistake(
-        "network: the output's activation at the first layer",
+        "network: rows for columns in the fan-in",
         "pcdyn/network.py",
-        "is_output = index == len(weights)",
-        "is_output = index == 1",
-        ("tests/exact/test_network.py::test_mlp_places_activations_and_biases",),
+        "in_axis=1, out_axis=0",
+        "in_axis=0, out_axis=1",
+        ("tests/exact/test_network.py::test_fan_in_is_one_over_root_of_inputs",),
     ),
     Mistake(
         "activations: an end of the range is reached",
@@ -101,7 +101,10 @@ MISTAKES = (
         "pcdyn/energy.py",
         "return vector / jnp.broadcast_to(precision, vector.shape)",
         "return vector * jnp.broadcast_to(precision, vector.shape)",
-        ("tests/exact/test_linear.py::test_s_matrix_identities", "tests/exact/test_linear.py::test_equilibrium_is_the_dense_solve",),
+        (
+            "tests/exact/test_linear.py::test_s_matrix_identities",
+            "tests/exact/test_linear.py::test_equilibrium_is_the_dense_solve",
+        ),
     ),
     Mistake(
         "energy: a precision of zero passes",
@@ -129,14 +132,18 @@ MISTAKES = (
         "pcdyn/energy.py",
         "return self.energies[..., :-1].sum(-1)",
         "return self.energies[..., 1:].sum(-1)",
-        ("tests/exact/test_integrators.py::test_a_trajectory_holds_what_numpy_derives_from_its_activities",),
+        (
+            "tests/exact/test_integrators.py::test_a_trajectory_holds_what_numpy_derives_from_its_activities",
+        ),
     ),
     Mistake(
         "generalised energy: the scale of Student is not squared",
         "pcdyn/generalised_energy.py",
         "return jnp.log1p((error / self.scale) ** 2)",
         "return jnp.log1p(error**2 / self.scale)",
-        ("tests/exact/test_generalised_energy.py::test_each_energy_and_its_slope_are_those_of_numpy",),
+        (
+            "tests/exact/test_generalised_energy.py::test_each_energy_and_its_slope_are_those_of_numpy",
+        ),
     ),
     Mistake(
         "interpolation: the ends are swapped",
@@ -178,7 +185,9 @@ MISTAKES = (
         "pcdyn/block_tridiagonal.py",
         "products[i + 1] = products[i + 1] + block.T @ vector[i]",
         "products[i + 1] = products[i + 1]",
-        ("tests/exact/test_stability.py::test_the_cheap_estimate_and_lanczos_agree_with_the_full_spectrum",),
+        (
+            "tests/exact/test_stability.py::test_the_cheap_estimate_and_lanczos_agree_with_the_full_spectrum",
+        ),
     ),
     Mistake(
         "hessian: the output's prediction has no curvature",
@@ -213,21 +222,27 @@ MISTAKES = (
         "pcdyn/spectrum.py",
         "block / (roots[i] * roots[i + 1])",
         "block / (roots[i] * roots[i])",
-        ("tests/exact/test_stability.py::test_a_tanh_network_has_them_at_any_state_with_the_modes_of_its_layers",),
+        (
+            "tests/exact/test_stability.py::test_a_tanh_network_has_them_at_any_state_with_the_modes_of_its_layers",
+        ),
     ),
     Mistake(
         "spectrum: shares of a mode not of the activities",
         "pcdyn/spectrum.py",
         "xp.sum((part / root) ** 2)",
         "xp.sum((part * root) ** 2)",
-        ("tests/exact/test_stability.py::test_a_tanh_network_has_them_at_any_state_with_the_modes_of_its_layers",),
+        (
+            "tests/exact/test_stability.py::test_a_tanh_network_has_them_at_any_state_with_the_modes_of_its_layers",
+        ),
     ),
     Mistake(
         "stability: the largest step by the slowest rate",
         "pcdyn/stability.py",
         "return interval * _reciprocal(self.fastest_rate, decays)",
         "return interval * _reciprocal(self.slowest_rate, decays)",
-        ("tests/exact/test_stability.py::test_just_below_the_bound_a_fixed_step_decays_and_just_above_it_grows",),
+        (
+            "tests/exact/test_stability.py::test_just_below_the_bound_a_fixed_step_decays_and_just_above_it_grows",
+        ),
     ),
     Mistake(
         "stability: a linearisation at a kink is shown",
@@ -251,17 +266,17 @@ MISTAKES = (
         ("tests/failures/test_equilibrium_failures.py::test_what_failed_is_told_per_sample",),
     ),
     Mistake(
-        "equilibrium: the implicit derivative has the wrong sign",
-        "pcdyn/equilibrium.py",
-        "return state, jax.tree.map(jnp.negative, solve_hessian(problem, state, change))",
-        "return state, solve_hessian(problem, state, change)",
-        ("tests/exact/test_equilibrium.py::test_tangents_are_those_of_the_implicit_function",),
+        "hessian: taken at zero for at the state",
+        "pcdyn/hessian.py",
+        "jax.hessian(lambda x, i=index: own_energy(i, x))(here)",
+        "jax.hessian(lambda x, i=index: own_energy(i, x))(0 * here)",
+        ("tests/exact/test_equilibrium.py::test_the_hessian_is_the_derivative_of_the_gradient",),
     ),
     Mistake(
         "equilibrium: the tolerance of a basin is ignored",
         "pcdyn/equilibrium.py",
-        "agrees = distance <= tolerance * displacement + float(self.tolerance)",
-        "agrees = distance <= displacement + float(self.tolerance)",
+        "agrees = distance <= tolerance * displacement",
+        "agrees = distance <= displacement",
         ("tests/exact/test_equilibrium.py::test_another_well_than_that_of_the_flow_is_told",),
     ),
     Mistake(
@@ -283,7 +298,9 @@ MISTAKES = (
         "pcdyn/solvers/first_order.py",
         "x - energy.unweigh(index, g)",
         "x - energy.weigh(index, g)",
-        ("tests/failures/test_equilibrium_failures.py::test_the_fixed_point_iteration_converges_below_two",),
+        (
+            "tests/failures/test_equilibrium_failures.py::test_the_fixed_point_iteration_converges_below_two",
+        ),
     ),
     Mistake(
         "solvers: the passes of earlier solvers are forgotten",
@@ -311,7 +328,10 @@ MISTAKES = (
         "pcdyn/solvers/chain.py",
         "return 1 / precision",
         "return precision",
-        ("tests/exact/test_chain.py", "tests/limits/test_rules.py::test_where_all_samples_have_the_same_jacobian_one_product_is_exact",),
+        (
+            "tests/exact/test_chain.py",
+            "tests/limits/test_rules.py::test_where_all_samples_have_the_same_jacobian_one_product_is_exact",
+        ),
     ),
     Mistake(
         "euler: the number of steps is floored",
@@ -353,7 +373,9 @@ MISTAKES = (
         "pcdyn/integrators/diffrax.py",
         "(Status.MAX_STEPS, RESULTS.max_steps_reached)",
         "(Status.SOLVER_FAILED, RESULTS.max_steps_reached)",
-        ("tests/exact/test_integrators.py::test_without_fallback_it_raises_with_what_was_computed",),
+        (
+            "tests/exact/test_integrators.py::test_without_fallback_it_raises_with_what_was_computed",
+        ),
     ),
     Mistake(
         "diffrax: an evaluation of the stopping test is not counted",
@@ -372,9 +394,11 @@ MISTAKES = (
     Mistake(
         "scipy: the wrong axis of the norms",
         "pcdyn/integrators/scipy.py",
-        "norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]",
-        "norms = [np.linalg.norm(layer, axis=0).max() for layer in field]",
-        ("tests/exact/test_integrators.py::test_equilibrium_is_absolute_per_layer_and_not_before_its_time",),
+        "np.linalg.norm(layer, axis=-1)",
+        "np.linalg.norm(layer, axis=0)",
+        (
+            "tests/exact/test_integrators.py::test_equilibrium_is_absolute_per_layer_and_not_before_its_time",
+        ),
     ),
     Mistake(
         "scipy: the Jacobian of the flow without time constants",
@@ -430,14 +454,16 @@ MISTAKES = (
         "pcdyn/integrators/run.py",
         "diverged & (run.status <= Status.CONVERGED), int(Status.NON_FINITE), run.status",
         "diverged & (run.status <= Status.CONVERGED), int(Status.REACHED_T1), run.status",
-        ("tests/failures/test_simulation.py::test_a_state_that_leaves_the_domain_ends_the_trajectory",),
+        (
+            "tests/failures/test_simulation.py::test_a_state_that_leaves_the_domain_ends_the_trajectory",
+        ),
     ),
     Mistake(
         "run: dense output runs on after the end",
         "pcdyn/integrators/run.py",
         "before = choose(t > self.end_time, beyond, inside)",
         "before = choose(t > 2 * self.end_time, beyond, inside)",
-        ("tests/exact/test_integrators.py::test_dense_output_ends_where_integration_did",),
+        ("tests/failures/test_edges.py::test_dense_output_of_a_failed_sample_leaves_the_others",),
     ),
     Mistake(
         "run: the wrong axis of samples",
@@ -449,16 +475,20 @@ MISTAKES = (
     Mistake(
         "base: one layer at rest is enough",
         "pcdyn/integrators/base.py",
-        "jnp.all(norms <= tolerance)",
-        "jnp.any(norms <= tolerance)",
-        ("tests/exact/test_integrators.py::test_equilibrium_is_absolute_per_layer_and_not_before_its_time",),
+        "jnp.all(norms <= ",
+        "jnp.any(norms <= ",
+        (
+            "tests/exact/test_integrators.py::test_equilibrium_is_absolute_per_layer_and_not_before_its_time",
+        ),
     ),
     Mistake(
         "base: the minimum time is ignored",
         "pcdyn/integrators/base.py",
-        "return (t >= minimum) & ",
-        "return (t >= 0) & ",
-        ("tests/exact/test_integrators.py::test_a_start_at_equilibrium_stops_at_once_or_at_the_minimum_time",),
+        "return (t >= ",
+        "return (t >= 0 * ",
+        (
+            "tests/exact/test_integrators.py::test_a_start_at_equilibrium_stops_at_once_or_at_the_minimum_time",
+        ),
     ),
     Mistake(
         "trajectory: lengths are squared",
@@ -486,14 +516,18 @@ MISTAKES = (
         "pcdyn/simulate.py",
         "if throw and not trajectory.ok:",
         "if not throw and not trajectory.ok:",
-        ("tests/exact/test_integrators.py::test_without_fallback_it_raises_with_what_was_computed",),
+        (
+            "tests/exact/test_integrators.py::test_without_fallback_it_raises_with_what_was_computed",
+        ),
     ),
     Mistake(
         "simulate: an unstable step is not warned of",
         "pcdyn/simulate.py",
         "* float(method.fixed_step) > interval",
         "* float(method.fixed_step) > 2 * interval",
-        ("tests/exact/test_stability.py::test_a_fixed_step_above_the_bound_is_warned_of_with_the_number",),
+        (
+            "tests/exact/test_stability.py::test_a_fixed_step_above_the_bound_is_warned_of_with_the_number",
+        ),
     ),
     Mistake(
         "references: the slope of the activation is missing",
@@ -507,14 +541,18 @@ MISTAKES = (
         "pcdyn/references.py",
         "centred = preimage - jnp.broadcast_to(layer.bias",
         "centred = preimage + jnp.broadcast_to(layer.bias",
-        ("tests/exact/test_references.py::test_targets_of_a_reachable_output_are_its_feedforward_pass",),
+        (
+            "tests/exact/test_references.py::test_targets_of_a_reachable_output_are_its_feedforward_pass",
+        ),
     ),
     Mistake(
         "references: the transposed weight is inverted",
         "pcdyn/references.py",
         "jnp.linalg.solve(layer.weight, flat.T).T",
         "jnp.linalg.solve(layer.weight.T, flat.T).T",
-        ("tests/exact/test_references.py::test_targets_of_a_reachable_output_are_its_feedforward_pass",),
+        (
+            "tests/exact/test_references.py::test_targets_of_a_reachable_output_are_its_feedforward_pass",
+        ),
     ),
     Mistake(
         "learning: inverses descend the batch's sum for its mean",
@@ -542,7 +580,9 @@ MISTAKES = (
         "pcdyn/learning/backpropagation.py",
         "problem.weighted_error(index, errors[index - 1])",
         "problem.weighted_error(index, errors[max(index - 2, 0)])",
-        ("tests/limits/test_rules.py::test_zero_divergence_learning_is_backpropagation_layer_by_layer",),
+        (
+            "tests/limits/test_rules.py::test_zero_divergence_learning_is_backpropagation_layer_by_layer",
+        ),
     ),
     Mistake(
         "learning: the same order in each epoch",
@@ -563,14 +603,16 @@ MISTAKES = (
         "pcdyn/learning/train.py",
         "(epoch + 1) % checkpoint_every == 0",
         "epoch % checkpoint_every == 0",
-        ("tests/exact/test_train.py::test_checkpoints_are_as_rare_as_asked",),
+        ("tests/exact/test_checkpoint_times.py",),
     ),
     Mistake(
         "learning: a checkpoint counts one epoch less",
         "pcdyn/learning/train.py",
         "checkpoints.save(path, configuration, epoch + 1,",
         "checkpoints.save(path, configuration, epoch,",
-        ("tests/exact/test_train.py::test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one",),
+        (
+            "tests/exact/test_train.py::test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one",
+        ),
     ),
     Mistake(
         "learning: a checkpoint of other numbers is taken up",
@@ -608,17 +650,17 @@ MISTAKES = (
         ("tests/exact/test_precisions.py::test_the_output_noise_maximises_the_likelihood",),
     ),
     Mistake(
-        "storage: NaN is marked as missing",
+        "storage: the loss for the residual energy",
         "pcdyn/storage.py",
-        '{"_FillValue": None}',
-        "{}",
-        ("tests/exact/test_storage.py::test_round_trips_are_exact",),
+        'saved(trajectory.residual_energy, (), "residual energy")',
+        'saved(trajectory.output_loss, (), "residual energy")',
+        ("tests/exact/test_storage.py::test_plain_xarray_reads_the_file",),
     ),
     Mistake(
         "problem files: biases are lost",
         "pcdyn/problem_files.py",
-        'Dense(values(f"weight_{l}"), values(f"bias_{l}"), name)',
-        'Dense(values(f"weight_{l}"), None, name)',
+        'values(f"bias_{l}"',
+        'values(f"no_{l}"',
         ("tests/exact/test_problem_files.py::test_a_saved_problem_is_the_same_problem",),
     ),
     Mistake(
@@ -633,7 +675,9 @@ MISTAKES = (
         "pcdyn/datasets.py",
         "fraction = np.arange(256) / 255",
         "fraction = np.arange(256) / 256",
-        ("tests/exact/test_datasets.py::test_limits_are_reached_exactly_and_the_scale_between_is_linear",),
+        (
+            "tests/exact/test_datasets.py::test_limits_are_reached_exactly_and_the_scale_between_is_linear",
+        ),
     ),
     Mistake(
         "datasets: a damaged file passes",
@@ -687,8 +731,8 @@ MISTAKES = (
     Mistake(
         "cli: --per-sample is ignored",
         "pcdyn/cli/commands.py",
-        '        per_sample=options.per_sample,\n    )\n    status =',
-        '    )\n    status =',
+        "        per_sample=options.per_sample,\n    )\n    status =",
+        "    )\n    status =",
         ("tests/cli/test_options.py::test_samples_have_steps_of_their_own_if_asked",),
     ),
     Mistake(
@@ -731,7 +775,9 @@ MISTAKES = (
         "pcdyn/ladder.py",
         '"atol": ATOL_PER_RTOL * rtol}',
         '"atol": None}',
-        ("tests/exact/test_compare.py::test_values_run_with_their_own_numbers_unless_a_ladder_is_given",),
+        (
+            "tests/exact/test_compare.py::test_values_run_with_their_own_numbers_unless_a_ladder_is_given",
+        ),
     ),
     Mistake(
         "plotting: the first sample for the one asked for",
@@ -752,7 +798,9 @@ MISTAKES = (
         "pcdyn/phase_portrait.py",
         "(1, -1, 1, 1, 0)",
         "(1, 1, 1, 1, 0)",
-        ("tests/exact/test_phase_portrait.py::test_two_chains_with_three_stationary_points_each_make_nine",),
+        (
+            "tests/exact/test_phase_portrait.py::test_two_chains_with_three_stationary_points_each_make_nine",
+        ),
     ),
     Mistake(
         "phase portrait: the axes of the grid are swapped",
@@ -773,7 +821,10 @@ MISTAKES = (
         "pcdyn/theory/networks.py",
         "gradients[layer] = gradients[layer] - self.pull(",
         "gradients[layer] = gradients[layer] + self.pull(",
-        ("tests/limits/test_theory.py::test_each_statement_has_the_verdict_on_record[Lemma 3.1]", "tests/limits/test_theory.py::test_each_statement_has_the_verdict_on_record[Eq 1]",),
+        (
+            "tests/limits/test_theory.py::test_each_statement_has_the_verdict_on_record[Lemma 3.1]",
+            "tests/limits/test_theory.py::test_each_statement_has_the_verdict_on_record[Eq 1]",
+        ),
     ),
     Mistake(
         "theory: what is not finite confirms a finding",
@@ -784,7 +835,7 @@ MISTAKES = (
     ),
     Mistake(
         "experiments: a finding that holds passes",
-        "experiments/__main__.py",
+        "experiments/command.py",
         "claim.holds != claim.expected_to_hold for claim",
         "not claim.holds and claim.expected_to_hold for claim",
         ("tests/figures/test_experiments.py::test_a_failed_claim_makes_the_run_fail",),
@@ -794,6 +845,8 @@ MISTAKES = (
         "experiments/base.py",
         "return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))",
         "return (a * b).sum(-1) / ((a**2).sum(-1) * (b**2).sum(-1))",
-        ("tests/figures/test_experiments.py::test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures[figure3_ratios]",),
+        (
+            "tests/figures/test_experiments.py::test_claims_hold_and_the_saved_data_give_the_saved_picture[figure3_ratios]",
+        ),
     ),
 )
