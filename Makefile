@@ -2,8 +2,9 @@
 # set-up in .venv:
 #   make figures   regenerates the paper's figures into build/figures and prints the claims
 #   make test      runs the tests
-# For development: make lint, make format, make lock. PYTHON=python3.13 chooses an interpreter, in
-# an environment that replaces the one before.
+# For development: make lint, make format, make lock, and make mutants, which plants mistakes and
+# sees that the tests notice them (half an hour). PYTHON=python3.13 chooses an interpreter, in an
+# environment that replaces the one before.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,13 +12,16 @@ UV ?= uv
 # One environment at a time: another interpreter makes it anew.
 INSTALLED := .venv/installed-$(subst /,-,$(PYTHON))
 
-.PHONY: figures test lint format lock
+.PHONY: figures test mutants lint format lock
 
 figures: $(INSTALLED)
 	$(BIN)/python -m experiments
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
