@@ -113,7 +113,7 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
     ("zero dt", lambda: solve(GradientDescent(dt=0.0)), InputError, "above 0, got 0"),
     ("negative dt", lambda: solve(GradientDescent(dt=-0.1)), InputError, "above 0, got -0.1"),
     ("NaN dt", lambda: solve(GradientDescent(dt=float("nan"))), InputError, "above 0, got nan"),
-    ("infinite dt", lambda: solve(GradientDescent(dt=float("inf"))), InputError, "above 0, got inf"),
+    ("infinite dt", lambda: solve(GradientDescent(dt=np.inf)), InputError, "above 0, got inf"),
     ("negative rate", lambda: solve(ErrorDescent(rate=-1.0)), InputError, "above 0, got -1"),
     ("flow on the host", lambda: solve(FlowToRest(SciPy("LSODA"))), IntegratorError,
      "LSODA runs on the host"),
