@@ -80,12 +80,12 @@ def _content(result: Result, file: Path) -> bytes:
 
 def write(ready: dict[Path, bytes], options: OutputOptions) -> None:
     """Write all files or none; the folder of `--out` is made if it does not exist."""
-    made = options.out is not None and not options.out.exists()
-    if made:
-        options.out.mkdir(parents=True)
+    made = None if options.out is None or options.out.exists() else options.out
+    if made is not None:
+        made.mkdir(parents=True)
     try:
         write_all(ready, replace=options.overwrite)
     except BaseException:
-        if made:
-            options.out.rmdir()
+        if made is not None:
+            made.rmdir()
         raise

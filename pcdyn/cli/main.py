@@ -93,8 +93,9 @@ def _run(command: Command) -> str | None:
         return result, contents(result, files)
 
     with _float64(not settings.get("float32", False)):
-        shows = not (options.json or options.quiet) and sys.stderr is not None
-        result, ready = _waiting_for(work, name, shows and sys.stderr.isatty())
+        terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
+        shows = terminal and not (options.json or options.quiet)
+        result, ready = _waiting_for(work, name, shows)
     if files:
         write(ready, options)
         interrupts.ignore()

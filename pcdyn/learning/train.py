@@ -188,10 +188,11 @@ def _computations(
     """What a checkpoint must agree with, as JAX lowers it."""
     weights, optimiser_state, _ = state
     update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
+    compiled: Any = run_epoch
     epoch = jnp.asarray(0)
     return {
         "optimiser": update.lower(weights, optimiser_state),
-        "activations, energy or rule": run_epoch.lower(setting, state, data, key, epoch, seeds),
+        "activations, energy or rule": compiled.lower(setting, state, data, key, epoch, seeds),
     }
 
 
