@@ -66,6 +66,10 @@ class SciPy(Integrator):
     def fixed_step(self) -> None:
         return None
 
+    @property
+    def most_steps(self) -> int:
+        return self.max_steps
+
     def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.
         check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
