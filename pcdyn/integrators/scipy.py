@@ -47,7 +47,9 @@ class SciPy(Integrator):
     rtol: Any = None
     atol: Any = None
     max_steps: int = eqx.field(
-        static=True, default=2**14, converter=integer("max_steps", at_least=1)
+        static=True,
+        default=2**14,
+        converter=integer("max_steps", at_least=1, error=IntegratorError),
     )
 
     def __check_init__(self) -> None:

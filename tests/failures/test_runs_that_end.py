@@ -91,7 +91,7 @@ def test_scipy_ends_with_what_was_reached(method: str) -> None:
     result = run(SciPy(method, max_steps=100))
     # BDF's step vanishes where its Newton iteration jumps between the sides of the kink.
     assert result.status in (Status.REACHED_T1, Status.MAX_STEPS, Status.STEP_TOO_SMALL)
-    # Before the kink the flow is smooth and takes a few dozen steps; it is met at ln 1.875 = 0.6286.
+    # The kink is met at ln 1.875 = 0.6286, after a few dozen steps of a smooth flow.
     assert result.end_time > 0.62
     np.testing.assert_allclose(
         result.activities[1], sliding_solution(result.times), rtol=0, atol=1e-4
@@ -118,6 +118,23 @@ def test_a_batch_slides_sample_by_sample() -> None:
     assert np.shape(result.end_time) == () and result.activities[1].shape == (101, 5, 6)
     # Ten steps of Euler, as above.
     np.testing.assert_allclose(result.final[1], h, rtol=0, atol=10 * dt)
+
+
+def test_a_start_on_a_ridge_rests_there() -> None:
+    """Where the hidden layer is dead all preactivations are zero, at ridges and valleys.
+
+    The activation's slope there is zero, so that nothing moves; the sample beside it slides.
+    """
+    layers = [Dense(np.eye(2), activation="relu"), Dense(np.eye(2), activation="relu")]
+    problem = InferenceProblem(
+        Network(layers), input=[[-1.0, -1.0], [0.5, 0.5]], output=[[1.0, 1.0], [-9.0, 1.0]]
+    )
+    result = simulate(problem, t1=3.0, integrator=Diffrax(max_steps=400))
+    assert "kinks rounded" in result.fallback
+    np.testing.assert_allclose(result.final[1][0], [0.0, 0.0], atol=1e-12)
+    # Unit 0 is driven to the kink and held in it; unit 1 follows h' = 1.5 − 2h.
+    expected = [0.0, 0.75 - 0.25 * np.exp(-6.0)]
+    np.testing.assert_allclose(result.final[1][1], expected, atol=1e-5)
 
 
 TANH = build_case(seed=8, widths=(3, 3, 2, 2), activations=("tanh",))
