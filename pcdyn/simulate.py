@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -41,14 +42,15 @@ from pcdyn.integrators import (
     UntilEquilibrium,
     get_integrator,
 )
-from pcdyn.integrators.base import Flow, Request
+from pcdyn.integrators.base import Flow, Request, check_step_count
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.spectrum import estimated_fastest_rate
 from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.timing import Stopwatch
-from pcdyn.trajectory import Trajectory
+from pcdyn.trajectory import Trajectory, round_off
+from pcdyn.waiting import interruptible
 
 _DEFAULT_SAVES = 101
 
@@ -64,6 +66,7 @@ def simulate(
     per_sample: bool = False,
     dense: bool = False,
     throw: bool = True,
+    seconds: float | None = None,
 ) -> Trajectory:
     """Integrate `τ_l dx_l/dt = −∂F/∂x_l` from t = 0 to `t1`.
 
@@ -85,6 +88,9 @@ def simulate(
       then reserves memory for `max_steps` steps.
     - `throw`: raise `pcdyn.SimulationError` if any sample fails, with what was computed in its
       `trajectory`; with `throw=False` the status says so instead.
+    - `seconds`: after so much wall time SciPy's methods end with the status `TIME_LIMIT` and what
+      they reached. The other methods are compiled as a whole and bounded by their `max_steps`;
+      they refuse this option.
 
     A fixed step above the largest stable one of an explicit method at the initial state gives a
     `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
@@ -111,15 +117,18 @@ def simulate(
     stop = _stopping(until)
     method.check(problem, stop, dense)
     state = problem.initial_state(initial)
+    saves = _checked_times(t1, times)
+    check_step_count(method, float(t1), stop)
     # The closed form is one of the weights, layer by layer.
     deep = problem if isinstance(method, Exact) else stacked(problem)
     request = Request(
         problem=deep,
         state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
-        times=_checked_times(t1, times),
+        times=saves,
         t1=float(t1),
         until=None if stop is None else stop.resolved(problem, state),
         dense=dense,
+        deadline=_deadline(seconds, method),
     )
     _check_sizes(request, method)
     if per_sample and state[0].ndim != 2:
@@ -132,9 +141,16 @@ def simulate(
         run = integrate(method, request, per_sample)
         return _traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
-    with Stopwatch() as clock:
-        run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
-        observed = on_host(_observe(integrated, run.states))
+
+    def compute() -> tuple[Integration, str, Observed, Stopwatch]:
+        with Stopwatch() as clock:
+            run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
+            observed = on_host(_observe(integrated, run.states))
+        return run, fallback, observed, clock
+
+    # SciPy's loops are Python's own, and end where they are interrupted.
+    computed = interruptible(compute) if method.runs_in_jax else compute()
+    run, fallback, observed, clock = computed
     run = _without_overflow(run, observed)
     trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:
@@ -153,6 +169,19 @@ def _check_sizes(request: Request, method: Integrator) -> None:
         # diffrax keeps no less than both ends of each step that it could take.
         what = f"dense output of up to {method.max_steps} steps of {state / 2**20:.3g} MiB"
         check_size(2 * method.max_steps * state, what)
+
+
+def _deadline(seconds: float | None, method: Integrator) -> float:
+    """When to stop, on the clock of `time.monotonic`."""
+    if seconds is None:
+        return math.inf
+    seconds = checked_number(seconds, "seconds", above=0, error=IntegratorError)
+    if method.runs_in_jax:
+        raise IntegratorError(
+            f"{method.name} would ignore seconds={seconds:g}: it is compiled as a whole, so that "
+            'only its max_steps bounds it; "lsoda" and the other methods of SciPy can be timed'
+        )
+    return time.monotonic() + seconds
 
 
 def _warn_of_step(request: Request, method: Integrator) -> None:
@@ -187,13 +216,16 @@ def _stopping(until: str | UntilEquilibrium | None) -> UntilEquilibrium | None:
     )
 
 
-def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
-    t1 = checked_number(t1, "t1", above=0, error=TimesError)
+def _checked_times(t1: Any, times: Numbers | None) -> np.ndarray:
+    given, t1 = t1, checked_number(t1, "t1", above=0, error=TimesError)
     if times is None:
         return np.linspace(0.0, t1, _DEFAULT_SAVES)
     array = as_host_array(times, "times", error=TimesError)
     if array.ndim != 1 or array.size == 0:
         raise TimesError(f"times must be a vector of at least one time, got shape {array.shape}")
+    # A time that is t1 up to the round-off of either's dtype is t1.
+    latest = t1 * (1 + round_off(given, times))
+    array = np.where((array > t1) & (array <= latest), t1, array)
     if np.any(np.diff(array) <= 0):
         where = int(np.argmax(np.diff(array) <= 0))
         raise TimesError(
@@ -202,7 +234,8 @@ def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
         )
     if array[0] < 0 or array[-1] > t1:
         raise TimesError(
-            f"times from {array[0]:g} to {array[-1]:g} leave the integrated range 0 … {t1:g}"
+            f"times from {array[0]:.17g} to {array[-1]:.17g} leave the integrated range 0 … "
+            f"{t1:.17g}"
         )
     return array
 

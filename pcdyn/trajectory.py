@@ -207,7 +207,8 @@ class Trajectory(LayerEnergies):
             )
         if not is_traced(t, self.end_time):
             end = float(np.max(np.asarray(self.end_time)))
-            t = checked_number(t, "t", at_least=0, at_most=end, error=TimesError)
+            latest = end * (1 + round_off(t))
+            t = min(checked_number(t, "t", at_least=0, at_most=latest, error=TimesError), end)
         return self.interpolation(t)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
@@ -251,6 +252,16 @@ class Trajectory(LayerEnergies):
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
         return "\n".join(lines)
+
+
+def round_off(*times: Any) -> float:
+    """By how much, relative to them, times that are meant to be equal can differ in their dtypes.
+
+    A few eps: 3 · 0.1 > 0.3, and every second float32 is above its decimal.
+    """
+    dtypes = [np.asarray(t).dtype for t in times]
+    floats = [dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(float) for dtype in dtypes]
+    return 4 * max(float(jnp.finfo(dtype).eps) for dtype in floats)
 
 
 def _layer_of(values: Any, index: int, module: Any) -> Any:

@@ -149,6 +149,11 @@ class Integrator(eqx.Module):
     def fixed_step(self) -> Any:
         """The step size, or `None` if the method chooses it."""
 
+    @property
+    @abc.abstractmethod
+    def most_steps(self) -> int | None:
+        """After how many steps it gives up; `None` for a method without steps."""
+
     @abc.abstractmethod
     def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         """Raise `IntegratorError` or `ToleranceError` for what this integrator cannot do."""
@@ -190,6 +195,23 @@ def largest_activity(request: Request) -> Array:
 def check_step(name: str, dt: Any) -> None:
     """Raise `IntegratorError` unless a fixed step is positive and finite."""
     checked_number(dt, f"{name}: dt, the step,", above=0, error=IntegratorError)
+
+
+def check_step_count(method: Integrator, t1: float, until: UntilEquilibrium | None) -> None:
+    """Raise `IntegratorError` where fixed steps cannot reach t1 within the bound on steps.
+
+    With `until` a run may end long before t1, and the bound is kept while it runs.
+    """
+    if method.fixed_step is None or method.most_steps is None or until is not None:
+        return
+    dt = float(method.fixed_step)
+    # In floating point, for it can be beyond any integer; a last step may be round-off.
+    steps = t1 / dt if dt > t1 * 1e-300 else math.inf
+    if steps > method.most_steps * (1 + 1e-9) + 0.5:
+        raise IntegratorError(
+            f"{method.name} needs {steps:.3g} steps of dt={dt:g} to reach t1={t1:g}, more than "
+            f"max_steps={method.most_steps}: take a larger step or raise max_steps"
+        )
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: Any = None) -> None:

@@ -166,6 +166,10 @@ class Diffrax(Integrator):
                 f"{self.name} has no error estimate and cannot adapt its step: give dt"
             )
 
+    @property
+    def most_steps(self) -> int:
+        return self.max_steps
+
     def _solver(self, problem: Problem) -> Any:
         """The diffrax solver, with the linear algebra that suits the problem."""
         import diffrax
@@ -239,6 +243,13 @@ class Diffrax(Integrator):
         states, last = cast(Any, solution.ys)
         end_state = jax.tree.map(lambda x: x[0], last)
         end_time, status = cast(Any, solution.ts)[1][0], _status(solution.result)
+        # diffrax fills up with infinity what it does not reach, which jax_debug_infs takes for a
+        # failure.
+        reached = times <= end_time
+        states = tuple(
+            jnp.where(reached.reshape(-1, *[1] * x.ndim), saved, x)
+            for saved, x in zip(states, end_state, strict=True)
+        )
         if until is not None:
             # diffrax saves nothing where the event has already happened at the start.
             at_rest = until.reached(0.0, flow.norms(state))
@@ -255,7 +266,7 @@ class Diffrax(Integrator):
             jacobian_evaluations=_jacobian_evaluations(solver, solution.stats["num_steps"]),
             accepted_steps=solution.stats["num_accepted_steps"],
             rejected_steps=solution.stats["num_rejected_steps"],
-            interpolation=_Interpolation(solution.interpolation) if request.dense else None,
+            interpolation=_dense_output(solution) if request.dense else None,
         )
         return forward_only(run, self.name)
 
@@ -321,6 +332,16 @@ class _Interpolation(eqx.Module):
 
     def __call__(self, t: Any) -> State:
         return self.interpolation.evaluate(t)
+
+
+def _dense_output(solution: Any) -> _Interpolation:
+    """Room for steps that were not taken holds a large number instead of infinity, see above."""
+
+    def finite(x: Any) -> Any:
+        known = eqx.is_inexact_array(x)
+        return jnp.where(jnp.isposinf(x), jnp.finfo(x.dtype).max, x) if known else x
+
+    return _Interpolation(jax.tree.map(finite, solution.interpolation))
 
 
 def largest_sample_rms(error: Any) -> Any:

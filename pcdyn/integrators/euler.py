@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import integer
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -20,16 +22,26 @@ from pcdyn.integrators.forward_mode import forward_only
 from pcdyn.problem import Problem, State
 from pcdyn.states import all_finite
 
+# Of a step: so far from a multiple of dt a time still counts as one.
+_MOST_SLACK = 0.1
+
 
 class Euler(Integrator):
     """The update `x ← x + dt · dx/dt`, repeated; n updates reach t = n·dt.
 
     `dt` is the "learning rate η" of the paper's inference. Times between two updates are
     interpolated linearly. diffrax's Euler steps by differences of accumulated times, which are
-    not exactly `dt`; this one is the plain loop. It stops at the first non-finite state.
+    not exactly `dt`; this one is the plain loop. It stops at the first non-finite state. Where t1
+    is no multiple of `dt` the last update is shorter. More than `max_steps` updates are refused.
     """
 
     dt: Any
+    max_steps: int = eqx.field(
+        # float32 counts so far without an error in the division of times.
+        static=True,
+        default=2**20,
+        converter=integer("max_steps", at_least=1, at_most=2**31 - 2),
+    )
 
     def __check_init__(self) -> None:
         check_step("Euler", self.dt)
@@ -45,6 +57,10 @@ class Euler(Integrator):
     @property
     def fixed_step(self) -> Any:
         return self.dt
+
+    @property
+    def most_steps(self) -> int:
+        return self.max_steps
 
     def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         if dense:
@@ -88,19 +104,27 @@ class Euler(Integrator):
 
             return carry, jax.lax.cond(fraction > 0, interpolate, lambda state: state, carry[1])
 
-        # Times that are meant to be multiples of dt are so only up to round-off.
-        steps: jax.Array = request.times / self.dt
+        # Times that are meant to be multiples of dt are so only up to round-off, here of the ratio
+        # and, where they come in float32, of the times.
+        steps: jax.Array = jnp.append(request.times, t1) / self.dt
         nearest = jnp.round(steps)
-        on_grid = jnp.abs(steps - nearest) <= 1e-6 * jnp.maximum(nearest, 1)
+        slack = jnp.minimum(1e-6 * jnp.maximum(nearest, 1), _MOST_SLACK)
+        on_grid = jnp.abs(steps - nearest) <= slack
         whole = jnp.where(on_grid, nearest, jnp.floor(steps))
         fraction = jnp.where(on_grid, 0, steps - whole).astype(dtype)
-        last = jnp.round(jnp.asarray(t1) / self.dt).astype(int)
+        # With `until` t1 can be out of reach.
+        beyond = whole > self.max_steps
+        whole = jnp.where(beyond, self.max_steps, whole).astype(int)
+        fraction = jnp.where(beyond, 0, fraction)
         start = (jnp.asarray(0), state, finished(0, state))
-        carry, states = jax.lax.scan(save, start, (whole.astype(int), fraction))
-        step, end_state, done = advance(carry, last)
-        finite = all_finite(end_state)
-        status = jnp.where(done, Status.CONVERGED, Status.REACHED_T1)
-        status = jnp.where(finite, status, Status.NON_FINITE)
+        (step, stopped, done), states = jax.lax.scan(save, start, (whole, fraction))
+        # The last row is the state at t1, or where it stopped before.
+        early = done | ~all_finite(stopped)
+        end_state = jax.tree.map(lambda x, saved: jnp.where(early, x, saved[-1]), stopped, states)
+        states = jax.tree.map(lambda x: x[:-1], states)
+        status = jnp.where(beyond[-1], Status.MAX_STEPS, Status.REACHED_T1)
+        status = jnp.where(done, Status.CONVERGED, status)
+        status = jnp.where(all_finite(end_state), status, Status.NON_FINITE)
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
         evaluations = step + tests + jnp.sum(fraction > 0)

@@ -30,6 +30,10 @@ class Exact(Integrator):
     def fixed_step(self) -> None:
         return None
 
+    @property
+    def most_steps(self) -> None:
+        return None
+
     def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         if not isinstance(problem, InferenceProblem):
             raise NotLinearError("the flow is not linear in the weights: Exact cannot follow it")

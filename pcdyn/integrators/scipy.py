@@ -47,7 +47,9 @@ class SciPy(Integrator):
     rtol: Any = None
     atol: Any = None
     max_steps: int = eqx.field(
-        static=True, default=2**14, converter=integer("max_steps", at_least=1)
+        static=True,
+        default=2**14,
+        converter=integer("max_steps", at_least=1, error=IntegratorError),
     )
 
     def __check_init__(self) -> None:
@@ -65,6 +67,10 @@ class SciPy(Integrator):
     @property
     def fixed_step(self) -> None:
         return None
+
+    @property
+    def most_steps(self) -> int:
+        return self.max_steps
 
     def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
         # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.

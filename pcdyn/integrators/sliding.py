@@ -56,7 +56,7 @@ def _largest_preactivation(layer: Dense, activity: float) -> float:
 
 
 class _Rounded(eqx.Module):
-    """A `Dense` layer whose activation has its kinks rounded over `width` on each side."""
+    """A `Dense` layer whose activation has its kinks rounded over `width`."""
 
     layer: Dense
     width: Any
@@ -66,7 +66,7 @@ class _Rounded(eqx.Module):
 
 
 # The value is the activation's own, for rounding would change it by no more than the width; the
-# slope is the mean slope within one width, and the curvature that of the slope.
+# slope is a mean slope, and the curvature that of the slope.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _value(activation: Activation, z: Any, width: Any) -> Any:
     return activation(z)
@@ -91,10 +91,14 @@ def _slope_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
 
 
 def _mean_rate(activation: Activation, function: Any, z: Any, width: Any) -> Any:
-    """The derivative of `function`, or within `width` of a kink its mean over ± `width`."""
-    near = [jnp.abs(z - kink) < width for kink in activation.kinks]
+    """The derivative of `function`, or within `width` above a kink its mean over `width` below z.
+
+    At a kink it is that from below, as in the activations themselves: a flow that starts on the
+    ridge of one (a hidden layer that is dead, without biases) rests there in both.
+    """
+    near = [(z >= kink) & (z < kink + width) for kink in activation.kinks]
     inside = functools.reduce(jnp.logical_or, near)
-    mean = (function(z + width) - function(z - width)) / (2 * width)
+    mean = (function(z) - function(z - width)) / width
     return jnp.where(inside, mean, _derivative(function)(z))
 
 

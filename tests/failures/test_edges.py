@@ -10,7 +10,14 @@ import pytest
 
 from pcdyn.activations import Activation
 from pcdyn.energy import Energy, Gaussian
-from pcdyn.errors import NonFiniteError, PrecisionError, ShapeError, Status, TimesError
+from pcdyn.errors import (
+    IntegratorError,
+    NonFiniteError,
+    PrecisionError,
+    ShapeError,
+    Status,
+    TimesError,
+)
 from pcdyn.integrators import Diffrax, Euler, SciPy
 from pcdyn.linear import linear_equilibrium
 from pcdyn.network import Dense, Network
@@ -65,11 +72,14 @@ def test_a_vanishing_step_is_told_and_handed_over() -> None:
 
 
 def test_a_fixed_step_is_never_replaced_by_an_adaptive_one() -> None:
-    """Who asks for a step of 0.1 and 5 of them is told that they do not suffice."""
-    case = build_case(seed=1, widths=(2, 3, 2))
-    run = simulate(
-        case.problem, t1=20.0, integrator=Diffrax("heun", dt=0.1, max_steps=5), throw=False
-    )
+    """Who asks for a step of 0.1 and 5 of them is told that they do not suffice.
+
+    Before they run, but where the run may end early.
+    """
+    case, five = build_case(seed=1, widths=(2, 3, 2)), Diffrax("heun", dt=0.1, max_steps=5)
+    with pytest.raises(IntegratorError, match="needs 200 steps"):
+        simulate(case.problem, t1=20.0, integrator=five)
+    run = simulate(case.problem, t1=20.0, integrator=five, until="equilibrium", throw=False)
     assert run.status is Status.MAX_STEPS
     assert run.fallback == ""
 
