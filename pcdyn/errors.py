@@ -210,6 +210,10 @@ class StepSizeWarning(UserWarning):
     """A fixed step is above the largest with which its explicit method is stable."""
 
 
+class RoundOffWarning(UserWarning):
+    """An exact solution has lost more than half of its digits to round-off."""
+
+
 class EnergyWarning(UserWarning):
     """The slope of an energy is not Lipschitz: its flow can be stiff without limit, or stop."""
 

@@ -108,7 +108,8 @@ class Integration(eqx.Module):
     `states` has a leading axis over the requested times, of which only those up to `end_time`
     mean anything; `end_state` is the state at `end_time`; `status` is a `pcdyn.Status` as an
     integer. Counts are `None` where the method cannot know them. `interpolation` maps a time to
-    a state, where dense output was asked for.
+    a state, where dense output was asked for. `round_off` estimates by how much round-off may have
+    moved any activity, where that is known.
     """
 
     states: State
@@ -120,6 +121,7 @@ class Integration(eqx.Module):
     accepted_steps: Any = None
     rejected_steps: Any = None
     interpolation: Any = None
+    round_off: Any = None
     message: str = eqx.field(static=True, default="")
 
 
