@@ -14,10 +14,10 @@ from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.whitened import is_linear
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory
+from pcdyn.whitened import is_linear
 
 TIGHT = 1e-12
 # Explicit steps are cheap once compiled, also where stability and not accuracy limits them.
@@ -210,9 +210,7 @@ def _measured(
         name: float(np.fmax(getattr(seen, name), getattr(lost, name)))
         for name in ("final_error", "maximum_error", "l2_error", "energy_error")
     }
-    return dataclasses.replace(
-        alone, second=second, uncertainty=dataclasses.replace(seen, **each)
-    )
+    return dataclasses.replace(alone, second=second, uncertainty=dataclasses.replace(seen, **each))
 
 
 def _round_off(

@@ -192,9 +192,9 @@ def equilibrium(
 
     Where round-off keeps the gradient above a tolerance that was not given, as at large ratios of
     precisions, a sample has converged once its solver cannot lower F any more and the gradient is
-    within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point with a
-    vanishing gradient on one side of which F falls is no equilibrium: the search goes on from
-    beside it.
+    within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point
+    with a vanishing gradient on one side of which F falls is no equilibrium: the search goes on
+    from beside it.
 
     A nonlinear network can have several equilibria; `Equilibrium.basin` checks whether the flow
     leads to this one. Under `jax.jit`, `jax.vmap` and `jax.grad` nothing is raised. There the

@@ -74,7 +74,9 @@ def _change_of_equilibrium(
     state = with_derivatives(problem, state, certain)
     _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
     # Layers that do not depend on what moves have no tangent at all.
-    change = tuple(jnp.zeros_like(x) if c is None else c for x, c in zip(state, change, strict=True))
+    change = tuple(
+        jnp.zeros_like(x) if c is None else c for x, c in zip(state, change, strict=True)
+    )
     known = jnp.where(certain, -1, jnp.nan).astype(state[0].dtype)
     return scale(known, solve_hessian(problem, state, change))
 
@@ -95,7 +97,7 @@ def solve_hessian(problem: InferenceProblem, state: State, rhs: State) -> State:
 
 
 def _solve_linear(problem: InferenceProblem, state: State, rhs: State) -> State:
-    """With the one Hessian of all samples of a linear network, by a factor that keeps its digits."""
+    """With the one Hessian of all samples of a linear network, by QR of its square root."""
     arrays, rest = eqx.partition(problem, eqx.is_array)
     # Only the product is differentiated: the solution follows from it.
     factor, _ = error_factor(eqx.combine(jax.lax.stop_gradient(arrays), rest))

@@ -150,7 +150,8 @@ def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     """The last two approximations of the equilibrium, from the output error that is left."""
-    assert problem.output is not None, "linear_equilibrium has refused others"
+    start, target = problem.input, problem.output
+    assert start is not None and target is not None, "linear_equilibrium has refused others"
     products, energy = _products(problem)
     network, depth = problem.network, problem.network.depth
     # The factor of S from its square root, which holds more digits.
@@ -159,16 +160,16 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
 
     def climb(weighted: Array) -> State:
-        layers = [problem.input]
+        layers = [start]
         for index in range(1, depth):
             layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
         return tuple(layers[1:])
 
-    weighted = jnp.zeros_like(problem.output)
+    weighted = jnp.zeros_like(target)
     before = state = climb(weighted)
     for _ in range(_CORRECTIONS):
         # The prediction is not yet where the weighted output error would pull it.
-        left = problem.output - network.predict(depth, state[-1])
+        left = target - network.predict(depth, state[-1])
         weighted = weighted + factor.solve((left - energy.unweigh(depth, weighted),))[0]
         before, state = state, climb(weighted)
     return before, state
@@ -204,6 +205,7 @@ def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]
     `InputError` unless both ends are clamped.
     """
     factor = jnp.linalg.cholesky(output_covariance(problem))
+    assert problem.input is not None, "output_covariance has refused others"
     error = problem.output_error(problem.network.feedforward(problem.input)[-1])
     white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
     log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))

@@ -107,7 +107,7 @@ def _function_jvp(kind: Kind, primals: Any, tangents: Any) -> Any:
 def _bent(
     kind: Kind, factor: Any, modes: Any, turn: Any, bend: Any, residual: Any, force: Any, t: Any
 ) -> Any:
-    """The derivative of f(H) (Aᵀ residual + force) for H in the direction Aᵀturn + turnᵀA + bend."""
+    """The derivative of f(H) (Aᵀ residual + force), for H towards Aᵀturn + turnᵀA + bend."""
     _, sizes, right = modes
     first = _differences(kind, [sizes[:, None] ** 2, sizes[None] ** 2], t)
     amplitudes = _in_modes(modes, residual, force)

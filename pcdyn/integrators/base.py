@@ -166,7 +166,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
         floor = 20 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
-        rate = jnp.ones((), dtype)
+        rate: Any = jnp.ones((), dtype)
         if isinstance(request.problem, InferenceProblem):
             slowest = smallest_precision(request.problem) / _slowest_time(request.problem)
             rate = jnp.where(jnp.isfinite(slowest), slowest, 1)

@@ -14,7 +14,6 @@ from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.states import dot, step
 
-
 # A step that solves for a gradient of nothing but round-off moves activities by some of their last
 # places, for each passes through several layers.
 _STEP_ROUNDINGS = 32
