@@ -61,7 +61,8 @@ class Reference:
     - `method`, `second`: how the reference and the solver that checks it were computed.
     - `trajectory`: the reference itself.
     - `uncertainty`: the errors of the second solver's run against the reference, each an estimate
-      of what the reference can tell; NaN if that solver failed, and `second` says so.
+      of what the reference can tell, or the round-off that the reference knows of if that is
+      larger; NaN if that solver failed and none is known, and `second` says so.
     - `displacement`, `energy_loss`: the units of the errors.
     """
 
@@ -197,14 +198,38 @@ def _measured(
             "the problem starts at rest: its errors have no unit; choose another initial state, "
             "such as problem.random_state(key)"
         )
-    unknown = Reference(
-        method, "no second solver arrived", trajectory, NO_ERRORS, displacement, energy_loss
-    )
+    lost = _round_off(trajectory, problem, displacement, energy_loss)
+    second = "no second solver arrived" + ("" if lost is NO_ERRORS else ": round-off")
+    alone = Reference(method, second, trajectory, lost, displacement, energy_loss)
     try:
         second, run, _ = _first_that_arrives(problem, options, others)
     except StepLimitError:
-        return unknown
-    return dataclasses.replace(unknown, second=second, uncertainty=unknown.errors(run))
+        return alone
+    seen = alone.errors(run)
+    each = {
+        name: float(np.fmax(getattr(seen, name), getattr(lost, name)))
+        for name in ("final_error", "maximum_error", "l2_error", "energy_error")
+    }
+    return dataclasses.replace(alone, second=second, uncertainty=dataclasses.replace(seen, **each))
+
+
+def _round_off(
+    trajectory: Trajectory, problem: InferenceProblem, displacement: float, energy_loss: float
+) -> Errors:
+    """What round-off makes of the errors, where the trajectory knows it; otherwise NaN."""
+    if trajectory.round_off is None:
+        return NO_ERRORS
+    units = sum(problem.network.widths[index] for index in problem.free_layers)
+    moved = float(np.max(trajectory.round_off)) * units**0.5
+    # Where the field vanishes F changes by less.
+    steepest = float(np.max(np.linalg.norm(trajectory.vector_field_norms, axis=-1)))
+    return Errors(
+        final_error=moved / displacement,
+        maximum_error=moved / displacement,
+        l2_error=moved / displacement,
+        energy_error=moved * steepest / energy_loss,
+        equilibrium_time=float("nan"),
+    )
 
 
 def _double(tree: Any) -> Any:

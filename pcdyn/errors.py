@@ -243,6 +243,10 @@ class JaxlibDeadlockWarning(UserWarning):
     """The installed jaxlib can deadlock on batched linear algebra; another version does not."""
 
 
+class RoundOffWarning(UserWarning):
+    """An exact solution has lost more than half of its digits to round-off."""
+
+
 class EnergyWarning(UserWarning):
     """The slope of an energy is not Lipschitz: its flow can be stiff without limit, or stop."""
 

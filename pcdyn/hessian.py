@@ -97,7 +97,7 @@ def solve_hessian(problem: InferenceProblem, state: State, rhs: State) -> State:
 
 
 def _solve_linear(problem: InferenceProblem, state: State, rhs: State) -> State:
-    """With the one Hessian of a linear network's samples, by a factor that keeps its digits."""
+    """With the one Hessian of a linear network's samples, by QR of its square root."""
     arrays, rest = eqx.partition(problem, eqx.is_array)
     # Only the product is differentiated: the solution follows from it.
     factor, _ = error_factor(eqx.combine(jax.lax.stop_gradient(arrays), rest))

@@ -31,7 +31,8 @@ from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.hessian import with_derivatives
 from pcdyn.network import Activities, Network
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.whitened import error_factor, linear_parts, spread
+from pcdyn.relaxation import factor_modes, function_of, singular_modes, square
+from pcdyn.whitened import error_factor, error_matrix, linear_parts, spread, whiten
 
 # The first solves, the others take out what round-off has left of it.
 _CORRECTIONS = 3
@@ -157,7 +158,8 @@ def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     """The last two approximations of the equilibrium, from the output error that is left."""
-    assert problem.output is not None, "linear_equilibrium has refused others"
+    start, target = problem.input, problem.output
+    assert start is not None and target is not None, "linear_equilibrium has refused others"
     products, energy = _products(problem)
     network, depth = problem.network, problem.network.depth
     # The factor of S from its square root, which holds more digits.
@@ -166,16 +168,16 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
 
     def climb(weighted: Array) -> State:
-        layers: list[Any] = [problem.input]
+        layers = [start]
         for index in range(1, depth):
             layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
         return tuple(layers[1:])
 
-    weighted = jnp.zeros_like(problem.output)
+    weighted = jnp.zeros_like(target)
     before = state = climb(weighted)
     for _ in range(_CORRECTIONS):
         # The prediction is not yet where the weighted output error would pull it.
-        left = problem.output - network.predict(depth, state[-1])
+        left = target - network.predict(depth, state[-1])
         weighted = weighted + factor.solve((left - energy.unweigh(depth, weighted),))[0]
         before, state = state, climb(weighted)
     return before, state
@@ -236,25 +238,29 @@ def _products(problem: InferenceProblem) -> tuple[dict[int, Array], Gaussian]:
 class ExactFlow(eqx.Module):
     """The exact trajectory y(t) of a linear network, a function of time.
 
-    With the eigendecomposition of the symmetrised `τ^{-½} H τ^{-½}` each mode with rate λ decays
-    as e^{−λt} and is driven by (1 − e^{−λt})/λ, which is t where λ = 0: no inverse of H is
-    needed, so that free ends with flat directions are covered.
+    With F = ½ ‖A y − c‖² (see `pcdyn.whitened`) and each column of A over √τ, each mode moves from
+    the start by (1 − e^{−λt})/λ times its share of Aᵀ(c − A y(0)), which is t where λ = 0: no
+    inverse of H is needed, so that free ends with flat directions are covered. Two derivatives of
+    any kind exist, also where rates repeat.
+
+    - `round_off`: an estimate of how far any activity may be off by round-off, per sample: the
+      singular values of A are known to eps times the largest, so that a rate that is smaller by a
+      factor r has √r · eps as its relative error.
     """
 
-    rates: Float[Array, " N"]
-    modes: Float[Array, "N N"]
+    factor: Float[Array, "M N"]
+    modes: tuple[Array, Array, Array]
     initial: Float[Array, "*batch N"]
-    drive: Float[Array, "*batch N"]
+    residual: Float[Array, "*batch M"]
     scale: Float[Array, " N"]
+    round_off: Float[Array, "*batch"]
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, ""]) -> State:
         """The state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
-        decay = jnp.exp(-self.rates * t)
-        flat = self.rates == 0
-        driven = jnp.where(flat, t, -jnp.expm1(-self.rates * t) / jnp.where(flat, 1, self.rates))
-        amplitudes = _times(self.initial, decay) + _times(self.drive, driven)
-        return _split(_times(amplitudes @ self.modes.T, self.scale), self.widths)
+        none = jnp.zeros_like(self.initial)
+        moved = function_of("relax", (self.factor, self.modes), self.residual, none, t)
+        return _split(self.initial + _times(moved, self.scale), self.widths)
 
 
 def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
@@ -264,18 +270,33 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     closed form exists for more than one free layer; stacked, the layers are one linear ODE with
     constant coefficients. Raises `NotLinearError`.
     """
-    rates, modes, scale = linear_modes(problem)
+    _, energy = linear_parts(problem)
     initial = problem.initial_state(initial)
-    flat = _is_flat(rates)
-    start = jnp.concatenate(initial, axis=-1)
-    drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
-    return ExactFlow(
+    errors = problem.prediction_errors(problem.activities(initial))
+    white = [-whiten(energy.precision(i), error) for i, error in enumerate(errors, start=1)]
+    scale = _root_rates(problem)
+    matrix = error_matrix(problem)
+    factor, residual = square(
+        matrix * jnp.broadcast_to(scale, matrix.shape), jnp.concatenate(white, axis=-1)
+    )
+    left, sizes, right = jax.lax.stop_gradient(singular_modes(factor))
+    eps, largest = jnp.finfo(sizes.dtype).eps, jnp.max(sizes)
+    if problem.input is None:
         # Round-off in a flat direction would grow with time; neither rate nor drive is there.
-        rates=jnp.where(flat, 0, rates),
-        modes=modes,
-        initial=_times(start, 1 / scale) @ modes,
-        drive=_times(_times(drive, scale) @ modes, jnp.where(flat, 0, 1).astype(rates.dtype)),
+        sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
+    known = jnp.where(sizes > 0, sizes, jnp.inf)
+    way = jnp.abs(jax.lax.stop_gradient(residual) @ left)
+    size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
+    lost = 2 * largest * way / jnp.broadcast_to(known, way.shape) + size
+    start = jnp.concatenate(initial, axis=-1)
+    own = jnp.max(jnp.abs(jax.lax.stop_gradient(start)), axis=-1)
+    return ExactFlow(
+        factor=factor,
+        modes=(left, sizes, right),
+        initial=start,
+        residual=residual,
         scale=scale,
+        round_off=eps * (own + jnp.max(lost / jnp.broadcast_to(known, way.shape), axis=-1)),
         widths=tuple(x.shape[-1] for x in initial),
     )
 
@@ -316,7 +337,8 @@ def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
     """The decay rates of a linear network's flow in ascending order, in 1/(time units).
 
     They are the eigenvalues of H (of τ⁻¹H with time constants). Explicit Euler is stable for
-    steps below 2 / the largest. Raises `NotLinearError`.
+    steps below 2 / the largest. Where rates coincide, the derivative of each is that of their mean.
+    Raises `NotLinearError`.
     """
     return linear_modes(problem)[0]
 
@@ -338,18 +360,21 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 
     A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
     """
-    blocks, units = hessian(problem), sum(problem.network.widths[i] for i in problem.free_layers)
+    units = sum(problem.network.widths[i] for i in problem.free_layers)
     check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
-    matrix = blocks.dense()
+    matrix, scale = error_matrix(problem), _root_rates(problem)
+    (factor,) = square(matrix * jnp.broadcast_to(scale, matrix.shape))
+    return (*factor_modes(factor), scale)
+
+
+def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
+    """τ^{-½} of each free unit."""
     widths = [problem.network.widths[index] for index in problem.free_layers]
-    scale = jnp.ones(matrix.shape[0], matrix.dtype)
-    if problem.time_constants is not None:
-        constants = [problem.time_constants[index] for index in problem.free_layers]
-        scale = jnp.concatenate(
-            [jnp.full(w, c**-0.5) for w, c in zip(widths, constants, strict=True)]
-        )
-    rates, modes = jnp.linalg.eigh(matrix * jnp.outer(scale, scale))
-    return rates, modes, scale
+    constants = problem.time_constants
+    if constants is None:
+        return jnp.ones(sum(widths), problem.dtype)
+    each = [constants[index] for index in problem.free_layers]
+    return jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, each, strict=True)])
 
 
 def _times(rows: Float[Array, "*batch N"], vector: Float[Array, " N"]) -> Array:

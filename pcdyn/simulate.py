@@ -27,6 +27,7 @@ from pcdyn.checks import (
 from pcdyn.errors import (
     MOST_SAMPLES_NAMED,
     IntegratorError,
+    RoundOffWarning,
     ShapeError,
     Status,
     StepSizeWarning,
@@ -153,6 +154,7 @@ def simulate(
     run, fallback, observed, clock = computed
     run = _without_overflow(run, observed)
     trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
+    _warn_of_round_off(trajectory)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
@@ -202,6 +204,22 @@ def _warn_of_step(request: Request, method: Integrator) -> None:
             f"largest stable step of {method.name} at the initial state{share}: take a smaller "
             "step, or an adaptive or implicit integrator (see pcdyn.stability)",
             StepSizeWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_round_off(trajectory: Trajectory) -> None:
+    """Warn where a solution that should be exact has lost more than half of its digits."""
+    lost = trajectory.round_off
+    if lost is None:
+        return
+    size = max(float(np.max(np.abs(x))) for x in trajectory.activities)
+    if np.max(lost) > math.sqrt(np.finfo(trajectory.energies.dtype).eps) * size:
+        warnings.warn(
+            f"activities of the size {size:.2g} may be off by {np.max(lost):.1g} by round-off: the "
+            f"rates span more than {trajectory.energies.dtype} can resolve; use float64, or a "
+            "smaller ratio of precisions",
+            RoundOffWarning,
             stacklevel=3,
         )
 
@@ -319,6 +337,7 @@ def _build(
         free_layers=problem.free_layers,
         network=problem.network_at(states),
         precisions=problem.precisions_at(states),
+        round_off=run.round_off,
         **rest,
     )
 

@@ -50,6 +50,8 @@ class Trajectory(LayerEnergies):
       `None`.
     - `precisions`: where precisions move, `precisions[l - 1]` is Π_l with the time axis first, as
       in `pcdyn.Gaussian`: a number, a diagonal or a matrix; otherwise `None`.
+    - `round_off`: by how much round-off may have moved any activity, estimated, where the
+      integrator knows (`pcdyn.Exact`); otherwise `None`. It is not written to files.
 
     With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
     and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
@@ -73,6 +75,7 @@ class Trajectory(LayerEnergies):
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
     network: Any = None
     precisions: Any = None
+    round_off: Any = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")

@@ -116,7 +116,8 @@ class Integration(eqx.Module):
     `states` has a leading axis over the requested times, of which only those up to `end_time`
     mean anything; `end_state` is the state at `end_time`; `status` is a `pcdyn.Status` as an
     integer. Counts are `None` where the method cannot know them. `interpolation` maps a time to
-    a state, where dense output was asked for.
+    a state, where dense output was asked for. `round_off` estimates by how much round-off may have
+    moved any activity, where that is known.
     """
 
     states: State
@@ -128,6 +129,7 @@ class Integration(eqx.Module):
     accepted_steps: Any = None
     rejected_steps: Any = None
     interpolation: Any = None
+    round_off: Any = None
     message: str = eqx.field(static=True, default="")
 
 
@@ -176,7 +178,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         largest = largest_activity(request)
         floor = 20 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
-        rate = jnp.ones((), dtype)
+        rate: Any = jnp.ones((), dtype)
         if isinstance(request.problem, InferenceProblem | StackedProblem):
             slowest = smallest_precision(request.problem) / _slowest_time(request.problem)
             rate = jnp.where(jnp.isfinite(slowest), slowest, 1)

@@ -151,22 +151,21 @@ def solve_on_host(
 
     Where activations have kinks, the samples that a solver leaves are looked at for sliding ones.
     """
-    solution, goal, done = None, None, None
-    sliding: dict[int, SlidingPoint] = {}
-    ran = []
-    for solver in solvers:
-        # As arrays, numbers can change without compiling again.
-        numbers = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, solver)
-        if solution is None:
-            given = np.asarray(tolerance, problem.network.dtype)
-            solution, goal = _solve_first(problem, start, numbers, given, relative)
-            goal = np.asarray(goal)
-        else:
+    # As arrays, numbers can change without compiling again.
+    each = [
+        jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, solver)
+        for solver in solvers
+    ]
+    given = np.asarray(tolerance, problem.network.dtype)
+    solution, goal = _solve_first(problem, start, each[0], given, relative)
+    goal, sliding, done = np.asarray(goal), {}, np.zeros(goal.shape, bool)
+    ran = 0
+    for ran, solver in enumerate(each, start=1):
+        if ran > 1:
             left = np.where(done, np.inf, goal).astype(goal.dtype)
-            state = _restart(solution, start)
-            solution = _follow_up(solution, _solve(problem, state, numbers, left), done)
+            after = _solve(problem, _restart(solution, start), solver, left)
+            solution = _follow_up(solution, after, done)
         solution = on_host(solution)
-        ran.append(solver.name)
         if relative and np.any(solution.status == EquilibriumStatus.STALLED):
             status, _ = settled(problem, solution.state, solution.status, goal)
             solution = dataclasses.replace(solution, status=np.array(status))
@@ -176,8 +175,8 @@ def solve_on_host(
         done[list(sliding)] = True
         if done.all():
             break
-    assert solution is not None
-    return Ran(solution, goal, ", ".join([*ran, *(["kinks"] if sliding else [])]), sliding)
+    names = [*(solver.name for solver in solvers[:ran]), *(["kinks"] if sliding else [])]
+    return Ran(solution, goal, ", ".join(names), sliding)
 
 
 def _slide_rest(

@@ -1,0 +1,244 @@
+"""Derivatives of equilibria and of exact flows by one leaf alone, against central differences.
+
+Differences of step h = 1e-4 of functions of order one err by about h² = 1e-8 times a third
+derivative and by round-off / h = 1e-12; 1e-6 leaves room for derivatives of order 100. Those of
+second order err by h² = 1e-8 and round-off / h² = 1e-8, for which 1e-5 leaves the same room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.linalg
+
+import pcdyn
+from pcdyn import EquilibriumStatus, Gaussian, InferenceProblem, equilibrium, linear_equilibrium
+from pcdyn.errors import InputError
+from pcdyn.linear import spectrum
+from pcdyn.solvers import FlowToRest, GaussNewton, PseudoTransient
+
+STEP, FIRST, SECOND = 1e-4, 1e-6, 1e-5
+INPUT, OUTPUT = np.array([0.5, -0.2, 1.0]), np.array([0.3, -0.4])
+
+
+def network(activation: str, widths: tuple[int, ...] = (3, 4, 4, 2)) -> pcdyn.Network:
+    net = pcdyn.mlp(widths, activation=activation, key=jr.key(0), bias=True)
+    biases = [0.1 * jnp.cos(jnp.arange(float(n))) for n in widths[1:]]
+    return eqx.tree_at(lambda n: [layer.bias for layer in n.layers], net, biases)
+
+
+def problem_with(leaf: str, s: Any, activation: str, batch: bool = False) -> InferenceProblem:
+    """A problem of which one leaf alone depends on s."""
+    net = network(activation)
+    x, y = jnp.asarray(INPUT), jnp.asarray(OUTPUT)
+    precisions: list[Any] = [1.0, jnp.array([1.0, 2.0, 0.5, 1.5]), 2.0]
+    constants: list[Any] = [1.0, 2.0, 1.0, 1.0]
+    if leaf == "input":
+        x = x.at[0].add(s)
+    if leaf == "output":
+        y = y.at[1].add(s)
+    if leaf == "weight":
+        net = eqx.tree_at(lambda n: n.layers[1].weight, net, net.layers[1].weight.at[0, 1].add(s))
+    if leaf == "bias":
+        net = eqx.tree_at(lambda n: n.layers[2].bias, net, net.layers[2].bias.at[0].add(s))
+    if leaf == "precision":
+        precisions[1] = precisions[1].at[2].add(s)
+    if leaf == "time constant":
+        constants[1] = constants[1] + s
+    if batch:
+        x, y = jnp.stack([x, -x]), jnp.stack([y, y])
+    return InferenceProblem(
+        net, input=x, output=y, energy=Gaussian(precisions), time_constants=constants
+    )
+
+
+LEAVES = ("input", "output", "weight", "bias", "precision", "time constant")
+
+
+def assert_derivatives(f: Callable[[Any], Any], second: bool = True) -> None:
+    """grad, jvp and grad of grad of f at 0 are what differences of its values are."""
+    up, here, down = (float(f(jnp.asarray(s))) for s in (STEP, 0.0, -STEP))
+    slope = (up - down) / (2 * STEP)
+    zero = jnp.zeros(())
+    value, found = jax.jit(jax.value_and_grad(f))(zero)
+    np.testing.assert_allclose(value, here, rtol=1e-9)
+    np.testing.assert_allclose(found, slope, rtol=FIRST, atol=FIRST)
+    np.testing.assert_allclose(jax.jvp(f, (zero,), (jnp.ones(()),))[1], found, rtol=1e-9, atol=1e-9)
+    if second:
+        bend = (up - 2 * here + down) / STEP**2
+        np.testing.assert_allclose(
+            jax.jit(jax.grad(jax.grad(f)))(zero), bend, rtol=SECOND, atol=SECOND
+        )
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_equilibria_by_one_leaf(leaf: str) -> None:
+    def f(s: Any) -> Any:
+        found = equilibrium(
+            problem_with(leaf, s, "tanh"), method=GaussNewton(), tolerance=1e-12, throw=False
+        )
+        return found.activities[1].sum() + found.free_energy
+
+    assert_derivatives(f, second=leaf in ("weight", "precision"))
+
+
+@pytest.mark.parametrize("method", [PseudoTransient(), FlowToRest()], ids=lambda m: m.name)
+def test_equilibria_by_each_method(method: Any) -> None:
+    """At a tolerance of 1e-9 the state, and with it the derivative, is known to about as much."""
+
+    def found(s: Any, method: Any) -> Any:
+        problem = problem_with("input", s, "tanh")
+        return equilibrium(problem, method=method, tolerance=1e-9).activities[2].sum()
+
+    ours = jax.jit(jax.grad(found), static_argnums=1)(0.0, method)
+    best = jax.jit(jax.grad(found), static_argnums=1)(0.0, GaussNewton())
+    np.testing.assert_allclose(ours, best, rtol=1e-6)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("method", ["cholesky", "output_space"])
+def test_linear_equilibria_by_one_leaf(leaf: str, method: str) -> None:
+    def f(s: Any) -> Any:
+        return linear_equilibrium(problem_with(leaf, s, "identity"), method=method)[1].sum()
+
+    assert_derivatives(f)
+
+
+def test_mapped_derivatives_are_derivatives_of_the_map() -> None:
+    def f(s: Any) -> Any:
+        problem = problem_with("weight", s, "tanh", batch=True)
+        found = equilibrium(problem, method=GaussNewton(), tolerance=1e-12)
+        return found.free_energy.sum()
+
+    points = jnp.array([0.0, 0.3])
+    each = jax.jit(jax.vmap(jax.grad(f)))(points)
+    summed = jax.jit(jax.grad(lambda s: jax.vmap(f)(s).sum()))(points)
+    np.testing.assert_allclose(each, summed, rtol=1e-12)
+    for point, found in zip(points, each, strict=True):
+        slope = (float(f(point + STEP)) - float(f(point - STEP))) / (2 * STEP)
+        np.testing.assert_allclose(found, slope, rtol=FIRST)
+
+
+def test_without_hidden_layers_and_with_a_free_input() -> None:
+    """x* of one layer with tanh, input free: T = tanh(W x + b) has one solution, dx/dT known."""
+    net = pcdyn.Network([pcdyn.Dense(np.array([[2.0]]), np.array([0.1]), "tanh")])
+
+    def f(target: Any) -> Any:
+        problem = InferenceProblem(net, output=target[None])
+        return equilibrium(problem, initial="zeros", tolerance=1e-13).activities[0].sum()
+
+    # dx/dT = 1 / (2 (1 − T²)), d²x/dT² = T / (1 − T²)².
+    np.testing.assert_allclose(jax.grad(f)(0.3), 1 / (2 * (1 - 0.09)), rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(jax.grad(f))(0.3), 0.3 / (1 - 0.09) ** 2, rtol=1e-9)
+
+
+def test_what_slides_has_no_derivative() -> None:
+    """The host finds that it slides; under a transformation its status says so, by NaN."""
+    net = pcdyn.mlp([5, 8, 8, 5], activation="relu", key=jr.key(0))
+    y = np.linspace(0.5, -0.5, 5)
+
+    def f(x: Any) -> Any:
+        return equilibrium(InferenceProblem(net, input=x, output=y)).free_energy
+
+    x = jnp.linspace(-1, 1, 5)
+    assert equilibrium(InferenceProblem(net, input=x, output=y)).status is EquilibriumStatus.SLIDING
+    assert np.isnan(jax.jit(jax.grad(f))(x)).all()
+
+
+def closed_form(s: float, t: float, precision: float) -> Any:
+    """x_1(t) of the network 3-4-2 by scipy.linalg.expm, with W_2 + s D."""
+    net = pcdyn.mlp([3, 4, 2], activation="identity", key=jr.key(0))
+    first, second = (np.asarray(layer.weight) for layer in net.layers)
+    second = second + s * np.cos(np.arange(8.0)).reshape(2, 4)
+    matrix = np.eye(4) + precision * second.T @ second
+    start = first @ INPUT
+    rest = np.linalg.solve(matrix, start + precision * second.T @ OUTPUT)
+    return rest + scipy.linalg.expm(-matrix * t) @ (start - rest)
+
+
+def exact(s: Any, t: Any, precision: Any) -> Any:
+    net = pcdyn.mlp([3, 4, 2], activation="identity", key=jr.key(0))
+    moved = net.layers[1].weight + s * jnp.cos(jnp.arange(8.0)).reshape(2, 4)
+    net = eqx.tree_at(lambda n: n.layers[1].weight, net, moved)
+    problem = InferenceProblem(net, input=INPUT, output=OUTPUT, energy=Gaussian([1.0, precision]))
+    return pcdyn.linear.exact_flow(problem, problem.feedforward_state())(t)[0]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["weight", "time", "precision"])
+def test_the_exact_flow_where_rates_repeat(which: int) -> None:
+    """The rate 1 comes twice, for the hidden layer is wider than the output."""
+    at = (0.0, 0.8, 2.0)
+
+    def moved(step: float) -> Any:
+        return closed_form(*[a + step * (i == which) for i, a in enumerate(at)])
+
+    given = tuple(jnp.asarray(a) for a in at)
+    np.testing.assert_allclose(exact(*given), moved(0.0), rtol=1e-12)
+    slope = (moved(STEP) - moved(-STEP)) / (2 * STEP)
+    found = jax.jit(jax.jacrev(exact, which))(*given)
+    np.testing.assert_allclose(found, slope, rtol=FIRST, atol=FIRST)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(exact, which))(*given), found, rtol=1e-10)
+    bend = (moved(STEP) - 2 * moved(0.0) + moved(-STEP)) / STEP**2
+    twice = jax.jit(jax.jacfwd(jax.jacrev(exact, which), which))(*given)
+    np.testing.assert_allclose(twice, bend, rtol=SECOND, atol=SECOND)
+
+
+def test_mixed_derivatives_of_the_exact_flow() -> None:
+    """∂²x/∂s∂t and ∂²x/∂s∂Π by central differences in both."""
+    at = np.array([0.1, 0.8, 2.0])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        first, second = STEP * np.eye(3)[one], STEP * np.eye(3)[other]
+        signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+        mixed = sum(a * b * closed_form(*(at + a * first + b * second)) for a, b in signs)
+        found = jax.jit(jax.jacfwd(jax.jacrev(exact, one), other))(*map(jnp.asarray, at))
+        np.testing.assert_allclose(found, mixed / (4 * STEP**2), rtol=SECOND, atol=SECOND)
+
+
+def test_a_third_derivative_of_the_exact_flow_is_refused() -> None:
+    third = jax.jacfwd(jax.jacfwd(jax.jacfwd(exact)))
+    with pytest.raises(InputError, match="first and second derivatives only"):
+        third(*map(jnp.asarray, (0.0, 0.8, 2.0)))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_the_exact_integrator_by_one_leaf(leaf: str) -> None:
+    """Against differences of its own values, which do not use the derivatives."""
+
+    def f(s: Any) -> Any:
+        problem = problem_with(leaf, s, "identity")
+        return pcdyn.simulate(problem, t1=1.0, times=[0.0, 1.0], integrator="exact").final[1].sum()
+
+    assert_derivatives(f, second=leaf == "weight")
+
+
+def test_the_spectrum_where_rates_repeat() -> None:
+    """Two rates of 1 stay while W moves: their derivatives vanish, those of Σ λ² hold."""
+    direction = jnp.cos(jnp.arange(8.0)).reshape(2, 4)
+    net = pcdyn.mlp([3, 4, 2], activation="identity", key=jr.key(0))
+
+    def rates(s: Any) -> Any:
+        moved = net.layers[1].weight + s * direction
+        problem = InferenceProblem(
+            eqx.tree_at(lambda n: n.layers[1].weight, net, moved), input=INPUT, output=OUTPUT
+        )
+        return spectrum(problem)
+
+    def squares(s: float) -> float:
+        second = np.asarray(net.layers[1].weight) + s * np.asarray(direction)
+        return float(np.sum(np.linalg.eigvalsh(np.eye(4) + second.T @ second) ** 2))
+
+    zero = jnp.zeros(())
+    np.testing.assert_allclose(jax.jacrev(rates)(zero)[:2], 0, atol=1e-13)
+    np.testing.assert_allclose(jax.jacfwd(jax.jacrev(rates))(zero)[:2], 0, atol=1e-12)
+    total = lambda s: jnp.sum(rates(s) ** 2)  # noqa: E731
+    slope = (squares(STEP) - squares(-STEP)) / (2 * STEP)
+    np.testing.assert_allclose(jax.grad(total)(zero), slope, rtol=FIRST)
+    bend = (squares(STEP) - 2 * squares(0) + squares(-STEP)) / STEP**2
+    np.testing.assert_allclose(jax.grad(jax.grad(total))(zero), bend, rtol=SECOND)
