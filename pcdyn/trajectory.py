@@ -197,7 +197,8 @@ class Trajectory(LayerEnergies):
             )
         if not is_traced(t, self.end_time):
             end = float(np.max(np.asarray(self.end_time)))
-            t = checked_number(t, "t", at_least=0, at_most=end, error=TimesError)
+            what = "t, a time of the integrated range,"
+            t = checked_number(t, what, at_least=0, at_most=end, error=TimesError)
         return self.interpolation(t)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
