@@ -14,9 +14,9 @@ from pcdyn.checks import (
     as_float_array,
     check_callable,
     check_dtype,
-    check_finite,
     check_instance,
     checked_integer,
+    converted,
 )
 from pcdyn.energy import Energy
 from pcdyn.errors import InputError, LabelError, ShapeError
@@ -47,8 +47,7 @@ def checked_data(network: Network, inputs: Any, targets: Any, seeds: int | None)
             f"there are {seeds} keys, but the network is not a stack of {seeds} networks: build it "
             "with equinox.filter_vmap over the keys"
         )
-    inputs = as_float_array(inputs, "inputs").astype(network.dtype)
-    check_finite(inputs, f"inputs as {inputs.dtype}")
+    inputs = converted(as_float_array(inputs, "inputs"), network.dtype, "inputs")
     if inputs.ndim != 2 or inputs.shape[1] != network.widths[0]:
         raise ShapeError(
             f"inputs have shape {inputs.shape}, but the network needs (samples, "
@@ -74,10 +73,9 @@ def _checked_targets(targets: Any, network: Network) -> Any:
                 f"{width} output units, 0 to {width - 1}; {wrong.size} labels are out of range"
             )
         return jax.nn.one_hot(array, width, dtype=network.dtype)
-    checked = jnp.asarray(array).astype(network.dtype)
+    checked = converted(jnp.asarray(array), network.dtype, "targets")
     if checked.ndim != 2 or checked.shape[1] != width:
         raise ShapeError(f"targets have shape {checked.shape}, but (samples, {width}) is needed")
-    check_finite(checked, f"targets as {checked.dtype}")
     return checked
 
 
