@@ -57,9 +57,12 @@ def as_float_array(value: Any, name: str) -> Array:
         array = _traced_array(value, name)
     else:
         known, is_plain = _numpy_array(value, name)
-        # A number too large for the default dtype becomes infinite, which is said below.
+        check_finite(known, name)
+        # A number too large for the dtype becomes infinite, which is said with its name.
         with np.errstate(over="ignore"):
             array = jnp.asarray(known, dtype=float) if is_plain else jnp.asarray(known)
+        if array.dtype.itemsize < known.dtype.itemsize:
+            check_finite(array, f"{name} as {array.dtype}")
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
         array = array.astype(float)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -69,7 +72,8 @@ def as_float_array(value: Any, name: str) -> Array:
         )
     if array.dtype.itemsize < _LEAST_BYTES:
         array = array.astype(jnp.float32)
-    check_finite(array, name)
+    if isinstance(value, jax.Array):
+        check_finite(array, name)
     return array
 
 
@@ -159,6 +163,15 @@ def check_dtype(dtype: Any, name: str) -> None:
             f"{name} is float64, but JAX is set to float32: switch float64 on with "
             'jax.config.update("jax_enable_x64", True), or build everything in float32'
         )
+
+
+def converted(array: Array, dtype: Any, name: str) -> Array:
+    """A finite array in another dtype; raises `NonFiniteError` for numbers too large for that."""
+    if array.dtype == dtype:
+        return array
+    narrow = array.astype(dtype)
+    check_finite(narrow, f"{name} as {narrow.dtype}")
+    return narrow
 
 
 def check_finite(array: Any, name: str) -> None:

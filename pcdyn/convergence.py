@@ -165,11 +165,18 @@ def _truth(
         reference = as_sequence(reference, "reference", wanted)
         if len(reference) != count:
             raise ShapeError(f"reference must be {wanted}, got {len(reference)} layers")
-        free = problem.free_layers
-        return [
+        free, batch = problem.free_layers, problem.batch_shape or ()
+        truth = [
             as_host_array(x, f"layer {i} of reference") if i in free else None
             for i, x in enumerate(reference)
-        ], 0.0
+        ]
+        for index in free:
+            shape, layer = (*batch, problem.network.widths[index]), truth[index]
+            if layer is not None and layer.shape != shape:
+                raise ShapeError(
+                    f"layer {index} of reference has shape {layer.shape}, but {shape} is needed"
+                )
+        return truth, 0.0
     known = reference_for(problem, t1=t1, times=np.array([t1]), initial=initial)
     final, _ = _truth(problem, t1, initial, known.trajectory)
     uncertainty = known.uncertainty.final_error * known.displacement

@@ -145,7 +145,7 @@ def phase_portrait(
     _check_problem(problem)
     resolution = checked_integer(resolution, "resolution, points on each axis,", at_least=2)
     tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
-    size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.network.widths) * 8
+    size = 2 * _SAVES * resolution**2 * sum(problem.network.widths) * 8
     check_size(size, f"the flow from a grid of {resolution} by {resolution} points")
     if t1 is not None:
         t1 = checked_number(t1, "t1", above=0, error=TimesError)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -27,7 +28,7 @@ from pcdyn.checks import (
 )
 from pcdyn.comparison import METRICS, UNITS, Comparison
 from pcdyn.equilibrium import Equilibrium
-from pcdyn.errors import ShapeError
+from pcdyn.errors import InputError, ShapeError
 from pcdyn.plotting_portrait import phase_portrait
 from pcdyn.plotting_style import STYLE_SHEET, new_axes, style
 from pcdyn.trajectory import Trajectory
@@ -135,6 +136,7 @@ def distance(
     array = as_host_array(values, "values", finite=False)
     times = as_host_array(times, "times")
     check_flag(log, "log")
+    _check_look(label)
     if array.ndim not in (1, 2) or times.shape != array.shape[:1]:
         raise ShapeError(
             f"distances need shape (time,) or (time, batch), got {array.shape} at "
@@ -304,6 +306,7 @@ def mean_band(
     """
     x, values = as_host_array(x, "x"), as_host_array(values, "values", finite=False)
     axis = checked_integer(axis, "axis", at_least=-2, at_most=1)
+    _check_look(label, color)
     if values.ndim != 2 or x.shape != (values.shape[1 - axis % 2],):
         raise ShapeError(
             f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
@@ -324,6 +327,13 @@ def _axes(ax: Axes | None) -> Axes:
         return new_axes()
     check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
     return ax
+
+
+def _check_look(label: Any, color: Any = None) -> None:
+    if label is not None:
+        check_instance(label, "label", str, "a text")
+    if not (color is None or is_color_like(color)):
+        raise InputError(f"color must be a colour of matplotlib, got {color!r}")
 
 
 def _checked_sample(sample: Any, samples: int) -> int:

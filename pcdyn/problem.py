@@ -18,12 +18,12 @@ from pcdyn.checks import (
     as_float_array,
     as_sequence,
     check_dtype,
-    check_finite,
     check_instance,
     check_key,
     check_size,
     checked_integer,
     checked_number,
+    converted,
     is_traced,
 )
 from pcdyn.energy import Energy, Gaussian, check_energy, error_gradient
@@ -343,9 +343,7 @@ class InferenceProblem(Problem):
                     f"initial state of layer {index} has shape {array.shape}, but "
                     f"{(*batch[:1], width)} is needed"
                 )
-            array = array.astype(self.network.dtype)
-            check_finite(array, f"initial state of layer {index} as {array.dtype}")
-            arrays.append(array)
+            arrays.append(converted(array, self.dtype, f"initial state of layer {index}"))
         if len({array.shape[:-1] for array in arrays}) != 1:
             raise ShapeError("all layers of a state must have the same batch size")
         return tuple(arrays)
@@ -391,9 +389,7 @@ def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> 
         )
     if array.shape[0] == 0:
         raise ShapeError(f"{name} has an empty batch")
-    array = array.astype(dtype)
-    check_finite(array, f"{name} as {array.dtype}")
-    return array
+    return converted(array, dtype, name)
 
 
 def _check_same_batch(input: Array, output: Array) -> None:
@@ -416,11 +412,12 @@ def _checked_time_constants(
             f"{len(values)} time constants for {network.depth + 1} layers; give one for each "
             "l = 0 … L"
         )
-    arrays = tuple(as_float_array(v, "time constant").astype(network.dtype) for v in values)
+    arrays = tuple(
+        converted(as_float_array(v, "time constant"), network.dtype, "time constant")
+        for v in values
+    )
     if any(a.ndim for a in arrays):
         raise ShapeError(f"time_constants must be {wanted}, got shapes {[a.shape for a in arrays]}")
-    for array in arrays:
-        check_finite(array, f"time constant as {array.dtype}")
     if not is_traced(arrays) and any(float(a) <= 0 for a in arrays):
         raise InputError(f"time constants must be positive, got {[float(a) for a in arrays]}")
     return arrays

@@ -211,7 +211,8 @@ class Trajectory(LayerEnergies):
         if not is_traced(t, self.end_time):
             end = float(np.max(np.asarray(self.end_time)))
             latest = end * (1 + round_off(t))
-            t = min(checked_number(t, "t", at_least=0, at_most=latest, error=TimesError), end)
+            what = "t, a time of the integrated range,"
+            t = min(checked_number(t, what, at_least=0, at_most=latest, error=TimesError), end)
         return self.interpolation(t)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:

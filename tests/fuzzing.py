@@ -44,7 +44,7 @@ from pcdyn.activations import leaky_relu
 from pcdyn.integrators.stability_function import stability_interval
 
 # Seconds after which a call counts as one that does not come back.
-PATIENCE = 30
+PATIENCE = 120
 WIDTHS = (3, 4, 2)
 INPUT, OUTPUT = (0.5, -0.2, 1.0), (0.3, -0.4)
 # The activations of the networks here and their slopes, in NumPy.

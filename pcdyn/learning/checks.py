@@ -12,11 +12,11 @@ import optax
 
 from pcdyn.checks import (
     as_float_array,
-    check_choice,
+    check_callable,
     check_dtype,
-    check_finite,
     check_instance,
     checked_integer,
+    converted,
 )
 from pcdyn.energy import Energy
 from pcdyn.errors import InputError, LabelError, ShapeError
@@ -47,8 +47,7 @@ def checked_data(network: Network, inputs: Any, targets: Any, seeds: int | None)
             f"there are {seeds} keys, but the network is not a stack of {seeds} networks: build it "
             "with equinox.filter_vmap over the keys"
         )
-    inputs = as_float_array(inputs, "inputs").astype(network.dtype)
-    check_finite(inputs, f"inputs as {inputs.dtype}")
+    inputs = converted(as_float_array(inputs, "inputs"), network.dtype, "inputs")
     if inputs.ndim != 2 or inputs.shape[1] != network.widths[0]:
         raise ShapeError(
             f"inputs have shape {inputs.shape}, but the network needs (samples, "
@@ -74,10 +73,9 @@ def _checked_targets(targets: Any, network: Network) -> Any:
                 f"{width} output units, 0 to {width - 1}; {wrong.size} labels are out of range"
             )
         return jax.nn.one_hot(array, width, dtype=network.dtype)
-    checked = jnp.asarray(array).astype(network.dtype)
+    checked = converted(jnp.asarray(array), network.dtype, "targets")
     if checked.ndim != 2 or checked.shape[1] != width:
         raise ShapeError(f"targets have shape {checked.shape}, but (samples, {width}) is needed")
-    check_finite(checked, f"targets as {checked.dtype}")
     return checked
 
 
@@ -93,16 +91,16 @@ def _maybe_labels(targets: Any) -> np.ndarray | None:
     return array if np.issubdtype(array.dtype, np.integer) else None
 
 
-def check_numbers(
-    epochs: int, batch_size: int, count: int, reduction: str, checkpoint_every: int
-) -> None:
-    """Raise `InputError` for numbers that do not fit `count` samples."""
-    for name, value in (("epochs", epochs), ("batch_size", batch_size),
-                        ("checkpoint_every", checkpoint_every)):  # fmt: skip
-        checked_integer(value, name, at_least=1)
+def checked_numbers(
+    epochs: Any, batch_size: Any, checkpoint_every: Any, count: int
+) -> tuple[int, int, int]:
+    """The numbers as integers; raises `InputError` where they do not fit `count` samples."""
+    epochs = checked_integer(epochs, "epochs", at_least=1)
+    batch_size = checked_integer(batch_size, "batch_size", at_least=1)
+    checkpoint_every = checked_integer(checkpoint_every, "checkpoint_every", at_least=1)
     if batch_size > count:
         raise InputError(f"batch_size is {batch_size}, but there are only {count} samples")
-    check_choice(reduction, "reduction", ("sum", "mean"))
+    return epochs, batch_size, checkpoint_every
 
 
 def check_optimiser(optimiser: Any, weights: Any) -> None:
@@ -124,13 +122,38 @@ def check_optimiser(optimiser: Any, weights: Any) -> None:
         ) from error
 
 
+def check_evaluate(evaluate: Any, network: Network, seeds: int | None) -> None:
+    """Raise `InputError` for what does not make a dictionary of arrays of a network."""
+    wanted = "a function from a network to a dictionary of arrays, such as Evaluation(…)"
+    check_callable(evaluate, "evaluate", wanted)
+    try:
+        found = eqx.filter_eval_shape(evaluate, _first_of(network, seeds))
+    except InputError:
+        raise
+    # What a function of the user does with a network is its own affair.
+    except Exception as error:
+        raise InputError(
+            f"evaluate must be {wanted}, but it failed on the network: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    arrays = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(x, jax.ShapeDtypeStruct | int | float | np.ndarray) for x in arrays):
+        raise InputError(f"evaluate must be {wanted}, but it gives a {type(found).__name__}")
+
+
+def _first_of(network: Network, seeds: int | None) -> Network:
+    """The first of a stack of networks, or the only one."""
+    if seeds is None:
+        return network
+    return jax.tree.map(lambda x: x[0] if eqx.is_inexact_array(x) else x, network)
+
+
 def check_rule(
     rule: Rule, network: Network, data: Any, energy: Energy, batch_size: int, seeds: int | None
 ) -> None:
     """Let problem and rule refuse, on the first batch, what they cannot learn from."""
     check_instance(rule, "rule", Rule, "a rule such as pcdyn.learning.PredictiveCoding()")
-    if seeds is not None:
-        network = jax.tree.map(lambda x: x[0] if eqx.is_inexact_array(x) else x, network)
+    network = _first_of(network, seeds)
     # All targets, for an energy may need more than finite ones.
     InferenceProblem(network, input=data[0], output=data[1], energy=energy)
     inputs, targets = data[0][:batch_size], data[1][:batch_size]

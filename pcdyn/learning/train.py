@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from pcdyn.checks import Numbers, as_float_array, check_callable, check_flag, check_path
+from pcdyn.checks import Numbers, as_float_array, check_choice, check_flag, check_path
 from pcdyn.energy import Energy, Gaussian, check_energy
 from pcdyn.errors import (
     CheckpointError,
@@ -26,10 +26,11 @@ from pcdyn.files import check_writable
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import (
-    check_numbers,
+    check_evaluate,
     check_optimiser,
     check_rule,
     checked_data,
+    checked_numbers,
     number_of_seeds,
 )
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
@@ -139,17 +140,19 @@ def train(
     check_energy(energy, "energy")
     for name, value in (("compare", compare), ("progress", progress)):
         check_flag(value, name)
-    if evaluate is not None:
-        wanted = "a function of a network, such as pcdyn.learning.Evaluation(…)"
-        check_callable(evaluate, "evaluate", wanted)
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
     seeds = number_of_seeds(key)
     data = checked_data(network, inputs, targets, seeds)
-    check_numbers(epochs, batch_size, len(data[0]), reduction, checkpoint_every)
+    epochs, batch_size, checkpoint_every = checked_numbers(
+        epochs, batch_size, checkpoint_every, len(data[0])
+    )
+    check_choice(reduction, "reduction", ("sum", "mean"))
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
+    if evaluate is not None:
+        check_evaluate(evaluate, network, seeds)
     setting = Setting(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
     state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
     course = _Course(state, seeds)

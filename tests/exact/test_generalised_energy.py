@@ -396,7 +396,7 @@ def look(interaction: Any = lambda x, mu: x - mu, x: Any = (0.1, 0.2, 0.3)) -> A
     (lambda: Student([1.0, [2.0, 3.0]]), DtypeError, "equal lengths"),
     (lambda: Student(10**400), DtypeError, "scale of Student"),
     (lambda: pcdyn.Gaussian([[]]), ShapeError, "layer 1 is empty"),
-    (lambda: interpolated(0.5, 2.5), InputError, "whole number .* 2.5"),
+    (lambda: interpolated(0.5, 2.5), InputError, "an integer .* 2.5"),
     (lambda: interpolated("x", 3), DtypeError, "λ is a str"),
     (lambda: look(lambda x, mu: (x - mu)[:1]), ShapeError, r"of shape \(3,\).* gives \(1,\)"),
     (lambda: look(lambda x, mu: (x, mu)), ShapeError, "gives tuple"),

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused() -> None:
         phase_portrait(wide)
     with pytest.raises(ShapeError, match="batch of 3"):
         phase_portrait(batch)
-    with pytest.raises(InputError, match="InferenceProblem is needed, got str"):
+    with pytest.raises(InputError, match=r"must be a pcdyn\.InferenceProblem, got 'problem'"):
         phase_portrait("problem")  # type: ignore[arg-type]
     for extent in ((1, 0, 0, 1), (0, 1, 0, np.inf), (0, 1)):
         with pytest.raises(InputError, match="four finite numbers"):

@@ -222,11 +222,11 @@ def test_a_figure_drawn_outside_the_style_keeps_it(single: Trajectory) -> None:
 def test_what_is_not_there_is_refused(single: Trajectory, batch: Trajectory) -> None:
     several = jax.tree.map(lambda x: np.stack([x, x]), single)
     for draw, message in (
-        (lambda: plotting.activities(single, layer=4), "no layer 4; layers are 0 … 3"),
-        (lambda: plotting.activities(single, layer=-1), "no layer -1"),
-        (lambda: plotting.activities(single, sample=1), "no sample 1; samples are 0 … 0"),
-        (lambda: plotting.energies(batch, sample=3), "no sample 3; samples are 0 … 2"),
-        (lambda: plotting.activities(single, equilibrium=single.final[1:]), "has 3 layers"),
+        (lambda: plotting.activities(single, layer=4), "layer must be .* at most 3, got 4"),
+        (lambda: plotting.activities(single, layer=-1), "layer must be .* got -1"),
+        (lambda: plotting.activities(single, sample=1), "sample must be .* at most 0, got 1"),
+        (lambda: plotting.energies(batch, sample=3), "sample must be .* at most 2, got 3"),
+        (lambda: plotting.activities(single, equilibrium=single.final[1:]), "got 3 layers"),
         (lambda: plotting.activities(single, equilibrium=single.final[::-1]), "has shape"),
         (lambda: plotting.activities(several), "several networks"),
         (lambda: plotting.energies(several), "several networks"),

@@ -45,3 +45,38 @@ def test_constructors_and_small_functions(odd: Any) -> None:
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_verbs(odd: Any) -> None:
     check(*odd)
+
+
+# What ended in another way once, in a run of `tests.fuzzing`.
+FOUND: list[tuple[str, dict[str, str]]] = [
+    ("Dense", {"activation": "ndarray (3,) float64"}),
+    ("Network", {"input_width": "ndarray (3,) float64"}),
+    ("Network", {"input_width": "one Series"}),
+    ("mlp", {"dtype": "the samples"}),
+    ("mlp", {"dtype": "PRNGKeyArray (2,) key<fry>"}),
+    ("interpolated", {"depth": "int 1000000000000000000000000000000000000000"}),
+    ("interpolated", {"depth": "int 2147483648"}),
+    ("interpolated", {"depth": "ArrayImpl 2"}),
+    ("open random_state", {"batch_size": "int 1000000000000000000000000000000000000000"}),
+    ("stability_interval", {"method": "ndarray (0,) float64"}),
+    ("Trajectory.to_netcdf", {"path": "PosixPath ."}),
+    ("of", {"integrator": "one Series"}),
+    ("rise", {"start": "generator"}),
+    ("rise", {"end": "ndarray (3,) float64"}),
+    ("loss", {"error": "ndarray (2, 3, 4) float64"}),
+    ("CustomEnergy", {"function": "one Dropout"}),
+    ("compare", {"t1": "Fraction 1/3"}),
+    ("convergence_order", {"reference": "list [0.5, -0.2, 1.0]"}),
+    ("phase_portrait", {"resolution": "int 1000000000000000000000000000000000000000"}),
+    ("single_layer_flow", {"problem": "NoneType None"}),
+    ("train", {"batch_size": "ArrayImpl 2"}),
+    ("train", {"evaluate": "builtin_function_or_method <built-in function len>"}),
+    ("train", {"evaluate": "Activation Activation('tanh')"}),
+    ("plotting.distance", {"label": "list [1, 2]"}),
+    ("plotting.mean_band", {"color": "map"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), FOUND)
+def test_what_was_found(name: str, changes: dict[str, str]) -> None:
+    check(name, changes)
