@@ -123,7 +123,7 @@ def get_activation(activation: str | Activation) -> Activation:
     """
     if isinstance(activation, Activation):
         return activation
-    if activation == "leaky_relu":
+    if isinstance(activation, str) and activation == "leaky_relu":
         return leaky_relu()
     if not isinstance(activation, str) or activation not in _BY_NAME:
         known = ", ".join([*_BY_NAME, "leaky_relu"])

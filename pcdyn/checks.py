@@ -276,6 +276,8 @@ def check_path(value: Any, name: str, *, error: type[InputError] = InputError) -
     )
     if not is_text or not os.fspath(value) or "\0" in os.fspath(value):
         raise error(f"{name} must be the path of a file, got {_shown(value)}")
+    if os.path.isdir(value):
+        raise error(f"{name} must be the path of a file, but {os.fspath(value)!r} is a folder")
 
 
 def as_sequence(
@@ -294,12 +296,19 @@ def as_sequence(
 
 def check_size(size: float | int, what: str) -> None:
     """Raise `SizeError` where `size` bytes, what `what` takes, are no part of this machine."""
-    memory = _machine_memory()
+    memory, size = _machine_memory(), _as_float(size)
     if size > _LARGEST_SHARE * memory:
         raise SizeError(
             f"{what} would take {size / 2**30:.3g} GiB, more than {_LARGEST_SHARE:.0%} of the "
             f"{memory / 2**30:.3g} GiB of memory of this machine"
         )
+
+
+def _as_float(number: float | int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 @functools.cache

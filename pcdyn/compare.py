@@ -10,7 +10,13 @@ import numpy as np
 from pcdyn.accuracy import Errors, Reference, reference_for
 from pcdyn.checks import Numbers, as_sequence, checked_integer, checked_number
 from pcdyn.comparison import ERROR_METRICS, Comparison, Run
-from pcdyn.errors import InputError, IntegratorError, ToleranceError, worst_status
+from pcdyn.errors import (
+    InputError,
+    IntegratorError,
+    TimesError,
+    ToleranceError,
+    worst_status,
+)
 from pcdyn.integrators import Integrator, get_integrator
 from pcdyn.ladder import Rung, labelled, rungs, unstable_steps_expected
 from pcdyn.problem import InferenceProblem, check_problem
@@ -58,6 +64,7 @@ def compare(
     `StepLimitError` if no reference can be computed.
     """
     check_problem(problem)
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
     repeats = checked_integer(repeats, "repeats", at_least=1)
     tolerances = _checked_ladder(tolerances, "tolerances", ToleranceError)
     steps = _checked_ladder(steps, "steps", IntegratorError)

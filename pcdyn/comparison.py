@@ -139,6 +139,7 @@ class Comparison:
 
     def of(self, integrator: str) -> tuple[Run, ...]:
         """The runs of one integrator."""
+        check_choice(integrator, "integrator", self.integrators)
         return tuple(row for row in self.rows if row.integrator == integrator)
 
     def told(self, run: Run, metric: str) -> float:

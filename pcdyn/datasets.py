@@ -208,7 +208,7 @@ def _pixel_values(limits: tuple[float, float], dtype: DTypeLike) -> NDArray[np.f
     """The image value of each of the 256 pixel values, exact at both limits."""
     try:
         dtype = np.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"dtype is no dtype ({error}): give one such as numpy.float32") from None
     if not np.issubdtype(dtype, np.floating):
         raise DataError(

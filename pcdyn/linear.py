@@ -257,7 +257,8 @@ def single_layer_flow(
     Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
     gives the start and its two neighbours the data. The flow's state has one entry.
     """
-    network, energy = problem.network, _linear_parts(problem)[1]
+    energy = _linear_parts(problem)[1]
+    network = problem.network
     if network.depth < 2:
         raise InputError("this network has no hidden layer")
     layer = checked_integer(layer, "layer, a hidden one,", at_least=1, at_most=network.depth - 1)

@@ -146,6 +146,8 @@ def _feedforward(network: Network, input: Array) -> Activities:
 
 def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ...]:
     first = layers[0]
+    if input_width is not None:
+        input_width = checked_integer(input_width, "input_width", at_least=1, error=ShapeError)
     if isinstance(first, Dense):
         expected = first.weight.shape[-1]
         if input_width not in (None, expected):
@@ -153,7 +155,7 @@ def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ..
         input_width = expected
     if input_width is None:
         raise ShapeError("give input_width: the first layer is not a pcdyn.Dense")
-    widths = [checked_integer(input_width, "input_width", at_least=1, error=ShapeError)]
+    widths = [input_width]
     for index, layer in enumerate(layers, start=1):
         widths.append(_output_width(layer, index, widths[-1]))
     return tuple(widths)
@@ -211,8 +213,8 @@ def mlp(
     """
     wanted = "a list of two or more positive integers"
     widths = tuple(
-        checked_integer(n, "each of widths", at_least=1, at_most=2**31 - 1, error=ShapeError)
-        for n in as_sequence(widths, "widths", wanted, error=ShapeError)
+        checked_integer(n, f"widths[{index}]", at_least=1, at_most=2**31 - 1, error=ShapeError)
+        for index, n in enumerate(as_sequence(widths, "widths", wanted, error=ShapeError))
     )
     if len(widths) < 2:
         raise ShapeError(f"widths must be {wanted}, got {list(widths)}")
@@ -241,7 +243,7 @@ def mlp(
 def _checked_dtype(dtype: Any) -> Any:
     try:
         known = jnp.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DtypeError(f"dtype is no dtype: {error}; use float32 or float64") from None
     check_dtype(known, "dtype")
     return known

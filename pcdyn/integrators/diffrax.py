@@ -309,7 +309,7 @@ def solver_class(solver: Any) -> type | None:
     """The diffrax class of a solver or of its name; `None` for anything else."""
     import diffrax
 
-    if solver == "rodas5p":
+    if isinstance(solver, str) and solver == "rodas5p":
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         return Rodas5P
