@@ -1,33 +1,40 @@
 # On a machine with Python 3.11 or newer and the package registries, each of these does its own
 # set-up in .venv:
-#   make figures   regenerates the paper's figures and prints the claims
+#   make figures   regenerates the paper's figures into build/figures and prints the claims
 #   make test      runs the tests
-# For development: make lint, make format, make lock. PYTHON=python3.12 chooses an interpreter.
+# For development: make lint, make format, make lock, and make mutants, which plants mistakes and
+# sees that the tests notice them (half an hour). PYTHON=python3.13 chooses an interpreter, in an
+# environment that replaces the one before.
 
 PYTHON ?= python3
 BIN := .venv/bin
 UV ?= uv
+# One environment at a time: another interpreter makes it anew.
+INSTALLED := .venv/installed-$(subst /,-,$(PYTHON))
 
-.PHONY: figures test lint format lock
+.PHONY: figures test mutants lint format lock
 
-figures: .venv/installed
+figures: $(INSTALLED)
 	$(BIN)/python -m experiments
 
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-format: .venv/installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The stamp is older than what it depends on, or missing, when something must be installed.
-.venv/installed: requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pcdyn needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; give another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -r requirements.lock

@@ -7,9 +7,10 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
@@ -46,16 +48,28 @@ class Claim:
         return "FAILS" if self.expected_to_hold else "holds (UNEXPECTED)"
 
 
-class Experiment(Protocol):
-    """What every experiment module offers."""
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every experiment module offers, as its `EXPERIMENT`.
 
-    PRESETS: dict[str, Any]
-    FAST: dict[str, Any]
-    PANELS: str
+    `run` makes data of one of the settings `presets`, whose numbers of networks `fast` replaces for
+    a quick version; `check` and `plot` take those data alone. `summary` is the text of the index
+    in place of the table of claims; `page` is a page of its own, given the folder it will be in.
+    """
 
-    def run(self, config: Any) -> xarray.Dataset: ...
-    def check(self, data: xarray.Dataset) -> list[Claim]: ...
-    def plot(self, data: xarray.Dataset) -> Figure: ...
+    panels: str
+    presets: Mapping[str, Any]
+    fast: Mapping[str, Any]
+    run: Callable[[Any], xarray.Dataset]
+    check: Callable[[xarray.Dataset], list[Claim]]
+    plot: Callable[[xarray.Dataset], Figure]
+    summary: Callable[[xarray.Dataset], str] | None = None
+    page: Callable[[xarray.Dataset, Path], str] | None = None
+
+    def settings(self, preset: str, *, fast: bool) -> Any:
+        """The settings of a preset, or of its quick version."""
+        chosen = self.presets[preset]
+        return dataclasses.replace(chosen, **self.fast) if fast else chosen
 
 
 def gaussian_weights(
@@ -114,24 +128,38 @@ def largest_rise(values: Any, *, axis: int) -> float:
     return np.diff(np.asarray(values, dtype=float), axis=axis).max().item()
 
 
-def save(
-    name: str, folder: Path, config: Any, data: xarray.Dataset, figure: Figure, **notes: Any
-) -> None:
-    """Write data, PNG, PDF and manifest of an experiment, each at once or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_data(name: str, folder: Path, data: xarray.Dataset) -> None:
+    """Write the data of an experiment, at once or not at all, before anything is made of them."""
     write_atomically(folder / f"{name}.nc", lambda path: data.to_netcdf(path, engine="h5netcdf"))
+
+
+def save_picture(
+    name: str, folder: Path, plot: Callable[[xarray.Dataset], Figure], data: xarray.Dataset
+) -> None:
+    """Draw the data of an experiment as PNG and PDF, each at once or not at all."""
+    figure = plot(data)
     # Dates and program versions would make equal pictures differ.
-    write_atomically(
-        folder / f"{name}.png",
-        lambda path: figure.savefig(path, format="png", dpi=150, metadata={"Software": None}),
-    )
-    write_atomically(
-        folder / f"{name}.pdf",
-        lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}),
-    )
+    options: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 150, "metadata": {"Software": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
+    try:
+        for suffix, chosen in options.items():
+            write_atomically(
+                folder / f"{name}.{suffix}",
+                lambda path, s=suffix, o=chosen: figure.savefig(path, format=s, **o),
+            )
+    finally:
+        plt.close(figure)
+
+
+def save_manifest(
+    name: str, folder: Path, settings: Any, data: xarray.Dataset, **notes: Any
+) -> None:
+    """Write settings, versions, time and the hash of the data beside them."""
     manifest = {
         "experiment": name,
-        "settings": dataclasses.asdict(config),
+        "settings": dataclasses.asdict(settings),
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("pcdyn", "jax", "diffrax", "equinox", "numpy", "scipy")},
@@ -143,8 +171,12 @@ def save(
         "data": data.attrs,
         **notes,
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
+    save_text(folder / f"{name}.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text, at once or not at all."""
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def values_hash(data: xarray.Dataset) -> str:

@@ -20,10 +20,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import learning, plotting
 
-PANELS = "extra: critical points of learning"
 CASES = ("interpolable", "not interpolable")
 
 
@@ -178,3 +177,6 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[2].axhline(4.5, color="0.6", lw=0.8, ls="--")
         axes[2].set(xlabel="output precision λ", ylabel="final ℒ", title="saddle 5.0, least 4.5")
     return figure
+
+
+EXPERIMENT = Experiment("extra: critical points of learning", PRESETS, FAST, run, check, plot)

@@ -20,11 +20,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, largest_rise
+from experiments.base import Claim, Experiment, largest_rise
 from pcdyn import plotting
 from pcdyn.hessian import free_energy_hessian
 
-PANELS = "extra: energy landscape along the flow"
 CASES = ("tanh", "linear")
 METHODS = ("flow", "Euler", "Gauss–Newton")
 
@@ -277,3 +276,6 @@ def _plane(ax: Any, part: xarray.Dataset) -> None:
     ax.plot(*part.path_flow.values[0], "o", color="w", markeredgecolor="k", label="start")
     ax.plot(0, 0, "*", color="#F0E442", markeredgecolor="k", markersize=13, label="equilibrium")
     ax.set_aspect("equal")
+
+
+EXPERIMENT = Experiment("extra: energy landscape along the flow", PRESETS, FAST, run, check, plot)

@@ -12,10 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, network_of
+from experiments.base import Claim, Experiment, network_of
 from pcdyn import plotting, solvers
-
-PANELS = "extra: basins"
 
 METHODS = {
     "gauss_newton": (solvers.GaussNewton(), solvers.PseudoTransient()),
@@ -135,3 +133,6 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.set_title("Solvers that end where the gradient flow ends")
         ax.legend(loc="lower left")
     return figure
+
+
+EXPERIMENT = Experiment("extra: basins", PRESETS, FAST, run, check, plot)

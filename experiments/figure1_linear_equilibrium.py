@@ -14,10 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, largest_rise, linear_problems, network_of
+from experiments.base import Claim, Experiment, largest_rise, linear_problems, network_of
 from pcdyn import plotting
-
-PANELS = "1C, 1D"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +128,6 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1].set_title("D  distance to equilibrium (mean ± std)")
         axes[1].legend()
     return figure
+
+
+EXPERIMENT = Experiment("1C, 1D", PRESETS, FAST, run, check, plot)

@@ -14,10 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, largest_rise, network_of
+from experiments.base import Claim, Experiment, gaussian_weights, largest_rise, network_of
 from pcdyn import plotting
-
-PANELS = "1A, 1B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,3 +124,6 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
         axes[1].legend()
     return figure
+
+
+EXPERIMENT = Experiment("1A, 1B", PRESETS, FAST, run, check, plot)

@@ -15,10 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, linear_problems, network_of
+from experiments.base import Claim, Experiment, cosine, linear_problems, network_of
 from pcdyn import plotting
-
-PANELS = "2 left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,3 +204,6 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1].set_xscale("log")
         axes[1].set_ylim(-0.05, 1.05)
     return figure
+
+
+EXPERIMENT = Experiment("2 left", PRESETS, FAST, run, check, plot)

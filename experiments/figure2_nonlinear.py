@@ -15,10 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, gaussian_weights, network_of
+from experiments.base import Claim, Experiment, cosine, gaussian_weights, network_of
 from pcdyn import plotting
-
-PANELS = "2 right A, 2 right B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +108,6 @@ def plot(data: xarray.Dataset) -> Figure:
             ax.set(xlabel="time (activity time constants)", ylabel="cosine similarity")
             ax.set_title(f"{panel}  hidden layer and {text}")
     return figure
+
+
+EXPERIMENT = Experiment("2 right A, 2 right B", PRESETS, FAST, run, check, plot)

@@ -15,10 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, linear_problems, network_of
+from experiments.base import Claim, Experiment, linear_problems, network_of
 from pcdyn import plotting
-
-PANELS = "3A, 3B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,3 +126,6 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1].set_title("B  distance to the precision equilibrium")
         axes[1].legend()
     return figure
+
+
+EXPERIMENT = Experiment("3A, 3B", PRESETS, FAST, run, check, plot)

@@ -15,10 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, linear_problems, network_of
+from experiments.base import Claim, Experiment, cosine, linear_problems, network_of
 from pcdyn import plotting
-
-PANELS = "3C, 3D, 3E, 3F"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,3 +167,6 @@ def plot(data: xarray.Dataset) -> Figure:
         for ax in axes.flat:
             ax.set_xlabel("time (activity time constants)")
     return figure
+
+
+EXPERIMENT = Experiment("3C, 3D, 3E, 3F", PRESETS, FAST, run, check, plot)

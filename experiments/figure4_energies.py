@@ -11,10 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import plotting
-
-PANELS = "4A"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +115,6 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.set_title(f"A  energies during inference ({data.sizes['image']} images, {where})")
         ax.legend()
     return figure
+
+
+EXPERIMENT = Experiment("4A", PRESETS, FAST, run, check, plot)

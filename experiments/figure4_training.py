@@ -21,11 +21,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import learning, plotting
 from pcdyn.errors import DataError
 
-PANELS = "4B, 4C"
 RULES = ("predictive coding", "backpropagation")
 
 
@@ -127,7 +126,7 @@ def run(config: Config) -> xarray.Dataset:
             each.append(training.to_xarray())
         found.append(xarray.concat(each, "rule", join="outer").assign_coords(rule=list(RULES)))
     kept = [name for name in config.datasets if name in sources]
-    data = summary(xarray.concat(found, "dataset", join="outer").assign_coords(dataset=kept))
+    data = epoch_means(xarray.concat(found, "dataset", join="outer").assign_coords(dataset=kept))
     return data.assign_attrs(
         source=", ".join(sorted(set(sources.values()))),
         left_out=", ".join(name for name in config.datasets if name not in sources),
@@ -154,7 +153,7 @@ def load(name: str, lowest: float = 0.0) -> tuple[Any, Any]:
     return read("train", **options), read("test", **options)
 
 
-def summary(data: xarray.Dataset) -> xarray.Dataset:
+def epoch_means(data: xarray.Dataset) -> xarray.Dataset:
     """Epoch means of what was recorded for each batch; cosines also batch by batch, thinned."""
     means = data.drop_vars([v for v in data if "batch" not in data[v].dims]).mean("batch")
     thin = max(1, data.sizes["batch"] // 20)
@@ -290,3 +289,6 @@ def _norms(ax: Any, part: xarray.Dataset) -> None:
     ax.set_yscale("log")
     ax.set_ylim(None, 6 * ax.get_ylim()[1])
     ax.legend(fontsize="x-small", loc="upper right")
+
+
+EXPERIMENT = Experiment("4B, 4C", PRESETS, FAST, run, check, plot)

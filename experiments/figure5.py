@@ -19,11 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, cosine, gaussian_weights, network_of
+from experiments.base import Claim, Experiment, cosine, gaussian_weights, network_of
 from pcdyn import plotting, schematic
 from pcdyn.references import local_gradient
 
-PANELS = "5"
 RULES = ("PC", "BP", "TP")
 COLORS = {"PC": "#009E73", "BP": "#0072B2", "TP": "#D55E00"}
 
@@ -260,3 +259,6 @@ def _draw_cosines(ax: Axes, data: xarray.Dataset, rule: str) -> None:
     ax.set(xticks=layers, xlabel="layer", ylim=(lowest, 1.35),
            title=f"weight gradient of {rule}:\ncosine")  # fmt: skip
     ax.legend(loc="upper center", ncols=2, fontsize=8)
+
+
+EXPERIMENT = Experiment("5", PRESETS, FAST, run, check, plot)

@@ -22,12 +22,11 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments import figure5, interpolation
-from experiments.base import Claim, cosine, network_of
+from experiments.base import Claim, Experiment, cosine, network_of
 from pcdyn import learning, plotting, schematic
 from pcdyn.interpolation import graded, interpolated
 from pcdyn.states import step
 
-PANELS = "6"
 BOXES = ("low precision", "fixed prediction", "first update", "input free", "high precision ratio",
          "neither")  # fmt: skip
 
@@ -325,3 +324,6 @@ def _draw_curve(ax: Axes, data: xarray.Dataset, name: str) -> None:
         apart = float(data[notes[name]])
         ax.set_title(f"weight gradients {rule}: BP's to {apart:.0e}", fontsize=9)
     ax.legend(fontsize=8)
+
+
+EXPERIMENT = Experiment("6", PRESETS, FAST, run, check, plot)

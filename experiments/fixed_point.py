@@ -22,12 +22,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, network_of
+from experiments.base import Claim, Experiment, gaussian_weights, network_of
 from pcdyn import EquilibriumStatus, plotting
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.solvers import FixedPoint
 
-PANELS = "extra: fixed-point iteration"
 KINDS = ("identity", "tanh")
 SOLVERS = {"identity": "closed_form", "tanh": "gauss_newton"}
 RACE = {
@@ -331,3 +330,6 @@ def plot(data: xarray.Dataset) -> Figure:
                        title="predicted (lines) and measured")  # fmt: skip
         axes[1, 1].legend(fontsize=8)
     return figure
+
+
+EXPERIMENT = Experiment("extra: fixed-point iteration", PRESETS, FAST, run, check, plot)

@@ -21,11 +21,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments import phase_portraits
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import learning, plotting
 from pcdyn.generalised_energy import CustomEnergy, Divisive, LogCosh, PseudoHuber, Split, Student
-
-PANELS = "extra: generalised energies (A.8)"
 
 
 def _half_square(error: Any) -> Any:
@@ -412,3 +410,6 @@ def _draw_fits(ax: Any, data: xarray.Dataset) -> None:
         learned = data.learned.sel(energy=name, where=WHERE[1])[0]
         ax.plot(data.x, learned, color=colours[i], lw=1)
     ax.set(xlabel="x", ylabel="y", title="Learned with 20 % outliers (×)")
+
+
+EXPERIMENT = Experiment("extra: generalised energies (A.8)", PRESETS, FAST, run, check, plot)

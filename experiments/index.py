@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.base import Claim
-from pcdyn.files import write_atomically
+from experiments.base import Claim, save_text
 
 
 def table(claims: Sequence[Claim]) -> str:
     """The claims as plain text, one line each."""
-    width = max(len(claim.text) for claim in claims)
+    width = max((len(claim.text) for claim in claims), default=0)
     return "\n".join(
         f"{claim.text:<{width}}  {claim.verdict:<24}  {claim.measured} (expected {claim.expected})"
         for claim in claims
@@ -32,8 +31,7 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
         path = folder / f"{name}.json"
         if path.is_file():
             lines += _section(name, json.loads(path.read_text("utf-8")))
-    text = "\n".join(lines) + "\n"
-    write_atomically(folder / "index.md", lambda path: path.write_text(text, "utf-8"))
+    save_text(folder / "index.md", "\n".join(lines) + "\n")
 
 
 def _section(name: str, manifest: dict[str, Any]) -> list[str]:

@@ -21,11 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import pcdyn
-from experiments.base import Claim, trained_classifier
+from experiments.base import Claim, Experiment, trained_classifier
 from experiments.timing import best_time
 from pcdyn import plotting, solvers
-
-PANELS = "extra: speed of inference"
 
 # Work by which each method is let run further and further: iterations, or time constants.
 RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
@@ -344,3 +342,6 @@ def plot(data: xarray.Dataset) -> Figure:
         handles, labels = flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
+
+
+EXPERIMENT = Experiment("extra: speed of inference", PRESETS, FAST, run, check, plot)

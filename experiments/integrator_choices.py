@@ -22,10 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import pcdyn
-from experiments.base import Claim, trained_classifier
+from experiments.base import Claim, Experiment, trained_classifier
 from pcdyn import plotting
-
-PANELS = "extra: choices beside the method"
 
 ONE, EACH = "one step size", "one per sample"
 METHODS = ("tsit5", "dopri5", "RK45")
@@ -245,3 +243,6 @@ def plot(data: xarray.Dataset) -> Figure:
 
 def _draw(axes: Any, data: xarray.Dataset, line: str, label: str) -> None:
     axes.plot(data.run_seconds, data.maximum_error, line, label=label, markersize=4)
+
+
+EXPERIMENT = Experiment("extra: choices beside the method", PRESETS, FAST, run, check, plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -16,10 +17,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim, gaussian_weights, linear_problems, network_of
+from experiments.base import Claim, Experiment, gaussian_weights, linear_problems, network_of
 from pcdyn import plotting
 
-PANELS = "extra: integrators"
 STEPPED = ("euler", "implicit_euler")
 EXPLICIT = ("heun", "midpoint", "ralston", "bosh3", "tsit5", "dopri5", "dopri8")
 IMPLICIT = ("kvaerno3", "kvaerno4", "kvaerno5", "rodas5p")
@@ -305,7 +305,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def page(data: xarray.Dataset) -> str:
+def page(data: xarray.Dataset, folder: Path) -> str:
     """The tables in words: recommendations, orders, spectra, and every run."""
     lines = ["# Integrators: what to use, and what it costs to be wrong", ""]
     lines += [
@@ -351,3 +351,6 @@ def page(data: xarray.Dataset) -> str:
             f"{numbers} |"
         )
     return "\n".join(lines).replace("nan", "–") + "\n"
+
+
+EXPERIMENT = Experiment("extra: integrators", PRESETS, FAST, run, check, plot, page=page)

@@ -20,12 +20,11 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments import interpolation_drawing as drawing
-from experiments.base import Claim, gaussian_weights, network_of
+from experiments.base import Claim, Experiment, gaussian_weights, network_of
 from pcdyn import plotting
 from pcdyn.interpolation import graded, interpolated
 from pcdyn.references import local_gradient
 
-PANELS = "extra: the path from BP to TP"
 FAMILIES = ("lambda", "graded")
 KINDS = ("linear", "tanh")
 DEPTH = 3
@@ -414,3 +413,6 @@ def plot(data: xarray.Dataset) -> Figure:
         drawing.wide(axes[2, 1], data)
         drawing.residuals(axes[2, 2], data)
     return figure
+
+
+EXPERIMENT = Experiment("extra: the path from BP to TP", PRESETS, FAST, run, check, plot)

@@ -17,10 +17,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import learning, plotting
 
-PANELS = "extra: the joint flow of activities and weights"
 STARTS = ("equilibrium", "feedforward")
 
 
@@ -154,3 +153,8 @@ def plot(data: xarray.Dataset) -> Figure:
         third.set(xlabel="ε", ylabel="accepted steps", title=f"cost (rtol {data.attrs['rtol']:g})")
         third.legend()
     return figure
+
+
+EXPERIMENT = Experiment(
+    "extra: the joint flow of activities and weights", PRESETS, FAST, run, check, plot
+)

@@ -21,11 +21,10 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import learning, linear, plotting
 from pcdyn.references import local_gradient
 
-PANELS = "extra: learned precisions"
 NAMES = ("hidden", "output 1", "output 2")
 STARTS = {"hidden layer more precise": (2.0, 1.0), "output more precise": (0.1, 10.0)}
 # Growth at the boundary is slower: a factor of time in which Π_L grows to 10³ as well.
@@ -379,3 +378,6 @@ def draw_cosines(ax: Any, data: xarray.Dataset, colors: Any) -> None:
            title="weight gradient to BP (solid),\nhidden activities to TP (dashed)")  # fmt: skip
     ax.set_ylim(bottom=1 - 1.6 * float(1 - data.delta_cosine_bp.min()))
     ax.legend(loc="lower right")
+
+
+EXPERIMENT = Experiment("extra: learned precisions", PRESETS, FAST, run, check, plot)

@@ -21,12 +21,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from experiments.convergence_theorem import learning_page
 from pcdyn import learning, plotting
 from pcdyn.theory.convergence import growing_weight, noisy_problem
 
-PANELS = "extra: limits of learning"
 page = learning_page
 SAMPLES = 4  # of `noisy_problem`
 START = 0.5  # of ‖W_2‖ where it grows from the saddle
@@ -352,3 +351,6 @@ def plot(data: xarray.Dataset) -> Figure:
                   title="decay: how far from critical it ends", ylim=(1e-20, 10))  # fmt: skip
         slope.legend()
     return figure
+
+
+EXPERIMENT = Experiment("extra: limits of learning", PRESETS, FAST, run, check, plot)

@@ -13,11 +13,9 @@ import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from experiments.figure4_training import classifier, load
 from pcdyn import learning, plotting
-
-PANELS = "extra: learning rules"
 
 RULES = {
     "BP": learning.Backpropagation(),
@@ -158,3 +156,6 @@ def plot(data: xarray.Dataset) -> Figure:
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
         figure.suptitle(f"Learning rules on {where}, {data.sizes['seed']} seeds")
     return figure
+
+
+EXPERIMENT = Experiment("extra: learning rules", PRESETS, FAST, run, check, plot)

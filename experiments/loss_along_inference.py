@@ -21,7 +21,7 @@ from matplotlib.ticker import NullFormatter
 from scipy.optimize import minimize
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from experiments.convergence_theorem import inference_page
 from pcdyn import plotting
 from pcdyn.output_error import (
@@ -33,7 +33,6 @@ from pcdyn.output_error import (
 )
 from pcdyn.theory.convergence import rising_loss_problem
 
-PANELS = "extra: output loss along inference"
 page = inference_page
 # Above the round-off of the closed form and the tolerance of the ODE solver.
 RISES = 1e-6
@@ -167,7 +166,7 @@ def worst_target(flow: OutputErrorFlow, times: Any) -> Any:
     change = coarse[late[best]] - coarse[early[best]]
     for _ in range(TURNS):
         target = jnp.linalg.eigh(change)[1][:, -1]
-        losses = squares @ target @ target
+        losses: jax.Array = squares @ target @ target
         end = jnp.argmax(losses - jax.lax.cummin(losses))
         start = jnp.argmin(jnp.where(jnp.arange(len(times)) <= end, losses, jnp.inf))
         change = squares[end] - squares[start]
@@ -379,3 +378,6 @@ def plot(data: xarray.Dataset) -> Figure:
         for axis in (depth, width, amount):
             axis.legend()
     return figure
+
+
+EXPERIMENT = Experiment("extra: output loss along inference", PRESETS, FAST, run, check, plot)

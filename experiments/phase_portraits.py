@@ -19,10 +19,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import plotting
 
-PANELS = "extra: phase portraits of two free units"
 CASES = {
     "slow": "linear 1-1-1-1, precisions $Π_l = {low:g}^l$",
     "fast": "linear 1-1-1-1, precisions $Π_l = {high:g}^l$",
@@ -304,3 +303,6 @@ def portrait_of(data: xarray.Dataset, case: str) -> pcdyn.PhasePortrait:
             "modes", "residuals", "trajectories", "ends",
         )},
     )  # fmt: skip
+
+
+EXPERIMENT = Experiment("extra: phase portraits of two free units", PRESETS, FAST, run, check, plot)

@@ -18,7 +18,7 @@ import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import plotting
 from pcdyn.theory.dynamics import (
     condition_numbers,
@@ -26,8 +26,6 @@ from pcdyn.theory.dynamics import (
     marchenko_pastur_edges,
     random_square_weights,
 )
-
-PANELS = "extra: relaxation spectrum of inference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,3 +236,6 @@ def _with_quartiles(ax: Any, x: Any, values: Any, label: str | None) -> None:
         x, values.sel(quartile=0.25), values.sel(quartile=0.75), color=line.get_color(),
         alpha=0.2, lw=0,
     )  # fmt: skip
+
+
+EXPERIMENT = Experiment("extra: relaxation spectrum of inference", PRESETS, FAST, run, check, plot)

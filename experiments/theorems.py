@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.base import Claim
+from experiments.base import Claim, Experiment
 from pcdyn import plotting
 from pcdyn.theory import STATEMENTS, Evidence, Statement, expectation, verify
 from pcdyn.theory.pictures import margins, orders
-
-PANELS = "extra: every numbered statement, measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Config:
     statements: tuple[str, ...] = ()
 
 
+ROOT = Path(__file__).parents[1]
 PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"networks": 4, "statements": ("3.4", "Eq 21", "A.3", "Eq 48")}
 
@@ -90,7 +91,7 @@ NOTATION = (
 )
 
 
-def page(data: xarray.Dataset) -> str:
+def page(data: xarray.Dataset, folder: Path) -> str:
     """The statements as a page: words, verdict, the form that holds, numbers, source."""
     evidence = evidence_of(data)
     lines = [
@@ -112,7 +113,7 @@ def page(data: xarray.Dataset) -> str:
     shown = _shown(evidence)
     lines += [f"| [{s.number}](#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} |" for s in shown]
     for statement in shown:
-        lines += _section(statement, evidence)
+        lines += _section(statement, evidence, folder)
     return "\n".join(lines) + "\n"
 
 
@@ -145,8 +146,9 @@ def _anchor(statement: Statement) -> str:
     return "".join(c for c in heading if c.isalnum() or c in "-_")
 
 
-def _section(statement: Statement, evidence: list[Evidence]) -> list[str]:
+def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> list[str]:
     file, line = statement.source
+    link = Path(os.path.relpath(ROOT / file, folder)).as_posix()
     lines = [
         "",
         f"## {statement.number}: {statement.title}",
@@ -166,7 +168,7 @@ def _section(statement: Statement, evidence: list[Evidence]) -> list[str]:
             )  # fmt: skip
             cells = (e.claim, f"{e.measured:.3g}", expectation(e), e.verdict, e.oracle, settings)
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    return [*lines, "", f"Source: [{file}](../{file}#L{line}). To reproduce:", "", "```python",
+    return [*lines, "", f"Source: [{file}]({link}#L{line}). To reproduce:", "", "```python",
             statement.snippet, "```"]  # fmt: skip
 
 
@@ -176,3 +178,8 @@ def _short(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+EXPERIMENT = Experiment(
+    "extra: every numbered statement, measured", PRESETS, FAST, run, check, plot, summary, page
+)

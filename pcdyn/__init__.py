@@ -11,6 +11,10 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 from pcdyn import interrupts  # noqa: F401  first, for the other imports take seconds
 
 # isort: split
+import warnings as _warnings
+
+from jaxlib import version as _jaxlib
+
 from pcdyn import (
     activations,
     datasets,
@@ -32,6 +36,7 @@ from pcdyn.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
+    JaxlibDeadlockWarning,
     NotConvergedError,
     PcdynError,
     SimulationError,
@@ -62,6 +67,15 @@ from pcdyn.trajectory import Trajectory
 
 __version__ = "0.1.0"
 
+if _jaxlib.__version__.startswith("0.10.") or _jaxlib.__version__ == "0.11.0":
+    _warnings.warn(
+        f"jaxlib {_jaxlib.__version__} can hang for ever on a CPU with few cores, in eigenvalues, "
+        "factorisations or solves of many matrices at once: install another version, such as "
+        "'jax!=0.10.*,!=0.11.0', or start with the environment variable NPROC=1",
+        JaxlibDeadlockWarning,
+        stacklevel=2,
+    )
+
 __all__ = [
     "Activation",
     "Comparison",
@@ -79,6 +93,7 @@ __all__ = [
     "Exact",
     "Gaussian",
     "InferenceProblem",
+    "JaxlibDeadlockWarning",
     "LogCosh",
     "Network",
     "NotConvergedError",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from pcdyn.accuracy import Errors
 from pcdyn.checks import check_choice, check_instance, check_path, checked_number
 from pcdyn.errors import DataError, InputError, Status
@@ -40,7 +42,7 @@ UNITS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """One row of a comparison: an integrator at one setting.
 
@@ -76,12 +78,23 @@ class Run:
     compile_seconds: float
     run_seconds: float
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
+
     @property
     def title(self) -> str:
         """The integrator and its setting."""
         if not self.setting:
             return self.integrator
         return f"{self.integrator} at {self.setting} {self.value:g}"
+
+
+def _content(value: Any) -> str:
+    """A text to compare by: NaN, which stands for what is not known, is equal to itself there."""
+    return repr(dataclasses.astuple(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,8 @@ class Recommendation:
         return self.text
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """Runs of several integrators on one problem, measured against one reference.
 
@@ -126,6 +140,12 @@ class Comparison:
     energy_loss: float
     t1: float
     repeats: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Comparison) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
 
     def __str__(self) -> str:
         return self.table()

@@ -34,6 +34,7 @@ from pcdyn.errors import (
     PrecisionError,
     ShapeError,
 )
+from pcdyn.functions import as_part
 from pcdyn.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -197,7 +198,7 @@ class CustomEnergy(Separable):
 
     def __init__(self, function: Callable[..., Any], precisions: Numbers | None = None):
         check_callable(function, "h", "a function of an array")
-        self.function = function
+        self.function = as_part(function)
         self.weighting = _weighting(precisions)
         if not is_traced(function):
             _refuse_ill_posed(well_posedness(function))

@@ -27,8 +27,10 @@ from pcdyn.checks import (
     check_size,
     checked_integer,
     checked_number,
+    is_traced,
 )
 from pcdyn.errors import DtypeError, InputError, ShapeError
+from pcdyn.functions import as_part
 
 Layer = Callable[[Array], Array]
 # Arrays of JAX inside a computation, of NumPy once a result is on the host.
@@ -96,7 +98,7 @@ class Network(eqx.Module):
         for index, layer in enumerate(layers, start=1):
             wanted = "a function of an array, such as a pcdyn.Dense"
             check_callable(layer, f"layer {index}", wanted)
-        self.layers = _in_one_dtype(layers)
+        self.layers = _in_one_dtype(tuple(as_part(layer) for layer in layers))
         self.widths = _widths(self.layers, input_width)
 
     @property
@@ -116,7 +118,22 @@ class Network(eqx.Module):
 
     def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
         """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
-        return _feedforward(self, input)
+        self.check_one()
+        if self.depth <= MOST_WRITTEN_OUT:
+            return _feedforward(self, input)
+        runs = [list(run) for _, run in itertools.groupby(self.layers, structure_of)]
+        # A single layer's width may change, which a loop does not allow.
+        stacked = [run[0] if len(run) == 1 else stack(run) for run in runs]
+        climbed = _feedforward_in_runs(stacked, [len(run) > 1 for run in runs], input)
+        return (input, *[x for run in climbed for x in _rows(run)])
+
+    def check_one(self) -> None:
+        """Raise `ShapeError` for the stacked weights of several networks."""
+        if any(isinstance(layer, Dense) and layer.weight.ndim != 2 for layer in self.layers):
+            raise ShapeError(
+                "the network holds the weights of several networks: map over them with "
+                "equinox.filter_vmap, or take one with jax.tree.map(lambda x: x[0], network)"
+            )
 
 
 def _in_one_dtype(layers: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -142,6 +159,54 @@ def _feedforward(network: Network, input: Array) -> Activities:
     for index in range(1, network.depth + 1):
         activities.append(network.predict(index, activities[-1]))
     return tuple(activities)
+
+
+# Of deeper networks, consecutive layers of one kind run in a loop, which XLA compiles once. It runs
+# slower than layers that are written out.
+MOST_WRITTEN_OUT = 16
+
+
+@eqx.filter_jit
+def _feedforward_in_runs(runs: list[Any], is_stacked: list[bool], input: Array) -> list[Array]:
+    """The activities x_1 … x_L, those of each run of equal layers stacked."""
+
+    def climb(x: Array, arrays: Any, static: Any) -> tuple[Array, Array]:
+        x = apply_layer(eqx.combine(arrays, static), x)
+        return x, x
+
+    x, found = input, []
+    for run, several in zip(runs, is_stacked, strict=True):
+        arrays, static = eqx.partition(run, eqx.is_array)
+        if several:
+            x, activities = jax.lax.scan(functools.partial(climb, static=static), x, arrays)
+        else:
+            x, activities = climb(x, arrays, static)
+            activities = activities[None]
+        found.append(activities)
+    return found
+
+
+def _rows(run: Array) -> list[Array]:
+    if is_traced(run):
+        return [run[index] for index in range(len(run))]
+    # On the host, where nothing need be compiled.
+    return [jnp.asarray(x) for x in np.asarray(run)]
+
+
+def structure_of(part: Any) -> Any:
+    """What layers share that one loop can run."""
+    arrays, static = eqx.partition(part, eqx.is_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    return [(x.shape, x.dtype) for x in leaves], tree, static
+
+
+def stack(parts: list[Any]) -> Any:
+    """Layers of one structure as one, each array with their axis first."""
+    arrays = [eqx.filter(part, eqx.is_array) for part in parts]
+    static = eqx.filter(parts[0], eqx.is_array, inverse=True)
+    # On the host, where nothing need be compiled.
+    xp = jnp if is_traced(arrays) else np
+    return eqx.combine(jax.tree.map(lambda *each: xp.stack(each), *arrays), static)
 
 
 def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ...]:
@@ -232,7 +297,8 @@ def mlp(
     shapes = tuple((n_out, n_in) for n_in, n_out in itertools.pairwise(widths))
     size = dtype.itemsize * sum(float(n_out) * n_in for n_out, n_in in shapes)
     check_size(size, f"a network of widths {_shortened(widths)}")
-    weights = _draw_weights(key, std, shapes, initialisation, dtype)
+    drawn = _draw_weights(key, std, shapes, initialisation, dtype)
+    weights = [w for run in drawn for w in (_rows(run) if run.ndim == 3 else [run])]
     layers = []
     for index, weight in enumerate(weights, start=1):
         chosen = last if index == len(weights) else hidden
@@ -270,5 +336,12 @@ def _draw_weights(
     else:
         scaling = jax.nn.initializers.variance_scaling
         draw = scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-    keys = jr.split(key, len(shapes))
-    return [draw(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)]
+    keys, weights = jr.split(key, len(shapes)), []
+    for shape, group in itertools.groupby(shapes):
+        length = len(list(group))
+        run, keys = keys[:length], keys[length:]
+        if length <= MOST_WRITTEN_OUT:
+            weights += [draw(k, shape, dtype) for k in run]
+        else:
+            weights.append(jax.lax.map(functools.partial(draw, shape=shape, dtype=dtype), run))
+    return weights

@@ -161,7 +161,7 @@ class InferenceProblem(Problem):
         clamped = self.input if self.input is not None else self.output
         return None if clamped is None else clamped.shape[:-1]
 
-    def with_data(self, input: Array | None, output: Array | None) -> InferenceProblem:
+    def with_data(self, input: Any, output: Any) -> InferenceProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
             lambda p: (p.input, p.output), self, (input, output), is_leaf=lambda x: x is None
@@ -319,6 +319,7 @@ class InferenceProblem(Problem):
         Raises `InputError` for an unknown name, `ShapeError`, `DtypeError` or `NonFiniteError`
         for a state that does not fit.
         """
+        self.network.check_one()
         if isinstance(initial, str):
             return self._named_state(initial)
         given = as_sequence(

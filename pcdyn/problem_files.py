@@ -232,7 +232,7 @@ def equilibrium_to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     attributes = {
         "method": equilibrium.method,
         "message": equilibrium.message,
-        "tolerance": float(equilibrium.tolerance),
+        "tolerance": float(np.max(equilibrium.tolerance)),
         "compile_seconds": float(equilibrium.compile_seconds),
         "run_seconds": float(equilibrium.run_seconds),
     }

@@ -12,7 +12,14 @@ import numpy as np
 
 from pcdyn.checks import as_host_array, as_sequence, checked_integer, checked_number, is_traced
 from pcdyn.energy import LayerEnergies
-from pcdyn.errors import DenseOutputError, ShapeError, Status, TimesError, worst_status
+from pcdyn.errors import (
+    DenseOutputError,
+    ShapeError,
+    Status,
+    Statuses,
+    TimesError,
+    worst_status,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -78,7 +85,7 @@ class Trajectory(LayerEnergies):
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return Status(int(codes))
-        return tuple(Status(int(code)) for code in codes)
+        return Statuses(Status(int(code)) for code in codes)
 
     @property
     def ok(self) -> bool:
@@ -88,9 +95,11 @@ class Trajectory(LayerEnergies):
     @property
     def final(self) -> tuple[Any, ...]:
         """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
-        if len(self.times) == 0:
+        # Before the axis of time is that of several networks, if there are any.
+        *networks, count = np.shape(self.times)
+        if count == 0:
             raise TimesError(f"no time was saved before the run ended: {self.message}")
-        return tuple(x[-1] for x in self.activities)
+        return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
 
     def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
         """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
@@ -121,6 +130,7 @@ class Trajectory(LayerEnergies):
 
     def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""
+        self._one_network()
         wanted = "activities x_0 … x_L, or what has them, such as an Equilibrium or a Trajectory"
         there = as_sequence(getattr(reference, "activities", reference), "reference", wanted)
         if len(there) != len(self.activities):

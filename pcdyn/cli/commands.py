@@ -108,7 +108,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
         initial=options.initial,
         tolerance=options.tolerance,
     )
-    residual, tolerance = float(np.max(found.residual_norms)), float(found.tolerance)
+    residual, tolerance = (float(np.max(x)) for x in (found.residual_norms, found.tolerance))
     statuses = counts(found.status)
     free_energy = float(np.mean(found.free_energy))
     summary = [

@@ -22,12 +22,13 @@ from pcdyn.learning.variational import (
     check_posterior,
     variational_free_energy,
 )
-from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
+from pcdyn.linear import linear_equilibrium, output_covariance
 from pcdyn.network import Activities
 from pcdyn.problem import InferenceProblem, Problem, State, check_problem
 from pcdyn.references import feedforward
 from pcdyn.solvers import GaussNewton, Solver, get_solver
 from pcdyn.trajectory import Trajectory
+from pcdyn.whitened import is_linear
 
 Structure = Literal["fixed", "scalar", "diagonal", "full"]
 

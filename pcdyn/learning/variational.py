@@ -21,8 +21,9 @@ from pcdyn.checks import Numbers, as_float_array, is_traced
 from pcdyn.energy import Gaussian, asymmetry_of
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.hessian import free_energy_hessian
-from pcdyn.linear import hessian, is_linear
+from pcdyn.linear import hessian
 from pcdyn.problem import InferenceProblem, State, check_problem
+from pcdyn.whitened import is_linear
 
 Posterior = Literal["delta", "laplace"]
 

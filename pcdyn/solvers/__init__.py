@@ -8,7 +8,6 @@ from pcdyn.checks import as_sequence
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.kinks import has_kinks
-from pcdyn.linear import is_linear
 from pcdyn.problem import InferenceProblem
 from pcdyn.solvers.base import Solution, Solver
 from pcdyn.solvers.closed_form import ClosedForm
@@ -16,6 +15,7 @@ from pcdyn.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.solvers.flow import FlowToRest
 from pcdyn.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
 from pcdyn.solvers.pseudo_transient import PseudoTransient
+from pcdyn.whitened import is_linear
 
 __all__ = [
     "ClosedForm",

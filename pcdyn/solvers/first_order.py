@@ -40,8 +40,9 @@ class GradientDescent(Solver):
             return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
 
         return solve_each(
-            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
-        )
+            lambda p, x, goal: _iterate(p, x, goal, update, self.max_iterations),
+            problem, state, tolerance,
+        )  # fmt: skip
 
 
 class FixedPoint(Solver):
@@ -75,8 +76,9 @@ class FixedPoint(Solver):
             )
 
         return solve_each(
-            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
-        )
+            lambda p, x, goal: _iterate(p, x, goal, update, self.max_iterations),
+            problem, state, tolerance,
+        )  # fmt: skip
 
 
 def _iterate(

@@ -38,7 +38,7 @@ class FlowToRest(Solver):
         self.integrator.check(problem, UntilEquilibrium(), False)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+        return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         slowest = 1.0
@@ -52,9 +52,7 @@ class FlowToRest(Solver):
                 state=state,
                 times=jnp.asarray([0.0]),
                 t1=jnp.asarray(self.t1, float),
-                until=eqx.tree_at(
-                    lambda until: until.tolerance, UntilEquilibrium(1.0), tolerance / slowest
-                ),
+                until=UntilEquilibrium().with_tolerance(tolerance / slowest),
                 dense=False,
             )
         )

@@ -98,6 +98,9 @@ class InErrors(Model):
     def round_off(self, point: Stacked) -> Any:
         return self.chain.round_off(point)
 
+    def activities(self, point: Stacked) -> Stacked:
+        return self.chain.activities(point)[0]
+
     def take(self, samples: Any) -> InErrors:
         return dataclasses.replace(self, chain=self.chain.take(samples))
 
@@ -165,6 +168,9 @@ class InActivities(Model):
 
     def round_off(self, point: State) -> Any:
         return energy_round_off(self.problem, point)
+
+    def activities(self, point: State) -> State:
+        return point
 
     def take(self, samples: Any) -> InActivities:
         data = (self.problem.input, self.problem.output)

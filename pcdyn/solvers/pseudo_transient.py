@@ -17,6 +17,7 @@ from pcdyn.solvers.base import (
     conjugate_gradients,
     energy_round_off,
     solve_each,
+    within_round_off,
 )
 from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
@@ -52,7 +53,7 @@ class PseudoTransient(Solver):
         """Every problem is fine."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+        return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         dtype = problem.network.dtype
@@ -82,7 +83,9 @@ class PseudoTransient(Solver):
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
-            stalled = ~converged & (next_step < smallest)
+            # A long step that changes nothing has solved for a gradient of round-off alone.
+            still = accepted & (next_step > 1 / smallest**0.5) & within_round_off(direction, state)
+            stalled = ~converged & ((next_step < smallest) | still)
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 

@@ -1,20 +1,26 @@
-"""The figures' claims on fast settings, and the command that draws them."""
+"""The command that draws the figures, and their claims on fast settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import re
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+import xarray
 from matplotlib import pyplot as plt
+from PIL import Image
 
-from experiments.__main__ import EXTRA, NAMES, Options, main
-from experiments.base import Claim, save, values_hash
+from experiments.base import Claim, Experiment, save_picture, values_hash
+from experiments.command import EXTRA, NAMES, Options, main, run_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,39 +29,84 @@ ROOT = Path(__file__).parents[2]
 def _the_shipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast settings are made for the sample, whatever data there are."""
     monkeypatch.delenv("PCDYN_DATA", raising=False)
+    monkeypatch.setattr("experiments.command.configure", lambda: None)
+
+
+def experiment_of(name: str) -> Experiment:
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 
 @pytest.mark.parametrize("name", [*NAMES, *EXTRA])
-def test_claims_hold_on_fast_settings_and_equal_data_give_equal_pictures(
-    name: str, tmp_path: Path
-) -> None:
-    """Each claim has its expected verdict; plotting the same data twice gives the same bytes."""
-    module = importlib.import_module(f"experiments.{name}")
-    config = dataclasses.replace(module.PRESETS["paper"], **module.FAST)
-    data = module.run(config)
-    claims = [c for c in module.check(data) if not c.timed]
-    failed = [c for c in claims if c.holds != c.expected_to_hold]
-    assert not failed
-    for folder in ("first", "second"):
-        figure = module.plot(data)
-        save(name, tmp_path / folder, config, data, figure)
-        plt.close(figure)
+def test_claims_hold_and_the_saved_data_give_the_saved_picture(name: str, tmp_path: Path) -> None:
+    """What the command does for every name: claims have their verdicts, files are whole.
+
+    Plotting what lies in the file gives the same bytes, so that the data are all that it needs.
+    """
+    claims = run_experiment(name, Options(fast=True, output=tmp_path))
+    assert claims
+    assert not [c for c in claims if not c.timed and c.holds != c.expected_to_hold]
+    with xarray.open_dataset(tmp_path / f"{name}.nc", engine="h5netcdf") as saved:
+        data = saved.load()
+    manifest = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+    assert manifest["values_sha256"] == values_hash(data)
+    again = tmp_path / "again"
+    again.mkdir()
+    save_picture(name, again, experiment_of(name).plot, data)
     for suffix in ("png", "pdf"):
-        first, second = (tmp_path / f / f"{name}.{suffix}" for f in ("first", "second"))
+        first, second = (folder / f"{name}.{suffix}" for folder in (tmp_path, again))
         assert first.read_bytes() == second.read_bytes()
-    assert not [p for p in (tmp_path / "first").iterdir() if not p.name.startswith(name)]
+    assert not [p for p in tmp_path.iterdir() if not p.name.startswith(name) and p != again]
+
+
+def _replaced(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
+    """Put an experiment that takes no time, with some changes, in the place of another."""
+    small = Experiment(
+        panels="none",
+        presets=experiment_of(name).presets,
+        fast={},
+        run=lambda settings: xarray.Dataset({"x": ("t", np.arange(3.0))}),
+        check=lambda data: [Claim("a claim", "1", "1", holds=True)],
+        plot=lambda data: plt.figure(),
+        summary=lambda data: "a summary",
+    )
+    changed = dataclasses.replace(small, **changes)
+    monkeypatch.setattr(f"experiments.{name}.EXPERIMENT", changed)
 
 
 def test_a_failed_claim_makes_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An expected claim that fails gives exit status 1; a finding that holds does so too."""
-    from experiments import figure3_ratios as module
-
     options = Options(names=("figure3_ratios",), fast=True, output=tmp_path)
-    monkeypatch.setattr("experiments.__main__.configure", lambda: None)
     for holds, expected, status in ((True, True, 0), (False, True, 1), (True, False, 1)):
         claim = Claim("a claim", "1", "2", holds=holds, expected_to_hold=expected)
-        monkeypatch.setattr(module, "check", lambda data, claim=claim: [claim])
+        _replaced(monkeypatch, "figure3_ratios", check=lambda data, claim=claim: [claim])
         assert main(options) == status
+
+
+@pytest.mark.parametrize("broken", ["run", "check", "plot", "summary"])
+def test_one_failing_figure_does_not_take_the_others_with_it(
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The next one is drawn, the end names what failed, the exit status is 1.
+
+    Data are saved before anything is made of them.
+    """
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    _replaced(monkeypatch, "figure5", **{broken: fail})
+    _replaced(monkeypatch, "figure3_ratios")
+    options = Options(names=("figure5", "figure3_ratios"), fast=True, output=tmp_path)
+    assert main(options) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: figure5 (ZeroDivisionError: planted)" in printed.out
+    assert "Traceback" in printed.err
+    assert (tmp_path / "figure5.nc").is_file() == (broken != "run")
+    assert (tmp_path / "figure3_ratios.json").is_file()
+    assert "figure3_ratios" in (tmp_path / "index.md").read_text("utf-8")
 
 
 def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,65 +117,77 @@ def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert set(capsys.readouterr().out.split()) >= {*NAMES, *EXTRA}
 
 
+def test_the_checkout_stays_clean() -> None:
+    """Without --output nothing is written where git would see it, whatever the settings."""
+    for options in (Options(), Options(fast=True), Options(preset="code")):
+        ignored = subprocess.run(
+            ["git", "check-ignore", "-q", options.folder / "figure5.png"], cwd=ROOT, check=False
+        )
+        assert ignored.returncode == 0
+
+
 def test_a_failed_write_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing partial remains when saving breaks in the middle."""
-    module = importlib.import_module("experiments.figure3_ratios")
-    config = dataclasses.replace(module.PRESETS["paper"], networks=4)
-    data = module.run(config)
-    figure = plt.figure()
 
-    def broken(*args: object, **kwargs: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(figure, "savefig", broken)
-    with pytest.raises(OSError, match="disk full"):
-        save("broken", tmp_path, config, data, figure)
-    plt.close(figure)
-    assert [p.name for p in tmp_path.iterdir()] == ["broken.nc"]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    _replaced(monkeypatch, "figure5")
+    with pytest.raises(Exception, match="disk full"):
+        run_experiment("figure5", Options(fast=True, output=tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["figure5.nc"]
+
+
+def test_killed_at_any_moment_whole_files_stay(tmp_path: Path) -> None:
+    """SIGKILL at random moments: what is there can be read, and the next run completes it."""
+    names = ("figure5", "figure3_ratios")
+    command = [sys.executable, "-m", "experiments", *names, "--fast", "--output", str(tmp_path)]
+    started = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    whole = time.perf_counter() - started
+    rng = random.Random(0)
+    for _ in range(3):
+        running = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.3, 1) * whole)
+        running.kill()
+        running.wait()
+        for path in tmp_path.iterdir():
+            if ".partial" in path.name:
+                continue
+            if path.suffix == ".nc":
+                xarray.load_dataset(path, engine="h5netcdf")
+            elif path.suffix == ".png":
+                Image.open(path).load()
+            elif path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+            elif path.suffix == ".pdf":
+                assert path.read_bytes().rstrip().endswith(b"%%EOF")
+
+
+def test_ctrl_c_ends_the_command_at_once(tmp_path: Path) -> None:
+    """Wherever it is, within a second, and no partial file stays."""
+    command = [sys.executable, "-m", "experiments", "figure1_linear_equilibrium"]
+    for wait in (0.5, 6.0):
+        running = subprocess.Popen(
+            [*command, "--output", str(tmp_path)], cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(wait)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=30)
+        # As a shell says it: 130.
+        assert running.returncode == -signal.SIGINT
+        assert "Traceback" not in errors
+        assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_the_hash_sees_values() -> None:
     """Data that differ in one value have different hashes."""
-    module = importlib.import_module("experiments.figure3_ratios")
-    data = module.run(dataclasses.replace(module.PRESETS["paper"], networks=4))
+    ratios = experiment_of("figure3_ratios")
+    data = ratios.run(dataclasses.replace(ratios.presets["paper"], networks=4))
     changed = data.copy(deep=True)
     changed.floor.values[0, 0] = np.nextafter(changed.floor.values[0, 0], 1)
     assert values_hash(data) != values_hash(changed)
-
-
-def example(naming: str) -> Any:
-    """The example of README that has these words, compiled."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (found,) = (block for block in blocks if naming in block)
-    return compile(found, "README.md", "exec")
-
-
-def test_the_examples_in_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """The ten lines and the comparison run as printed; errors are as small as tolerances say."""
-    names: dict[str, Any] = {}
-    exec(example("linear_equilibrium"), names)
-    printed = capsys.readouterr().out
-    assert "REACHED_T1" in printed
-    error, rest = (float(x) for x in re.findall(r"(?:error|to equilibrium) ([\d.e-]+)", printed))
-    assert error < 1e-5
-    assert rest < 1e-5
-    exec(example("pcdyn.compare"), names)
-    printed = capsys.readouterr().out
-    assert "is the fastest" in printed
-    order = re.search(r"order (\d\.\d+)", printed)
-    assert order
-    assert float(order[1]) == pytest.approx(2, abs=0.1)
-    exec(example("phase_portrait"), names)
-    plt.close("all")
-
-
-def test_the_learning_example_in_the_readme_runs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five networks, each much better than chance on the shipped sample."""
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"):
-        exec(example("learning.train"), {})
-    numbers = [float(x) for x in re.findall(r"\d\.\d+", capsys.readouterr().out)]
-    assert min(numbers) > 0.5
-    assert (tmp_path / "run.npz").is_file()
