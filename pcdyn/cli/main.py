@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcdyn import interrupts
 from pcdyn.cli.options import Command, Verify
 from pcdyn.cli.parser import parse
 
@@ -93,11 +92,11 @@ def _run(command: Command) -> str | None:
         return result, contents(result, files)
 
     with _float64(not settings.get("float32", False)):
-        shows = not (options.json or options.quiet) and sys.stderr is not None
-        result, ready = _waiting_for(work, name, shows and sys.stderr.isatty())
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        shows = terminal and not (options.json or options.quiet)
+        result, ready = _waiting_for(work, name, shows)
     if files:
         write(ready, options)
-        interrupts.ignore()
     if options.json:
         record = {"command": name, **result.record, "files": [str(file) for file in files]}
         print(json.dumps(as_json(record), allow_nan=False))

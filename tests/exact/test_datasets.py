@@ -253,8 +253,8 @@ def test_missing_file_is_an_error_that_names_it(folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "validation"}, "split is 'validation'.*'train', 'test'"),
-        ({"source": "internet"}, "source is 'internet'.*'auto', 'folder'"),
+        ({"split": "validation"}, 'split must be one of "train", "test", got \'validation\''),
+        ({"source": "internet"}, 'source must be one of "auto", "folder".*\'internet\''),
         ({"base_url": "http://127.0.0.1/"}, "base_url.*reads no server"),
         ({"dtype": np.int32}, "dtype is int32.*floating-point"),
         ({"limits": (1.0, 0.0)}, "limits.*lower one first"),
