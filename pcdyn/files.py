@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pcdyn import interrupts
 from pcdyn.errors import DataError
 
 Contents = bytes | Callable[[Path], Any]
@@ -57,19 +56,18 @@ def write_all(files: Mapping[Path, Contents], *, replace: bool = True) -> None:
                 _fill(partial, contents)
             staged.append((given, partial, target))
         made: list[Path] = []
-        with interrupts.completed():
-            try:
-                for given, partial, target in staged:
-                    with _named(given):
-                        if replace:
-                            os.replace(partial, target)
-                        else:
-                            _rename_to_new(partial, target)
-                            made.append(target)
-            except BaseException:
-                for target in made:
-                    target.unlink(missing_ok=True)
-                raise
+        try:
+            for given, partial, target in staged:
+                with _named(given):
+                    if replace:
+                        os.replace(partial, target)
+                    else:
+                        _rename_to_new(partial, target)
+                        made.append(target)
+        except BaseException:
+            for target in made:
+                target.unlink(missing_ok=True)
+            raise
 
 
 def checked_target(path: Path) -> Path:
@@ -162,15 +160,14 @@ def _partial(target: Path) -> Iterator[Path]:
     # for functions that choose a format by it.
     name = f"{_PREFIX}{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}.partial{target.suffix[:9]}"
     partial = target.parent / name
-    with interrupts.removed_if_interrupted(partial):
-        try:
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            if target.exists():
-                # Before anything is in it, for the file may be private.
-                _copy_rights(target, partial)
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if target.exists():
+            # Before anything is in it, for the file may be private.
+            _copy_rights(target, partial)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _copy_rights(source: Path, target: Path) -> None:

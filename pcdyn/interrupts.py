@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is that of a terminal that is closed
-_unfinished: set[Path] = set()
-_too_late = False
+_stage = "running"  # then "writing", then "done"
 
 
 def _listen_if_command() -> None:
@@ -31,48 +30,27 @@ def _listen_if_command() -> None:
 
 
 @contextlib.contextmanager
-def removed_if_interrupted(file: Path) -> Iterator[None]:
-    """Remove this file if the process is interrupted meanwhile."""
-    _unfinished.add(file)
-    try:
-        yield
-    finally:
-        _unfinished.discard(file)
-
-
-@contextlib.contextmanager
 def completed() -> Iterator[None]:
-    """Go through with what must not be cut in two; a signal that comes meanwhile is too late."""
-    global _too_late
-    _too_late = True
+    """Go through with writing all that was asked for; a signal that comes later is too late."""
+    global _stage
+    _stage = "writing"
     try:
         yield
-    finally:
-        _too_late = False
-
-
-def ignore() -> None:
-    """From now on all is done, and there is nothing to interrupt."""
-    for name in _SIGNALS:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is _hear:
-            signal.signal(number, lambda *_: os._exit(0))
+    except BaseException:
+        _stage = "running"
+        raise
+    _stage = "done"
 
 
 def _hear(number: int, frame: object) -> None:
-    if not _too_late:
-        _leave(number)
-
-
-def _leave(number: int) -> None:
-    # No exception, which could be swallowed on its way up; a computation may run in its thread.
-    for file in list(_unfinished):
+    if _stage == "done":  # but the output is not read
+        os._exit(0)
+    if _stage == "running":
         with contextlib.suppress(OSError):
-            file.unlink()
-    with contextlib.suppress(OSError):
-        start = b"\r\x1b[K" if os.isatty(2) else b""  # over the bar that is shown there
-        os.write(2, start + b"error: interrupted\n")
-    os._exit(128 + number)
+            start = b"\r\x1b[K" if os.isatty(2) else b""  # over the bar that is shown there
+            os.write(2, start + b"error: interrupted\n")
+        # No exception, which could be swallowed on its way up.
+        os._exit(128 + number)
 
 
 _listen_if_command()

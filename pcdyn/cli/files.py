@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcdyn import interrupts
 from pcdyn.cli.options import OutputOptions
 from pcdyn.errors import DataError
 from pcdyn.files import check_writable, write_all
@@ -80,12 +81,14 @@ def _content(result: Result, file: Path) -> bytes:
 
 def write(ready: dict[Path, bytes], options: OutputOptions) -> None:
     """Write all files or none; the folder of `--out` is made if it does not exist."""
-    made = None if options.out is None or options.out.exists() else options.out
-    if made is not None:
-        made.mkdir(parents=True)
-    try:
-        write_all(ready, replace=options.overwrite)
-    except BaseException:
-        if made is not None:
-            made.rmdir()
-        raise
+    out = options.out
+    missing = [] if out is None else [each for each in (out, *out.parents) if not each.exists()]
+    with interrupts.completed():
+        for folder in reversed(missing):
+            folder.mkdir()
+        try:
+            write_all(ready, replace=options.overwrite)
+        except BaseException:
+            for folder in missing:
+                folder.rmdir()
+            raise

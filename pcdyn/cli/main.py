@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcdyn import interrupts
 from pcdyn.cli.options import Command, Verify
 from pcdyn.cli.parser import parse
 
@@ -98,7 +97,6 @@ def _run(command: Command) -> str | None:
         result, ready = _waiting_for(work, name, shows)
     if files:
         write(ready, options)
-        interrupts.ignore()
     if options.json:
         record = {"command": name, **result.record, "files": [str(file) for file in files]}
         print(json.dumps(as_json(record), allow_nan=False))

@@ -161,7 +161,7 @@ def train(
         check_writable(path)
         checkpoints.check_state(state)
         configuration = checkpoints.fingerprint(
-            _computations(setting, evaluate, state, data, key, seeds),
+            _computations(setting, state, data, key, seeds),
             network=(weights, static), rule=rule, energy=energy, data=data, key=key,
             batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
         )  # fmt: skip
@@ -186,16 +186,17 @@ def train(
 
 
 def _computations(
-    setting: Setting, evaluate: Evaluate | None, state: Any, data: Any, key: Any, seeds: int | None
+    setting: Setting, state: Any, data: Any, key: Any, seeds: int | None
 ) -> dict[str, Any]:
     """What a checkpoint must agree with, as JAX lowers it."""
     weights, optimiser_state, _ = state
     update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
-    compiled: Any = run_epoch
-    epoch = jnp.asarray(0)
+    whole: Any = run_epoch
     return {
         "optimiser": update.lower(weights, optimiser_state),
-        "activations, energy or rule": compiled.lower(setting, state, data, key, epoch, seeds),
+        "activations, energy or rule": whole.lower(
+            setting, state, data, key, jnp.asarray(0), seeds
+        ),
     }
 
 
