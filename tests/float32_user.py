@@ -118,16 +118,16 @@ def until_equilibrium() -> Any:
 def rested(activation: str, ratio: float, method: str | None) -> Any:
     problem = case(activation, ratio).problem
     found = pcdyn.equilibrium(problem, method=method)
-    return {"state": free(problem, found.activities), "tolerance": float(found.tolerance)}
+    return free(problem, found.activities)
 
 
 def closed_form(ratio: float) -> Any:
     problem = case("identity", ratio).problem
-    return {"state": free(problem, pcdyn.linear_equilibrium(problem)), "tolerance": 0.0}
+    return free(problem, pcdyn.linear_equilibrium(problem))
 
 
 def rates(activation: str, ratio: float) -> Any:
-    return np.asarray(pcdyn.stability(case(activation, ratio).problem).rates)
+    return pcdyn.stability(case(activation, ratio).problem).rates
 
 
 def several() -> Any:
