@@ -339,7 +339,10 @@ def main(group: str, file: str, *arguments: str) -> None:
     assert not jax.config.jax_enable_x64, "this is what happens without float64"
     target, rest = Path(file).resolve(), [Path(a).resolve() for a in arguments]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        found = {name: came(action) for name, action in GROUPS[group](*rest)}
+        found = {}
+        for name, action in GROUPS[group](*rest):
+            found[name] = came(action)
+            print(f"{found[name].seconds:6.1f} s  {name}", flush=True)
     # Plain values, for this module is called __main__ here.
     target.write_bytes(pickle.dumps({n: dataclasses.asdict(c) for n, c in found.items()}))
 

@@ -35,7 +35,7 @@ def what_came(group: str, folder: Path, *arguments: Path) -> dict[str, user.Came
     # A user has neither the tests' JAX configuration nor warnings that are errors.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTHONW"))}
     ran = subprocess.run(
-        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, text=True, timeout=500,
+        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, text=True, timeout=900,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout
