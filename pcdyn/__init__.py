@@ -8,6 +8,9 @@ pcdyn never changes JAX's configuration. Theorems are checked in float64: switch
 `jax.config.update("jax_enable_x64", True)` before building networks.
 """
 
+from pcdyn import interrupts  # noqa: F401  first, for the other imports take seconds
+
+# isort: split
 import warnings as _warnings
 
 from jaxlib import version as _jaxlib

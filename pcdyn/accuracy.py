@@ -14,10 +14,10 @@ from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.linear import is_linear
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory
+from pcdyn.whitened import is_linear
 
 TIGHT = 1e-12
 # Explicit steps are cheap once compiled, also where stability and not accuracy limits them.

@@ -17,8 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.checks import as_float_array
-from pcdyn.errors import ShapeError
+from pcdyn.checks import (
+    as_float_array,
+    as_sequence,
+    check_callable,
+    check_dtype,
+    check_instance,
+    checked_number,
+)
+from pcdyn.errors import ShapeError, ToleranceError
 from pcdyn.network import Network
 
 # From a layer's activities and what the layer below predicts for them to g.
@@ -52,9 +59,9 @@ class AdjointCondition(eqx.Module):
         worst = int(np.argmax(np.asarray(self.residuals))) + 1
         size = float(np.asarray(self.residuals)[worst - 1])
         if self.holds:
-            return f"∂g obeys the adjoint condition in every layer (residual at most {size:.1e})"
+            return f"dg obeys the adjoint condition in every layer (residual at most {size:.1e})"
         return (
-            f"∂g does not obey the adjoint condition: relative residual {size:.1e} in layer "
+            f"dg does not obey the adjoint condition: relative residual {size:.1e} in layer "
             f"{worst}, so that equilibria do not carry the gradients of backpropagation"
         )
 
@@ -76,6 +83,12 @@ def adjoint_condition(
     for activities that do not fit, no hidden layer or a g that is not shaped like x_l, and
     `DtypeError` or `NonFiniteError` for activities that are no real numbers.
     """
+    check_instance(network, "network", Network, "a pcdyn.Network")
+    check_dtype(network.dtype, "dtype of the network")
+    check_callable(interaction, "interaction", "a function of x_l and its prediction")
+    if tolerance is not None:
+        tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
+    activities = as_sequence(activities, "activities", f"activities x_0 … x_{network.depth}")
     layers = [
         as_float_array(x, f"activities of layer {index}").astype(network.dtype)
         for index, x in enumerate(activities)
@@ -105,7 +118,14 @@ def adjoint_condition(
 
 def _check_interaction(interaction: Interaction, index: int, layer: Array) -> None:
     """Raise `ShapeError` unless g of a layer and its prediction is shaped like the layer."""
-    found = jax.eval_shape(interaction, layer, layer)
+    try:
+        found = jax.eval_shape(interaction, layer, layer)
+    # What a function of the user does with arrays is its own affair.
+    except Exception as error:
+        raise ShapeError(
+            f"the interaction cannot take x_l and μ_l of layer {index}, of shape {layer.shape}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != layer.shape:
         shape = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
         raise ShapeError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
@@ -61,20 +60,6 @@ class BlockTridiagonal(eqx.Module):
             factors.append(jnp.linalg.cholesky(block))
         return BlockCholesky(tuple(factors), tuple(couplings))
 
-    def solve(self, rhs: State) -> tuple[State, Float[Array, ""]]:
-        """H⁻¹ rhs, and an estimate of H's reciprocal condition by two inverse iterations.
-
-        The estimate is NaN or of the order of round-off if H is numerically singular. (Cholesky
-        pivots would not do: where an early one is small, the last is round-off divided by it.)
-        """
-        factorised = self.cholesky()
-        probe = tuple(jnp.cos(jnp.arange(1.0, len(x) + 1, dtype=x.dtype)) for x in self.diagonal)
-        for _ in range(2):
-            before = _largest_entry(probe)
-            probe = factorised.solve(jax.tree.map(lambda x, b=before: x / b, probe))
-        largest = jnp.max(jnp.concatenate([jnp.diagonal(block) for block in self.diagonal]))
-        return factorised.solve(rhs), 1 / (largest * _largest_entry(probe))
-
 
 class BlockCholesky(eqx.Module):
     """L of H = L Lᵀ for a block-tridiagonal H: lower `factors`, and `couplings` above them."""
@@ -98,5 +83,6 @@ class BlockCholesky(eqx.Module):
         return tuple(x.T.reshape(r.shape) for x, r in zip(solution, rhs, strict=True))
 
 
-def _largest_entry(layers: State) -> Array:
-    return jnp.max(jnp.abs(jnp.concatenate(layers)))
+def largest_entry(layers: State) -> Array:
+    """The largest absolute value in any layer."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(layer)) for layer in layers]))

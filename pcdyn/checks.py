@@ -7,21 +7,31 @@ that only those two can be checked there. Every check names the argument and rai
 
 from __future__ import annotations
 
+import contextlib
+import decimal
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from pcdyn.errors import DtypeError, InputError, NonFiniteError
+from pcdyn.errors import DtypeError, InputError, NonFiniteError, SizeError
 
 # What users may pass as an array; JAX's ArrayLike leaves lists out.
 Numbers = ArrayLike | Sequence[Any]
+# Narrower floating-point numbers than float32 are widened: LAPACK and files know none.
+_LEAST_BYTES = 4
+# What one call may take of the machine's memory: results are copied while they are put together.
+_LARGEST_SHARE = 0.5
 
 
 def is_traced(*trees: Any) -> bool:
@@ -30,31 +40,125 @@ def is_traced(*trees: Any) -> bool:
 
 
 def as_float_array(value: Any, name: str) -> Array:
-    """`value` as a floating-point JAX array with finite entries.
+    """`value` as a JAX array of float32 or float64 with finite entries.
 
-    Python numbers and nested lists become the default float dtype; an array keeps its own.
-    Raises `DtypeError` for integer, boolean or complex arrays and for what is no array of numbers,
-    such as a text or lists of several lengths, and `NonFiniteError` for NaN or infinity, each
-    naming `name`.
+    Python numbers and nested lists become the default float dtype; an array of float32 or float64
+    keeps its own. What holds real numbers in another way is converted where nothing is lost: half
+    precision to float32, other byte orders, long doubles without more digits than float64 has,
+    objects that are numbers, arrays of pandas and xarray.
+
+    Raises `DtypeError` for arrays of integers, booleans or complex numbers, for masked entries, and
+    for what is no array of numbers, such as a text or lists of several lengths, and
+    `NonFiniteError` for NaN or infinity, each naming `name`.
     """
-    is_python = isinstance(value, int | float | list | tuple)
-    try:
-        if isinstance(value, str):
-            # JAX would take it for the name of a dtype.
-            raise TypeError("a text")
-        array = jnp.asarray(value, dtype=float) if is_python else jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DtypeError(
-            f"{name} is a {type(value).__name__} that does not convert to an array of real "
-            "numbers: give a number, an array, or lists of equal lengths"
-        ) from error
+    if isinstance(value, jax.Array):
+        array = value
+    elif is_traced(value):
+        array = _traced_array(value, name)
+    else:
+        known, is_plain = _numpy_array(value, name)
+        # A number too large for the default dtype becomes infinite, which is said below.
+        with np.errstate(over="ignore"):
+            array = jnp.asarray(known, dtype=float) if is_plain else jnp.asarray(known)
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(float)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise DtypeError(
             f"{name} has dtype {array.dtype}; activities are real numbers: convert it to "
             "floating point, for example with .astype(float)"
         )
+    if array.dtype.itemsize < _LEAST_BYTES:
+        array = array.astype(jnp.float32)
     check_finite(array, name)
     return array
+
+
+def as_host_array(
+    value: Any, name: str, *, finite: bool = True, error: type[InputError] = DtypeError
+) -> np.ndarray:
+    """`value` as a NumPy array of float64, such as times or what is drawn, with `finite` entries.
+
+    Raises `error` for what is no array of real numbers, and for values that are traced.
+    """
+    if is_traced(value):
+        raise error(
+            f"{name} is traced by a JAX transformation (jit, vmap, grad …), but its values must be "
+            "known before anything runs"
+        )
+    try:
+        array = np.asarray(value) if isinstance(value, jax.Array) else _numpy_array(value, name)[0]
+    except (DtypeError, TypeError) as problem:
+        raise error(str(problem)) from problem
+    if not jnp.issubdtype(array.dtype, jnp.number) or np.iscomplexobj(array):
+        raise error(f"{name} must be real numbers, got dtype {array.dtype}")
+    array = array.astype(float)
+    if finite and not np.isfinite(array).all():
+        raise error(f"{name} has NaN or infinite entries: remove or impute them first")
+    return array
+
+
+def _traced_array(value: Any, name: str) -> Array:
+    try:
+        return jnp.asarray(value, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DtypeError(_not_numbers(value, name)) from error
+
+
+def _numpy_array(value: Any, name: str) -> tuple[np.ndarray, bool]:
+    """`value` in a dtype that JAX knows, and whether it should take JAX's default dtype."""
+    leaves = jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]
+    masked = sum(int(np.ma.getmaskarray(x).sum()) for x in leaves if np.ma.isMaskedArray(x))
+    if masked:
+        raise DtypeError(
+            f"{name} has {masked} masked entries, which have no value: fill or leave them out "
+            "first, for example with .filled(0.0)"
+        )
+    try:
+        array = np.asarray(value)
+        if array.dtype == object and all(_is_real(x) for x in array.ravel()):
+            array = array.astype(float)
+    # What an object does when asked for its numbers is its own affair.
+    except Exception as error:
+        raise DtypeError(_not_numbers(value, name)) from error
+    if array.dtype.kind in "OSUVMm":
+        if not jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 and its like are of kind V
+            raise DtypeError(_not_numbers(value, name))
+        return array, False
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        double = array.astype(np.float64)
+        if not np.array_equal(double, array, equal_nan=True):
+            raise DtypeError(
+                f"{name} has dtype {array.dtype} and more digits than float64 can hold: if they "
+                "may be lost, convert it with .astype(float)"
+            )
+        array = double
+    is_default = isinstance(value, int | float | list | tuple) and array.dtype.kind in "iuf"
+    return array.astype(array.dtype.newbyteorder("=")), is_default
+
+
+def _is_real(value: Any) -> bool:
+    # Real numbers of Python, such as fractions and decimals, and arrays of one number.
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
+    return isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool)
+
+
+def _not_numbers(value: Any, name: str) -> str:
+    return (
+        f"{name} is a {type(value).__name__} that does not convert to an array of real "
+        "numbers: give a number, an array, or lists of equal lengths"
+    )
+
+
+def check_dtype(dtype: Any, name: str) -> None:
+    """Raise `DtypeError` unless `dtype` is one that pcdyn computes in, and JAX is set to allow."""
+    if dtype not in (np.float32, np.float64):
+        raise DtypeError(f"{name} is {dtype}, but pcdyn computes in float32 or float64: use one")
+    if dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise DtypeError(
+            f"{name} is float64, but JAX is set to float32: switch float64 on with "
+            'jax.config.update("jax_enable_x64", True), or build everything in float32'
+        )
 
 
 def check_finite(array: Any, name: str) -> None:
@@ -75,10 +179,10 @@ def checked_number(
     value: Any,
     name: str,
     *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-    at_most: float = math.inf,
+    above: float | int = -math.inf,
+    at_least: float | int = -math.inf,
+    below: float | int = math.inf,
+    at_most: float | int = math.inf,
     error: type[InputError] = InputError,
 ) -> float:
     """`value` as a finite float in a range; a number of Python or NumPy, or an array of one number.
@@ -109,8 +213,8 @@ def checked_integer(
     value: Any,
     name: str,
     *,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
+    at_least: float | int = -math.inf,
+    at_most: float | int = math.inf,
     error: type[InputError] = InputError,
 ) -> int:
     """`value` as an int in a range; raises `error` for floats, booleans, texts and the rest."""
@@ -148,12 +252,101 @@ def check_instance(
 
 def check_key(value: Any, name: str = "key") -> None:
     """Raise `InputError` unless `value` is one random key, of the new or of the old kind."""
-    is_array = isinstance(value, jax.Array)
-    if is_array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0:
-        return
-    if is_array and value.dtype == jnp.uint32 and value.ndim == 1:
-        return
+    if isinstance(value, np.ndarray | jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            if value.ndim == 0:
+                return
+        elif value.dtype == jnp.uint32 and value.shape == jr.PRNGKey(0).shape:
+            return
     raise InputError(f"{name} must be one random key, jax.random.key(seed), got {_shown(value)}")
+
+
+def check_callable(
+    value: Any, name: str, wanted: str, *, error: type[InputError] = InputError
+) -> None:
+    """Raise `error`, which says what is `wanted`, unless `value` can be called."""
+    if not callable(value):
+        raise error(f"{name} must be {wanted}, got {_shown(value)}")
+
+
+def check_path(value: Any, name: str, *, error: type[InputError] = InputError) -> None:
+    """Raise `error` unless `value` can be the path of a file."""
+    is_text = isinstance(value, str) or (
+        isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
+    )
+    if not is_text or not os.fspath(value) or "\0" in os.fspath(value):
+        raise error(f"{name} must be the path of a file, got {_shown(value)}")
+    if os.path.isdir(value):
+        raise error(f"{name} must be the path of a file, but {os.fspath(value)!r} is a folder")
+
+
+def as_sequence(
+    value: Any, name: str, wanted: str, *, error: type[InputError] = InputError
+) -> tuple[Any, ...]:
+    """`value` as a tuple, from a list, a tuple, a range or an array; raises `error` for the rest.
+
+    An iterator is refused: it can be read only once, and need not end.
+    """
+    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
+    if not (is_array or (isinstance(value, Sequence) and not isinstance(value, str | bytes))):
+        hint = "; make it a list first" if isinstance(value, Iterator) else ""
+        raise error(f"{name} must be {wanted}, got {_shown(value)}{hint}")
+    return tuple(value)
+
+
+def check_size(size: float | int, what: str) -> None:
+    """Raise `SizeError` where `size` bytes, what `what` takes, are no part of this machine."""
+    memory, size = _machine_memory(), _as_float(size)
+    if size > _LARGEST_SHARE * memory:
+        raise SizeError(
+            f"{what} would take {size / 2**30:.3g} GiB, more than {_LARGEST_SHARE:.0%} of the "
+            f"{memory / 2**30:.3g} GiB of memory of this machine"
+        )
+
+
+def _as_float(number: float | int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+@functools.cache
+def _machine_memory() -> float | int:
+    """The bytes of memory that this process can have; infinite where that is not known."""
+    sizes = [math.inf]
+    # Not every system says.
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    # What a container is allowed is not what the machine has.
+    with contextlib.suppress(ValueError, OSError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
+
+
+def number(name: str, **limits: Any) -> Callable[[Any], float]:
+    """`checked_number` as the converter of a field of an equinox module."""
+    return lambda value: checked_number(value, name, **limits)
+
+
+def integer(name: str, **limits: Any) -> Callable[[Any], int]:
+    """`checked_integer` as the converter of a field."""
+    return lambda value: checked_integer(value, name, **limits)
+
+
+def flag(name: str) -> Callable[[Any], bool]:
+    """`check_flag` as the converter of a field."""
+
+    def convert(value: Any) -> bool:
+        check_flag(value, name)
+        return bool(value)
+
+    return convert
+
+
+def optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The converter of a field that may be `None`."""
+    return lambda value: None if value is None else convert(value)
 
 
 def _as_scalar(value: Any, kind: type) -> Any:
@@ -167,7 +360,13 @@ def _as_scalar(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
-def _range_text(kind: str, above: float, at_least: float, below: float, at_most: float) -> str:
+def _range_text(
+    kind: str,
+    above: float | int,
+    at_least: float | int,
+    below: float | int,
+    at_most: float | int,
+) -> str:
     limits = [
         f"{word} {limit:g}"
         for word, limit in (

@@ -8,12 +8,18 @@ from typing import Any
 import numpy as np
 
 from pcdyn.accuracy import Errors, Reference, reference_for
-from pcdyn.checks import Numbers
+from pcdyn.checks import Numbers, as_sequence, checked_integer, checked_number
 from pcdyn.comparison import ERROR_METRICS, Comparison, Run
-from pcdyn.errors import InputError, worst_status
-from pcdyn.integrators import Integrator
+from pcdyn.errors import (
+    InputError,
+    IntegratorError,
+    TimesError,
+    ToleranceError,
+    worst_status,
+)
+from pcdyn.integrators import Integrator, get_integrator
 from pcdyn.ladder import Rung, labelled, rungs, unstable_steps_expected
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory
 
@@ -57,11 +63,13 @@ def compare(
     for bad input before anything is timed; `InputError` for a problem that starts at rest;
     `StepLimitError` if no reference can be computed.
     """
-    if repeats < 1:
-        raise InputError(f"repeats must be at least 1, got {repeats}")
-    for name, ladder in (("tolerances", tolerances), ("steps", steps)):
-        if ladder is not None and len(ladder) == 0:
-            raise InputError(f"{name} is empty: give at least one, or leave it out")
+    check_problem(problem)
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
+    repeats = checked_integer(repeats, "repeats", at_least=1)
+    tolerances = _checked_ladder(tolerances, "tolerances", ToleranceError)
+    steps = _checked_ladder(steps, "steps", IntegratorError)
+    if not (reference is None or isinstance(reference, Trajectory)):
+        get_integrator(reference)  # refuses what is none
     ladders = [
         rung
         for label, integrator in labelled(integrators).items()
@@ -100,6 +108,16 @@ def compare(
         t1=float(t1),
         repeats=repeats,
     )
+
+
+def _checked_ladder(values: Any, name: str, error: type[InputError]) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    wanted = "a list of positive numbers"
+    given = as_sequence(values, name, wanted, error=error)
+    if not given:
+        raise InputError(f"{name} is empty: give at least one, or leave it out")
+    return tuple(checked_number(x, f"each of {name}", above=0, error=error) for x in given)
 
 
 def _row(rung: Rung, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from pcdyn.accuracy import Errors
-from pcdyn.errors import InputError, Status
+from pcdyn.checks import check_choice, check_instance, check_path, checked_number
+from pcdyn.errors import DataError, InputError, Status
 from pcdyn.files import write_atomically
 
 if TYPE_CHECKING:
@@ -37,7 +42,7 @@ UNITS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """One row of a comparison: an integrator at one setting.
 
@@ -73,12 +78,23 @@ class Run:
     compile_seconds: float
     run_seconds: float
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
+
     @property
     def title(self) -> str:
         """The integrator and its setting."""
         if not self.setting:
             return self.integrator
         return f"{self.integrator} at {self.setting} {self.value:g}"
+
+
+def _content(value: Any) -> str:
+    """A text to compare by: NaN, which stands for what is not known, is equal to itself there."""
+    return repr(dataclasses.astuple(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +118,8 @@ class Recommendation:
         return self.text
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """Runs of several integrators on one problem, measured against one reference.
 
@@ -124,6 +141,12 @@ class Comparison:
     t1: float
     repeats: int
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Comparison) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
+
     def __str__(self) -> str:
         return self.table()
 
@@ -136,10 +159,12 @@ class Comparison:
 
     def of(self, integrator: str) -> tuple[Run, ...]:
         """The runs of one integrator."""
+        check_choice(integrator, "integrator", self.integrators)
         return tuple(row for row in self.rows if row.integrator == integrator)
 
     def told(self, run: Run, metric: str) -> float:
         """A metric of a run, but an error not below what the reference can tell."""
+        check_instance(run, "run", Run, "one of the rows")
         value = getattr(run, checked_metric(metric))
         return getattr(self.reference_error, metric) if metric in run.below_reference else value
 
@@ -151,10 +176,8 @@ class Comparison:
         Raises `InputError` for an unknown metric or an error that is not positive, and where the
         reference cannot tell an error so small.
         """
-        if metric not in ERROR_METRICS:
-            raise InputError(f"{metric!r} is no error; choose among {', '.join(ERROR_METRICS)}")
-        if not 0 < error < math.inf:
-            raise InputError(f"error must be positive and finite, got {error}")
+        check_choice(metric, "metric", ERROR_METRICS)
+        error = checked_number(error, "error", above=0)
         limit = getattr(self.reference_error, metric)
         if limit > error:
             raise InputError(
@@ -240,35 +263,36 @@ class Comparison:
         attributes = {name: getattr(self, name) for name in names} | notes
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV, at once or not at all; numbers in full precision.
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The table as CSV, also written to a file if one is given, at once or not at all.
 
-        One column for each attribute of a run (`below_reference` separated by spaces), then those
-        of the reference, the same in every row. Raises `DataError` where the folder is missing.
+        Numbers are in full precision. One column for each attribute of a run (`below_reference`
+        separated by spaces), then those of the reference, the same in every row. Raises `DataError`
+        where the file cannot be written.
         """
+        if path is not None:
+            check_path(path, "path", error=DataError)
         reference = {
             "reference": self.reference,
             **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
         }
-
-        def write(partial: Path) -> None:
-            with open(partial, "w", newline="", encoding="utf-8") as file:
-                names = [field.name for field in dataclasses.fields(Run)]
-                writer = csv.DictWriter(file, [*names, *reference])
-                writer.writeheader()
-                for row in self.rows:
-                    values = {name: getattr(row, name) for name in names} | reference
-                    values["status"] = row.status.name
-                    values["below_reference"] = " ".join(row.below_reference)
-                    writer.writerow(values)
-
-        write_atomically(Path(path), write)
+        names = [field.name for field in dataclasses.fields(Run)]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*names, *reference])
+        writer.writeheader()
+        for row in self.rows:
+            values = {name: getattr(row, name) for name in names} | reference
+            values["status"] = row.status.name
+            values["below_reference"] = " ".join(row.below_reference)
+            writer.writerow(values)
+        if path is not None:
+            write_atomically(Path(path), text.getvalue().encode())
+        return text.getvalue()
 
 
 def checked_metric(name: str) -> str:
     """The name of a metric of a run; raises `InputError` for an unknown one."""
-    if name not in (*METRICS, "value"):
-        raise InputError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+    check_choice(name, "metric", (*METRICS, "value"))
     return name
 
 
@@ -306,4 +330,4 @@ def _words(metric: str) -> str:
 
 
 def _number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value, form)
+    return "-" if math.isnan(value) else format(value, form)

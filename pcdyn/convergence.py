@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 
 from pcdyn.accuracy import reference_for
-from pcdyn.checks import Numbers
-from pcdyn.errors import InputError, NoUsableRangeError
+from pcdyn.checks import (
+    Numbers,
+    as_host_array,
+    as_sequence,
+    checked_integer,
+    checked_number,
+)
+from pcdyn.errors import InputError, NoUsableRangeError, ShapeError, TimesError
 from pcdyn.integrators import Integrator
 from pcdyn.ladder import unstable_steps_expected, with_step
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 from pcdyn.simulate import simulate
 from pcdyn.trajectory import Trajectory
 
@@ -49,7 +55,7 @@ class ConvergenceOrder:
         used = self.steps[self.usable]
         return (
             f"{self.integrator}: order {self.order:.2f} from {used.size} steps "
-            f"{used[0]:.3g} … {used[-1]:.3g}, errors {self.errors[self.usable][0]:.1e} … "
+            f"{used[0]:.3g} to {used[-1]:.3g}, errors {self.errors[self.usable][0]:.1e} to "
             f"{self.errors[self.usable][-1]:.1e}"
         )
 
@@ -85,8 +91,14 @@ def convergence_order(
     method without a fixed step, `InputError` for fewer than three steps, and what
     `pcdyn.simulate` raises.
     """
-    if steps is not None and len(set(steps)) < _LEAST_STEPS:
-        raise InputError(f"an order needs at least {_LEAST_STEPS} different steps, got {steps}")
+    check_problem(problem)
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
+    most_steps = checked_integer(most_steps, "most_steps", at_least=_LEAST_STEPS)
+    if steps is not None:
+        given = as_sequence(steps, "steps", "a list of positive numbers")
+        steps = tuple(checked_number(dt, "each of steps", above=0) for dt in given)
+        if len(set(steps)) < _LEAST_STEPS:
+            raise InputError(f"an order needs at least {_LEAST_STEPS} different steps, got {steps}")
     method = with_step(integrator, t1)
     truth, uncertainty = _truth(problem, t1, initial, reference)
     scale = max(np.linalg.norm(x, axis=-1).max() for x in truth if x is not None)
@@ -148,8 +160,16 @@ def _truth(
     if isinstance(reference, Trajectory):
         reference = reference.final
     if reference is not None:
+        count = problem.network.depth + 1
+        wanted = f"a Trajectory or activities x_0 … x_{count - 1} at t1"
+        reference = as_sequence(reference, "reference", wanted)
+        if len(reference) != count:
+            raise ShapeError(f"reference must be {wanted}, got {len(reference)} layers")
         free = problem.free_layers
-        return [np.asarray(x) if i in free else None for i, x in enumerate(reference)], 0.0
+        return [
+            as_host_array(x, f"layer {i} of reference") if i in free else None
+            for i, x in enumerate(reference)
+        ], 0.0
     known = reference_for(problem, t1=t1, times=np.array([t1]), initial=initial)
     final, _ = _truth(problem, t1, initial, known.trajectory)
     uncertainty = known.uncertainty.final_error * known.displacement

@@ -21,10 +21,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.resources
+import io
 import math
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from pcdyn.checks import as_sequence, check_choice, check_instance, checked_number
 from pcdyn.errors import DataError
+from pcdyn.files import write_atomically
 
 Split = Literal["train", "test"]
 Origin = Literal["folder", "cache", "download", "sample"]
@@ -44,6 +46,7 @@ Source = Literal["auto", "folder", "cache", "download", "sample"]
 CLASSES = 10
 SIDE = 28
 FOLDER_VARIABLE = "PCDYN_DATA"
+_LARGEST = 2**28  # bytes, five times the images of the largest set
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +192,11 @@ def _load(
 
 
 def _check_choices(split: str, source: str, base_url: str | None) -> None:
-    if split not in _FILES:
-        raise DataError(f"split is {split!r}; it must be one of {', '.join(map(repr, _FILES))}")
-    if source not in get_args(Source):
-        choices = ", ".join(map(repr, get_args(Source)))
-        raise DataError(f"source is {source!r}; it must be one of {choices}")
+    check_choice(split, "split", _FILES, error=DataError)
+    check_choice(source, "source", get_args(Source), error=DataError)
+    if base_url is not None:
+        wanted = "the address of a folder on a server"
+        check_instance(base_url, "base_url", str, wanted, error=DataError)
     if base_url is not None and source != "download":
         raise DataError(
             f"base_url is {base_url!r}, but source={source!r} reads no server; leave base_url out, "
@@ -203,16 +206,23 @@ def _check_choices(split: str, source: str, base_url: str | None) -> None:
 
 def _pixel_values(limits: tuple[float, float], dtype: DTypeLike) -> NDArray[np.floating[Any]]:
     """The image value of each of the 256 pixel values, exact at both limits."""
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"dtype is no dtype ({error}): give one such as numpy.float32") from None
     if not np.issubdtype(dtype, np.floating):
         raise DataError(
-            f"dtype is {np.dtype(dtype)}; images are real numbers: give a floating-point dtype "
+            f"dtype is {dtype}; images are real numbers: give a floating-point dtype "
             "such as numpy.float32"
         )
-    low, high = limits
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise DataError(
-            f"limits is {limits!r}; give two finite numbers, the lower one first, as in (0.0, 1.0)"
-        )
+    wanted = "two finite numbers, the lower one first, as in (0.0, 1.0)"
+    each = [
+        checked_number(limit, "each of limits", error=DataError)
+        for limit in as_sequence(limits, "limits", wanted, error=DataError)
+    ]
+    if len(each) != 2 or not each[0] < each[1]:
+        raise DataError(f"limits is {limits!r}; give {wanted}")
+    low, high = each
     fraction = np.arange(256) / 255
     return (low * (1 - fraction) + high * fraction).astype(dtype)
 
@@ -310,19 +320,34 @@ def _in_cache(archive: _Archive, name: str) -> _File:
 
 def _download(archive: _Archive, name: str, base_url: str) -> None:
     """Make sure that the cache holds an intact copy of a file."""
+    import pooch
+
     path = _cache_path(archive, name)
     if path.is_file() and _is_intact(_in_cache(archive, name)):
         return
     url = f"{base_url.rstrip('/')}/{name}.gz"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, path, archive.sha256[name])
-    except OSError as error:
-        raise DataError(
+
+    def fetch(partial: Path) -> None:
+        try:
+            pooch.HTTPDownloader()(url, str(partial), None)
+        except OSError as error:
+            raise failed(error) from error
+        remedy = "try again, or give another base_url"
+        _contents(_File(partial, url, remedy, archive.sha256[name]))
+
+    def failed(error: OSError) -> DataError:
+        return DataError(
             f"{url}: could not be downloaded into {path.parent} ({error}); check the address and "
             f"the connection, give another base_url, or set {FOLDER_VARIABLE} to a folder that "
             f"holds {archive.name}/"
-        ) from error
+        )
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise failed(error) from error
+    # A failure or an interruption leaves neither a partial file nor a damaged one behind.
+    write_atomically(path, fetch)
 
 
 def _is_intact(file: _File) -> bool:
@@ -333,27 +358,24 @@ def _is_intact(file: _File) -> bool:
     return True
 
 
-def _fetch(url: str, path: Path, sha256: str) -> None:
-    """Download to a scratch folder beside `path`, and move into place only what is intact.
-
-    A failure or an interruption thus leaves neither a partial file nor a damaged one behind.
-    """
-    import pooch
-
-    with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
-        pooch.HTTPDownloader()(url, str(partial), None)
-        _contents(_File(partial, url, "try again, or give another base_url", sha256))
-        os.replace(partial, path)
-
-
 def _contents(file: _File) -> bytes:
-    """The unzipped bytes of a file, checked against its SHA-256 if that is known."""
+    """The unzipped bytes of a file, checked against its SHA-256 if that is known.
+
+    No more are unzipped than its header asks for, and one.
+    """
     try:
-        data = file.path.read_bytes()
+        packed = file.path.read_bytes()
         # The first bytes tell, not the name: some servers unzip on the fly.
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        is_zipped = packed[:2] == b"\x1f\x8b"
+        stream = io.BytesIO(packed)
+        with gzip.GzipFile(fileobj=stream) if is_zipped else stream as unzipped:
+            head = unzipped.read(16)
+            asked = _length(head)
+            if asked > _LARGEST:
+                raise file.error(
+                    f"its header asks for {asked / 2**30:.3g} GiB, more than any set of images has"
+                )
+            data = head + unzipped.read(max(asked + 1 - len(head), 0))
     except (OSError, EOFError, zlib.error) as error:
         raise file.error(f"it cannot be read or unzipped ({error})") from error
     found = hashlib.sha256(data).hexdigest()
@@ -363,6 +385,14 @@ def _contents(file: _File) -> bytes:
             "damaged or another file"
         )
     return data
+
+
+def _length(head: bytes) -> int:
+    """How long an IDX file says it is; as long as can be for what is no IDX file of bytes."""
+    ndim = head[3] if len(head) == 16 and head[:3] == b"\0\0\x08" else 0
+    if ndim not in (1, 3):
+        return _LARGEST
+    return 4 + 4 * ndim + math.prod(struct.unpack_from(f">{ndim}I", head, 4))
 
 
 def _parse_images(file: _File) -> NDArray[np.uint8]:

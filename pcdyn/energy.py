@@ -5,8 +5,7 @@
 sample never depends on how many others are simulated beside it.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
 import functools
 from typing import Any

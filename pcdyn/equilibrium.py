@@ -12,15 +12,29 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import (
+    Numbers,
+    check_flag,
+    check_instance,
+    check_key,
+    checked_number,
+    is_traced,
+)
 from pcdyn.energy import LayerEnergies
-from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ToleranceError
-from pcdyn.hessian import solve_hessian
+from pcdyn.errors import (
+    EquilibriumStatus,
+    InputError,
+    NotConvergedError,
+    ShapeError,
+    Statuses,
+    ToleranceError,
+)
+from pcdyn.hessian import with_derivatives
 from pcdyn.integrators.run import on_host
-from pcdyn.kinks import SlidingPoint
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers import FlowToRest, Solution, Solver, default_solvers, get_solver
-from pcdyn.solvers.run import solve_in_turn, solve_on_host
+from pcdyn.problem import InferenceProblem, State, check_problem
+from pcdyn.solvers import FlowToRest, Solver, default_solvers, get_solvers
+from pcdyn.solvers.run import Ran, settled, solve_in_turn, solve_on_host
+from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
 
@@ -36,7 +50,8 @@ class Equilibrium(LayerEnergies):
     - `energies`: E_1 … E_L, shape `([batch,] L)`.
     - `residual_norms`: ‖∂F/∂x_l‖ of each free layer, shape `([batch,] free layers)`, computed
       again from the activities after the solver has ended.
-    - `tolerance`: what the residual of every layer was to be.
+    - `tolerance`: what each of them was to be, of the same shape. Where the solver could come no
+      nearer it is the round-off of the gradient, if that is larger.
     - `status_codes`: a `pcdyn.EquilibriumStatus` as an integer, per sample.
     - `at_kink`: `at_kink[l - 1]` says which units of layer l = 1 … L have their preactivation at a
       kink of the activation, for samples with the status `SLIDING`; there `residual_norms` are
@@ -44,6 +59,7 @@ class Equilibrium(LayerEnergies):
     - `iterations`: of the last solver that worked on the sample.
     - `passes`: forward, backward and tangent passes through the network, per sample; one
       evaluation of the vector field takes two.
+    - `given_tolerance`: the absolute one that was asked for, or `None`.
     - `start`: the state that the search began from. `problem`: what was solved.
     - `method`: the solvers that ran, in turn. `message`: how it ended.
     """
@@ -61,6 +77,7 @@ class Equilibrium(LayerEnergies):
     passes: Any
     compile_seconds: Any = 0.0
     run_seconds: Any = 0.0
+    given_tolerance: float | None = eqx.field(static=True, default=None)
     method: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
 
@@ -70,12 +87,17 @@ class Equilibrium(LayerEnergies):
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return EquilibriumStatus(int(codes))
-        return tuple(EquilibriumStatus(int(code)) for code in codes)
+        if codes.ndim > 1:
+            raise ShapeError(
+                "this is an equilibrium of several networks: take one first, such as "
+                "jax.tree.map(lambda x: x[0], equilibrium)"
+            )
+        return Statuses(EquilibriumStatus(int(code)) for code in codes)
 
     @property
     def ok(self) -> bool:
         """Whether every sample is at an equilibrium."""
-        return all(EquilibriumStatus(int(c)).ok for c in np.atleast_1d(self.status_codes))
+        return all(EquilibriumStatus(int(code)).ok for code in np.ravel(self.status_codes))
 
     @property
     def state(self) -> State:
@@ -100,11 +122,14 @@ class Equilibrium(LayerEnergies):
         `InputError` for a negative perturbation or one without a key.
         """
         start = self.start
-        if not perturbation >= 0:
-            raise InputError(f"perturbation must not be negative, got {perturbation}")
+        tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
+        perturbation = checked_number(perturbation, "perturbation", at_least=0)
+        if flow is not None:
+            check_instance(flow, "flow", FlowToRest, "a pcdyn.solvers.FlowToRest")
         if perturbation > 0:
             if key is None:
                 raise InputError("a perturbation is drawn at random: give a key")
+            check_key(key)
             keys = jr.split(key, len(start))
             start = tuple(
                 x + perturbation * jr.normal(k, x.shape, x.dtype)
@@ -114,13 +139,13 @@ class Equilibrium(LayerEnergies):
             self.problem,
             method=FlowToRest() if flow is None else flow,
             initial=start,
-            tolerance=float(self.tolerance),
+            tolerance=self.given_tolerance,
             throw=False,
         )
         distance = _distance(rest.state, self.state)
         displacement = _distance(self.start, self.state)
         settled = np.isin(rest.status_codes, [s for s in EquilibriumStatus if s.ok])
-        agrees = distance <= tolerance * displacement + float(self.tolerance)
+        agrees = distance <= tolerance * displacement
         return Basin(agrees, settled, distance, displacement, rest)
 
     def __repr__(self) -> str:
@@ -133,7 +158,7 @@ class Equilibrium(LayerEnergies):
                 f"Equilibrium of {widths} units, {samples}, by {self.method}",
                 f"  {self.message}",
                 f"  largest residual {np.max(self.residual_norms):.2g} (tolerance "
-                f"{float(self.tolerance):.2g}), free energy {np.mean(self.free_energy):.4g}",
+                f"{_range(self.tolerance)}), free energy {np.mean(self.free_energy):.4g}",
                 f"  iterations at most {np.max(self.iterations)}, passes at most "
                 f"{np.max(self.passes)}",
                 f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
@@ -181,40 +206,53 @@ def equilibrium(
       linear network; otherwise Gauss–Newton, then Nesterov in error coordinates, then
       pseudo-transient continuation.
     - `initial`: `"feedforward"`, `"zeros"` or a state.
-    - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute; 1e-6 in float64 and 1e-4
-      in float32 unless given.
+    - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute. Unless given it is 1e-6 in
+      float64 and 1e-4 in float32 times the scale of each sample: the least of 1, of the largest
+      ‖∂F/∂x_l‖ at the start, and of the largest prediction error there times the smallest
+      precision. A sample whose gradient at the start is within its round-off is at rest there.
     - `throw`: raise `pcdyn.NotConvergedError` if any sample has not converged, with what was found
       in its `equilibrium`; with `throw=False` the status says so instead.
 
+    Where round-off keeps the gradient above a tolerance that was not given, as at large ratios of
+    precisions, a sample has converged once its solver cannot lower F any more and the gradient is
+    within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point
+    with a vanishing gradient on one side of which F falls is no equilibrium: the search goes on
+    from beside it.
+
     A nonlinear network can have several equilibria; `Equilibrium.basin` checks whether the flow
-    leads to this one. It can be differentiated by `jax.grad` and `jax.jvp` with respect to
-    weights, precisions and data, by the implicit function theorem; under `jax.jit`, `jax.vmap`
-    and `jax.grad` nothing is raised.
+    leads to this one. Under `jax.jit`, `jax.vmap` and `jax.grad` nothing is raised. There the
+    equilibrium has derivatives of any order with respect to weights, biases, precisions and data,
+    by the implicit function theorem; time constants do not move it. Samples that have not
+    converged, such as those that slide along a kink, have derivatives that are NaN.
 
     Raises `ToleranceError` and what the problem, the solver and the initial state raise, before
     anything runs.
     """
+    check_problem(problem)
+    check_flag(throw, "throw")
     solvers = _solvers(method, problem)
     for solver in solvers:
         solver.check(problem)
-    tolerance = _checked_tolerance(tolerance, problem.network.dtype)
+    given = None if tolerance is None else _checked_tolerance(tolerance)
+    relative = given is None
+    wanted = (1e-6 if problem.dtype == jnp.float64 else 1e-4) if given is None else given
     start = problem.initial_state(initial)
     batched, state = _with_batch(problem, start)
     if is_traced(problem, start):
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))
-        frozen = eqx.combine(frozen, (batched, state))
-        solution, ran = solve_in_turn(*frozen, solvers, tolerance)
-        solution = eqx.tree_at(
-            lambda s: s.state, solution, _with_derivatives(batched, solution.state)
-        )
-        observed = _observe(batched, solution.state)
-        return _build(problem, start, solution, observed, tolerance, ran)
+        fixed, begin = eqx.combine(frozen, (batched, state))
+        ran = solve_in_turn(fixed, begin, solvers, wanted, relative)
+        verdict = _verdict(fixed, ran, _observe(fixed, ran.solution.state), relative)
+        converged = verdict.status == EquilibriumStatus.CONVERGED
+        moving = with_derivatives(batched, ran.solution.state, converged)
+        return _build(problem, start, moving, ran, _observe(batched, moving), verdict, given)
     with Stopwatch() as clock:
-        solution, sliding, ran = solve_on_host(batched, state, solvers, tolerance)
+        ran = solve_on_host(batched, state, solvers, wanted, relative)
         # Copies, for the sliding samples get other numbers.
-        observed = jax.tree.map(np.array, _observe(batched, solution.state))
+        observed = jax.tree.map(np.array, _observe(batched, ran.solution.state))
+        verdict = _verdict(batched, ran, observed, relative)
         found = _build(
-            on_host(problem), on_host(start), solution, observed, tolerance, ran, sliding
+            on_host(problem), on_host(start), ran.solution.state, ran, observed, verdict, given
         )
     found = _with_message(found, clock)
     if throw and not found.ok:
@@ -227,19 +265,11 @@ def _solvers(
 ) -> tuple[Solver, ...]:
     if method is None:
         return default_solvers(problem)
-    if isinstance(method, str | Solver):
-        return (get_solver(method),)
-    if not isinstance(method, list | tuple) or not method:
-        raise InputError(f"method is {method!r}: give a name, a solver, or a list of solvers")
-    return tuple(get_solver(each) for each in method)
+    return get_solvers(method)
 
 
-def _checked_tolerance(tolerance: float | None, dtype: Any) -> float:
-    if tolerance is None:
-        return 1e-6 if dtype == jnp.float64 else 1e-4
-    if not 0 < tolerance < float("inf"):
-        raise ToleranceError(f"tolerance must be positive and finite, got {tolerance}")
-    return float(tolerance)
+def _checked_tolerance(tolerance: float) -> float:
+    return checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
 
 
 def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProblem, State]:
@@ -253,31 +283,61 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
 
 @eqx.filter_jit
 def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
-    errors = problem.prediction_errors(problem.activities(state))
-    return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
+    deep = stacked(problem)
+    if not isinstance(deep, StackedProblem):
+        errors = problem.prediction_errors(problem.activities(state))
+        return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
+    together = deep.pack(state)
+    errors, energies = deep.observe(together)
+    return deep.unpack_errors(errors), energies, deep.norms(deep.gradient(together))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """What is thought of each sample: the status, and the residuals and tolerances by layer."""
+
+    status: Any
+    residuals: Any
+    tolerance: Any
+
+
+def _verdict(
+    problem: InferenceProblem, ran: Ran, observed: tuple[Any, Any, Any], relative: bool
+) -> _Verdict:
+    """A solver's claim to have converged is checked."""
+    _, energies, residuals = observed
+    xp = np if isinstance(energies, np.ndarray) else jnp
+    tolerance = xp.broadcast_to(ran.tolerance[:, None], residuals.shape)
+    resting = xp.all(residuals <= tolerance, axis=-1)
+    claimed = ran.solution.status == EquilibriumStatus.CONVERGED
+    doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
+    # A slope can vanish because the energy it is of has overflowed.
+    finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
+    doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
+    status = xp.where(resting & finite, int(EquilibriumStatus.CONVERGED), doubted)
+    if relative and (xp is jnp or (status == EquilibriumStatus.STALLED).any()):
+        status, tolerance = settled(problem, ran.solution.state, status, ran.tolerance)
+        status, tolerance = (xp.asarray(x) for x in (status, tolerance))
+    return _Verdict(status, residuals, tolerance)
 
 
 def _build(
     problem: InferenceProblem,
     start: State,
-    solution: Solution,
+    state: State,
+    ran: Ran,
     observed: tuple[Any, Any, Any],
-    tolerance: Any,
-    ran: str,
-    sliding: dict[int, SlidingPoint] | None = None,
+    verdict: _Verdict,
+    given: float | None,
 ) -> Equilibrium:
-    """What follows from the solution; a solver's claim to have converged is checked."""
-    errors, energies, residuals = observed
+    """What follows from what the solvers have found."""
+    errors, energies, _ = observed
     xp = np if isinstance(energies, np.ndarray) else jnp
+    status, residuals, tolerance = verdict.status, verdict.residuals, verdict.tolerance
     at_kink = tuple(xp.zeros(error.shape, bool) for error in errors)
-    resting = xp.all(residuals <= tolerance, axis=-1)
-    claimed = solution.status == EquilibriumStatus.CONVERGED
-    doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), solution.status)
-    # A slope can vanish because the energy it is of has overflowed.
-    finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
-    doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
-    status = xp.where(resting & finite, int(EquilibriumStatus.CONVERGED), doubted)
-    for sample, point in (sliding or {}).items():
+    if ran.sliding:
+        status, residuals = np.array(status), np.array(residuals)
+    for sample, point in ran.sliding.items():
         # A point with no unit at a kink is an equilibrium like any other.
         slides = any(mask.any() for mask in point.at_kink)
         if slides and status[sample] != EquilibriumStatus.CONVERGED:
@@ -285,18 +345,22 @@ def _build(
             residuals[sample] = point.residual_norms
         for mask, units in zip(at_kink, point.at_kink, strict=True):
             mask[sample] = units
-    parts = (solution.state, errors, energies, residuals, status, at_kink, solution.iterations,
-             solution.passes)  # fmt: skip
+    parts = (state, errors, energies, residuals, tolerance, status, at_kink,
+             ran.solution.iterations, ran.solution.passes)  # fmt: skip
     if start[0].ndim == 1:
         parts = jax.tree.map(lambda x: x[0], parts)
-    state, errors, energies, residuals, status, at_kink, iterations, passes = parts
+    state, errors, energies, residuals, tolerance, status, at_kink, iterations, passes = parts
     return Equilibrium(
         problem=problem, start=start, activities=problem.activities(state),
         prediction_errors=errors, energies=energies, residual_norms=residuals,
         tolerance=tolerance, status_codes=status, at_kink=at_kink, iterations=iterations,
-        passes=passes,
-        method=ran,
+        passes=passes, given_tolerance=given, method=ran.names,
     )  # fmt: skip
+
+
+def _range(values: Any) -> str:
+    low, high = f"{np.min(values):.2g}", f"{np.max(values):.2g}"
+    return low if low == high else f"{low} … {high}"
 
 
 def _with_message(found: Equilibrium, clock: Stopwatch) -> Equilibrium:
@@ -304,26 +368,10 @@ def _with_message(found: Equilibrium, clock: Stopwatch) -> Equilibrium:
     counts = [(int(np.sum(codes == s)), s) for s in EquilibriumStatus if np.any(codes == s)]
     text = "; ".join(f"{status.name} {count} of {codes.size}: {status.explanation}"
                      for count, status in counts)  # fmt: skip
+    text += f" (tolerance {_range(found.tolerance)})"
     return dataclasses.replace(
         found,
         message=text,
         compile_seconds=clock.compile_seconds,
         run_seconds=clock.run_seconds,
     )
-
-
-@eqx.filter_custom_jvp
-def _with_derivatives(problem: InferenceProblem, state: State) -> State:
-    """`state`, an equilibrium of a batched problem, with the derivatives of an equilibrium.
-
-    `∂F/∂x(x*, θ) = 0` gives `dx*/dθ = −(∂²F/∂x²)⁻¹ ∂²F/∂x∂θ`.
-    """
-    return state
-
-
-@_with_derivatives.def_jvp
-def _implicit_jvp(primals: Any, tangents: Any) -> Any:
-    problem, state = primals
-    tangent, _ = tangents
-    _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
-    return state, jax.tree.map(jnp.negative, solve_hessian(problem, state, change))

@@ -8,10 +8,14 @@ only while a solver runs (a diverging step, too many steps) is a `Status` of the
 
 from __future__ import annotations
 
+import collections
 import enum
 from typing import Any
 
 import numpy as np
+
+# Messages name so many samples one by one, and count them beyond.
+MOST_SAMPLES_NAMED = 20
 
 
 class PcdynError(Exception):
@@ -32,6 +36,10 @@ class DtypeError(InputError, TypeError):
 
 class NonFiniteError(InputError):
     """Data, weights or an initial state contain NaN or infinity."""
+
+
+class SizeError(InputError):
+    """What was asked takes more memory than the machine can give to one call."""
 
 
 class PrecisionError(InputError):
@@ -107,6 +115,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 4
     UNSTABLE_STEP = 5
     SOLVER_FAILED = 6
+    TIME_LIMIT = 7
 
     @property
     def ok(self) -> bool:
@@ -124,7 +133,9 @@ _EXPLANATIONS = {
     Status.CONVERGED: "stopped at equilibrium: the vector field fell below the tolerance",
     Status.MAX_STEPS: (
         "ran out of steps before the end time: raise max_steps, loosen the tolerance, or use an "
-        'implicit integrator such as "kvaerno5" or "lsoda" if the problem is stiff'
+        'implicit integrator such as "rodas5p" or "lsoda" if the problem is stiff. Where '
+        "activations have kinks, as ReLU has, the flow can slide along one in steps of the size of "
+        "the tolerance: the fallback of pcdyn.Diffrax() rounds the kinks and follows it"
     ),
     Status.STEP_TOO_SMALL: (
         "the step size fell below what the floating-point format resolves: loosen the tolerance "
@@ -139,8 +150,26 @@ _EXPLANATIONS = {
         "the free energy rose, which the exact flow never does: the fixed step is too large; "
         "explicit Euler needs dt < 2 / largest eigenvalue of the Hessian"
     ),
-    Status.SOLVER_FAILED: "the solver gave up for a reason of its own, given in the message",
+    Status.SOLVER_FAILED: (
+        "the root finder of an implicit step did not converge, or the solver gave up for a reason "
+        "of its own that follows: take a smaller step, loosen the tolerance, or use "
+        '"rodas5p", which is implicit and finds no roots'
+    ),
+    Status.TIME_LIMIT: (
+        "ran out of the seconds that it was given before the end time: give it more, or an "
+        "earlier t1"
+    ),
 }
+
+
+class Statuses(tuple[Any, ...]):
+    """The status of each sample; those of many samples print as counts."""
+
+    def __repr__(self) -> str:
+        if len(self) <= MOST_SAMPLES_NAMED:
+            return super().__repr__()
+        counts = ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(self).items()))
+        return f"({len(self)} samples: {counts})"
 
 
 class EquilibriumStatus(enum.IntEnum):
@@ -164,7 +193,7 @@ class EquilibriumStatus(enum.IntEnum):
 
 
 _EQUILIBRIUM_EXPLANATIONS = {
-    EquilibriumStatus.CONVERGED: "the gradient of the free energy is below the tolerance",
+    EquilibriumStatus.CONVERGED: "the gradient of the free energy is within the tolerance",
     EquilibriumStatus.SLIDING: (
         "stationary at kinks of the activations: zero lies between the one-sided gradients there, "
         "where no gradient vanishes"

@@ -6,8 +6,7 @@ error x_l − μ_l has ∂ε_l/∂x_l = 1 (`pcdyn.adjoint`). Where h' is bounded
 say: its influence, in the words of robust statistics.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import Numbers, check_callable, check_instance, is_traced
 from pcdyn.energy import (
     CrossEntropy,
     Energy,
@@ -35,6 +34,7 @@ from pcdyn.errors import (
     PrecisionError,
     ShapeError,
 )
+from pcdyn.functions import as_part
 from pcdyn.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -197,9 +197,8 @@ class CustomEnergy(Separable):
     weighting: Gaussian
 
     def __init__(self, function: Callable[..., Any], precisions: Numbers | None = None):
-        if not callable(function):
-            raise InputError(f"h must be a function of an array, got a {type(function).__name__}")
-        self.function = function
+        check_callable(function, "h", "a function of an array")
+        self.function = as_part(function)
         self.weighting = _weighting(precisions)
         if not is_traced(function):
             _refuse_ill_posed(well_posedness(function))
@@ -285,8 +284,7 @@ def named_energy(name: str, *, precisions: Numbers | None = None, parameter: Any
     Raises `IllPosedEnergyError` for the paper's `"log"` and for `"power"`, with the reason, and
     `InputError` for other names and a parameter of no use.
     """
-    if not isinstance(name, str):
-        raise InputError(f"an energy is named by a text, got a {type(name).__name__}")
+    check_instance(name, "name", str, "the name of an energy")
     if name in _ILL_POSED:
         raise IllPosedEnergyError(_ILL_POSED[name])
     if name in _WITH_PARAMETER:

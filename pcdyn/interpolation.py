@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pcdyn.checks import Numbers, as_float_array, is_traced
+from pcdyn.checks import Numbers, as_float_array, checked_integer, is_traced
 from pcdyn.energy import Gaussian
-from pcdyn.errors import InputError, PrecisionError, ShapeError
+from pcdyn.errors import PrecisionError, ShapeError
 
 
 def interpolated(weight: Numbers, depth: int) -> Gaussian:
@@ -30,7 +30,7 @@ def interpolated(weight: Numbers, depth: int) -> Gaussian:
     Raises `PrecisionError` for another λ, unless it is traced, `ShapeError` for one that is not a
     number and `InputError` for a depth below 2 or not whole.
     """
-    value = _number(weight, "λ", depth)
+    value, depth = _number(weight, "λ"), _depth(depth)
     if not is_traced(value) and not 0 < float(value) < 1:
         reason = _ENDPOINTS.get(float(value), "elsewhere a precision is negative")
         raise PrecisionError(f"λ must lie between 0 and 1, got {float(value):g}: {reason}")
@@ -50,7 +50,7 @@ def graded(ratio: Numbers, depth: int) -> Gaussian:
     leaves the range of floating-point numbers, `ShapeError` for one that is not a number and
     `InputError` for a depth below 2 or not whole.
     """
-    value = _number(ratio, "ratio of precisions", depth)
+    value, depth = _number(ratio, "ratio of precisions"), _depth(depth)
     precisions = [value**index for index in range(1, depth + 1)]
     if not is_traced(value):
         if not float(value) > 0:
@@ -71,13 +71,15 @@ _ENDPOINTS = {
 }
 
 
-def _number(value: Numbers, name: str, depth: int) -> Any:
+def _number(value: Numbers, name: str) -> Any:
     array = as_float_array(value, name)
     if array.ndim:
         raise ShapeError(f"{name} must be one number, got shape {array.shape}")
-    if not isinstance(depth, int | np.integer) or depth < 2:
-        raise InputError(
-            f"depth must be a whole number of at least 2, a hidden layer and the output, got "
-            f"{depth!r}"
-        )
     return array
+
+
+def _depth(depth: int) -> int:
+    # No network is deeper, and each layer is an array.
+    return checked_integer(
+        depth, "depth, the number of predicted layers,", at_least=2, at_most=100_000
+    )

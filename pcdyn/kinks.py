@@ -23,6 +23,7 @@ import numpy as np
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.states import dot, step
 
 _MOST_ROUNDS = 100
 _RADII = (1e-4, 1e-3, 1e-2, 3e-2)
@@ -58,6 +59,55 @@ class _Held(eqx.Module):
 def has_kinks(network: Network) -> bool:
     """Whether any `Dense` layer has an activation with kinks."""
     return any(_kinked(layer) for layer in network.layers)
+
+
+@eqx.filter_jit
+def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Any]:
+    """A state beside each ridge of F, and whether F falls on the way there, per sample of a batch.
+
+    On a ridge units have their preactivations at a kink, up to round-off, on one side of which F
+    falls at first order, though its gradient with the slope that JAX takes there vanishes. The way
+    is down the gradient with the slope of the other side.
+    """
+
+    def one(input: Any, output: Any, state: State) -> tuple[State, Any]:
+        sample = problem.with_data(input, output)
+        activities = sample.activities(state)
+        errors = sample.prediction_errors(activities)
+        size = jnp.sqrt(dot(activities, activities))
+        layers, ridge = list(problem.network.layers), jnp.asarray(False)
+        for index in range(1, problem.network.depth + 1):
+            layer, below = layers[index - 1], activities[index - 1]
+            if not _kinked(layer) or index - 1 not in problem.free_layers:
+                continue
+            z = layer.preactivation(below)
+            kinks = _nearest_kinks(layer, z)
+            left, right = _one_sided_slopes(layer, kinks)
+            taken = jax.jvp(layer.activation, (z,), (jnp.ones_like(z),))[1]
+            other = jnp.where(jnp.abs(taken - left) > jnp.abs(taken - right), left, right)
+            repels = (right - left) * sample.weighted_error(index, errors[index - 1]) > 0
+            held = repels & (jnp.abs(z - kinks) <= _preactivation_round_off(layer, size, kinks))
+            layers[index - 1] = _Held(layer, held, kinks, other)
+            ridge = ridge | jnp.any(held)
+        smooth = eqx.tree_at(lambda p: p.network.layers, sample, tuple(layers))
+        slope = smooth.gradient(state)
+        steep = jnp.sqrt(dot(slope, slope))
+        length = jnp.sqrt(jnp.finfo(size.dtype).eps) * size / jnp.where(steep > 0, steep, 1)
+        beside = step(state, -length, slope)
+        return beside, ridge & (sample.free_energy(beside) < sample.free_energy(state))
+
+    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+
+
+def _preactivation_round_off(layer: Dense, size: Any, kinks: Any) -> Any:
+    """How far from its kink the preactivation of each unit may be by round-off alone.
+
+    Activities have the round-off of sums of terms of the `size` of the whole state.
+    """
+    terms = size * jnp.sum(jnp.abs(layer.weight), axis=1) + jnp.abs(kinks)
+    if layer.bias is not None:
+        terms = terms + jnp.abs(layer.bias)
+    return 4 * jnp.finfo(terms.dtype).eps * terms
 
 
 def slide(problem: InferenceProblem, state: State, tolerance: float) -> SlidingPoint | None:
@@ -205,8 +255,7 @@ def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tu
             layers.append(layer)
             continue
         z = layer.preactivation(below)
-        points = jnp.asarray(layer.activation.kinks, z.dtype)
-        kinks = points[jnp.argmin(jnp.abs(z[:, None] - points[None]), axis=1)]
+        kinks = _nearest_kinks(layer, z)
         left, right = _one_sided_slopes(layer, kinks)
         gaps.append(z - kinks)
         lefts.append(left)
@@ -222,6 +271,11 @@ def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tu
         jnp.concatenate(slope), hessian, jnp.concatenate(gaps), _preactivation_rows(problem), pull,
         jnp.minimum(left, right), jnp.maximum(left, right), (right - left) * pull <= 0,
     )  # fmt: skip
+
+
+def _nearest_kinks(layer: Dense, z: Any) -> Any:
+    points = jnp.asarray(layer.activation.kinks, z.dtype)
+    return points[jnp.argmin(jnp.abs(z[:, None] - points[None]), axis=1)]
 
 
 def _one_sided_slopes(layer: Dense, kinks: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pcdyn.checks import as_sequence, check_instance
 from pcdyn.errors import IntegratorError, StepSizeWarning
 from pcdyn.integrators import Diffrax, Euler, Exact, Integrator, get_integrator
 from pcdyn.integrators.base import check_step, check_tolerances
@@ -54,7 +55,8 @@ def with_step(integrator: str | Integrator, dt: float) -> Integrator:
 
     Raises `IntegratorError` for methods without a fixed step, and for a step that is not positive.
     """
-    method = Euler(dt=1.0) if integrator == "euler" else get_integrator(integrator)
+    is_euler = isinstance(integrator, str) and integrator == "euler"
+    method = Euler(dt=1.0) if is_euler else get_integrator(integrator)
     check_step(method.name, dt)
     changes: dict[str, Any] = {"dt": float(dt)}
     if isinstance(method, Diffrax):
@@ -76,7 +78,8 @@ def labelled(
         raise IntegratorError('give a list of integrators, such as ["tsit5", "lsoda"]')
     else:
         chosen = {}
-        for integrator in integrators:
+        wanted = "a list of integrators, or a dictionary of names and integrators"
+        for integrator in as_sequence(integrators, "integrators", wanted, error=IntegratorError):
             is_euler = isinstance(integrator, str) and integrator == "euler"
             label = "euler" if is_euler else get_integrator(integrator).name
             if label in chosen:
@@ -85,6 +88,10 @@ def labelled(
                     "integrators instead of a list"
                 )
             chosen[label] = integrator
+    for label, integrator in chosen.items():
+        check_instance(label, "each name of integrators", str, "a text", error=IntegratorError)
+        if not (isinstance(integrator, str) and integrator == "euler"):
+            get_integrator(integrator)  # refuses what is none
     if not chosen:
         raise IntegratorError("there is no integrator to compare")
     return chosen

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import Numbers
+from pcdyn.checks import Numbers, as_float_array, as_sequence, checked_number
 from pcdyn.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
 from pcdyn.hessian import free_energy_hessian
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import InferenceProblem, State, check_problem
 from pcdyn.solvers import Solver
 
 
@@ -61,9 +61,20 @@ def multiple_equilibria(
     Starts that find nothing are counted in `basin_of`, and raise nothing. Raises `ShapeError` for
     a problem with a batch and what `pcdyn.equilibrium` raises for starts that do not fit.
     """
+    check_problem(problem)
+    separation = checked_number(separation, "separation", at_least=0)
     if problem.batch_shape not in ((), None):
         raise ShapeError("multiple_equilibria takes one sample; select one of the batch")
-    count = np.shape(starts[0])[0]
+    wanted = "a list with an array of shape (starts, n_l) for each free layer"
+    starts = tuple(
+        as_float_array(x, "each of starts") for x in as_sequence(starts, "starts", wanted)
+    )
+    if len(starts) != len(problem.free_layers) or any(x.ndim != 2 or not x.size for x in starts):
+        raise ShapeError(
+            f"starts must be {wanted}, {problem.free_layers}; got shapes "
+            f"{[x.shape for x in starts]}"
+        )
+    count = len(starts[0])
     data = [
         None if x is None else jnp.broadcast_to(x, (count, x.shape[-1]))
         for x in (problem.input, problem.output)

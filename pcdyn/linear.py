@@ -17,39 +17,24 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from pcdyn.activations import identity
-from pcdyn.block_tridiagonal import BlockTridiagonal
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
+from pcdyn.checks import (
+    Numbers,
+    as_sequence,
+    check_choice,
+    check_size,
+    checked_integer,
+    is_traced,
+)
 from pcdyn.energy import Gaussian
-from pcdyn.errors import InputError, NotLinearError, SingularHessianError
-from pcdyn.network import Activities, Dense, Network
+from pcdyn.errors import InputError, ShapeError, SingularHessianError
+from pcdyn.hessian import with_derivatives
+from pcdyn.network import Activities, Network
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.whitened import error_factor, linear_parts, spread
 
-
-def is_linear(network: Network) -> bool:
-    """Whether every layer is a `Dense` with the identity activation."""
-    return all(isinstance(lay, Dense) and lay.activation == identity for lay in network.layers)
-
-
-def _linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian]:
-    layers = []
-    for index, layer in enumerate(problem.network.layers, start=1):
-        if not isinstance(layer, Dense):
-            raise NotLinearError(
-                f"layer {index} is a {type(layer).__name__}; closed forms need pcdyn.Dense layers"
-            )
-        if layer.activation != identity:
-            raise NotLinearError(
-                f"layer {index} has the activation {layer.activation.name!r}; closed forms exist "
-                'for "identity" only: integrate the flow with pcdyn.simulate instead'
-            )
-        layers.append(layer)
-    if not isinstance(problem.energy, Gaussian):
-        raise NotLinearError(
-            f"the energy {type(problem.energy).__name__} does not give a linear flow; closed "
-            "forms need pcdyn.Gaussian"
-        )
-    return tuple(layers), problem.energy
+# The first solves, the others take out what round-off has left of it.
+_CORRECTIONS = 3
 
 
 def hessian(problem: InferenceProblem) -> BlockTridiagonal:
@@ -58,7 +43,7 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
     lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
     """
-    layers, energy = _linear_parts(problem)
+    layers, energy = linear_parts(problem)
     jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
     return gauss_newton_hessian(problem, energy, jacobians)
 
@@ -72,6 +57,8 @@ def gauss_newton_hessian(
     predictions.
     """
     network = problem.network
+    entries = sum(float(network.widths[index]) ** 2 for index in problem.free_layers)
+    check_size(entries * network.dtype.itemsize, "the Hessian of the free layers")
     diagonal, upper = [], []
     for index in problem.free_layers:
         width = network.widths[index]
@@ -93,7 +80,7 @@ def forcing(problem: InferenceProblem, like: State | None = None) -> State:
 
     `like` gives the batch size of a problem with both ends free.
     """
-    _linear_parts(problem)
+    linear_parts(problem)
     zeros = problem.zeros_state() if like is None else jax.tree.map(jnp.zeros_like, like)
     return jax.tree.map(jnp.negative, problem.gradient(zeros))
 
@@ -103,43 +90,102 @@ def linear_equilibrium(
 ) -> Activities:
     """The equilibrium activities x_0* … x_L* of a linear network, clamped layers included.
 
-    Arguments: `method`, either `"cholesky"` (H⁻¹b by block Cholesky; any clamps) or
-    `"output_space"` (both ends clamped; solves an n_L × n_L system, best for a narrow output):
+    Arguments: `method`, either `"cholesky"` (H⁻¹b with the block Cholesky factor of H, which comes
+    from QR factorisations of its square root; any clamps) or `"output_space"` (both ends clamped;
+    solves an n_L × n_L system, best for a narrow output):
     `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
-    `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5 exactly.
+    `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5, and correct
+    the solution by the gradient that is left of it, until that is round-off.
 
-    Raises `NotLinearError`, `SingularHessianError` if a free end leaves a flat direction, and
-    `InputError` where the method does not apply. Under a JAX transformation a singular problem
-    gives NaN instead, never a point that is no equilibrium.
+    With the input clamped there is always one equilibrium, at any ratio of precisions. Raises
+    `NotLinearError`, `SingularHessianError` if a free end leaves a flat direction or a ratio is
+    beyond what the dtype can resolve, and `InputError` where the method does not apply. Under a
+    JAX transformation a singular problem gives NaN instead, never a point that is no equilibrium.
+    It has derivatives of any order, by the implicit function theorem.
     """
-    if method == "output_space":
-        return _output_space_equilibrium(problem)
-    if method != "cholesky":
-        raise InputError(f'unknown method {method!r}: use "cholesky" or "output_space"')
-    matrix = hessian(problem)
-    state, reciprocal_condition = matrix.solve(forcing(problem))
-    size = sum(block.shape[0] for block in matrix.diagonal)
-    regular = reciprocal_condition > 10 * size * jnp.finfo(reciprocal_condition.dtype).eps
+    check_choice(method, "method", ("cholesky", "output_space"))
+    both = problem.input is not None and problem.output is not None
+    linear_parts(problem)
+    if method == "output_space" and not both:
+        raise InputError(_USE_CHOLESKY)
+    arrays, rest = eqx.partition(problem, eqx.is_array)
+    fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    state, pivot, change = _solved(fixed, method)
+    eps = jnp.finfo(problem.dtype).eps
+    size = sum(problem.network.widths[index] for index in problem.free_layers)
+    regular = (pivot > 10 * size * eps) & (change <= jnp.sqrt(eps))
     if not is_traced(regular) and not bool(regular):
         raise SingularHessianError(
-            f"the Hessian is singular (reciprocal condition {float(reciprocal_condition):.1e}): "
-            f"with the free layers {problem.free_layers} the free energy has flat directions and "
-            "no unique equilibrium; clamp an end, or follow the flow from a start with "
-            "pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
+            f"the Hessian is singular (smallest scaled pivot {float(pivot):.1e}): with the free "
+            f"layers {problem.free_layers} the free energy has flat directions, or so nearly that "
+            f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
+            "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
         )
-    return problem.activities(tuple(jnp.where(regular, x, jnp.nan) for x in state))
+    certain = jnp.broadcast_to(regular, state[0].shape[:-1])
+    state = tuple(jnp.where(regular, x, jnp.nan) for x in state)
+    return problem.activities(with_derivatives(problem, state, certain))
 
 
-def _output_space_equilibrium(problem: InferenceProblem) -> Activities:
-    start, error, spread, s_matrix = _output_space(problem, _USE_CHOLESKY)
+def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
+    """The equilibrium, the smallest scaled pivot, and the last correction relative to the state."""
+    one = jnp.ones((), problem.dtype)
+    if method == "output_space":
+        before, state = _in_output_space(problem)
+        return state, one, _relative(problem, before, state)
+    widths = problem.network.widths
+    if problem.input is not None:
+        state = problem.feedforward_state()
+    else:
+        state = problem.zeros_state()
+        # A layer of fewer units cannot tell all directions of the input.
+        if problem.output is None or widths[0] > min(widths):
+            return state, 0 * one, 0 * one
+    factor, pivot = error_factor(problem)
+    if problem.input is not None:
+        # Each free layer has a prediction error of its own: A has full rank whatever the weights.
+        pivot = one
+    # Beyond, the round-off of the gradient outweighs the slowest directions.
+    sizes = jnp.abs(jnp.concatenate([jnp.diagonal(block) for block in factor.factors]))
+    resolved = jnp.min(sizes) > jnp.finfo(sizes.dtype).eps ** 0.75 * jnp.max(sizes)
+    pivot = jnp.where(resolved, pivot, 0)
+    before = state
+    for _ in range(_CORRECTIONS):
+        before = state
+        state = jax.tree.map(jnp.subtract, state, factor.solve(problem.gradient(state)))
+    return state, pivot, _relative(problem, before, state)
+
+
+def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
+    """The last two approximations of the equilibrium, from the output error that is left."""
+    assert problem.output is not None, "linear_equilibrium has refused others"
+    products, energy = _products(problem)
     network, depth = problem.network, problem.network.depth
-    factor = jsl.cho_factor(s_matrix)
-    weighted = jsl.cho_solve(factor, jnp.atleast_2d(error).T).T.reshape(error.shape)
-    activities = [start]
-    for index in range(1, depth):
-        prediction = network.predict(index, activities[-1])
-        activities.append(prediction + weighted @ spread[index])
-    return (*activities, problem.output)
+    # The factor of S from its square root, which holds more digits.
+    roots = [spread(energy.precision(i), product).T for i, product in products.items()]
+    factor = BlockCholesky((jnp.linalg.qr(jnp.concatenate(roots), mode="r").T,), ())
+    covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
+
+    def climb(weighted: Array) -> State:
+        layers = [problem.input]
+        for index in range(1, depth):
+            layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
+        return tuple(layers[1:])
+
+    weighted = jnp.zeros_like(problem.output)
+    before = state = climb(weighted)
+    for _ in range(_CORRECTIONS):
+        # The prediction is not yet where the weighted output error would pull it.
+        left = problem.output - network.predict(depth, state[-1])
+        weighted = weighted + factor.solve((left - energy.unweigh(depth, weighted),))[0]
+        before, state = state, climb(weighted)
+    return before, state
+
+
+def _relative(problem: InferenceProblem, before: State, after: State) -> Array:
+    """The largest change of an activity, relative to the largest activity."""
+    change = jax.tree.map(jnp.subtract, after, before)
+    size = largest_entry(problem.activities(after))
+    return largest_entry(change) / jnp.where(size > 0, size, 1)
 
 
 def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
@@ -151,7 +197,11 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
     clamped.
     """
-    return _output_space(problem, _CLAMP_BOTH)[-1]
+    products, energy = _products(problem)
+    if problem.input is None or problem.output is None:
+        raise InputError(_CLAMP_BOTH)
+    parts = (energy.unweigh(index, product) @ product.T for index, product in products.items())
+    return sum(parts, start=jnp.zeros((), problem.dtype))
 
 
 def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
@@ -160,8 +210,8 @@ def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]
     The hidden layers are integrated out (`output_covariance` is S). Raises `NotLinearError`, and
     `InputError` unless both ends are clamped.
     """
-    _, error, _, covariance = _output_space(problem, _CLAMP_BOTH)
-    factor = jnp.linalg.cholesky(covariance)
+    factor = jnp.linalg.cholesky(output_covariance(problem))
+    error = problem.output_error(problem.network.feedforward(problem.input)[-1])
     white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
     log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
     constant = error.shape[-1] * math.log(2 * math.pi) + log_determinant
@@ -172,22 +222,14 @@ _USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="
 _CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
 
 
-def _output_space(
-    problem: InferenceProblem, remedy: str
-) -> tuple[Array, Array, dict[int, Array], Array]:
-    """The input, e0 = T − feedforward(d), P_l Π_l⁻¹ for each l = 1 … L, and S."""
-    layers, energy = _linear_parts(problem)
-    if problem.input is None or problem.output is None:
-        raise InputError(remedy)
+def _products(problem: InferenceProblem) -> tuple[dict[int, Array], Gaussian]:
+    """P_l = W_L … W_{l+1} for each l = L … 1, and the energy."""
+    layers, energy = linear_parts(problem)
     depth = problem.network.depth
-    # products[l] = P_l, whose n_L rows are the batch that Π_l⁻¹ acts on.
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
         products[index - 1] = products[index] @ layers[index - 1].weight
-    spread = {index: energy.unweigh(index, product) for index, product in products.items()}
-    parts = (spread[index] @ products[index].T for index in products)
-    error = problem.output - problem.network.feedforward(problem.input)[-1]
-    return problem.input, error, spread, sum(parts, start=jnp.zeros((), problem.dtype))
+    return products, energy
 
 
 class ExactFlow(eqx.Module):
@@ -222,6 +264,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     constant coefficients. Raises `NotLinearError`.
     """
     rates, modes, scale = linear_modes(problem)
+    initial = problem.initial_state(initial)
     flat = _is_flat(rates)
     start = jnp.concatenate(initial, axis=-1)
     drive = jnp.concatenate(forcing(problem, like=initial), axis=-1)
@@ -247,9 +290,15 @@ def single_layer_flow(
     Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
     gives the start and its two neighbours the data. The flow's state has one entry.
     """
-    network, energy = problem.network, _linear_parts(problem)[1]
-    if not 0 < layer < network.depth:
-        raise InputError(f"layer {layer} is not a hidden layer of 1 … {network.depth - 1}")
+    energy = linear_parts(problem)[1]
+    network = problem.network
+    if network.depth < 2:
+        raise InputError("this network has no hidden layer")
+    layer = checked_integer(layer, "layer, a hidden one,", at_least=1, at_most=network.depth - 1)
+    wanted = f"activities x_0 … x_{network.depth}"
+    activities = as_sequence(activities, "activities", wanted)
+    if len(activities) != network.depth + 1:
+        raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
     precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
     constants = problem.time_constants
     neighbours = InferenceProblem(
@@ -288,7 +337,9 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 
     A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
     """
-    matrix = hessian(problem).dense()
+    blocks, units = hessian(problem), sum(problem.network.widths[i] for i in problem.free_layers)
+    check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
+    matrix = blocks.dense()
     widths = [problem.network.widths[index] for index in problem.free_layers]
     scale = jnp.ones(matrix.shape[0], matrix.dtype)
     if problem.time_constants is not None:

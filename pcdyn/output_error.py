@@ -17,10 +17,10 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.checks import Numbers, is_traced
-from pcdyn.errors import InputError, TimesError
+from pcdyn.checks import Numbers, as_float_array, as_host_array, is_traced
+from pcdyn.errors import InputError, ShapeError, TimesError
 from pcdyn.linear import linear_modes
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 
 LARGEST_RISE = (5**0.5 - 2) / 4
 """No linear network's output loss rises by more than this share, 5.9 %, of its value at the start.
@@ -55,7 +55,7 @@ class OutputErrorFlow(eqx.Module):
 
     def whitened(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """N(t), symmetric; t may be infinite."""
-        time = jnp.asarray(t, self.rates.dtype)
+        time = _moment(t, self.rates.dtype)
         # The derivative by a rate at an infinite time would be 0 times infinity.
         finite = jnp.where(jnp.isinf(time), 0, time)
         shares = jnp.where(jnp.isinf(time), 1, -jnp.expm1(-self.rates * finite)) / self.rates
@@ -63,15 +63,15 @@ class OutputErrorFlow(eqx.Module):
 
     def speed(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """−dN/dt, symmetric and positive semidefinite."""
-        return self._sum(jnp.exp(-self.rates * jnp.asarray(t, self.rates.dtype)))
+        return self._sum(jnp.exp(-self.rates * _moment(t, self.rates.dtype)))
 
     def loss(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
-        return 0.5 * jnp.sum((self.whitened(t) @ (self.root.T @ error)) ** 2)
+        return 0.5 * jnp.sum((self.whitened(t) @ self._start(error)) ** 2)
 
     def loss_rate(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """dℒ/dt; the energy gradient bound of A.6.3 says that it is negative."""
-        start = self.root.T @ error
+        start = self._start(error)
         return -jnp.sum((self.whitened(t) @ start) * (self.speed(t) @ start))
 
     def rise(self, start: Numbers, end: Numbers) -> Float[Array, ""]:
@@ -88,7 +88,7 @@ class OutputErrorFlow(eqx.Module):
         Arguments: `times`, at least two in ascending order, of which the last may be infinite; a
         rise between them is missed by what ℒ does within a step. Raises `TimesError` otherwise.
         """
-        moments = jnp.asarray(times, self.rates.dtype)
+        moments = _known_times(times, self.rates.dtype)
         if moments.ndim != 1 or len(moments) < 2:
             raise TimesError(f"times must be two or more in a row, got the shape {moments.shape}")
         if not is_traced(moments) and bool(np.any(np.diff(moments) <= 0)):
@@ -117,8 +117,31 @@ class OutputErrorFlow(eqx.Module):
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))
         return 2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)) / jnp.pi
 
+    def _start(self, error: Any) -> Array:
+        vector = as_float_array(error, "error").astype(self.root.dtype)
+        if vector.shape != self.root.shape[:1]:
+            raise ShapeError(f"error has shape {vector.shape}, but {self.root.shape[:1]} is needed")
+        return self.root.T @ vector
+
     def _sum(self, shares: Array) -> Array:
         return (self.visible * jnp.broadcast_to(shares, self.visible.shape)) @ self.visible.T
+
+
+def _known_times(times: Any, dtype: Any) -> Array:
+    """Times as an array, which may hold infinity but not NaN."""
+    if is_traced(times):
+        return jnp.asarray(times, dtype)
+    array = as_host_array(times, "t", finite=False, error=TimesError)
+    if np.isnan(array).any():
+        raise TimesError("t is NaN: give times, of which infinity is one")
+    return jnp.asarray(array, dtype)
+
+
+def _moment(t: Any, dtype: Any) -> Float[Array, ""]:
+    moment = _known_times(t, dtype)
+    if moment.ndim:
+        raise TimesError(f"t must be one time, got shape {moment.shape}: use jax.vmap for several")
+    return moment
 
 
 def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
@@ -143,6 +166,7 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
 
 def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch n_L"]:
     """e0 = T − feedforward(d), the output error at which inference starts."""
+    check_problem(problem)
     if problem.input is None:
         raise InputError("there is no feedforward pass: this problem's input is free")
     return problem.output_error(problem.network.feedforward(problem.input)[-1])
@@ -154,6 +178,8 @@ def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array
     `g·(g + ∂Ẽ/∂x_{L−1})/τ_{L−1}` with g = ∂ℒ/∂x_{L−1}, Eq 47 of A.6.3 for the one hidden layer of
     which ℒ depends; for every layer below both sides of the bound are zero.
     """
+    check_problem(problem)
+    state = problem.initial_state(state)
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
     field = problem.vector_field(state, None)
     parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]

@@ -8,9 +8,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import Numbers
-from pcdyn.errors import InputError, ShapeError
-from pcdyn.integrators import Diffrax, Integrator
+from pcdyn.checks import Numbers, as_host_array, check_size, checked_integer, checked_number
+from pcdyn.errors import InputError, ShapeError, TimesError, ToleranceError
+from pcdyn.integrators import Diffrax, Integrator, get_integrator
 from pcdyn.kinks import has_kinks
 from pcdyn.planar import (
     KINDS,
@@ -24,7 +24,7 @@ from pcdyn.planar import (
     separatrices,
     state_at,
 )
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 from pcdyn.simulate import simulate
 
 # A flow has arrived at an equilibrium within this share of the diagonal. An explicit method hovers
@@ -143,10 +143,18 @@ def phase_portrait(
     resolution or another problem that does not fit, and what `pcdyn.simulate` raises.
     """
     _check_problem(problem)
-    if resolution < 2:
-        raise InputError(f"resolution must be at least 2 points on each axis, got {resolution}")
-    if starts is not None and np.shape(starts)[1:] != (2,):
-        raise ShapeError(f"starts need the shape (starts, 2), got {np.shape(starts)}")
+    resolution = checked_integer(resolution, "resolution, points on each axis,", at_least=2)
+    tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
+    size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.network.widths) * 8
+    check_size(size, f"the flow from a grid of {resolution} by {resolution} points")
+    if t1 is not None:
+        t1 = checked_number(t1, "t1", above=0, error=TimesError)
+    if integrator is not None:
+        get_integrator(integrator)  # refuses what is none
+    if starts is not None:
+        starts = as_host_array(starts, "starts")
+        if starts.shape[1:] != (2,):
+            raise ShapeError(f"starts need the shape (starts, 2), got {starts.shape}")
     box = _checked_extent((-4.0, 4.0, -4.0, 4.0) if extent is None else extent)
     if integrator is None:
         # Along a kink the flow crosses to and fro within the tolerance: the less, the more steps.
@@ -157,8 +165,8 @@ def phase_portrait(
         box = _around(found.points)
     points = grid(problem, box, resolution)
     energy, velocity = local_flow(problem, points.reshape(-1, 2))
-    border = _border(box) if starts is None else np.asarray(starts, float)
-    t1 = _default_t1(problem, found) if t1 is None else float(t1)
+    border = _border(box) if starts is None else starts
+    t1 = _default_t1(problem, found) if t1 is None else t1
     times, paths = _follow(problem, np.concatenate([points.reshape(-1, 2), border]), t1, integrator)
     arrived = _nearest(found, paths[-1], diagonal(box))
     return PhasePortrait(
@@ -188,8 +196,7 @@ def _search_starts(problem: InferenceProblem, box: Box, integrator: str | Integr
 
 
 def _check_problem(problem: Any) -> None:
-    if not isinstance(problem, InferenceProblem):
-        raise InputError(f"a pcdyn.InferenceProblem is needed, got {type(problem).__name__}")
+    check_problem(problem)
     widths = {index: problem.network.widths[index] for index in problem.free_layers}
     if sum(widths.values()) != 2:
         raise ShapeError(
@@ -204,8 +211,8 @@ def _check_problem(problem: Any) -> None:
 
 
 def _checked_extent(extent: Numbers) -> Box:
-    box = np.asarray(extent, dtype=float)
-    if box.shape != (4,) or not np.isfinite(box).all() or box[0] >= box[1] or box[2] >= box[3]:
+    box = as_host_array(extent, "extent", error=InputError)
+    if box.shape != (4,) or box[0] >= box[1] or box[2] >= box[3]:
         raise InputError(
             f"extent={extent!r}: give four finite numbers, the lowest and the highest first "
             "coordinate, then those of the second"

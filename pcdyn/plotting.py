@@ -17,7 +17,15 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pcdyn.comparison import UNITS, Comparison
+from pcdyn.checks import (
+    as_host_array,
+    as_sequence,
+    check_choice,
+    check_flag,
+    check_instance,
+    checked_integer,
+)
+from pcdyn.comparison import METRICS, UNITS, Comparison
 from pcdyn.equilibrium import Equilibrium
 from pcdyn.errors import ShapeError
 from pcdyn.plotting_portrait import phase_portrait
@@ -52,34 +60,38 @@ def activities(
     ax: Axes | None = None,
     layer: int | None = None,
     sample: int = 0,
-    equilibrium: Sequence[Any] | None = None,
+    equilibrium: Sequence[Any] | Equilibrium | None = None,
 ) -> list[Line2D]:
     """Draw the activity of each unit against time.
 
-    Arguments: `layer`, all free layers unless given; `sample` of a batch; `equilibrium`,
-    activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not needed), drawn as
-    dashed lines in the colours of their units.
+    Arguments: `layer`, all free layers unless given; `sample` of a batch; `equilibrium`, a
+    `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not
+    needed), drawn as dashed lines in the colours of their units.
 
     Returns the lines of the units, then those of the equilibrium. Raises `ShapeError` if there is
     no such layer or sample, or if the equilibrium has other shapes.
     """
-    times = _checked(trajectory, sample)
-    layers = trajectory.free_layers if layer is None else (layer,)
-    if not all(0 <= index < len(trajectory.activities) for index in layers):
-        raise ShapeError(
-            f"there is no layer {layer}; layers are 0 … {len(trajectory.activities) - 1}"
-        )
-    if equilibrium is not None and len(equilibrium) != len(trajectory.activities):
-        raise ShapeError(
-            f"the equilibrium has {len(equilibrium)} layers, the trajectory "
-            f"{len(trajectory.activities)}; give all activities x_0 … x_L"
-        )
+    times, sample = _checked(trajectory, sample)
+    layers, most = trajectory.free_layers, len(trajectory.activities) - 1
+    if layer is not None:
+        layers = (checked_integer(layer, "layer", at_least=0, at_most=most, error=ShapeError),)
+    if equilibrium is not None:
+        wanted = f"activities x_0 … x_{most}, or a pcdyn.Equilibrium"
+        given = getattr(equilibrium, "activities", equilibrium)
+        equilibrium = as_sequence(given, "equilibrium", wanted)
+        if len(equilibrium) != most + 1:
+            raise ShapeError(f"equilibrium must be {wanted}, got {len(equilibrium)} layers")
     shown = {
         index: _of_sample(trajectory.activities[index], sample, axis=1, dimensions=2)
         for index in layers
     }
     rest = {
-        index: _of_sample(equilibrium[index], sample, axis=0, dimensions=1)
+        index: _of_sample(
+            as_host_array(equilibrium[index], f"equilibrium of layer {index}", finite=False),
+            sample,
+            axis=0,
+            dimensions=1,
+        )
         for index in layers
         if equilibrium is not None and equilibrium[index] is not None
     }
@@ -120,8 +132,9 @@ def distance(
     The samples of a batch share one colour and one label. `log` makes the axis logarithmic.
     Returns the lines. Raises `ShapeError` for other shapes.
     """
-    array = np.asarray(values)
-    times = np.asarray(times)
+    array = as_host_array(values, "values", finite=False)
+    times = as_host_array(times, "times")
+    check_flag(log, "log")
     if array.ndim not in (1, 2) or times.shape != array.shape[:1]:
         raise ShapeError(
             f"distances need shape (time,) or (time, batch), got {array.shape} at "
@@ -146,7 +159,7 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
 
     Returns the three lines in that order. Raises `ShapeError` if there is no such `sample`.
     """
-    times = _checked(trajectory, sample)
+    times, sample = _checked(trajectory, sample)
     # As mathematics, for ordinary fonts lack these letters.
     shown = {
         r"output loss $\mathcal{L}$": trajectory.output_loss,
@@ -171,10 +184,12 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch.
     Returns the lines, equilibrium before start for each layer.
     """
+    check_instance(found, "found", Equilibrium, "a pcdyn.Equilibrium")
     lines, first = [], 0
+    if np.ndim(found.energies) > 2:
+        raise ShapeError("this equilibrium is of several networks: take one first")
     samples = 1 if np.ndim(found.energies) == 1 else len(found.energies)
-    if not 0 <= sample < samples:
-        raise ShapeError(f"there is no sample {sample}; samples are 0 … {samples - 1}")
+    sample = _checked_sample(sample, samples)
     ax = _axes(ax)
     for index, start in zip(found.problem.free_layers, found.start, strict=True):
         values = _of_sample(found.activities[index], sample, axis=0, dimensions=1)
@@ -198,7 +213,7 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
     The axis is logarithmic if all known rates are positive. The samples of a batch share one
     colour. Returns the lines. Raises `ShapeError` for other shapes.
     """
-    array = np.asarray(rates)
+    array = as_host_array(rates, "rates", finite=False)
     if array.ndim not in (1, 2):
         raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
     ax = _axes(ax)
@@ -227,6 +242,10 @@ def work_precision(
     drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic. Returns the
     lines of the integrators. Raises `InputError` for an unknown metric.
     """
+    check_instance(comparison, "comparison", Comparison, "what pcdyn.compare returns")
+    for name, metric in (("x", x), ("y", y)):
+        check_choice(metric, name, (*METRICS, "value"))
+    axes = _axes(axes)
     colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     lines = []
     for index, name in enumerate(comparison.integrators):
@@ -283,8 +302,9 @@ def mean_band(
     The deviation is that of the values at hand (divided by their number). Returns the line and the
     band. The axes keep their labels. Raises `ShapeError` if the other axis is not that of `x`.
     """
-    x, values = np.asarray(x), np.asarray(values)
-    if values.ndim != 2 or axis not in (-2, -1, 0, 1) or x.shape != (values.shape[1 - axis % 2],):
+    x, values = as_host_array(x, "x"), as_host_array(values, "values", finite=False)
+    axis = checked_integer(axis, "axis", at_least=-2, at_most=1)
+    if values.ndim != 2 or x.shape != (values.shape[1 - axis % 2],):
         raise ShapeError(
             f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
         )
@@ -300,20 +320,26 @@ def mean_band(
 
 
 def _axes(ax: Axes | None) -> Axes:
-    return new_axes() if ax is None else ax
+    if ax is None:
+        return new_axes()
+    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
+    return ax
 
 
-def _checked(trajectory: Trajectory, sample: int) -> np.ndarray:
-    """The times of a trajectory that has this sample."""
+def _checked_sample(sample: Any, samples: int) -> int:
+    return checked_integer(sample, "sample", at_least=0, at_most=samples - 1, error=ShapeError)
+
+
+def _checked(trajectory: Trajectory, sample: int) -> tuple[np.ndarray, int]:
+    """The times of a trajectory, and the sample that it has."""
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     if np.ndim(trajectory.times) != 1:
         raise ShapeError(
             "this trajectory is of several networks: take one first, such as "
             "jax.tree.map(lambda x: x[0], trajectory)"
         )
     samples = trajectory.energies.shape[1] if np.ndim(trajectory.energies) == 3 else 1
-    if not 0 <= sample < samples:
-        raise ShapeError(f"there is no sample {sample}; samples are 0 … {samples - 1}")
-    return np.asarray(trajectory.times)
+    return np.asarray(trajectory.times), _checked_sample(sample, samples)
 
 
 def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:

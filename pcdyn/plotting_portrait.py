@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
+from pcdyn.checks import check_flag, check_instance, checked_integer
 from pcdyn.phase_portrait import PhasePortrait
 from pcdyn.plotting_style import new_axes
 
@@ -35,7 +36,12 @@ def phase_portrait(
 
     Returns the lines of the equilibria, a line for each kind.
     """
-    ax = new_axes() if ax is None else ax
+    check_instance(portrait, "portrait", PhasePortrait, "what pcdyn.phase_portrait returns")
+    check_flag(legend, "legend")
+    arrows = checked_integer(arrows, "arrows", at_least=1)
+    if ax is None:
+        ax = new_axes()
+    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
     _ground(portrait, ax)
     _field(portrait, ax, arrows)
     for path in portrait.trajectories:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,19 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.checks import Numbers, as_float_array, check_finite, is_traced
+from pcdyn.checks import (
+    Numbers,
+    as_float_array,
+    as_sequence,
+    check_dtype,
+    check_finite,
+    check_instance,
+    check_key,
+    check_size,
+    checked_integer,
+    checked_number,
+    is_traced,
+)
 from pcdyn.energy import Energy, Gaussian, check_energy, error_gradient
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
@@ -111,6 +124,8 @@ class InferenceProblem(Problem):
         energy: Energy | None = None,
         time_constants: Sequence[Numbers] | None = None,
     ):
+        check_instance(network, "network", Network, "a pcdyn.Network")
+        check_dtype(network.dtype, "dtype of the network")
         self.network = network
         self.input = _clamped_layer(input, "input", network.widths[0], network.dtype)
         self.output = _clamped_layer(output, "output", network.widths[-1], network.dtype)
@@ -146,7 +161,7 @@ class InferenceProblem(Problem):
         clamped = self.input if self.input is not None else self.output
         return None if clamped is None else clamped.shape[:-1]
 
-    def with_data(self, input: Array | None, output: Array | None) -> InferenceProblem:
+    def with_data(self, input: Any, output: Any) -> InferenceProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
             lambda p: (p.input, p.output), self, (input, output), is_leaf=lambda x: x is None
@@ -289,6 +304,8 @@ class InferenceProblem(Problem):
         self, key: PRNGKeyArray, *, std: float = 1.0, batch_size: int | None = None
     ) -> State:
         """Independent Gaussian activities with mean 0; `batch_size` only if both ends are free."""
+        check_key(key)
+        std = checked_number(std, "std", at_least=0)
         shapes = self._state_shapes(batch_size)
         keys = jr.split(key, len(shapes))
         dtype = self.network.dtype
@@ -302,24 +319,33 @@ class InferenceProblem(Problem):
         Raises `InputError` for an unknown name, `ShapeError`, `DtypeError` or `NonFiniteError`
         for a state that does not fit.
         """
+        self.network.check_one()
         if isinstance(initial, str):
             return self._named_state(initial)
-        if len(initial) != len(self.free_layers):
+        given = as_sequence(
+            initial,
+            "initial",
+            '"feedforward", "zeros" or a state, one array for each free layer (of an Equilibrium '
+            "its .state, of a Trajectory problem.state_of(trajectory.final))",
+        )
+        if len(given) != len(self.free_layers):
             raise ShapeError(
-                f"the state has the free layers {self.free_layers}, but {len(initial)} arrays "
+                f"the state has the free layers {self.free_layers}, but {len(given)} arrays "
                 "were given; clamped layers are not part of it (see problem.state_of)"
             )
         arrays = []
-        for index, value in zip(self.free_layers, initial, strict=True):
+        for index, value in zip(self.free_layers, given, strict=True):
             array = as_float_array(value, f"initial state of layer {index}")
             width = self.network.widths[index]
             batch = array.shape[:-1] if self.batch_shape is None else self.batch_shape
-            if array.shape != (*batch, width) or array.ndim > 2:
+            if array.shape != (*batch, width) or array.ndim > 2 or array.size == 0:
                 raise ShapeError(
                     f"initial state of layer {index} has shape {array.shape}, but "
                     f"{(*batch[:1], width)} is needed"
                 )
-            arrays.append(array.astype(self.network.dtype))
+            array = array.astype(self.network.dtype)
+            check_finite(array, f"initial state of layer {index} as {array.dtype}")
+            arrays.append(array)
         if len({array.shape[:-1] for array in arrays}) != 1:
             raise ShapeError("all layers of a state must have the same batch size")
         return tuple(arrays)
@@ -335,10 +361,23 @@ class InferenceProblem(Problem):
     def _state_shapes(self, batch_size: int | None) -> list[tuple[int, ...]]:
         batch = self.batch_shape
         if batch is None:
-            batch = () if batch_size is None else (batch_size,)
+            batch = (
+                ()
+                if batch_size is None
+                else (checked_integer(batch_size, "batch_size", at_least=1),)
+            )
         elif batch_size is not None:
             raise InputError("batch_size would be ignored: the clamped data have their own")
-        return [(*batch, self.network.widths[index]) for index in self.free_layers]
+        shapes = [(*batch, self.network.widths[index]) for index in self.free_layers]
+        size = self.dtype.itemsize * sum(map(math.prod, shapes))
+        check_size(size, f"a state of {batch[0] if batch else 1} samples")
+        return shapes
+
+
+def check_problem(problem: Any) -> None:
+    """Raise `InputError` unless `problem` is one of inference, in a dtype that JAX is set to."""
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_dtype(problem.dtype, "dtype of the problem")
 
 
 def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> Array | None:
@@ -370,12 +409,18 @@ def _checked_time_constants(
 ) -> tuple[Float[Array, ""], ...] | None:
     if values is None:
         return None
+    wanted = "a list with one positive number for each layer l = 0 … L"
+    values = as_sequence(values, "time_constants", wanted)
     if len(values) != network.depth + 1:
         raise ShapeError(
             f"{len(values)} time constants for {network.depth + 1} layers; give one for each "
             "l = 0 … L"
         )
     arrays = tuple(as_float_array(v, "time constant").astype(network.dtype) for v in values)
+    if any(a.ndim for a in arrays):
+        raise ShapeError(f"time_constants must be {wanted}, got shapes {[a.shape for a in arrays]}")
+    for array in arrays:
+        check_finite(array, f"time constant as {array.dtype}")
     if not is_traced(arrays) and any(float(a) <= 0 for a in arrays):
         raise InputError(f"time constants must be positive, got {[float(a) for a in arrays]}")
     return arrays

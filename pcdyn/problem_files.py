@@ -11,16 +11,20 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from pcdyn.activations import Activation, get_activation
+from pcdyn.checks import check_instance
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.equilibrium import Equilibrium
-from pcdyn.errors import ActivationError, DataError, EquilibriumStatus, InputError
+from pcdyn.errors import ActivationError, DataError, DtypeError, EquilibriumStatus, InputError
 from pcdyn.generalised_energy import Separable, name_of, named_energy
+from pcdyn.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
-from pcdyn.storage import read_dataset, write_dataset
 
 if TYPE_CHECKING:
     import xarray
@@ -42,6 +46,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     energy = problem.energy
     named = name_of(energy)
     if named is None or not isinstance(energy, Gaussian | Separable):
@@ -82,30 +87,46 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     return xarray.Dataset(variables, attrs=attrs)
 
 
-def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
+def problem_from_xarray(
+    dataset: xarray.Dataset, *, dtype: DTypeLike | None = None
+) -> InferenceProblem:
     """The problem of a data set that `problem_to_xarray` made, alone or merged with others.
 
-    Raises `DataError` if there is none in it, and what the network and the problem raise.
+    Axes are found by their names, whatever their order. Numbers keep their dtype, unless another is
+    given: then they are rounded to that. Raises `DataError` if there is no problem in the data set,
+    `DtypeError` for float64 numbers where float64 is off in JAX, unless float32 holds them exactly,
+    and what the network and the problem raise.
     """
-    variables = dataset.variables
+    check_dataset(dataset)
 
-    def values(name: str) -> Any:
-        return variables[name].values if name in variables else None
+    def values(name: str, *dimensions: str, sample: str = "absent") -> Any:
+        if name not in dataset.variables:
+            return None
+        found = named_values(dataset, name, *dimensions, kind="real numbers", sample=sample)
+        return _as_jax(found, dtype, name)
+
+    def precision(l: int) -> Any:
+        ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
+        return values(f"precision_{l}", *(f"unit_{l}", f"column_{l}")[:ndim])
 
     names = str(dataset.attrs.get("activations", "")).split()
-    missing = [f"weight_{l}" for l in range(1, len(names) + 1) if f"weight_{l}" not in variables]
+    indices = range(1, len(names) + 1)
+    missing = [f"weight_{l}" for l in indices if f"weight_{l}" not in dataset.variables]
     if not names or missing:
         what = missing[0] if missing else "activations"
         raise DataError(
             f"there is no network in this file: it lacks {what!r}; write it with "
             "pcdyn.save_problem, or by a command of pcdyn"
         )
-    indices = range(1, len(names) + 1)
     layers = [
-        Dense(values(f"weight_{l}"), values(f"bias_{l}"), name)
+        Dense(
+            values(f"weight_{l}", f"unit_{l}", f"unit_{l - 1}"),
+            values(f"bias_{l}", f"unit_{l}"),
+            name,
+        )
         for l, name in zip(indices, names, strict=True)
     ]
-    precisions: list[Any] = [values(f"precision_{l}") for l in indices]
+    precisions = [precision(l) for l in indices]
     one = np.ones((), layers[0].weight.dtype)
     known = [one if precision is None else precision for precision in precisions]
     energy: Energy = named_energy(
@@ -113,34 +134,55 @@ def problem_from_xarray(dataset: xarray.Dataset) -> InferenceProblem:
         precisions=None if all(p is None for p in precisions) else known,
         parameter=values("energy_parameter"),
     )
-    constants = values("time_constant")
+    constants = values("time_constant", "layer")
     return InferenceProblem(
         Network(layers),
-        input=values("input"),
-        output=values("output"),
+        input=values("input", "unit_0", sample="optional"),
+        output=values("output", f"unit_{len(names)}", sample="optional"),
         energy=energy,
         time_constants=None if constants is None else list(constants),
     )
 
 
+def _as_jax(values: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarray:
+    """`values` in a dtype that JAX does not round any more."""
+    try:
+        wanted = values.dtype if dtype is None else np.dtype(dtype)
+    except TypeError:
+        wanted = np.dtype(object)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise DtypeError(f"dtype must be a floating-point dtype, got {dtype!r:.40}")
+    kept = jax.dtypes.canonicalize_dtype(wanted)
+    rounded = values.astype(kept)
+    if wanted != kept and not np.array_equal(rounded, values, equal_nan=True):
+        raise DtypeError(
+            f"{name} is {wanted}, but float64 is off in JAX: switch it on with "
+            'jax.config.update("jax_enable_x64", True), or round with dtype=jax.numpy.float32'
+        )
+    return rounded
+
+
 def save_problem(problem: InferenceProblem, path: str | os.PathLike[str]) -> None:
     """Write a problem to a NetCDF file, at once or not at all.
 
-    Raises what `problem_to_xarray` raises, `DataError` if the folder does not exist and `OSError`
-    if the file cannot be written.
+    Raises what `problem_to_xarray` raises, and `DataError`, with an earlier file as it was, if the
+    file cannot be written.
     """
     write_dataset(problem_to_xarray(problem), path)
 
 
-def load_problem(path: str | os.PathLike[str]) -> InferenceProblem:
+def load_problem(
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
+) -> InferenceProblem:
     """Read the problem in a file of `save_problem` or of a command of pcdyn.
 
-    Float64 arrays stay so only where float64 is switched on in JAX. Raises `DataError` if the
-    file is missing, truncated, corrupt or without a network.
+    Numbers keep their dtype, unless another is given to round them to. Raises `DataError` if the
+    file is missing, truncated, corrupt, without a network, or if it holds float64 numbers while
+    float64 is off in JAX and float32 would round them.
     """
     dataset = read_dataset(path)
     try:
-        return problem_from_xarray(dataset)
+        return problem_from_xarray(dataset, dtype=dtype)
     except InputError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -190,7 +232,7 @@ def equilibrium_to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     attributes = {
         "method": equilibrium.method,
         "message": equilibrium.message,
-        "tolerance": float(equilibrium.tolerance),
+        "tolerance": float(np.max(equilibrium.tolerance)),
         "compile_seconds": float(equilibrium.compile_seconds),
         "run_seconds": float(equilibrium.run_seconds),
     }

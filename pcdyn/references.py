@@ -21,7 +21,7 @@ from pcdyn.errors import (
     UnreachableTargetError,
 )
 from pcdyn.network import Activities, Dense, Network, apply_layer
-from pcdyn.problem import InferenceProblem
+from pcdyn.problem import InferenceProblem, check_problem
 
 
 def feedforward(problem: InferenceProblem) -> Activities:
@@ -30,6 +30,7 @@ def feedforward(problem: InferenceProblem) -> Activities:
     They are the equilibrium when the output is free, for any activation (Theorem 3.1). Raises
     `InputError` if the input is free.
     """
+    check_problem(problem)
     if problem.input is None:
         raise InputError("a feedforward pass needs a clamped input; this problem's input is free")
     return problem.network.feedforward(problem.input)
@@ -58,6 +59,7 @@ def backpropagation(problem: InferenceProblem) -> Backpropagation:
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
     for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
     """
+    check_problem(problem)
     if problem.output is None:
         raise InputError("backpropagation needs a target: this problem's output is free")
     network = problem.network
@@ -161,6 +163,7 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagation:
     `ActivationError` for an activation without inverse and `SingularWeightError` for a singular
     weight matrix.
     """
+    check_problem(problem)
     if problem.output is None:
         raise InputError("target propagation needs a target: this problem's output is free")
     values, reachable = [problem.output], []

@@ -13,8 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import (
+    Numbers,
+    as_host_array,
+    check_dtype,
+    check_flag,
+    check_instance,
+    check_size,
+    checked_number,
+    is_traced,
+)
 from pcdyn.errors import (
+    MOST_SAMPLES_NAMED,
     IntegratorError,
     ShapeError,
     Status,
@@ -23,18 +33,24 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
-from pcdyn.integrators import Integration, Integrator, UntilEquilibrium, get_integrator
+from pcdyn.integrators import (
+    Diffrax,
+    Exact,
+    Integration,
+    Integrator,
+    UntilEquilibrium,
+    get_integrator,
+)
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.spectrum import estimated_fastest_rate
-from pcdyn.states import layer_norms
+from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.timing import Stopwatch
 from pcdyn.trajectory import Trajectory
 
 _DEFAULT_SAVES = 101
-_MOST_SAMPLES_NAMED = 20
 
 
 def simulate(
@@ -73,8 +89,12 @@ def simulate(
     A fixed step above the largest stable one of an explicit method at the initial state gives a
     `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
 
-    Where diffrax runs out of steps or its step vanishes, SciPy's LSODA takes over on the host and
-    the trajectory's `fallback` says so (`pcdyn.Diffrax(…, fallback=None)` switches it off).
+    Where diffrax runs out of steps, its step vanishes or it finds no root of an implicit step,
+    SciPy's LSODA takes over on the host and the trajectory's `fallback` says so
+    (`pcdyn.Diffrax(…, fallback=None)` switches it off). Where activations have kinks the flow can
+    slide along them: then Rodas5P takes over with each kink rounded over a width, named in
+    `fallback`, of the tolerance; activities are those of the sliding flow up to that width, and
+    `vector_field_norms` those of the rounded field, which vanishes where the flow rests at a kink.
 
     Under `jax.vmap` or `jax.jit`, over networks and data alike, nothing is raised, trimmed or
     handed to SciPy: look at `status_codes`. The times must be known then. Derivatives are taken
@@ -83,45 +103,68 @@ def simulate(
     Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
     state raise, before anything runs.
     """
+    check_instance(problem, "problem", Problem, "a pcdyn.InferenceProblem or a flow of learning")
+    check_dtype(problem.dtype, "dtype of the problem")
+    for name, value in (("per_sample", per_sample), ("dense", dense), ("throw", throw)):
+        check_flag(value, name)
     method = get_integrator(integrator)
-    stop = _stopping(until, problem)
+    stop = _stopping(until)
     method.check(problem, stop, dense)
+    state = problem.initial_state(initial)
+    # The closed form is one of the weights, layer by layer.
+    deep = problem if isinstance(method, Exact) else stacked(problem)
     request = Request(
-        problem=problem,
-        state=problem.initial_state(initial),
+        problem=deep,
+        state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
         times=_checked_times(t1, times),
         t1=float(t1),
-        until=stop,
+        until=None if stop is None else stop.resolved(problem, state),
         dense=dense,
     )
-    if per_sample and request.state[0].ndim != 2:
+    _check_sizes(request, method)
+    if per_sample and state[0].ndim != 2:
         raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
-    if is_traced(problem, request.state):
+    if is_traced(problem, state):
         if not method.runs_in_jax:
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
-        return _traced_trajectory(request, integrate(method, request, per_sample), method)
-    _warn_of_step(problem, request.state, method)
+        run = integrate(method, request, per_sample)
+        return _traced_trajectory(problem, request, run, method)
+    _warn_of_step(request, method)
     with Stopwatch() as clock:
-        run, fallback = integrate_with_fallback(method, request, per_sample)
-        observed = on_host(_observe(problem, run.states))
+        run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
+        observed = on_host(_observe(integrated, run.states))
     run = _without_overflow(run, observed)
-    trajectory = _trajectory(request, run, observed, method, fallback, clock)
+    trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
     return trajectory
 
 
-def _warn_of_step(problem: Problem, state: State, method: Integrator) -> None:
+def _check_sizes(request: Request, method: Integrator) -> None:
+    """Raise `SizeError` for more saved states, or room for dense output, than memory holds."""
+    state = sum(x.size for x in request.state) * request.problem.dtype.itemsize
+    # With its errors a saved state takes twice its own size.
+    what = f"saving {len(request.times)} times of {state / 2**20:.3g} MiB, with their errors,"
+    check_size(2 * (len(request.times) + 1) * state, what)
+    if request.dense and isinstance(method, Diffrax):
+        # diffrax keeps no less than both ends of each step that it could take.
+        what = f"dense output of up to {method.max_steps} steps of {state / 2**20:.3g} MiB"
+        check_size(2 * method.max_steps * state, what)
+
+
+def _warn_of_step(request: Request, method: Integrator) -> None:
     """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
-    if method.fixed_step is None or not isinstance(problem, InferenceProblem):
+    problem = request.problem
+    known = isinstance(problem, InferenceProblem | StackedProblem)
+    if method.fixed_step is None or not known:
         return
     interval = known_interval(method)
     if interval is None or math.isinf(interval):
         return
-    fastest = estimated_fastest_rate(problem, state)
+    fastest = estimated_fastest_rate(problem, request.state)
     above = np.flatnonzero(np.ravel(fastest) * float(method.fixed_step) > interval)
     if above.size:
         share = "" if fastest.ndim == 0 else f" of {above.size} of {fastest.size} samples"
@@ -134,28 +177,23 @@ def _warn_of_step(problem: Problem, state: State, method: Integrator) -> None:
         )
 
 
-def _stopping(until: str | UntilEquilibrium | None, problem: Problem) -> UntilEquilibrium | None:
-    if until is None:
-        return None
-    if isinstance(until, UntilEquilibrium):
-        return until.resolved(problem.dtype)
-    if until == "equilibrium":
-        return UntilEquilibrium().resolved(problem.dtype)
+def _stopping(until: str | UntilEquilibrium | None) -> UntilEquilibrium | None:
+    if until is None or isinstance(until, UntilEquilibrium):
+        return until
+    if isinstance(until, str) and until == "equilibrium":
+        return UntilEquilibrium()
     raise IntegratorError(
         f'until={until!r} is unknown: use "equilibrium" or pcdyn.UntilEquilibrium(tolerance=…)'
     )
 
 
 def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
-    if np.ndim(t1) != 0 or not (math.isfinite(t1) and t1 > 0):
-        raise TimesError(f"t1 must be one positive and finite number, got {t1}; time starts at 0")
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
     if times is None:
         return np.linspace(0.0, t1, _DEFAULT_SAVES)
-    array = np.asarray(times, dtype=float)
+    array = as_host_array(times, "times", error=TimesError)
     if array.ndim != 1 or array.size == 0:
         raise TimesError(f"times must be a vector of at least one time, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise TimesError("times contain NaN or infinity")
     if np.any(np.diff(array) <= 0):
         where = int(np.argmax(np.diff(array) <= 0))
         raise TimesError(
@@ -183,16 +221,18 @@ def _observe(problem: Problem, states: State) -> Observed:
 
     def at(state: State) -> Observed:
         errors, energies = problem.observe(state, flow.first_prediction)
-        return Observed(errors, energies, layer_norms(flow(0.0, state)))
+        return Observed(errors, energies, flow.norms(state))
 
     return jax.vmap(at)(states)
 
 
-def _traced_trajectory(request: Request, run: Integration, method: Integrator) -> Trajectory:
+def _traced_trajectory(
+    problem: Problem, request: Request, run: Integration, method: Integrator
+) -> Trajectory:
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
     observed = _observe(request.problem, states)
     run = _without_overflow(run, observed)
-    return _build(request.problem, run, observed, states, times, method)
+    return _build(problem, run, observed, states, times, method, request.problem)
 
 
 def _without_overflow(run: Integration, observed: Observed) -> Integration:
@@ -212,8 +252,16 @@ def _build(
     states: State,
     times: Any,
     method: Integrator,
+    integrated: Problem,
     **rest: Any,
 ) -> Trajectory:
+    """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
+    errors, interpolation = observed.errors, run.interpolation
+    if interpolation is not None:
+        interpolation = _DenseActivities(problem, integrated, interpolation)
+    states = _layers_of(integrated, states)
+    if isinstance(integrated, StackedProblem):
+        errors = integrated.unpack_errors(errors)
     module = np if isinstance(times, np.ndarray) else jnp
     activities = tuple(
         module.broadcast_to(module.asarray(x), (len(times), *x.shape))
@@ -221,13 +269,10 @@ def _build(
         else module.asarray(x)
         for index, x in enumerate(problem.activities(states))
     )
-    interpolation = run.interpolation
-    if interpolation is not None:
-        interpolation = _DenseActivities(problem, interpolation)
     return Trajectory(
         times=times,
         activities=activities,
-        prediction_errors=observed.errors,
+        prediction_errors=errors,
         energies=observed.energies,
         vector_field_norms=observed.norms,
         status_codes=run.status,
@@ -249,13 +294,21 @@ class _DenseActivities(eqx.Module):
     """Dense output of the state as activities of all layers."""
 
     problem: Problem
+    integrated: Problem
     interpolation: Any
 
     def __call__(self, t: Any) -> tuple[Any, ...]:
-        return self.problem.activities(self.interpolation(jnp.asarray(t)))
+        state = self.interpolation(jnp.asarray(t))
+        return self.problem.activities(_layers_of(self.integrated, state))
+
+
+def _layers_of(problem: Problem, state: State) -> State:
+    """An array for each free layer, whatever the state of the problem is."""
+    return problem.unpack(state) if isinstance(problem, StackedProblem) else state
 
 
 def _trajectory(
+    problem: Problem,
     request: Request,
     run: Integration,
     observed: Observed,
@@ -274,7 +327,7 @@ def _trajectory(
     states = tuple(x[rows] for x in run.states)
     observed = jax.tree.map(lambda x: x[rows], observed)
     return _build(
-        on_host(request.problem), run, observed, states, all_times, method,
+        on_host(problem), run, observed, states, all_times, method, request.problem,
         fallback=fallback, message=_message(worst, run, method),
         compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
     )  # fmt: skip
@@ -286,7 +339,7 @@ def _message(status: Status, run: Integration, method: Integrator) -> str:
         text += f" (dt={method.fixed_step:g})"
     failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
     if np.ndim(run.status) and failed.size:
-        shown = ", ".join(map(str, failed[:_MOST_SAMPLES_NAMED]))
-        more = ", …" if failed.size > _MOST_SAMPLES_NAMED else ""
+        shown = ", ".join(map(str, failed[:MOST_SAMPLES_NAMED]))
+        more = ", ..." if failed.size > MOST_SAMPLES_NAMED else ""
         text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
     return f"{text}. {run.message}" if run.message else text

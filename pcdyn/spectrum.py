@@ -19,6 +19,7 @@ from pcdyn.block_tridiagonal import BlockTridiagonal
 from pcdyn.errors import SpectrumError
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.stacked import StackedProblem
 from pcdyn.states import dot, scale
 
 # Above so many units, full eigendecompositions take seconds for each sample.
@@ -54,9 +55,11 @@ def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
     )  # fmt: skip
 
 
-def _roots(problem: InferenceProblem) -> list[Any]:
-    """√τ_l of each free layer."""
+def _roots(problem: InferenceProblem | StackedProblem) -> list[Any]:
+    """√τ for each array of a state."""
     constants = problem.time_constants
+    if isinstance(problem, StackedProblem):
+        return [jnp.ones((), problem.dtype) if constants is None else jnp.sqrt(constants)]
     if constants is None:
         return [jnp.ones((), problem.dtype) for _ in problem.free_layers]
     return [jnp.sqrt(constants[index]) for index in problem.free_layers]
@@ -196,7 +199,7 @@ def _solve(factors: Any, rhs: State) -> State:
     return factors.solve(rhs)
 
 
-def estimated_fastest_rate(problem: InferenceProblem, state: State) -> np.ndarray:
+def estimated_fastest_rate(problem: InferenceProblem | StackedProblem, state: State) -> np.ndarray:
     """The largest decay rate at a state, per sample: never above it, and mostly within 1 %.
 
     24 Lanczos iterations for the whole batch at once, each one Hessian-vector product. NaN where
@@ -226,9 +229,11 @@ def _start(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _lanczos(problem: InferenceProblem, state: State, start: State, iterations: int) -> Any:
+def _lanczos(
+    problem: InferenceProblem | StackedProblem, state: State, start: State, iterations: int
+) -> Any:
     """The diagonal and off-diagonal coefficients of each iteration, iterations first."""
-    roots = tuple(_roots(problem))
+    roots = tuple(jnp.broadcast_to(r, x.shape) for r, x in zip(_roots(problem), state, strict=True))
     prediction = problem.first_prediction()
     _, tangent = jax.linearize(lambda x: problem.vector_field(x, prediction), state)
 

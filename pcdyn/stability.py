@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import Numbers, check_instance, is_traced
 from pcdyn.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ShapeError
 from pcdyn.integrators.run import on_host
 from pcdyn.integrators.stability_function import stability_interval
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.problem import InferenceProblem, State, check_problem
 from pcdyn.spectrum import MOST_DENSE_UNITS, Spectrum, extreme_spectrum, full_spectrum
 from pcdyn.trajectory import Trajectory
 
@@ -250,7 +250,7 @@ def stability(
     inference, what the state and the trajectory raise that do not fit the problem, and
     `SpectrumError` where Lanczos iterations fail.
     """
-    _check_problem(problem)
+    check_problem(problem)
     if isinstance(at, str) and at == "equilibrium":
         at = equilibrium(problem)
     if isinstance(at, Equilibrium):
@@ -269,23 +269,14 @@ def stability_along(problem: InferenceProblem, trajectory: Trajectory) -> Stabil
 
     Raises as `stability` does.
     """
-    _check_problem(problem)
-    if not isinstance(trajectory, Trajectory):
-        raise InputError(f"a Trajectory is needed, got {type(trajectory).__name__}")
+    check_problem(problem)
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     rows = [tuple(x[i] for x in trajectory.activities) for i in range(len(trajectory.times))]
     if not rows:
         raise InputError(f"the trajectory has no saved times: {trajectory.message}")
     states = [_states(problem, trajectory, activities) for activities in rows]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     return _build(problem, stacked, at="all times of a trajectory", times=trajectory.times)
-
-
-def _check_problem(problem: Any) -> None:
-    if not isinstance(problem, InferenceProblem):
-        raise InputError(
-            f"the stability of a {type(problem).__name__} is not known here: give a "
-            "pcdyn.InferenceProblem, whose Hessian is block tridiagonal"
-        )
 
 
 def _states(problem: InferenceProblem, trajectory: Trajectory, activities: Any) -> State:
@@ -392,4 +383,4 @@ def _smallest(values: Any) -> float:
 
 def _range(values: Any) -> str:
     low, high = _smallest(values), _largest(values)
-    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} … {high:.3g}"
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

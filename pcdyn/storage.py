@@ -7,14 +7,13 @@ function of the solver and is not stored.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pcdyn.checks import is_traced
+from pcdyn.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
-from pcdyn.files import write_atomically
+from pcdyn.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -53,6 +52,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     if trajectory.network is not None or trajectory.precisions is not None:
         moving = "precisions" if trajectory.network is None else "weights"
         raise ShapeError(
@@ -132,62 +132,74 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
 def from_xarray(dataset: xarray.Dataset) -> Trajectory:
     """The trajectory of a data set that `to_xarray` made, with NumPy arrays.
 
-    Raises `DataError` if the data set lacks a part of a trajectory.
+    Axes are found by their names and layers by their coordinates, so that xarray may have reordered
+    them, as `xarray.concat` of runs along `"sample"` does. Raises `DataError` if the data set
+    lacks a part of a trajectory, or has one that no trajectory has: other dimensions, text for
+    numbers, times that do not increase, a status that does not exist.
     """
-    # Indexing the data set itself would make up a coordinate that is missing.
-    variables = dataset.variables
-    layers = sum(str(name).startswith("activity_") for name in variables)
+    check_dataset(dataset)
     try:
-        return Trajectory(
-            times=variables["time"].values,
-            activities=tuple(variables[f"activity_{l}"].values for l in range(layers)),
-            prediction_errors=tuple(
-                variables[f"prediction_error_{l}"].values for l in range(1, layers)
-            ),
-            energies=variables["energy"].values,
-            vector_field_norms=variables["vector_field_norm"].values,
-            status_codes=variables["status"].values,
-            end_time=variables["end_time"].values,
-            **{name: variables[name].values if name in variables else None for name in _COUNTS},
-            **{name: float(dataset.attrs[name]) for name in _SECONDS},
-            **cast(Any, {name: str(dataset.attrs[name]) for name in _TEXTS}),
-            # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
-            free_layers=tuple(int(index) for index in variables["free_layer"].values),
-        )
-    except KeyError as error:
+        return _from_xarray(dataset)
+    except DataError as error:
         raise DataError(
-            f"the data set is not a trajectory of pcdyn: it lacks {error.args[0]!r}; make it with "
+            f"the data set is not a trajectory of pcdyn: {error}; make it with "
             "Trajectory.to_xarray or Trajectory.to_netcdf"
         ) from error
+
+
+def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
+    variables = dataset.variables
+    sample = "present" if "sample" in dataset.sizes else "absent"
+
+    def in_time(name: str, *last: str) -> np.ndarray:
+        return named_values(dataset, name, "time", *last, kind="real numbers", sample=sample)
+
+    def once(name: str, kind: str) -> np.ndarray:
+        return named_values(dataset, name, kind=kind, sample="optional")
+
+    predicted = named_values(dataset, "predicted_layer", "predicted_layer", kind="integers")
+    free = named_values(dataset, "free_layer", "free_layer", kind="integers")
+    layers = len(predicted) + 1
+    if layers < 2 or f"activity_{layers}" in variables:
+        raise DataError(f"it has energies of {layers - 1} layers, but other activities")
+    if sorted(predicted) != list(range(1, layers)):
+        raise DataError(f"predicted_layer is {predicted} instead of 1 to {layers - 1}")
+    if len(set(free)) < len(free) or not set(free) <= set(range(layers)):
+        raise DataError(f"free_layer is {free} in a network of layers 0 to {layers - 1}")
+    return Trajectory(
+        times=_checked_times(named_values(dataset, "time", "time", kind="real numbers")),
+        activities=tuple(in_time(f"activity_{l}", f"unit_{l}") for l in range(layers)),
+        prediction_errors=tuple(
+            in_time(f"prediction_error_{l}", f"unit_{l}") for l in range(1, layers)
+        ),
+        energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
+        vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
+        status_codes=_checked_codes(once("status", "integers")),
+        end_time=once("end_time", "real numbers"),
+        **{name: once(name, "integers") if name in variables else None for name in _COUNTS},
+        **{name: _number(dataset, name) for name in _SECONDS},
+        **cast(Any, {name: str(_attribute(dataset, name)) for name in _TEXTS}),
+        # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
+        free_layers=tuple(sorted(int(index) for index in free)),
+    )
 
 
 def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Write a trajectory to a NetCDF file, at once or not at all.
 
-    A file of that name is replaced only once the new one is complete and on the disk. Raises
-    `DataError` if the folder does not exist, `ShapeError` as `to_xarray`, and `OSError` if the
-    file cannot be written.
+    Of a symbolic link the target is written, and the mode of an earlier file is kept. Raises
+    `DataError`, and leaves the earlier file as it was, if the folder does not exist, the disk is
+    full or the file cannot be written for another reason; `ShapeError` as `to_xarray`.
     """
     write_dataset(to_xarray(trajectory), path)
-
-
-def write_dataset(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
-    """Write a data set to a NetCDF file, every bit of it, at once or not at all.
-
-    Raises `DataError` if the folder does not exist and `OSError` if the file cannot be written.
-    """
-    # xarray would mark NaN as missing, and then replace each NaN by its own.
-    exact = {str(name): {"_FillValue": None} for name in dataset.variables}
-    write_atomically(
-        Path(path),
-        lambda partial: dataset.to_netcdf(partial, engine="h5netcdf", encoding=exact),
-    )
 
 
 def load(path: str | os.PathLike[str]) -> Trajectory:
     """Read a trajectory that `save` or `Trajectory.to_netcdf` wrote.
 
-    Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory.
+    Its arrays are NumPy's and of the precision in the file, whether or not float64 is on in JAX.
+    Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory: one flipped
+    bit is found by the digest at the end of a file of pcdyn.
     """
     dataset = read_dataset(path)
     try:
@@ -196,29 +208,31 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         raise DataError(f"{path}: {error}") from error
 
 
-def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
-    """Read a NetCDF file into memory, every number as it was written.
+def _checked_times(times: np.ndarray) -> np.ndarray:
+    if not np.isfinite(times).all() or np.any(np.diff(times) <= 0):
+        raise DataError("its times are not finite and increasing, such as after sorting or concat")
+    return times
 
-    Raises `DataError` if the file is missing, truncated or corrupt.
-    """
-    import xarray
 
-    source = Path(path)
-    if not source.is_file():
-        raise DataError(
-            f"there is no file {source}: check the path, or write it with Trajectory.to_netcdf"
-        )
+def _checked_codes(codes: np.ndarray) -> np.ndarray:
+    unknown = set(codes.ravel().tolist()) - {int(status) for status in Status}
+    if unknown:
+        raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
+    return codes
+
+
+def _attribute(dataset: xarray.Dataset, name: str) -> Any:
+    if name not in dataset.attrs:
+        raise DataError(f"it lacks {name!r}")
+    return dataset.attrs[name]
+
+
+def _number(dataset: xarray.Dataset, name: str) -> float:
+    value = _attribute(dataset, name)
     try:
-        with xarray.open_dataset(
-            source, engine="h5netcdf", decode_times=False, mask_and_scale=False
-        ) as dataset:
-            return dataset.load()
-    # Which exception a damaged file raises depends on where the damage is.
-    except Exception as error:
-        raise DataError(
-            f"{source} cannot be read as NetCDF ({error}): it is truncated, corrupt or another "
-            "kind of file; copy it again, or write it again with pcdyn"
-        ) from error
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 
 
 def _version() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -12,21 +14,17 @@ import jax.monitoring
 class Stopwatch:
     """A context that measures the seconds spent compiling and the seconds spent running.
 
-    JAX itself reports how long it traces, lowers and compiles; the rest of the wall time is run
-    time.
+    JAX itself reports how long it traces, lowers and compiles, in the thread that does so; the rest
+    of the wall time is run time.
     """
 
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
 
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            self._spans.append((now - duration_secs, now))
-
     def __enter__(self) -> Stopwatch:
+        _listen_to_jax()
         self._spans: list[tuple[float, float]] = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        _of_this_thread.spans = (*_running(), self._spans)
         self._start = time.perf_counter()
         return self
 
@@ -37,9 +35,29 @@ class Stopwatch:
         trace: TracebackType | None,
     ) -> None:
         total = time.perf_counter() - self._start
-        jax.monitoring.unregister_event_duration_listener(self._listen)
+        _of_this_thread.spans = _running()[:-1]
         self.compile_seconds = _covered(self._spans)
         self.run_seconds = max(total - self.compile_seconds, 0.0)
+
+
+_of_this_thread = threading.local()
+
+
+def _running() -> tuple[list[tuple[float, float]], ...]:
+    """The spans of the stopwatches that run in this thread, the innermost last."""
+    return getattr(_of_this_thread, "spans", ())
+
+
+# Listeners of JAX are global, and threads that add and remove theirs would lose events.
+@functools.cache
+def _listen_to_jax() -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            now = time.perf_counter()
+            for spans in _running():
+                spans.append((now - duration_secs, now))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -6,12 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import is_traced
+from pcdyn.checks import as_host_array, as_sequence, checked_integer, checked_number, is_traced
 from pcdyn.energy import LayerEnergies
-from pcdyn.errors import DenseOutputError, ShapeError, Status, TimesError, worst_status
+from pcdyn.errors import (
+    DenseOutputError,
+    ShapeError,
+    Status,
+    Statuses,
+    TimesError,
+    worst_status,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -77,7 +85,7 @@ class Trajectory(LayerEnergies):
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return Status(int(codes))
-        return tuple(Status(int(code)) for code in codes)
+        return Statuses(Status(int(code)) for code in codes)
 
     @property
     def ok(self) -> bool:
@@ -87,9 +95,11 @@ class Trajectory(LayerEnergies):
     @property
     def final(self) -> tuple[Any, ...]:
         """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
-        if len(self.times) == 0:
+        # Before the axis of time is that of several networks, if there are any.
+        *networks, count = np.shape(self.times)
+        if count == 0:
             raise TimesError(f"no time was saved before the run ended: {self.message}")
-        return tuple(x[-1] for x in self.activities)
+        return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
 
     def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
         """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
@@ -120,17 +130,25 @@ class Trajectory(LayerEnergies):
 
     def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""
-        there = reference if isinstance(reference, list | tuple) else reference.activities
+        self._one_network()
+        wanted = "activities x_0 … x_L, or what has them, such as an Equilibrium or a Trajectory"
+        there = as_sequence(getattr(reference, "activities", reference), "reference", wanted)
         if len(there) != len(self.activities):
             raise ShapeError(
                 f"the reference has {len(there)} layers, the trajectory {len(self.activities)}; "
                 "give all activities x_0 … x_L, with None where not needed"
             )
         self._check_same_times(reference)
-        chosen = self.free_layers if layers is None else layers
-        module = np if _on_host(self.times) else jnp
+        chosen = self.free_layers if layers is None else self._checked_layers(layers)
+        module = np if _on_host(self.times) and not is_traced(there) else jnp
         here = module.concatenate([self.activities[i] for i in chosen], axis=-1)
-        stacked = module.concatenate([module.asarray(there[i]) for i in chosen], axis=-1)
+        parts = [_layer_of(there[i], i, module) for i in chosen]
+        if len({part.shape[:-1] for part in parts}) != 1:
+            raise ShapeError(
+                f"the layers of the reference have the shapes {[part.shape for part in parts]}, "
+                "which differ in their times or samples"
+            )
+        stacked = module.concatenate(parts, axis=-1)
         if isinstance(reference, Trajectory):
             # One sample against a batch: the same for every sample, time by time.
             if (here.ndim, stacked.ndim) == (3, 2):
@@ -147,6 +165,16 @@ class Trajectory(LayerEnergies):
                 f"{here.shape}: (time, [batch,] units of the layers that are compared)"
             )
         return here, module.broadcast_to(stacked, here.shape)
+
+    def _checked_layers(self, layers: Any) -> tuple[int, ...]:
+        most = len(self.activities) - 1
+        chosen = tuple(
+            checked_integer(index, "each of layers", at_least=0, at_most=most, error=ShapeError)
+            for index in as_sequence(layers, "layers", "a list of indices of layers")
+        )
+        if not chosen:
+            raise ShapeError(f"layers is empty: name some of 0 … {most}, or leave it out")
+        return chosen
 
     def _check_same_times(self, reference: Any) -> None:
         if not isinstance(reference, Trajectory) or is_traced(self.times, reference.times):
@@ -179,8 +207,7 @@ class Trajectory(LayerEnergies):
             )
         if not is_traced(t, self.end_time):
             end = float(np.max(np.asarray(self.end_time)))
-            if not 0 <= float(t) <= end:
-                raise TimesError(f"t={float(t):g} is outside of the integrated range 0 … {end:g}")
+            t = checked_number(t, "t", at_least=0, at_most=end, error=TimesError)
         return self.interpolation(t)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
@@ -216,7 +243,7 @@ class Trajectory(LayerEnergies):
             f"  {self.integrator}: {self.message}",
             f"  evaluations {_total(self.vector_field_evaluations)}, steps accepted "
             f"{_total(self.accepted_steps)}, rejected {_total(self.rejected_steps)}",
-            f"  free energy {np.mean(self.free_energy[0]):.4g} → "
+            f"  free energy {np.mean(self.free_energy[0]):.4g} -> "
             f"{np.mean(self.free_energy[-1]):.4g}, largest vector field at the end "
             f"{np.max(self.vector_field_norms[-1]):.2g}",
             f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
@@ -224,6 +251,21 @@ class Trajectory(LayerEnergies):
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
         return "\n".join(lines)
+
+
+def _layer_of(values: Any, index: int, module: Any) -> Any:
+    """A layer of a reference as an array of JAX or NumPy with an axis of units."""
+    if values is None:
+        raise ShapeError(f"the reference has no layer {index}, which is compared")
+    name = f"layer {index} of the reference"
+    is_array = isinstance(values, np.ndarray | jax.Array)
+    if is_array and jnp.issubdtype(values.dtype, jnp.floating):
+        array = module.asarray(values)
+    else:
+        array = as_host_array(values, name, finite=False)
+    if array.ndim == 0:
+        raise ShapeError(f"{name} is a single number, not one for each unit")
+    return array
 
 
 def _total(count: Any) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from pcdyn.errors import DataError
-from pcdyn.storage import read_dataset
+from pcdyn.files import read_numpy
+from pcdyn.netcdf import read_dataset
 
 _SUFFIXES = (".npy", ".npz", ".nc")
 
@@ -28,16 +28,14 @@ def load_array(source: str, name: str, folder: Path) -> np.ndarray:
         raise DataError(
             f'{name} {source!r} is neither "random" nor "free" nor a file .npy, .npz or .nc'
         )
-    if not file.is_file():
-        raise DataError(f"there is no file {file} to take the {name} from: check the path")
     if file.suffix == ".npy":
         if chosen:
             raise DataError(f"{file} holds one array without a name: leave {chosen!r} out")
-        return _read_numpy(file)[""]
-    arrays = _read_numpy(file) if file.suffix == ".npz" else _read_netcdf(file)
+        return _only(read_numpy(file), file)
+    arrays = read_numpy(file) if file.suffix == ".npz" else _read_netcdf(file)
     wanted = chosen or name
     if not chosen and name not in arrays and len(arrays) == 1:
-        return next(iter(arrays.values()))
+        return _only(arrays, file)
     if wanted not in arrays:
         raise DataError(
             f"{file} has no array {wanted!r}, but {', '.join(arrays)}; "
@@ -46,17 +44,12 @@ def load_array(source: str, name: str, folder: Path) -> np.ndarray:
     return arrays[wanted]
 
 
-def _read_numpy(file: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {str(key): loaded[key] for key in loaded.files}
-    # OSError, EOFError, ValueError or BadZipFile, as the damage is.
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} cannot be read as NumPy arrays: {error}") from error
-
-
 def _read_netcdf(file: Path) -> dict[str, np.ndarray]:
-    return {str(key): value.values for key, value in read_dataset(file).data_vars.items()}
+    dataset = read_dataset(file).transpose("sample", ..., missing_dims="ignore")
+    return {str(key): value.values for key, value in dataset.data_vars.items()}
+
+
+def _only(arrays: dict[str, np.ndarray], file: Path) -> np.ndarray:
+    if len(arrays) != 1:
+        raise DataError(f"{file} holds {len(arrays)} arrays: is it a file .npz?")
+    return next(iter(arrays.values()))

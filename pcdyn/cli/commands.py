@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcdyn.checks import check_size, checked_integer, checked_number
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
@@ -31,9 +33,11 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     from pcdyn.storage import to_xarray
 
     integrator = _integrator(options)
-    if options.times < 2:
-        raise TimesError(f"--times must be at least 2, the start and the end, got {options.times}")
+    checked_integer(options.times, "--times", at_least=2, at_most=2**31 - 1, error=TimesError)
     problem = build_problem(settings)
+    samples = math.prod(problem.batch_shape)
+    state = problem.dtype.itemsize * samples * sum(problem.network.widths)
+    check_size(2 * state * options.times, f"a trajectory of {options.times} times")
     trajectory = simulate(
         problem,
         t1=options.t1,
@@ -104,7 +108,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
         initial=options.initial,
         tolerance=options.tolerance,
     )
-    residual, tolerance = float(np.max(found.residual_norms)), float(found.tolerance)
+    residual, tolerance = (float(np.max(x)) for x in (found.residual_norms, found.tolerance))
     statuses = counts(found.status)
     free_energy = float(np.mean(found.free_energy))
     summary = [
@@ -142,8 +146,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     from pcdyn.compare import compare
     from pcdyn.comparison import ERROR_METRICS
 
-    if not 0 < options.error < float("inf"):
-        raise InputError(f"--error must be positive and finite, got {options.error:g}")
+    checked_number(options.error, "--error", above=0)
     problem = build_problem(settings)
     comparison = compare(
         options.integrators,
@@ -178,7 +181,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         record=record,
         dataset=lambda: _with_problem(comparison.to_xarray(), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
-        write_table=comparison.to_csv,
+        table=comparison.to_csv,
     )
 
 

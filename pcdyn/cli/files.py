@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcdyn.cli.options import OutputOptions
 from pcdyn.errors import DataError
-from pcdyn.files import write_atomically
-from pcdyn.storage import write_dataset
+from pcdyn.files import check_writable, write_all
+from pcdyn.netcdf import netcdf_bytes
 
 if TYPE_CHECKING:
     import xarray
@@ -29,7 +30,7 @@ class Result:
     record: dict[str, Any]
     dataset: Callable[[], xarray.Dataset]
     draw: Callable[[], Any]
-    write_table: Callable[[Path], None] | None = None
+    table: Callable[[], str] | None = None
     failure: str | None = None
 
 
@@ -46,14 +47,15 @@ def targets(options: OutputOptions, command: str) -> tuple[Path, ...]:
         if options.out.exists() and not options.out.is_dir():
             raise DataError(f"{options.out} is not a folder: give another --out")
         files += [options.out / f"{command}{suffix}" for suffix in (".nc", ".png", *tables)]
+        existing = next(each for each in (options.out, *options.out.parents) if each.is_dir())
+        check_writable(existing / "any")
     named = (("--data", options.data, (".nc", *tables)), ("--picture", options.picture, _PICTURES))
     for flag, file, suffixes in named:
         if file is None:
             continue
         if file.suffix not in suffixes:
             raise DataError(f"{flag} writes {' or '.join(suffixes)}, not {file}")
-        if not file.parent.is_dir():
-            raise DataError(f"cannot write {file}: create the folder {file.parent} first")
+        check_writable(file)
         files.append(file)
     for file in files:
         if file.exists() and not options.overwrite:
@@ -61,15 +63,29 @@ def targets(options: OutputOptions, command: str) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def write(result: Result, files: tuple[Path, ...], options: OutputOptions) -> None:
-    """Write each file at once or not at all; the folder of `--out` is made if it does not exist."""
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        if file.suffix == ".nc":
-            write_dataset(result.dataset(), file)
-        elif file.suffix == ".csv" and result.write_table is not None:
-            result.write_table(file)
-        else:
-            figure = result.draw()
-            write_atomically(file, lambda partial, figure=figure: figure.savefig(partial))
+def contents(result: Result, files: tuple[Path, ...]) -> dict[Path, bytes]:
+    """What each file is to hold."""
+    return {file: _content(result, file) for file in files}
+
+
+def _content(result: Result, file: Path) -> bytes:
+    if file.suffix == ".nc":
+        return netcdf_bytes(result.dataset())
+    if file.suffix == ".csv" and result.table is not None:
+        return result.table().encode()
+    memory = io.BytesIO()
+    result.draw().savefig(memory, format=file.suffix[1:])
+    return memory.getvalue()
+
+
+def write(ready: dict[Path, bytes], options: OutputOptions) -> None:
+    """Write all files or none; the folder of `--out` is made if it does not exist."""
+    made = options.out is not None and not options.out.exists()
+    if made:
+        options.out.mkdir(parents=True)
+    try:
+        write_all(ready, replace=options.overwrite)
+    except BaseException:
+        if made:
+            options.out.rmdir()
+        raise

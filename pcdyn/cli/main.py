@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import os
 import sys
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pcdyn import interrupts
 from pcdyn.cli.options import Command, Verify
 from pcdyn.cli.parser import parse
+
+if TYPE_CHECKING:
+    from pcdyn.cli.files import Result
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def run() -> None:
     """The command `pcdyn`: run and leave with the exit code."""
+    codecs.register_error("pcdyn", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # there is none where it was closed
+            stream.reconfigure(errors="pcdyn")
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == INTERRUPTED:
-        # The computation that was interrupted still runs in its thread.
-        os._exit(code)
-    sys.exit(code)
+    # At once: a computation that was interrupted still runs in its thread.
+    os._exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,9 +43,24 @@ def main(arguments: list[str] | None = None) -> int:
     than the one on record), 2 for bad input, 130 after Ctrl-C. JAX's settings are as before when it
     returns.
     """
+    try:
+        code = _code(sys.argv[1:] if arguments is None else arguments)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        return _fail(str(error), BAD_INPUT)
+
+
+def _code(arguments: list[str]) -> int:
     from pcdyn.errors import InputError, PcdynError
 
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
         import pcdyn
 
@@ -49,21 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
         return DONE if failure is None else _fail(failure, FAILED)
     except SystemExit as leaving:  # tyro has printed help, or what is wrong with the arguments
         return leaving.code if isinstance(leaving.code, int) else BAD_INPUT
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
     except PcdynError as error:
         return _fail(str(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
-    except BrokenPipeError:  # the reader of the output, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except OSError as error:
-        return _fail(str(error), BAD_INPUT)
 
 
 def _run(command: Command) -> str | None:
     """Execute, write and print; why it failed although there are results, if it did."""
     from pcdyn.cli.commands import COMMANDS
-    from pcdyn.cli.files import targets, write
+    from pcdyn.cli.files import contents, targets, write
     from pcdyn.cli.network import settings_of
     from pcdyn.cli.report import as_json
 
@@ -71,10 +87,17 @@ def _run(command: Command) -> str | None:
     options = command.output
     files = targets(options, name)
     settings = {} if isinstance(command, Verify) else settings_of(command.network)
+
+    def work() -> tuple[Result, dict[Path, bytes]]:
+        result = execute(command, settings)
+        return result, contents(result, files)
+
     with _float64(not settings.get("float32", False)):
-        shows = not (options.json or options.quiet) and sys.stderr.isatty()
-        result = _waiting_for(lambda: execute(command, settings), name, shows)
-        write(result, files, options)
+        shows = not (options.json or options.quiet) and sys.stderr is not None
+        result, ready = _waiting_for(work, name, shows and sys.stderr.isatty())
+    if files:
+        write(ready, options)
+        interrupts.ignore()
     if options.json:
         record = {"command": name, **result.record, "files": [str(file) for file in files]}
         print(json.dumps(as_json(record), allow_nan=False))
@@ -138,5 +161,21 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+_ASCII = str.maketrans({"→": "->", "−": "-", "–": "-", "≤": "<=", "≥": ">=", "±": "+-", "∞": "inf"})
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What an encoding lacks, in letters that all have: `ℒ` is L, and a `?` stands for the rest."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_ASCII)
+    plain = "".join(
+        unicodedata.normalize("NFKD", each).encode("ascii", "ignore").decode() or "?"
+        for each in lacking
+    )
+    return plain, error.end

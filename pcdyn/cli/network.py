@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from pcdyn.checks import check_size, checked_integer, checked_number
 from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import DataError, InputError
+from pcdyn.files import read_bytes
 from pcdyn.generalised_energy import named_energy
 from pcdyn.network import Network, mlp
 from pcdyn.problem import InferenceProblem
@@ -55,9 +57,9 @@ def build_problem(settings: Settings) -> InferenceProblem:
     Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`. Raises `InputError` and its kinds
     for what does not fit, each naming what and where.
     """
-    saved = load_problem(settings["network"]) if "network" in settings else None
-    seed, dtype = settings.get("seed", 0), jnp.float32 if settings.get("float32") else None
-    key = jr.key(seed)
+    dtype = jnp.float32 if settings.get("float32") else None
+    saved = load_problem(settings["network"], dtype=dtype) if "network" in settings else None
+    key = _key(settings)
     network = _new_network(settings, key, dtype) if saved is None else saved.network
     input, output = _clamped(settings, network, saved, key)
     energy = None if saved is None else saved.energy
@@ -78,10 +80,19 @@ def build_problem(settings: Settings) -> InferenceProblem:
     )
 
 
+def _key(settings: Settings) -> Any:
+    # JAX takes only the last 32 bits where float64 is off, and no more than 64 otherwise.
+    least, most = (-(2**31), 2**32 - 1) if settings.get("float32") else (-(2**63), 2**63 - 1)
+    seed = settings.get("seed", 0)
+    if not least <= seed <= most:
+        raise InputError(f"--seed must be an integer from {least} to {most}")
+    return jr.key(seed)
+
+
 def _new_network(settings: Settings, key: Any, dtype: Any) -> Network:
     std = settings.get("bias")
-    if std is not None and not 0 <= std < float("inf"):
-        raise InputError(f"the standard deviation of biases must not be negative, got {std}")
+    if std is not None:
+        std = checked_number(std, "the standard deviation of biases", at_least=0)
     network = mlp(
         settings.get("widths", (5, 5, 5)),
         activation=settings.get("activation", "tanh"),
@@ -117,8 +128,10 @@ def _clamped(
             data[name] = load_array(source, name, Path())
     given = [np.shape(values)[:-1] for values in data.values() if values is not None]
     batch = settings.get("batch")
-    if batch is not None and batch < 1:
-        raise InputError(f"the batch needs at least one sample, got {batch}")
+    if batch is not None:
+        checked_integer(batch, "--batch", at_least=1, at_most=2**31 - 1)
+        size = network.dtype.itemsize * batch * sum(network.widths)
+        check_size(size, f"a batch of {batch} samples")
     if batch is not None and given and given[0] != (batch,):
         raise InputError(
             f"a batch of {batch} contradicts data of shape {(*given[0], '…')}: leave --batch out"
@@ -149,7 +162,7 @@ def _precisions(given: Any) -> Any:
     if given is None:
         return None
     if isinstance(given, int | float):
-        return float(given)
+        return _as_numbers(given)
     if len(given) == 1:
         return _as_numbers(given[0])
     return [_as_numbers(each) for each in given]
@@ -158,9 +171,9 @@ def _precisions(given: Any) -> Any:
 def _as_numbers(precision: Any) -> Any:
     try:
         return np.asarray(precision, dtype=float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"precision {precision} is neither a number, a vector nor a matrix"
+            f"precision {repr(precision)[:60]} is neither a number, a vector nor a matrix"
         ) from error
 
 
@@ -201,11 +214,17 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _read_toml(path: Path) -> Settings:
+    content = read_bytes(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+        # Windows' editors begin a text with a byte order mark.
+        document = tomllib.loads(content.decode("utf-8-sig"))
+        repr(document)  # which Python refuses for thousands of hexadecimal digits
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not in UTF-8 ({error}): save it as UTF-8, which editors call an encoding"
+        ) from error
+    # Among them numbers of thousands of digits, and lists within lists without end.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid TOML: {error}") from error
     for name in document:
         if name != "network":
@@ -223,7 +242,7 @@ def _read_toml(path: Path) -> Settings:
             raise DataError(f"{path}: unknown key {name!r} in [network]; {hint}")
         fits, expected = _KINDS[name]
         if not fits(value):
-            raise DataError(f"{path}: {name} must be {expected}, got {value!r}")
+            raise DataError(f"{path}: {name} must be {expected}, got {value!r:.60}")
     # Data stand beside the file that names them, wherever the command is run.
     beside = {
         name: str(path.parent / table[name])

@@ -11,8 +11,8 @@ from pcdyn.cli.options import Command, Compare, Equilibrium, Simulate, Stability
 _DESCRIPTION = """Predictive coding networks as continuous-time dynamical systems.
 
 Time is in units of the activity time constant. Exit codes: 0 done, 1 the run failed, 2 bad
-input, 130 interrupted. `pcdyn COMMAND --help` explains each command, `pcdyn --version` prints the
-version."""
+input, 130 interrupted, 143 terminated. `pcdyn COMMAND --help` explains each command, `pcdyn
+--version` prints the version."""
 
 _SIMULATE = """Integrate inference, dx/dt = -dF/dx, from t = 0 to t1.
 

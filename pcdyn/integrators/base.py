@@ -10,8 +10,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pcdyn.checks import checked_number
 from pcdyn.errors import IntegratorError, ToleranceError
-from pcdyn.problem import Problem, State
+from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.scales import resting_tolerance, smallest_precision
+from pcdyn.stacked import StackedProblem, norms_of
 from pcdyn.states import layer_norms
 
 
@@ -29,45 +32,73 @@ class Flow(eqx.Module):
         """dx/dt at `state`; the flow does not depend on time."""
         return self.problem.vector_field(state, self.first_prediction)
 
+    def norms(self, state: State) -> Array:
+        """‖dx_l/dt‖ of each free layer at `state`, per sample."""
+        return norms_of(self.problem, self(0.0, state))
+
 
 class UntilEquilibrium(eqx.Module):
     """Stop when ‖dx_l/dt‖ of every free layer and sample is at most `tolerance`.
 
-    The norm is Euclidean, absolute and per layer: a large clamped value or a large activity does
-    not loosen it. Nothing stops before `minimum_time`. Unless a tolerance is given it is 1e-6 in
-    float64 and 1e-3 in float32, which suits precisions and time constants of order 1: where
-    precisions are tiny or time constants huge the field is small everywhere, and the tolerance
-    must be smaller in proportion.
+    The norm is Euclidean and per layer. Nothing stops before `minimum_time`. A given tolerance is
+    absolute. Unless given it is 1e-6 in float64 and 1e-3 in float32 times the scale of each sample,
+    as for `pcdyn.equilibrium` but over the largest time constant; where weights or precisions move
+    as well, times the largest ‖dx_l/dt‖ at the start if that is below 1.
     """
 
     tolerance: Any = None
     minimum_time: Any = 0.0
 
     def __check_init__(self) -> None:
-        if self.tolerance is not None and not (0 < self.tolerance < math.inf):
-            raise ToleranceError(f"tolerance must be positive and finite, got {self.tolerance}")
-        if not 0 <= self.minimum_time < math.inf:
-            raise ToleranceError(f"minimum_time must not be negative, got {self.minimum_time}")
-
-    def resolved(self, dtype: Any) -> UntilEquilibrium:
-        """The same with the tolerance filled in for a problem of this dtype."""
         if self.tolerance is not None:
-            return self
-        return UntilEquilibrium(1e-6 if dtype == jnp.float64 else 1e-3, self.minimum_time)
+            checked_number(self.tolerance, "tolerance", above=0, error=ToleranceError)
+        checked_number(self.minimum_time, "minimum_time", at_least=0, error=ToleranceError)
 
-    def reached(self, t: Any, field: State) -> Array:
-        """Whether to stop at time t, one boolean for all samples."""
-        norms = layer_norms(field)
-        tolerance, minimum = (
-            jnp.asarray(x, norms.dtype) for x in (self.tolerance, self.minimum_time)
-        )
-        return (t >= minimum) & jnp.all(norms <= tolerance)
+    def resolved(self, problem: Problem, start: State) -> UntilEquilibrium:
+        """The same with the tolerance filled in, one for each sample of a batch."""
+        relative = 1e-6 if problem.dtype == jnp.float64 else 1e-3
+        tolerance = self.tolerance
+        if tolerance is None:
+            tolerance = _resting_field(problem, start, jnp.asarray(relative, problem.dtype))
+        return self.with_tolerance(tolerance)
+
+    def with_tolerance(self, tolerance: Any) -> UntilEquilibrium:
+        """The same with another tolerance, one number or one per sample, which may be traced."""
+        return eqx.tree_at(lambda u: u.tolerance, self, tolerance, is_leaf=lambda x: x is None)
+
+    def reached(self, t: Any, norms: Any) -> Array:
+        """Whether to stop at time t, by the `Flow.norms` there: one boolean for all samples."""
+        return (t >= jnp.asarray(self.minimum_time, norms.dtype)) & self.rests(norms)
+
+    def rests(self, norms: Any) -> Array:
+        """Whether the field of every sample is within the tolerance, one boolean for all."""
+        tolerance = jnp.asarray(self.tolerance, norms.dtype)
+        return jnp.all(norms <= jnp.broadcast_to(tolerance[..., None], norms.shape))
+
+
+@eqx.filter_jit
+def _resting_field(problem: Problem, start: State, relative: Any) -> Any:
+    """What ‖dx_l/dt‖ is to be, per sample."""
+    if isinstance(problem, InferenceProblem):
+        return resting_tolerance(problem, start, relative) / _slowest_time(problem)
+    largest = jnp.minimum(1, jnp.max(layer_norms(Flow(problem)(0.0, start))))
+    return jnp.maximum(relative * largest, jnp.finfo(problem.dtype).tiny)
+
+
+def _slowest_time(problem: InferenceProblem | StackedProblem) -> Any:
+    """The largest time constant of a free layer."""
+    if isinstance(problem, StackedProblem) and problem.time_constants is not None:
+        return jnp.max(problem.time_constants)
+    if problem.time_constants is None:
+        return jnp.ones((), problem.dtype)
+    return jnp.max(jnp.stack([problem.time_constants[index] for index in problem.free_layers]))
 
 
 class Request(eqx.Module):
     """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
 
-    It stops before t1 where `until` says so, and keeps dense output if `dense`.
+    It stops before t1 where `until` says so, and keeps dense output if `dense`. On the host it
+    stops at `deadline`, in seconds of `time.monotonic`.
     """
 
     problem: Problem
@@ -76,6 +107,7 @@ class Request(eqx.Module):
     t1: Any
     until: UntilEquilibrium | None
     dense: bool = eqx.field(static=True)
+    deadline: Any = math.inf
 
 
 class Integration(eqx.Module):
@@ -136,26 +168,35 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
     if until is not None:
         # An explicit method hovers where its own error control lets it; a hundredth of the
         # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
-        activities = request.problem.activities(request.state)
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+        largest = largest_activity(request)
         floor = 20 * float(jnp.finfo(dtype).eps)
-        wanted = jnp.asarray(until.tolerance, dtype) / 100
-        default_rtol = jnp.clip(wanted / jnp.maximum(largest, 1), floor, default_rtol)
+        # From the field to the way that is left, by the slowest rate that precisions allow for.
+        rate = jnp.ones((), dtype)
+        if isinstance(request.problem, InferenceProblem | StackedProblem):
+            slowest = smallest_precision(request.problem) / _slowest_time(request.problem)
+            rate = jnp.where(jnp.isfinite(slowest), slowest, 1)
+        wanted = jnp.min(jnp.asarray(until.tolerance, dtype)) / rate / 100
+        default_rtol = jnp.clip(wanted / largest, floor, default_rtol)
         default_atol = jnp.minimum(default_atol, wanted)
     return (default_rtol if rtol is None else rtol, default_atol if atol is None else atol)
 
 
-def check_step(name: str, dt: float) -> None:
+def largest_activity(request: Request) -> Array:
+    """The largest absolute activity at the start, clamped ones included."""
+    activities = request.problem.activities(request.state)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+
+
+def check_step(name: str, dt: Any) -> None:
     """Raise `IntegratorError` unless a fixed step is positive and finite."""
-    if not 0 < dt < math.inf:
-        raise IntegratorError(f"{name} needs a positive and finite step, got dt={dt}")
+    checked_number(dt, f"{name}: dt, the step,", above=0, error=IntegratorError)
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: Any = None) -> None:
     """Raise `ToleranceError` for tolerances that are not positive or too fine for the dtype."""
     for label, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not 0 < value < math.inf:
-            raise ToleranceError(f"{name}: {label} must be positive and finite, got {value}")
+        if value is not None:
+            checked_number(value, f"{name}: {label}", above=0, error=ToleranceError)
     if dtype is not None and rtol is not None and rtol < 10 * jnp.finfo(dtype).eps:
         hint = (
             ' or switch on float64 with jax.config.update("jax_enable_x64", True) and build the '
@@ -164,6 +205,6 @@ def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: A
             else ""
         )
         raise ToleranceError(
-            f"{name}: rtol={rtol:g} is finer than {jnp.dtype(dtype).name} can resolve "
+            f"{name}: rtol={float(rtol):g} is finer than {jnp.dtype(dtype).name} can resolve "
             f"(10 eps = {10 * float(jnp.finfo(dtype).eps):.1e}); loosen it{hint}"
         )

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pcdyn.checks import check_instance, checked_integer
 from pcdyn.errors import IntegratorError, Status
+from pcdyn.functions import Name
 from pcdyn.integrators.base import (
     Flow,
     Integration,
@@ -19,9 +22,12 @@ from pcdyn.integrators.base import (
     check_step,
     check_tolerances,
     default_tolerances,
+    largest_activity,
 )
+from pcdyn.integrators.forward_mode import forward_only
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 
 if TYPE_CHECKING:
     import diffrax
@@ -89,7 +95,9 @@ class Diffrax(Integrator):
         max_steps: int = 2**14,
         fallback: str | None = "LSODA",
     ):
-        if isinstance(solver, str) and solver not in _SOLVERS:
+        if not isinstance(solver, str):
+            check_solver(solver)
+        elif solver not in _SOLVERS:
             raise IntegratorError(
                 f"unknown diffrax solver {solver!r}; known names are {', '.join(_SOLVERS)}, or "
                 "pass a diffrax solver"
@@ -99,19 +107,23 @@ class Diffrax(Integrator):
             raise IntegratorError(f"Diffrax would ignore rtol and atol next to {chosen}")
         if dt is not None and controller is not None:
             raise IntegratorError("Diffrax takes a fixed step dt or a controller, not both")
-        if max_steps < 1:
-            raise IntegratorError(f"max_steps must be positive, got {max_steps}")
+        max_steps = checked_integer(max_steps, "max_steps", at_least=1, error=IntegratorError)
+        if controller is not None:
+            check_controller(controller)
         check_tolerances("Diffrax", rtol, atol)
         if fallback is not None:
-            SciPy(fallback)
+            SciPy(fallback)  # refuses an unknown one
         if dt is not None:
             check_step("Diffrax", dt)
-        self.solver, self.rtol, self.atol, self.dt = solver, rtol, atol, dt
+        self.solver = Name(solver) if isinstance(solver, str) else solver
+        self.rtol, self.atol, self.dt = rtol, atol, dt
         self.controller, self.max_steps, self.fallback = controller, max_steps, fallback
 
     @property
     def name(self) -> str:
-        label = self.solver if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        label = (
+            str(self.solver) if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        )
         return label if self.dt is None else f"{label} with fixed step"
 
     @property
@@ -161,30 +173,50 @@ class Diffrax(Integrator):
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         if self.solver == "rodas5p":
-            return Rodas5P(problem if isinstance(problem, InferenceProblem) else None)
+            known = isinstance(problem, InferenceProblem | StackedProblem)
+            return Rodas5P(problem if known else None)
         if not isinstance(self.solver, str):
             return _with_structure(self.solver, problem)
         solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
-        if self.dt is not None and _is_implicit(solver):
-            # A fixed step has no tolerances from which the root finder could take its own, and
-            # diffrax's chord method gives up where it cannot ask for a smaller step.
-            from optimistix import Newton
+        fixed = self.dt is not None and _is_implicit(solver)
+        if fixed or self.solver == "implicit_euler":
+            from optimistix import Chord, Newton
 
-            solver = dataclasses.replace(solver, root_finder=Newton(rtol=1e-10, atol=1e-12))
+            # The chord method gives up where it cannot ask for a smaller step. Cauchy's criterion
+            # asks for residuals that round-off does not let a stiff field have.
+            kind = diffrax.with_stepsize_controller_tols(Newton if fixed else Chord)
+            solver = dataclasses.replace(solver, root_finder=kind(cauchy_termination=False))
         return _with_structure(solver, problem)
+
+    def _root_tolerances(self, request: Request) -> tuple[Any, Any]:
+        """Relative and absolute tolerance of an implicit step's root finder.
+
+        Those of the step size; for a fixed step √eps, for Newton's method converges quadratically:
+        a correction of √eps leaves an error of eps.
+        """
+        import diffrax
+
+        if isinstance(self.controller, diffrax.AbstractAdaptiveStepSizeController):
+            return self.controller.rtol, self.controller.atol
+        if self.dt is None and self.controller is None:
+            return default_tolerances(self.rtol, self.atol, request)
+        return float(jnp.finfo(request.problem.dtype).eps) ** 0.5, 0.0
 
     def integrate(self, request: Request) -> Integration:
         problem, state, until = request.problem, request.state, request.until
         import diffrax
 
-        flow, solver = Flow(problem), self._solver(problem)
+        flow = Flow(problem)
+        solver = _with_root_tolerances(
+            self._solver(problem), request, *self._root_tolerances(request)
+        )
         # Time has the dtype of the state, for their products are added to it.
         dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
         event = None
         if until is not None:
-            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow(t, y)))
+            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow.norms(y)))
         saveat = diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,
@@ -209,12 +241,12 @@ class Diffrax(Integrator):
         end_time, status = cast(Any, solution.ts)[1][0], _status(solution.result)
         if until is not None:
             # diffrax saves nothing where the event has already happened at the start.
-            at_rest = until.reached(0.0, flow(0.0, state))
+            at_rest = until.reached(0.0, flow.norms(state))
             states, end_state = jax.tree.map(
                 lambda saved, x: jnp.where(at_rest, x, saved), (states, end_state), (state, state)
             )
             end_time = jnp.where(at_rest, 0, end_time)
-        return Integration(
+        run = Integration(
             states=states,
             end_time=end_time,
             end_state=end_state,
@@ -225,6 +257,7 @@ class Diffrax(Integrator):
             rejected_steps=solution.stats["num_rejected_steps"],
             interpolation=_Interpolation(solution.interpolation) if request.dense else None,
         )
+        return forward_only(run, self.name)
 
     def _controller(self, request: Request, t1: Any) -> Any:
         import diffrax
@@ -259,6 +292,28 @@ class Diffrax(Integrator):
         return (stages - reused) * steps + reused + tests
 
 
+def check_solver(solver: Any) -> None:
+    """Raise `IntegratorError` for what is no diffrax solver, or one that no gradient flow suits."""
+    import diffrax
+
+    wanted = 'a name such as "tsit5", or a diffrax solver'
+    check_instance(solver, "solver", diffrax.AbstractSolver, wanted, error=IntegratorError)
+    if solver.term_structure is not diffrax.AbstractTerm:
+        raise IntegratorError(
+            f"{type(solver).__name__} is for several vector fields at once (implicit-explicit, "
+            "symplectic, stochastic …), but the flow has one: choose another, such as "
+            "diffrax.Tsit5() or diffrax.Kvaerno5()"
+        )
+
+
+def check_controller(controller: Any) -> None:
+    """Raise `IntegratorError` for what is no diffrax step size controller."""
+    import diffrax
+
+    kind, wanted = diffrax.AbstractStepSizeController, "a diffrax step size controller"
+    check_instance(controller, "controller", kind, wanted, error=IntegratorError)
+
+
 class _Interpolation(eqx.Module):
     """diffrax's dense output as a function of time."""
 
@@ -283,7 +338,7 @@ def solver_class(solver: Any) -> type | None:
     """The diffrax class of a solver or of its name; `None` for anything else."""
     import diffrax
 
-    if solver == "rodas5p":
+    if isinstance(solver, str) and solver == "rodas5p":
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         return Rodas5P
@@ -299,15 +354,52 @@ def _with_structure(solver: Any, problem: Problem) -> Any:
     """
     from lineax import AutoLinearSolver
 
-    if not (_is_implicit(solver) and isinstance(problem, InferenceProblem)):
+    known = isinstance(problem, InferenceProblem | StackedProblem)
+    if not (_is_implicit(solver) and known):
         return solver
     finder = solver.root_finder
     if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
         return solver
     from pcdyn.integrators.structured import ChainSolver, free_time_constants
 
-    chosen = ChainSolver(free_time_constants(problem))
+    widths = problem.free_widths if isinstance(problem, StackedProblem) else None
+    chosen = ChainSolver(free_time_constants(problem), widths)
     finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
+    return dataclasses.replace(solver, root_finder=finder)
+
+
+# Hairer & Wanner (Solving ODEs II, IV.8) stop at a hundredth to a tenth of the tolerance. Below it
+# round-off of a stiff field can keep corrections from shrinking, in float32 below the tolerance.
+_SMALL_CORRECTION = 0.1
+_SMALL_CORRECTION_SINGLE = 1.0
+
+
+def _with_root_tolerances(solver: Any, request: Request, rtol: Any, atol: Any) -> Any:
+    """An implicit solver whose root finder measures corrections by the size of the activities.
+
+    The unknowns of an implicit step are increments of the state, which vanish at equilibrium: an
+    error relative to them is finer than the field is known in, the finer the stiffer. A root finder
+    with tolerances of its own keeps them.
+    """
+    from optimistix import max_norm
+
+    if not _is_implicit(solver):
+        return solver
+    finder = solver.root_finder
+    # diffrax marks what it would fill in from the step size controller by one object.
+    if isinstance(getattr(finder, "rtol", 0.0), float | int | np.ndarray | jax.Array):
+        return solver
+    dtype = request.problem.dtype
+    scale = largest_activity(request)
+    tolerances = jnp.asarray(rtol, dtype), jnp.asarray(atol + rtol * scale, dtype)
+    small = _SMALL_CORRECTION if dtype == jnp.float64 else _SMALL_CORRECTION_SINGLE
+
+    def correction_norm(correction: Any) -> Any:
+        """The largest entry, or zero, which ends the iteration, where that is small."""
+        norm = max_norm(correction)
+        return jnp.where(norm < small, 0, norm)
+
+    finder = eqx.tree_at(lambda f: (f.rtol, f.atol, f.norm), finder, (*tolerances, correction_norm))
     return dataclasses.replace(solver, root_finder=finder)
 
 

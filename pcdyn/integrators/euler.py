@@ -16,6 +16,7 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
 )
+from pcdyn.integrators.forward_mode import forward_only
 from pcdyn.problem import Problem, State
 from pcdyn.states import all_finite
 
@@ -63,7 +64,7 @@ class Euler(Integrator):
         def finished(step: Any, state: State) -> Any:
             if until is None:
                 return jnp.asarray(False)
-            return until.reached(jnp.asarray(step, dtype) * dt, flow(0.0, state))
+            return until.reached(jnp.asarray(step, dtype) * dt, flow.norms(state))
 
         def advance(carry: Any, stop: Any) -> Any:
             def proceed(carry: Any) -> Any:
@@ -103,4 +104,5 @@ class Euler(Integrator):
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
         evaluations = step + tests + jnp.sum(fraction > 0)
-        return Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
+        run = Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
+        return forward_only(run, self.name)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.integrators.structured import free_time_constants, sample_hessians
+from pcdyn.integrators.structured import PaddedChain, free_time_constants, sample_hessians
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.stacked import StackedProblem
 
 
 class ChainPattern:
@@ -70,3 +72,14 @@ def chain_entries(problem: InferenceProblem, state: State) -> Array:
     ]
     flat = [block.reshape(*block.shape[:-2], -1) for block in blocks]
     return jnp.concatenate(flat, axis=-1).reshape(-1)
+
+
+@eqx.filter_jit
+def deep_entries(problem: StackedProblem, state: State) -> Array:
+    """As `chain_entries`, from products with the Jacobian."""
+    first = problem.first_prediction()
+    _, product = jax.linearize(lambda x: problem.vector_field((x,), first)[0], state[0])
+    chain = PaddedChain(problem.free_widths)
+    matrix = chain.blocks(product, state[0], symmetric=False)
+    flat = [x.reshape(*x.shape[:-3], -1) for x in (matrix.diagonal, matrix.upper, matrix.lower)]
+    return jnp.concatenate(flat, axis=-1)[..., chain.entries].reshape(-1)

@@ -12,12 +12,14 @@ import lineax as lx
 import numpy as np
 
 from pcdyn.integrators.structured import (
+    PaddedChain,
     factorise,
     free_time_constants,
     sample_hessians,
     shifted,
 )
 from pcdyn.problem import InferenceProblem
+from pcdyn.stacked import StackedProblem
 
 _GAMMA = 0.21193756319429014
 # Row i: the weights of the increments 1 … i−1 in the state of stage i. Stages 7 and 8 and the
@@ -92,7 +94,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     the Julia Differential Equations package, BIT Numerical Mathematics 63:27, 2023.
     """
 
-    problem: InferenceProblem | None = None
+    problem: InferenceProblem | StackedProblem | None = None
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = QuarticInterpolation
@@ -138,6 +140,13 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
 
     def _stage_solver(self, field: Any, y0: Any, scaled_dt: Any) -> Callable[[Any], Any]:
         """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
+        if isinstance(self.problem, StackedProblem):
+            (tau,), (x,) = free_time_constants(self.problem), y0
+            chain = PaddedChain(self.problem.free_widths)
+            tau = jnp.broadcast_to(tau, x.shape)
+            _, product = jax.linearize(lambda x: field((x,))[0], x)
+            factors = chain.factorise(chain.blocks(lambda v: tau * (v / scaled_dt - product(v)), x))
+            return lambda rhs: factors.solve((tau * rhs[0],))
         if self.problem is not None:
             taus = free_time_constants(self.problem)
             matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)

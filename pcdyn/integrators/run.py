@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.errors import Status
-from pcdyn.integrators.base import Integration, Integrator, Request
+from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
+from pcdyn.integrators.base import Integration, Integrator, Request, default_tolerances
 from pcdyn.integrators.diffrax import Diffrax
+from pcdyn.integrators.scipy import SciPy
+from pcdyn.integrators.sliding import rounded
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 from pcdyn.states import choose
+
+_GAVE_UP = (Status.MAX_STEPS, Status.STEP_TOO_SMALL, Status.SOLVER_FAILED)
 
 
 def integrate(method: Integrator, request: Request, per_sample: bool) -> Integration:
@@ -23,26 +28,37 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(input: Array | None, output: Array | None, state: State) -> Integration:
-        return _checked_run(method, _with_data(request, input, output, state))
+    def one(input: Array | None, output: Array | None, state: State, goal: Any) -> Integration:
+        return _checked_run(method, _with_data(request, input, output, state, goal))
 
     problem = request.problem
-    assert isinstance(problem, InferenceProblem), "others have no samples"
-    return _batch_of(eqx.filter_vmap(one)(problem.input, problem.output, request.state))
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    data = (problem.input, problem.output, request.state, _goals(request))
+    return _batch_of(eqx.filter_vmap(one)(*data))
 
 
 def _with_data(
-    request: Request, input: Array | None, output: Array | None, state: State
+    request: Request, input: Array | None, output: Array | None, state: State, goal: Any
 ) -> Request:
-    assert isinstance(request.problem, InferenceProblem), "others have no samples"
-    problem = request.problem.with_data(input, output)
-    return dataclasses.replace(request, problem=problem, state=state)
+    problem = request.problem
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    problem = problem.with_data(input, output)
+    until = None if request.until is None else request.until.with_tolerance(goal)
+    return dataclasses.replace(request, problem=problem, state=state, until=until)
+
+
+def _goals(request: Request) -> Any:
+    """The tolerance of each sample at which to stop."""
+    if request.until is None:
+        return None
+    return jnp.broadcast_to(request.until.tolerance, request.state[0].shape[:1])
 
 
 def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
-    assert isinstance(request.problem, InferenceProblem), "others have no samples"
-    data = (request.problem.input, request.problem.output, request.state)
+    problem = request.problem
+    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
+    data = (problem.input, problem.output, request.state, _goals(request))
     return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
 
 
@@ -165,33 +181,102 @@ def _unchecked_compiled(method: Integrator, request: Request) -> Integration:
 
 def integrate_with_fallback(
     method: Integrator, request: Request, per_sample: bool
-) -> tuple[Integration, str]:
+) -> tuple[Integration, str, Problem]:
     """Integrate on JAX's device or the host; the result is on the host.
 
-    Also returns why the fallback took over, or an empty string.
+    Also returns why the fallback took over, or an empty string, and the problem whose flow was
+    integrated: the given one, or where the fallback rounded them, that one with kinks rounded.
     """
+    problem = request.problem
     if not method.runs_in_jax:
-        return _integrate_on_host(method, request, per_sample), ""
+        return _integrate_on_host(method, request, per_sample), "", problem
+    run = _integrate_on_device(method, request, per_sample)
+    gave_up = np.isin(run.status, _GAVE_UP)
+    other = method.successor if isinstance(method, Diffrax) else None
+    if other is None or not gave_up.any():
+        return run, "", problem
+    reason = f"because {method.name} {_reason(run.status)}"
+    sliding = _sliding(method, other, request)
+    if sliding is None:
+        label = other.method
+        again = lambda request: _integrate_on_host(other, request, per_sample)  # noqa: E731
+    else:
+        follower, problem, width = sliding
+        request = dataclasses.replace(request, problem=problem)
+        label = f"{follower.name} with kinks rounded over {width:.1e}"
+        again = lambda request: _each_sample(follower, request, per_sample)  # noqa: E731
+    if not per_sample:
+        return again(request), f"{label}, {reason}", problem
+    samples = np.flatnonzero(gave_up)
+    replaced = _replace_samples(run, samples, again(_take(request, samples)))
+    shown = ", ".join(map(str, samples[:MOST_SAMPLES_NAMED]))
+    more = ", ..." if samples.size > MOST_SAMPLES_NAMED else ""
+    counted = f"{samples.size} of {run.status.size} samples: {shown}{more}"
+    return replaced, f"{label}, {reason} ({counted})", problem
+
+
+def _reason(status: Any) -> str:
+    if np.any(status == Status.MAX_STEPS):
+        return "ran out of steps"
+    if np.any(status == Status.STEP_TOO_SMALL):
+        return "could not step on"
+    return "found no root of an implicit step"
+
+
+def _sliding(
+    method: Diffrax, other: SciPy, request: Request
+) -> tuple[Diffrax, Problem, float] | None:
+    """What follows the flow along kinks, if there are any: an implicit method on rounded ones."""
+    rtol, _ = default_tolerances(other.rtol, other.atol, request)
+    found = rounded(request.problem, request.state, float(rtol))
+    if found is None:
+        return None
+    options = {"rtol": other.rtol, "atol": other.atol, "max_steps": method.max_steps}
+    return Diffrax("rodas5p", **options, fallback=None), *found
+
+
+def _integrate_on_device(method: Integrator, request: Request, per_sample: bool) -> Integration:
     # Not integers: those inside a diffrax solver bound its loops and must be known.
     arrays, numbers = _numbers_as_arrays((method, request), float)
     if per_sample:
-        run = on_host(_integrate_compiled(arrays, numbers, per_sample))
-    else:
-        # What `integrate` does, but checked on the host: that halves the time of compilation.
-        run = _finish_on_host(_unchecked_compiled(arrays, numbers), request)
-        if method.fixed_step is not None:
-            run = on_host(_with_stability_compiled(run, request.problem, request.state))
-    gave_up = np.isin(run.status, (Status.MAX_STEPS, Status.STEP_TOO_SMALL))
-    other = method.successor if isinstance(method, Diffrax) else None
-    if other is None or not gave_up.any():
-        return run, ""
-    why = "ran out of steps" if np.any(run.status == Status.MAX_STEPS) else "could not step on"
-    reason = f"{other.method}, because {method.name} {why}"
-    if not per_sample:
-        return _integrate_on_host(other, request, per_sample), reason
-    samples = np.flatnonzero(gave_up)
-    again = _integrate_on_host(other, _take(request, samples), per_sample)
-    return _replace_samples(run, samples, again), f"{reason} (samples {samples.tolist()})"
+        return on_host(_integrate_compiled(arrays, numbers, per_sample))
+    # What `integrate` does, but checked on the host: that halves the time of compilation.
+    run = _finish_on_host(_unchecked_compiled(arrays, numbers), request)
+    if method.fixed_step is not None:
+        run = on_host(_with_stability_compiled(run, request.problem, request.state))
+    return run
+
+
+def _each_sample(method: Integrator, request: Request, per_sample: bool) -> Integration:
+    """Every sample with steps of its own, for each has its kinks at other times; as one run."""
+    if request.state[0].ndim == 1:
+        return _integrate_on_device(method, request, False)
+    run = _integrate_on_device(method, request, True)
+    return run if per_sample else _joined(run, request)
+
+
+def _joined(run: Integration, request: Request) -> Integration:
+    """The run of a batch from the runs of its samples: up to the first failure, with total counts.
+
+    The saved times after that mean nothing; it ends at the last one before.
+    """
+    status = worst_status(run.status)
+    end_time, end_state = np.max(run.end_time), run.end_state
+    if not status.ok:
+        times = np.asarray(request.times)
+        first = np.min(np.asarray(run.end_time)[run.status > Status.CONVERGED])
+        rows = np.flatnonzero(times <= first)
+        end_time = times[rows[-1]] if rows.size else 0.0
+        end_state = tuple(x[rows[-1]] for x in run.states) if rows.size else request.state
+    counts = ("evaluations", "jacobian_evaluations", "accepted_steps", "rejected_steps")
+    totals = {name: getattr(run, name) for name in counts}
+    return dataclasses.replace(
+        run,
+        status=np.asarray(int(status)),
+        end_time=end_time,
+        end_state=on_host(end_state),
+        **{name: None if x is None else np.sum(x) for name, x in totals.items()},
+    )
 
 
 def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -> Integration:
@@ -204,6 +289,35 @@ def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -
 def _finish_on_host(run: Integration, request: Request) -> Integration:
     finished = _finish(_numbers_as_arrays(on_host(run)), request, np)
     return _with_held_ends(finished, request.state)
+
+
+class _Stacked(eqx.Module):
+    """Dense outputs of several samples, which differ in kind, as one function of time."""
+
+    interpolations: tuple[Any, ...]
+
+    def __call__(self, t: Any) -> State:
+        states = [each(t) for each in self.interpolations]
+        return tuple(np.stack(layer) for layer in zip(*states, strict=True))
+
+
+class _Replaced(eqx.Module):
+    """Dense output of a batch in which another one has taken over for some samples."""
+
+    interpolation: Any
+    again: Any
+    samples: np.ndarray
+
+    def __call__(self, t: Any) -> State:
+        return _with_rows(self.interpolation(t), self.again(t), self.samples, 0)
+
+
+def _with_rows(mine: State, theirs: State, samples: np.ndarray, axis: int) -> State:
+    """A state in which some samples, along an axis, are those of another."""
+    layers = tuple(np.array(x) for x in mine)
+    for layer, part in zip(layers, theirs, strict=True):
+        np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(np.asarray(part), axis, 0)
+    return layers
 
 
 def _stack(runs: list[Integration]) -> Integration:
@@ -228,24 +342,13 @@ def _stack(runs: list[Integration]) -> Integration:
         jacobian_evaluations=column("jacobian_evaluations"),
         accepted_steps=column("accepted_steps"),
         rejected_steps=column("rejected_steps"),
-        interpolation=lambda t: tuple(
-            jnp.stack(layer) for layer in zip(*[each(t) for each in interpolations], strict=True)
-        ),
+        interpolation=None if interpolations[0] is None else _Stacked(tuple(interpolations)),
         message=message,
     )
 
 
 def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) -> Integration:
     """`run` with some samples replaced by those of another integration."""
-
-    def replaced(mine: State, theirs: State, axis: int) -> State:
-        layers = tuple(np.array(x) for x in mine)
-        for layer, part in zip(layers, theirs, strict=True):
-            np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(part, axis, 0)
-        return layers
-
-    def interpolation(t: Any) -> State:
-        return replaced(run.interpolation(t), again.interpolation(t), 0)
 
     def merged(name: str) -> Any:
         mine, theirs = getattr(run, name), getattr(again, name)
@@ -255,12 +358,15 @@ def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) 
         values[samples] = theirs
         return values
 
+    interpolation = run.interpolation
+    if interpolation is not None:
+        interpolation = _Replaced(interpolation, again.interpolation, samples)
     names = ("end_time", "status", "evaluations", "jacobian_evaluations", "accepted_steps")
     return dataclasses.replace(
         run,
-        states=replaced(run.states, again.states, 1),
-        end_state=replaced(run.end_state, again.end_state, 0),
-        interpolation=None if run.interpolation is None else interpolation,
+        states=_with_rows(run.states, again.states, samples, 1),
+        end_state=_with_rows(run.end_state, again.end_state, samples, 0),
+        interpolation=interpolation,
         rejected_steps=None,
         message=again.message,
         **{name: merged(name) for name in names},

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.errors import IntegratorError, Status
+from pcdyn.checks import check_choice, integer, is_traced
+from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
     Integration,
@@ -20,11 +21,12 @@ from pcdyn.integrators.base import (
     check_tolerances,
     default_tolerances,
 )
-from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries
+from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
+from pcdyn.integrators.host_steps import Course, march
 from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.stacked import StackedProblem
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
-_MOST_NON_FINITE = 200
 # LAPACK's dense factorisation is quicker where more of one sample's matrix than this is not zero.
 _DENSE_SHARE = 0.4
 _EVALUATIONS_PER_STEP = {"RK45": 6, "RK23": 3}
@@ -38,18 +40,18 @@ class SciPy(Integrator):
     defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
     dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
     differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
-    Dense output is always there.
+    It gives up after `max_steps` steps, or 64 times as many evaluations of the vector field.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
     rtol: Any = None
     atol: Any = None
+    max_steps: int = eqx.field(
+        static=True, default=2**14, converter=integer("max_steps", at_least=1)
+    )
 
     def __check_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise IntegratorError(
-                f"unknown SciPy method {self.method!r}; known are {', '.join(_METHODS)}"
-            )
+        check_choice(self.method, "SciPy's method", _METHODS, error=IntegratorError)
         check_tolerances(self.method, self.rtol, self.atol)
 
     @property
@@ -69,68 +71,56 @@ class SciPy(Integrator):
         check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
 
     def integrate(self, request: Request) -> Integration:
-        from scipy.integrate import solve_ivp
-
         problem, state, until = request.problem, request.state, request.until
         system = _HostSystem(problem, state)
         start = system.flatten(state)
         if until is not None and until.minimum_time == 0 and system.below(start, until):
-            return _at_rest(system, start, request.times)
+            return _at_rest(system, start, request)
         system.tests += 1
         if not np.isfinite(system.field(0.0, start)).all():
-            return _failed(system, start, request.times, Status.NON_FINITE, "")
+            return _failed(system, start, request, Status.NON_FINITE, "")
         rtol, atol = map(float, default_tolerances(self.rtol, self.atol, request))
-        options = system.jacobian_options(self.method)
-        if until is not None:
-            options["events"] = _AtEquilibrium(system, until)
-        with np.errstate(all="ignore"):
-            try:
-                solution = solve_ivp(
-                    system.field,
-                    (0.0, float(request.t1)),
-                    start,
-                    method=self.method,
-                    rtol=rtol,
-                    atol=atol,
-                    dense_output=True,
-                    **options,
-                )
-            except _NonFiniteField:
-                return _failed(system, start, request.times, Status.NON_FINITE, "")
-            except (ValueError, np.linalg.LinAlgError) as error:
-                # The implicit methods raise on a Jacobian with NaN.
-                reason = f"SciPy says: {error}"
-                return _failed(system, start, request.times, Status.SOLVER_FAILED, reason)
-        return self._package(system, solution, request)
 
-    def _package(self, system: _HostSystem, solution: Any, request: Request) -> Integration:
-        status = {0: Status.REACHED_T1, 1: Status.CONVERGED}.get(
-            solution.status, Status.STEP_TOO_SMALL
-        )
-        end_time, end = float(solution.t[-1]), solution.y[:, -1]
-        if not np.isfinite(end).all():
-            status = Status.NON_FINITE
-        accepted = len(solution.t) - 1
+        def at_rest(t: float, y: np.ndarray) -> bool:
+            assert until is not None, "watched for only where it is"
+            return t >= until.minimum_time and system.below(y, until)
+
+        with np.errstate(all="ignore"):
+            course = march(
+                self.method,
+                system.field,
+                start,
+                float(request.t1),
+                max_steps=self.max_steps,
+                deadline=float(request.deadline),
+                event=None if until is None else at_rest,
+                rtol=rtol,
+                atol=atol,
+                **system.jacobian_options(self.method),
+            )
+        return self._package(system, course, request)
+
+    def _package(self, system: _HostSystem, course: Course, request: Request) -> Integration:
+        end_time, accepted = float(course.times[-1]), len(course.times) - 1
         per_step = _EVALUATIONS_PER_STEP.get(self.method)
-        evaluations = solution.nfev + system.tests
-        rejected = None if per_step is None else (solution.nfev - 2) // per_step - accepted
-        saved = np.asarray(solution.sol(np.minimum(np.asarray(request.times), end_time)))
+        rejected = None if per_step is None else (course.evaluations - 2) // per_step - accepted
+        saved = np.asarray(course.sol(np.minimum(np.asarray(request.times), end_time)))
         return Integration(
             states=system.unflatten(saved.T),
             end_time=end_time,
-            end_state=system.unflatten(end),
-            status=int(status),
-            evaluations=evaluations,
-            jacobian_evaluations=solution.njev,
+            end_state=system.unflatten(course.end),
+            status=int(course.status),
+            evaluations=course.evaluations + system.tests,
+            jacobian_evaluations=course.jacobian_evaluations,
             accepted_steps=accepted,
             rejected_steps=rejected,
-            interpolation=lambda t: system.unflatten(solution.sol(float(t))),
-            message="" if status.ok else f"SciPy says: {solution.message}",
+            interpolation=None if not request.dense else self._output(system, course, request),
+            message=course.message,
         )
 
-
-class _NonFiniteField(Exception):
-    """The vector field has been NaN or infinite for many evaluations in a row."""
+    def _output(self, system: _HostSystem, course: Course, request: Request) -> Any:
+        moved = len(course.times) > 1
+        return system.output(course.sol) if moved else _Rest(request.state)
 
 
 class _HostSystem:
@@ -142,7 +132,6 @@ class _HostSystem:
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
         self._dtype = problem.dtype
-        self._non_finite = 0
         self.tests = 0
 
     def flatten(self, state: State) -> np.ndarray:
@@ -152,16 +141,15 @@ class _HostSystem:
 
     def unflatten(self, y: np.ndarray) -> State:
         """The state of a flat vector, or the states of several with a leading axis."""
-        rows = y.reshape(*y.shape[:-1], *self._batch, sum(self._widths)).astype(self._dtype)
-        return tuple(np.split(rows, np.cumsum(self._widths)[:-1], axis=-1))
+        return _unflatten(y, self._widths, self._batch, self._dtype)
+
+    def output(self, solution: Any) -> _DenseOutput:
+        """SciPy's dense output as a function from a time to a state."""
+        return _DenseOutput(_Interpolants(solution), self._widths, self._batch, self._dtype)
 
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
         rows = y.reshape(*self._batch, -1).astype(self._dtype)
         field = np.asarray(_flat_field(self._flow, self._widths, rows), dtype=np.float64)
-        # A step can run into NaN and be halved; a solver that cannot get out of it never returns.
-        self._non_finite = 0 if np.isfinite(field).all() else self._non_finite + 1
-        if self._non_finite > _MOST_NON_FINITE:
-            raise _NonFiniteField
         return field.reshape(-1)
 
     def dense_jacobian(self, y: np.ndarray) -> np.ndarray:
@@ -174,37 +162,28 @@ class _HostSystem:
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
         problem = self._flow.problem
-        if not isinstance(problem, InferenceProblem):
+        if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": lambda t, y: self.dense_jacobian(y)}
-        pattern = ChainPattern(self._widths, int(np.prod(self._batch, dtype=int)))
+        deep = isinstance(problem, StackedProblem)
+        widths = problem.free_widths if deep else self._widths
+        pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)))
         if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": lambda t, y: self.dense_jacobian(y)}
 
         def entries(y: np.ndarray) -> np.ndarray:
-            return np.asarray(chain_entries(problem, self.unflatten(y)), dtype=np.float64)
+            found = deep_entries if deep else chain_entries
+            return np.asarray(found(problem, self.unflatten(y)), dtype=np.float64)
 
         return pattern.options(method, entries)
 
     def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
         """Whether the vector field is below the tolerance in every layer and sample."""
         self.tests += 1
+        problem = self._flow.problem
         field = self.unflatten(self.field(0.0, y))
-        norms = [np.linalg.norm(layer, axis=-1).max() for layer in field]
-        return bool(max(norms) <= until.tolerance)
-
-
-class _AtEquilibrium:
-    """A terminal event of solve_ivp: positive before equilibrium, negative at it."""
-
-    terminal = True
-
-    def __init__(self, system: _HostSystem, until: UntilEquilibrium):
-        self._system, self._until = system, until
-
-    def __call__(self, t: float, y: np.ndarray) -> float:
-        if t < self._until.minimum_time:
-            return 1.0
-        return -1.0 if self._system.below(y, self._until) else 1.0
+        layers = problem.unpack(field) if isinstance(problem, StackedProblem) else field
+        norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in layers], axis=-1)
+        return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
 
 
 def _host_device() -> Any:
@@ -226,19 +205,69 @@ def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
     return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
 
 
-def _at_rest(system: _HostSystem, start: np.ndarray, times: Any) -> Integration:
-    state = system.unflatten(start)
-    saved = system.unflatten(np.tile(start, (len(times), 1)))
-    return Integration(
-        saved, 0.0, state, int(Status.CONVERGED), 1, 0, 0, 0, interpolation=lambda t: state
-    )
+def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> State:
+    rows = y.reshape(*y.shape[:-1], *batch, sum(widths)).astype(dtype)
+    return tuple(np.split(rows, np.cumsum(widths)[:-1], axis=-1))
+
+
+class _Interpolants:
+    """SciPy's dense output as a value: equal where it gives the same states."""
+
+    def __init__(self, solution: Any):
+        self.solution = solution
+
+    def _key(self) -> tuple[bytes, bytes]:
+        times = self.solution.ts
+        return times.tobytes(), self.solution((times[1:] + times[:-1]) / 2).tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Interpolants) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class _DenseOutput(eqx.Module):
+    """SciPy's dense output as a function from a time to a state; no leaf of a pytree."""
+
+    interpolants: _Interpolants = eqx.field(static=True)
+    widths: tuple[int, ...] = eqx.field(static=True)
+    batch: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, t: Any) -> State:
+        if is_traced(t):
+            raise DenseOutputError(
+                "SciPy's dense output is evaluated on the host, which JAX cannot transform: "
+                "integrate with diffrax, or evaluate at known times"
+            )
+        y = self.interpolants.solution(float(t))
+        return _unflatten(y, self.widths, self.batch, self.dtype)
+
+
+class _Rest(eqx.Module):
+    """Dense output of a run that did not leave its start."""
+
+    state: State
+
+    def __call__(self, t: Any) -> State:
+        return self.state
+
+
+def _at_rest(system: _HostSystem, start: np.ndarray, request: Request) -> Integration:
+    return _unmoved(system, start, request, int(Status.CONVERGED), 1, 0, 0, 0)
 
 
 def _failed(
-    system: _HostSystem, start: np.ndarray, times: Any, status: Status, message: str
+    system: _HostSystem, start: np.ndarray, request: Request, status: Status, message: str
+) -> Integration:
+    return _unmoved(system, start, request, int(status), message=message)
+
+
+def _unmoved(
+    system: _HostSystem, start: np.ndarray, request: Request, *counts: Any, message: str = ""
 ) -> Integration:
     state = system.unflatten(start)
-    saved = system.unflatten(np.tile(start, (len(times), 1)))
-    return Integration(
-        saved, 0.0, state, int(status), interpolation=lambda t: state, message=message
-    )
+    saved = system.unflatten(np.tile(start, (len(request.times), 1)))
+    interpolation = _Rest(state) if request.dense else None
+    return Integration(saved, 0.0, state, *counts, interpolation=interpolation, message=message)

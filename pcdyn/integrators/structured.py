@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array
 
 from pcdyn.block_tridiagonal import BlockTridiagonal
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.stacked import StackedProblem
 
 # Layers whose indices differ by this much do not share a neighbour.
 _COLOURS = 3
@@ -29,8 +31,11 @@ def sample_hessians(problem: InferenceProblem, state: State) -> BlockTridiagonal
     return eqx.filter_vmap(one)(problem.input, problem.output, state)
 
 
-def free_time_constants(problem: InferenceProblem) -> tuple[Array, ...]:
-    """τ_l of every free layer."""
+def free_time_constants(problem: InferenceProblem | StackedProblem) -> tuple[Array, ...]:
+    """τ for every array of a state."""
+    if isinstance(problem, StackedProblem):
+        tau = problem.time_constants
+        return (jnp.ones(sum(problem.free_widths), problem.dtype) if tau is None else tau,)
     if problem.time_constants is None:
         return tuple(jnp.ones((), problem.dtype) for _ in problem.free_layers)
     return tuple(problem.time_constants[index] for index in problem.free_layers)
@@ -134,10 +139,121 @@ def chain_blocks(product: Any, like: State) -> BlockTridiagonal:
     return BlockTridiagonal(diagonal, tuple(block(i, i + 1) for i in range(count - 1)))
 
 
+class PaddedBlocks(eqx.Module):
+    """The blocks of a block-tridiagonal matrix, all of the size of the largest layer.
+
+    `diagonal` has shape `(*batch, layers, n, n)`, `upper` one block less, from a layer to the next;
+    so has `lower`, which is `None` where the matrix is symmetric.
+    """
+
+    diagonal: Array
+    upper: Array
+    lower: Array | None
+
+
+class PaddedFactors(eqx.Module):
+    """As `StepFactors`, with the layers on the first axis, for loops over them."""
+
+    inverses: Array
+    couplings: Array
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    def solve(self, rhs: State) -> State:
+        """H⁻¹ rhs, for one array `(*batch, N)` of all layers."""
+        chain = PaddedChain(self.widths)
+
+        def down(partial: Array, now: Any) -> tuple[Array, Array]:
+            coupling, part = now
+            partial = part - _times(jnp.matrix_transpose(coupling), partial)
+            return partial, partial
+
+        def up(above: Array, now: Any) -> tuple[Array, Array]:
+            inverse, coupling, partial = now
+            solution = _times(inverse, partial) - _times(coupling, above)
+            return solution, solution
+
+        parts = jnp.moveaxis(chain.pad(rhs[0]), -2, 0)
+        none = jnp.zeros_like(parts[0])
+        # The coupling of each layer to the one below it, and to the one above it.
+        _, partials = jax.lax.scan(down, none, (self.couplings, parts))
+        above = jnp.concatenate([self.couplings[1:], jnp.zeros_like(self.couplings[:1])])
+        _, solution = jax.lax.scan(up, none, (self.inverses, above, partials), reverse=True)
+        return (chain.unpad(jnp.moveaxis(solution, 0, -2)),)
+
+
+class PaddedChain:
+    """Layers of any widths as blocks of the largest, so that loops over them compile once."""
+
+    def __init__(self, widths: tuple[int, ...]):
+        self.widths, self.widest = widths, max(widths)
+        inside = np.arange(self.widest) < np.asarray(widths)[:, None]
+        self._outside = ~inside
+        self._units = np.flatnonzero(inside)
+        # Where each unit comes from; those that are none from one more, which is zero.
+        self._sources = np.full(inside.shape, sum(widths))
+        self._sources[inside] = np.arange(sum(widths))
+        pairs = [
+            inside[:, :, None] & inside[:, None, :],
+            inside[:-1, :, None] & inside[1:, None, :],
+        ]
+        pairs.append(inside[1:, :, None] & inside[:-1, None, :])
+        self.entries = np.flatnonzero(np.concatenate([x.ravel() for x in pairs]))
+
+    def pad(self, x: Array) -> Array:
+        """An array `(*batch, N)` as `(*batch, layers, n)`, with zeros where there is no unit."""
+        return jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)[..., self._sources]
+
+    def unpad(self, x: Array) -> Array:
+        """The inverse of `pad`."""
+        return x.reshape(*x.shape[:-2], -1)[..., self._units]
+
+    def blocks(self, product: Any, like: Array, *, symmetric: bool = True) -> PaddedBlocks:
+        """As `chain_blocks`, of a linear map of arrays shaped like `like`."""
+        layers, colours = np.arange(len(self.widths)), min(_COLOURS, len(self.widths))
+        chosen = (layers % _COLOURS == np.arange(colours)[:, None])[:, None, :, None]
+        pattern = chosen & np.eye(self.widest, dtype=bool)[None, :, None, :]
+        units = pattern.reshape(colours, self.widest, -1)[..., self._units]
+
+        def column(unit: Any) -> Array:
+            return self.pad(product(jnp.broadcast_to(unit.astype(like.dtype), like.shape)))
+
+        columns = jax.vmap(jax.vmap(column))(jnp.asarray(units))
+
+        def rows(first: int, shift: int) -> Array:
+            here = layers[max(first, 0) : len(layers) + min(first, 0)]
+            parts = columns[..., here, :]
+            # The layer of each row has the colour of another than of its own.
+            colour = (here + shift) % _COLOURS
+            parts = jnp.moveaxis(parts, -2, 1)[colour, np.arange(len(here))]
+            return jnp.moveaxis(jnp.moveaxis(parts, 1, -1), 0, -3)
+
+        lower = None if symmetric else rows(1, -1)
+        return PaddedBlocks(rows(0, 0), rows(-1, 1), lower)
+
+    def factorise(self, matrix: PaddedBlocks) -> PaddedFactors:
+        """As `factorise`; units that there are not stand apart, with ones on the diagonal."""
+        ones = jnp.asarray(self._outside[:, :, None] * np.eye(self.widest), matrix.diagonal.dtype)
+        diagonal = matrix.diagonal + jnp.broadcast_to(ones, matrix.diagonal.shape)
+        blocks, upper = (jnp.moveaxis(x, -3, 0) for x in (diagonal, matrix.upper))
+        upper = jnp.concatenate([jnp.zeros_like(blocks[:1]), upper])
+
+        def eliminate(below: Array, now: Any) -> tuple[Array, Any]:
+            block, above = now
+            coupling = below @ above
+            inverse = _triangular_inverse(
+                jnp.linalg.cholesky(block - jnp.matrix_transpose(above) @ coupling)
+            )
+            inverse = jnp.matrix_transpose(inverse) @ inverse
+            return inverse, (inverse, coupling)
+
+        _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))
+        return PaddedFactors(*factors, self.widths)
+
+
 class _ChainState(eqx.Module):
     """Factors of σ T M, the sign σ of each sample, T, and whether Mᵀ is meant instead of M."""
 
-    factors: StepFactors
+    factors: StepFactors | PaddedFactors
     sign: Array
     time_constants: tuple[Array, ...]
     transposed: bool = eqx.field(static=True)
@@ -150,10 +266,11 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
     Cholesky factorisation of each sample, O(batch · Σ n_l³). M is known by its products alone, of
     which 3 · max n_l are taken. Where a sample's T M is not definite, which takes a step longer
     than the time in which the state runs away from a saddle, the solution is NaN; diffrax then
-    shortens the step.
+    shortens the step. With `widths`, of the free layers, the state is one array of all of them.
     """
 
     time_constants: tuple[Array, ...]
+    widths: tuple[int, ...] | None = eqx.field(static=True, default=None)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _ChainState:
         """Products, blocks and factors."""
@@ -161,8 +278,15 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
         taus = self.time_constants
 
         def symmetric(direction: State) -> State:
-            return tuple(t * x for t, x in zip(taus, operator.mv(direction), strict=True))
+            image = operator.mv(direction)
+            return tuple(jnp.broadcast_to(t, x.shape) * x for t, x in zip(taus, image, strict=True))
 
+        if self.widths is not None:
+            chain = PaddedChain(self.widths)
+            blocks = chain.blocks(lambda x: symmetric((x,))[0], like[0])
+            sign = jnp.sign(blocks.diagonal[..., 0, 0, 0])
+            scaled = jax.tree.map(lambda x: sign[..., None, None, None] * x, blocks)
+            return _ChainState(chain.factorise(scaled), sign, taus, False)
         matrix = chain_blocks(symmetric, like)
         # diffrax writes the implicit relation with either sign.
         sign = jnp.sign(jnp.trace(matrix.diagonal[0], axis1=-2, axis2=-1))
@@ -176,7 +300,7 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
 
         def times(x: State) -> State:
             return tuple(
-                state.sign[..., None] * t * part
+                state.sign[..., None] * jnp.broadcast_to(t, part.shape) * part
                 for t, part in zip(state.time_constants, x, strict=True)
             )
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.errors import InputError
+from pcdyn.checks import checked_integer, checked_number
 from pcdyn.network import Activities, Network
 from pcdyn.problem import InferenceProblem
 
@@ -56,7 +55,5 @@ class Rule(eqx.Module):
 
 def check_steps(name: str, dt: float, steps: int) -> None:
     """Raise `InputError` unless there is at least one step, positive and finite."""
-    if not 0 < dt < math.inf:
-        raise InputError(f"{name} needs a positive and finite step, got {dt}")
-    if steps < 1:
-        raise InputError(f"{name} needs at least one step, got {steps}")
+    checked_number(dt, f"{name}: the step", above=0)
+    checked_integer(steps, f"{name}: the number of steps", at_least=1)

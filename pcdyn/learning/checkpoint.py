@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,31 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.errors import CheckpointError
-from pcdyn.files import write_atomically
+from pcdyn.errors import CheckpointError, DataError
+from pcdyn.files import read_numpy, write_atomically
 
-_FORMAT = "pcdyn training checkpoint 1"
-
-
-def fingerprint(**parts: Any) -> dict[str, str]:
-    """SHA-256 of each part of a configuration: of its structure and of the numbers in it."""
-    return {name: _digest(part) for name, part in parts.items()}
+_FORMAT = "pcdyn training checkpoint 2"
 
 
-def optimiser_behaviour(optimiser: Any, weights: Any) -> Any:
-    """What an optimiser makes of three gradients: its settings cannot be looked at."""
-    state, updates = optimiser.init(weights), []
-    for scale in (1.0, -0.3, 2.0):
-        gradient = jax.tree.map(lambda w, s=scale: s * jnp.cos(jnp.arange(w.size)).reshape(
-            w.shape).astype(w.dtype), weights)  # fmt: skip
-        update, state = optimiser.update(gradient, state, weights)
-        updates.append(update)
-    return updates
+def fingerprint(computations: Mapping[str, Any], **parts: Any) -> dict[str, str]:
+    """SHA-256 of each part of a configuration, and of what it computes.
+
+    The parts are hashed by their structure and the numbers in them. That says nothing of functions,
+    such as the schedule of an optimiser, an activation or an energy of the user: they are hashed as
+    the code that JAX makes of each of the `computations`, every constant in it included. Raises
+    `CheckpointError` for one that calls Python while it runs, of which there is no such code.
+    """
+    code = {}
+    for name, lowered in computations.items():
+        text = lowered.as_text()
+        if re.search(r"custom_call @\w*python\w*callback", text):
+            raise CheckpointError(
+                f"the {name} calls Python while it runs (jax.pure_callback or the like), so that "
+                "no later process could know it again: train without a checkpoint"
+            )
+        code[name] = hashlib.sha256(text.encode()).hexdigest()
+    # The last, for it differs wherever another part does.
+    return {"version of JAX": jax.__version__, **{n: _digest(p) for n, p in parts.items()}, **code}
 
 
 def _digest(part: Any) -> str:
@@ -58,6 +63,16 @@ def _plain(leaf: Any) -> Any:
     return jr.key_data(leaf) if _is_key(leaf) else leaf
 
 
+def check_state(state: Any) -> None:
+    """Raise `CheckpointError` for a state of which a file cannot hold every part."""
+    for leaf in jax.tree.leaves(state):
+        if np.asarray(_plain(leaf)).dtype.kind not in "biufc":
+            raise CheckpointError(
+                f"the state of the optimiser or the rule holds {leaf!r:.60}, which a checkpoint "
+                "cannot hold: train without one, or keep arrays of numbers in it"
+            )
+
+
 def save(
     path: Path, configuration: Mapping[str, str], epochs: int, state: Any, records: Any
 ) -> None:
@@ -69,69 +84,66 @@ def save(
         arrays |= {f"{group}/{name}": np.asarray(value) for name, value in values.items()}
     header = {"format": _FORMAT, "epochs": epochs, "configuration": dict(configuration)}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-
-    write_atomically(path, write)
+    memory = io.BytesIO()
+    np.savez(memory, **arrays)
+    write_atomically(path, memory.getvalue())
 
 
 def load(
-    path: Path, configuration: Mapping[str, str], like: Any
+    path: Path, configuration: Mapping[str, str], like: Any, epoch_axis: int
 ) -> tuple[int, Any, dict[str, dict[str, np.ndarray]]]:
     """The epochs done, the state in the structure of `like`, and the records.
 
     Raises `CheckpointError` for a file that is truncated, corrupt, not a checkpoint, or of a
     training with another configuration.
     """
-    arrays = _read(path)
-    header = _header(path, arrays.pop("header", None))
-    theirs = header["configuration"]
+    try:
+        arrays = read_numpy(path)
+    except DataError as error:
+        raise CheckpointError(f"{error}; as a checkpoint it is lost: remove it to begin") from error
+    epochs, theirs = _header(path, arrays.pop("header", None))
     differing = [name for name in configuration if theirs.get(name) != configuration[name]]
     if differing:
+        # What the whole computes differs wherever a part of it does.
+        parts = differing[:-1] or differing
         raise CheckpointError(
-            f"{path} belongs to another training: its {', '.join(differing)} differ; give another "
+            f"{path} belongs to another training: its {', '.join(parts)} differ; give another "
             "path, or remove the file to begin anew"
         )
     leaves, structure = jax.tree.flatten(like)
-    stored = [arrays.pop(f"state_{index}", None) for index in range(len(leaves))]
-    for old, leaf in zip(stored, leaves, strict=True):
-        if old is None or old.shape != np.shape(_plain(leaf)):
+    state = []
+    for index, leaf in enumerate(leaves):
+        old, new = arrays.pop(f"state_{index}", None), np.asarray(_plain(leaf))
+        if old is None or old.shape != new.shape or old.dtype.kind != new.dtype.kind:
             raise CheckpointError(f"{path} lacks a part of the state: remove it and begin anew")
-    state = [
-        jr.wrap_key_data(jnp.asarray(old)) if _is_key(leaf) else jnp.asarray(old)
-        for old, leaf in zip(stored, leaves, strict=True)
-    ]
+        array = jnp.asarray(old)
+        is_key = _is_key(leaf)
+        state.append(jr.wrap_key_data(array, impl=jr.key_impl(leaf)) if is_key else array)
     records: dict[str, dict[str, np.ndarray]] = {"history": {}, "evaluations": {}}
     for name, value in arrays.items():
         group, _, entry = name.partition("/")
-        if group not in records:
+        count = epochs if group == "history" else epochs + 1
+        if group not in records or value.shape[epoch_axis : epoch_axis + 1] != (count,):
             raise CheckpointError(f"{path} holds {name!r}, which no checkpoint does")
         records[group][entry] = value
-    return header["epochs"], jax.tree.unflatten(structure, state), records
+    if "loss" not in records["history"]:
+        raise CheckpointError(f"{path} lacks the history: remove it and begin anew")
+    return epochs, jax.tree.unflatten(structure, state), records
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # NumPy would not close a file that it cannot read.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    # Which exception a damaged file raises depends on where the damage is.
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({error}): it is truncated, corrupt or another "
-            "kind of file; remove it to begin anew"
-        ) from error
-
-
-def _header(path: Path, stored: np.ndarray | None) -> dict[str, Any]:
+def _header(path: Path, stored: np.ndarray | None) -> tuple[int, dict[str, Any]]:
+    """The epochs done and the configuration."""
     try:
         header = json.loads(b"" if stored is None else stored.tobytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of pcdyn: give another path") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+    epochs, theirs = (
+        (header.get("epochs"), header.get("configuration"))
+        if isinstance(header, dict) and header.get("format") == _FORMAT
+        else (None, None)
+    )
+    if type(epochs) is not int or epochs < 1 or not isinstance(theirs, dict):
         raise CheckpointError(
             f"{path} is not a checkpoint that this version of pcdyn reads: give another path"
         )
-    return header
+    return epochs, theirs

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import Numbers, checked_number, is_traced, number, optional
 from pcdyn.equilibrium import equilibrium
-from pcdyn.errors import EquilibriumStatus, InputError
+from pcdyn.errors import EquilibriumStatus, InputError, ToleranceError
 from pcdyn.network import Activities, Network
-from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.solvers import GaussNewton, Solver
+from pcdyn.problem import InferenceProblem, Problem, State, check_problem
+from pcdyn.solvers import GaussNewton, Solver, get_solver
 
 
 class JointFlow(Problem):
@@ -37,8 +36,9 @@ class JointFlow(Problem):
     ratio: Any
 
     def __check_init__(self) -> None:
-        if not is_traced(self.ratio) and not 0 < float(self.ratio) < math.inf:
-            raise InputError(f"ratio must be positive and finite, got {self.ratio}")
+        check_problem(self.problem)
+        if not is_traced(self.ratio):
+            checked_number(self.ratio, "ratio", above=0)
 
     @property
     def dtype(self) -> Any:
@@ -107,8 +107,16 @@ class AdiabaticFlow(Problem):
     """
 
     problem: InferenceProblem
-    method: Solver = GaussNewton()
-    tolerance: float | None = eqx.field(static=True, default=None)
+    method: Solver = eqx.field(default_factory=GaussNewton, converter=get_solver)
+    tolerance: float | None = eqx.field(
+        static=True,
+        default=None,
+        converter=optional(number("AdiabaticFlow: tolerance", above=0, error=ToleranceError)),
+    )
+
+    def __check_init__(self) -> None:
+        check_problem(self.problem)
+        self.method.check(self.problem)
 
     @property
     def dtype(self) -> Any:
@@ -120,7 +128,7 @@ class AdiabaticFlow(Problem):
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """The weights of the problem's network; activities have no start of their own."""
-        if initial != "feedforward":
+        if not (isinstance(initial, str) and initial == "feedforward"):
             raise InputError("in the adiabatic limit activities do not start anywhere of their own")
         return _vectors(self.problem.network)
 

@@ -12,9 +12,9 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.checks import Numbers, is_traced
+from pcdyn.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
 from pcdyn.energy import Gaussian
-from pcdyn.errors import InputError, PrecisionError, ShapeError
+from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.joint import activities_at_rest, as_jax
 from pcdyn.learning.variational import (
     Posterior,
@@ -22,23 +22,20 @@ from pcdyn.learning.variational import (
     check_posterior,
     variational_free_energy,
 )
-from pcdyn.linear import is_linear, linear_equilibrium, output_covariance
+from pcdyn.linear import linear_equilibrium, output_covariance
 from pcdyn.network import Activities
-from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.problem import InferenceProblem, Problem, State, check_problem
 from pcdyn.references import feedforward
-from pcdyn.solvers import GaussNewton, Solver
+from pcdyn.solvers import GaussNewton, Solver, get_solver
 from pcdyn.trajectory import Trajectory
+from pcdyn.whitened import is_linear
 
 Structure = Literal["fixed", "scalar", "diagonal", "full"]
 
 
 def _as_tuple(structures: Sequence[Structure]) -> tuple[Structure, ...]:
-    if isinstance(structures, str) or not isinstance(structures, Sequence):
-        raise InputError(
-            f"structures are a list with one of {', '.join(get_args(Structure))} for each layer "
-            f"l = 1 … L, got a {type(structures).__name__}"
-        )
-    return tuple(structures)
+    wanted = f"a list with one of {', '.join(get_args(Structure))} for each layer l = 1 … L"
+    return as_sequence(structures, "structures", wanted)
 
 
 def _as_posterior(posterior: Posterior) -> Posterior:
@@ -76,11 +73,18 @@ class PrecisionFlow(Problem):
     problem: InferenceProblem
     structures: tuple[Structure, ...] = eqx.field(static=True, converter=_as_tuple)
     posterior: Posterior = eqx.field(static=True, default="laplace", converter=_as_posterior)
-    method: Solver | None = None
-    tolerance: float | None = eqx.field(static=True, default=None)
+    method: Solver | None = eqx.field(default=None, converter=optional(get_solver))
+    tolerance: float | None = eqx.field(
+        static=True,
+        default=None,
+        converter=optional(number("PrecisionFlow: tolerance", above=0, error=ToleranceError)),
+    )
 
     def __check_init__(self) -> None:
+        check_problem(self.problem)
         check_gaussian(self.problem)
+        if self.method is not None:
+            self.method.check(self.problem)
         depth = self.problem.network.depth
         if len(self.structures) != depth:
             raise ShapeError(f"{len(self.structures)} structures for the layers 1 … {depth}")
@@ -110,7 +114,7 @@ class PrecisionFlow(Problem):
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """θ of the problem's precisions, one vector for each layer that is not fixed."""
-        if initial != "feedforward":
+        if not (isinstance(initial, str) and initial == "feedforward"):
             raise InputError("the start is that of the problem's precisions: change its energy")
         return tuple(
             _parameters(self._given(i), self.structures[i - 1], self.problem.network.widths[i])
@@ -162,6 +166,10 @@ class PrecisionFlow(Problem):
 
     def free_energy_along(self, trajectory: Trajectory) -> Float[Array, " time"]:
         """`free_energy` at the saved times of a trajectory of this flow."""
+
+        check_instance(trajectory, "trajectory", Trajectory, "a trajectory of this flow")
+        if trajectory.precisions is None:
+            raise InputError("no precisions move along this trajectory: simulate this flow")
 
         def at(precisions: Any, rest: State) -> Array:
             problem = eqx.tree_at(lambda p: p.energy, self.problem, Gaussian(list(precisions)))
@@ -251,6 +259,7 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
     Raises `NotLinearError`, `InputError` unless both ends are clamped, and `PrecisionError` where
     the errors of the samples do not span the outputs.
     """
+    check_problem(problem)
     check_posterior(posterior)
     found, measured = _output_noise(problem, posterior)
     _check_spanned(measured, (problem.batch_shape or (1,))[0])

@@ -6,7 +6,6 @@ activities where inference ends.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -14,16 +13,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from pcdyn.checks import checked_number, number, optional
 from pcdyn.energy import scale_output
 from pcdyn.equilibrium import equilibrium
-from pcdyn.errors import InputError
+from pcdyn.errors import InputError, ToleranceError
 from pcdyn.learning.base import Learned, Rule, check_steps
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.references import local_gradient
-from pcdyn.solvers import Solver
+from pcdyn.solvers import Solver, get_solvers
 from pcdyn.solvers.truncated import TruncatedGaussNewton
 from pcdyn.states import dot, step
+
+
+def as_method(method: Any) -> Any:
+    """How to find equilibria: `TruncatedGaussNewton`, or solvers as `pcdyn.equilibrium` takes them.
+
+    Raises `InputError` for anything else.
+    """
+    if method is None or isinstance(method, TruncatedGaussNewton | Solver):
+        return method
+    return get_solvers(method)
 
 
 class PredictiveCoding(Rule):
@@ -34,8 +44,11 @@ class PredictiveCoding(Rule):
     absolute `tolerance`.
     """
 
-    method: Any = TruncatedGaussNewton()
-    tolerance: float | None = None
+    method: Any = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
+    tolerance: float | None = eqx.field(
+        default=None,
+        converter=optional(number("PredictiveCoding: tolerance", above=0, error=ToleranceError)),
+    )
 
     def __check_init__(self) -> None:
         if self.tolerance is not None and isinstance(self.method, TruncatedGaussNewton):
@@ -48,8 +61,9 @@ class PredictiveCoding(Rule):
         return "predictive coding"
 
     def check(self, problem: InferenceProblem) -> None:
-        if isinstance(self.method, TruncatedGaussNewton | Solver):
-            self.method.check(problem)
+        for method in self.method if isinstance(self.method, tuple) else (self.method,):
+            if method is not None:
+                method.check(problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
@@ -101,12 +115,8 @@ class LowPrecisionPredictiveCoding(Rule):
     It tends to BP as λ → 0, with an error in proportion to λ (the limit that Theorem 3.2 needs).
     """
 
-    precision: Any
-    method: Any = TruncatedGaussNewton()
-
-    def __check_init__(self) -> None:
-        if not 0 < self.precision < math.inf:
-            raise InputError(f"precision must be positive and finite, got {self.precision}")
+    precision: Any = eqx.field(converter=number("LowPrecisionPredictiveCoding: precision", above=0))
+    method: Any = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
 
     @property
     def name(self) -> str:
@@ -148,8 +158,7 @@ class IncrementalPredictiveCoding(Rule):
 
     def __check_init__(self) -> None:
         check_steps(self.name, self.dt, self.steps)
-        if not 0 < self.ratio < math.inf:
-            raise InputError(f"ratio must be positive and finite, got {self.ratio}")
+        checked_number(self.ratio, f"{self.name}: ratio", above=0)
 
     @property
     def name(self) -> str:

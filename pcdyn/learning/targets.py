@@ -18,7 +18,8 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn.activations import Activation, get_activation
-from pcdyn.errors import InputError, ShapeError
+from pcdyn.checks import checked_number, flag, integer, optional
+from pcdyn.errors import ShapeError
 from pcdyn.learning.base import Learned, Rule
 from pcdyn.network import Activities, Dense, Network, apply_layer
 from pcdyn.problem import InferenceProblem
@@ -66,23 +67,21 @@ class LearnedTargetPropagation(Rule):
     h_l is `activation`, or that of the layer below, whose activities it must give.
     """
 
-    difference: bool = eqx.field(static=True, default=True)
+    difference: bool = eqx.field(static=True, default=True, converter=flag("difference"))
     inverse_rate: float = 0.05
-    inverse_steps: int = eqx.field(static=True, default=1)
+    inverse_steps: int = eqx.field(
+        static=True, default=1, converter=integer("inverse_steps", at_least=0)
+    )
     noise: float = 0.0
     output_step: float = 1.0
-    activation: Activation | str | None = eqx.field(static=True, default=None)
+    activation: Activation | str | None = eqx.field(
+        static=True, default=None, converter=optional(get_activation)
+    )
 
     def __check_init__(self) -> None:
         for name in ("inverse_rate", "output_step"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {value}")
-        if self.inverse_steps < 0 or not 0 <= self.noise < math.inf:
-            raise InputError(
-                f"inverse_steps and noise must not be negative, got {self.inverse_steps} and "
-                f"{self.noise}"
-            )
+            checked_number(getattr(self, name), name, above=0)
+        checked_number(self.noise, "noise", at_least=0)
 
     @property
     def name(self) -> str:

@@ -15,15 +15,23 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from pcdyn.checks import Numbers, as_float_array
-from pcdyn.energy import Energy, Gaussian
+from pcdyn.checks import Numbers, as_float_array, check_callable, check_flag, check_path
+from pcdyn.energy import Energy, Gaussian, check_energy
 from pcdyn.errors import (
     CheckpointError,
+    ShapeError,
     TrainingDivergedError,
 )
+from pcdyn.files import check_writable
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.base import Rule
-from pcdyn.learning.checks import check_numbers, check_rule, checked_data, number_of_seeds
+from pcdyn.learning.checks import (
+    check_numbers,
+    check_optimiser,
+    check_rule,
+    checked_data,
+    number_of_seeds,
+)
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem
@@ -118,30 +126,41 @@ def train(
     - `compare`: record the cosine of each gradient with that of BP, at the cost of BP.
     - `checkpoint`: a file that is written after every `checkpoint_every` epochs and at the end. If
       it is there already, training goes on from it, to the very numbers of an uninterrupted run;
-      `epochs` counts from the beginning.
+      `epochs` counts from the beginning. Training with other data, settings, schedules or code of
+      its optimiser, rule, energy or activations, or by another version of JAX is refused.
     - `progress`: show a bar with the current loss.
 
     Raises `ShapeError`, `NonFiniteError`, `DtypeError`, `LabelError` or `InputError` for data that
-    do not fit, what the rule raises for the network, `CheckpointError` for a checkpoint that is
-    damaged or of another training, and `TrainingDivergedError`, which names the batch, when a loss
-    or a weight is no longer finite.
+    do not fit, what the rule raises for the network, `DataError` for a checkpoint that cannot be
+    written, `CheckpointError` for one that is damaged or of another training, and
+    `TrainingDivergedError`, which names the batch, when a loss or a weight is no longer finite.
     """
     energy = Gaussian() if energy is None else energy
+    check_energy(energy, "energy")
+    for name, value in (("compare", compare), ("progress", progress)):
+        check_flag(value, name)
+    if evaluate is not None:
+        wanted = "a function of a network, such as pcdyn.learning.Evaluation(…)"
+        check_callable(evaluate, "evaluate", wanted)
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
     seeds = number_of_seeds(key)
     data = checked_data(network, inputs, targets, seeds)
     check_numbers(epochs, batch_size, len(data[0]), reduction, checkpoint_every)
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
+    check_optimiser(optimiser, weights)
     setting = Setting(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
     state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
     course = _Course(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
     if path is not None:
-        behaviour = checkpoints.optimiser_behaviour(optimiser, weights)
+        check_writable(path)
+        checkpoints.check_state(state)
         configuration = checkpoints.fingerprint(
-            network=(weights, static), rule=rule, energy=energy, optimiser=behaviour, data=data,
-            batch_size=batch_size, reduction=reduction, compare=compare, key=key,
-            evaluate=evaluate,
+            _computations(setting, evaluate, state, data, key, seeds),
+            network=(weights, static), rule=rule, energy=energy, data=data, key=key,
+            batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
         )  # fmt: skip
         course.resume(path, configuration, epochs)
     if not course.evaluations:
@@ -163,6 +182,19 @@ def train(
     return course.training(setting)
 
 
+def _computations(
+    setting: Setting, evaluate: Evaluate | None, state: Any, data: Any, key: Any, seeds: int | None
+) -> dict[str, Any]:
+    """What a checkpoint must agree with, as JAX lowers it."""
+    weights, optimiser_state, _ = state
+    update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
+    epoch = jnp.asarray(0)
+    return {
+        "optimiser": update.lower(weights, optimiser_state),
+        "activations, energy or rule": run_epoch.lower(setting, state, data, key, epoch, seeds),
+    }
+
+
 @dataclasses.dataclass
 class _Course:
     """How far a training is: its state, and the records of each epoch."""
@@ -181,7 +213,7 @@ class _Course:
         """Go on from a checkpoint, if there is one."""
         if not path.exists():
             return
-        done, self.state, records = checkpoints.load(path, configuration, self.state)
+        done, self.state, records = checkpoints.load(path, configuration, self.state, self._axis)
         if done > epochs:
             raise CheckpointError(f"{path} has {done} epochs already, but {epochs} were asked for")
         self.history = self._epochs_of(records["history"], done)
@@ -226,6 +258,16 @@ class Evaluation(eqx.Module):
         self.inputs = as_float_array(inputs, "inputs")
         self.targets = as_float_array(targets, "targets")
         self.energy = Gaussian() if energy is None else energy
+        check_energy(self.energy, "energy")
+        if (
+            self.inputs.ndim != 2
+            or self.targets.ndim != 2
+            or (len(self.inputs) != len(self.targets) or self.inputs.size == 0)
+        ):
+            raise ShapeError(
+                f"inputs and targets must be (samples, n_0) and (samples, n_L), got "
+                f"{self.inputs.shape} and {self.targets.shape}"
+            )
 
     def __call__(self, network: Network) -> dict[str, Any]:
         problem = InferenceProblem(

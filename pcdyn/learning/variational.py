@@ -21,8 +21,9 @@ from pcdyn.checks import Numbers, as_float_array, is_traced
 from pcdyn.energy import Gaussian, asymmetry_of
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.hessian import free_energy_hessian
-from pcdyn.linear import hessian, is_linear
-from pcdyn.problem import InferenceProblem, State
+from pcdyn.linear import hessian
+from pcdyn.problem import InferenceProblem, State, check_problem
+from pcdyn.whitened import is_linear
 
 Posterior = Literal["delta", "laplace"]
 
@@ -54,6 +55,7 @@ def variational_free_energy(
     transformation) or a covariance is not symmetric, and what a state that does not fit raises.
     (Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.)
     """
+    check_problem(problem)
     check_gaussian(problem)
     state = problem.initial_state(state)
     if isinstance(posterior, str):

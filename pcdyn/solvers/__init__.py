@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pcdyn.checks import as_sequence
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.kinks import has_kinks
-from pcdyn.linear import is_linear
 from pcdyn.problem import InferenceProblem
 from pcdyn.solvers.base import Solution, Solver
 from pcdyn.solvers.closed_form import ClosedForm
@@ -13,6 +15,7 @@ from pcdyn.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.solvers.flow import FlowToRest
 from pcdyn.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
 from pcdyn.solvers.pseudo_transient import PseudoTransient
+from pcdyn.whitened import is_linear
 
 __all__ = [
     "ClosedForm",
@@ -26,6 +29,7 @@ __all__ = [
     "Solver",
     "default_solvers",
     "get_solver",
+    "get_solvers",
 ]
 
 _BY_NAME = {
@@ -42,13 +46,23 @@ def get_solver(method: str | Solver) -> Solver:
     """The solver of that name, or the given one itself; raises `InputError` for an unknown name."""
     if isinstance(method, Solver):
         return method
-    if method not in _BY_NAME:
+    if not isinstance(method, str) or method not in _BY_NAME:
         known = ", ".join(_BY_NAME)
         raise InputError(
             f"unknown method {method!r}; known are {known}, or pass a value such as "
             "pcdyn.solvers.GradientDescent(dt=0.1)"
         )
     return _BY_NAME[method]()
+
+
+def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, ...]:
+    """The solvers to try in turn; raises `InputError` for what is no name, solver or list."""
+    if isinstance(method, str | Solver):
+        return (get_solver(method),)
+    methods = as_sequence(method, "method", "a name, a solver, or a list of solvers")
+    if not methods:
+        raise InputError("method is an empty list: give at least one solver")
+    return tuple(get_solver(each) for each in methods)
 
 
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:

@@ -14,6 +14,10 @@ from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.states import dot, step
 
+# A step that solves for a gradient of nothing but round-off moves activities by some of their last
+# places, for each passes through several layers.
+_STEP_ROUNDINGS = 32
+
 
 class Solution(eqx.Module):
     """Where a solver ended, per sample.
@@ -44,19 +48,24 @@ class Solver(eqx.Module):
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         """Solve every sample of a batch from `state`; each stops changing once it is solved.
 
-        It has converged when ‖∂F/∂x_l‖ is at most `tolerance` in every free layer.
+        It has converged when ‖∂F/∂x_l‖ is at most `tolerance`, one number or one per sample, in
+        every free layer.
         """
 
 
 def solve_each(
-    solve: Callable[[InferenceProblem, State], Solution], problem: InferenceProblem, state: State
+    solve: Callable[[InferenceProblem, State, Any], Solution],
+    problem: InferenceProblem,
+    state: State,
+    tolerance: Any,
 ) -> Solution:
-    """Apply a function that solves one sample to every sample of a batch."""
+    """Apply a function that solves one sample to a tolerance to every sample of a batch."""
 
-    def one(input: Any, output: Any, state: State) -> Solution:
-        return solve(problem.with_data(input, output), state)
+    def one(input: Any, output: Any, state: State, tolerance: Any) -> Solution:
+        return solve(problem.with_data(input, output), state, tolerance)
 
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+    each = jnp.broadcast_to(jnp.asarray(tolerance, problem.dtype), state[0].shape[:1])
+    return eqx.filter_vmap(one)(problem.input, problem.output, state, each)
 
 
 def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
@@ -80,6 +89,13 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Any:
     errors = problem.prediction_errors(activities)
     weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
     return round_off(weighted, activities[1:])
+
+
+def within_round_off(moved: Any, state: Any) -> Any:
+    """Whether a step is no more than the round-off of a state, per sample."""
+    squares = dot(moved, moved), dot(state, state)
+    resolved = _STEP_ROUNDINGS * jnp.finfo(squares[0].dtype).eps
+    return squares[0] <= resolved**2 * squares[1]
 
 
 def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State, Any]:

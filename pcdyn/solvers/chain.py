@@ -24,7 +24,7 @@ import jax.scipy.linalg as jsl
 
 from pcdyn.energy import Energy, Gaussian, error_gradient, weigh
 from pcdyn.generalised_energy import Separable, curvature, output_part, residual_part
-from pcdyn.network import apply_layer
+from pcdyn.network import apply_layer, stack, structure_of
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import round_off
 from pcdyn.solvers.damped import Look
@@ -60,10 +60,10 @@ class Chain(eqx.Module):
             (network.layers[i - 1], hidden.precision(i), network.widths[i - 1 : i + 1])
             for i in range(2, network.depth)
         ]
-        runs = [list(run) for _, run in itertools.groupby(each, _structure)]
-        stacked = [_stack(run) for run in runs]
+        runs = [list(run) for _, run in itertools.groupby(each, structure_of)]
+        stacked = [stack(run) for run in runs]
         self.layers = tuple(layer for layer, _, _ in stacked)
-        self.precisions = (_stack([hidden.precision(1)]), *(p for _, p, _ in stacked))
+        self.precisions = (stack([hidden.precision(1)]), *(p for _, p, _ in stacked))
         self.covariances = tuple(
             None if p is None else jax.vmap(covariance)(p) for p in self.precisions
         )
@@ -189,19 +189,6 @@ class Chain(eqx.Module):
             bend = jax.tree.map(self.hidden.curvature, errors)
             vectors = jax.tree.map(jnp.divide, vectors, bend)
         return _each_layer(self.covariances, vectors)
-
-
-def _structure(layer: Any) -> Any:
-    """What layers share that one loop can run."""
-    arrays, static = eqx.partition(layer, eqx.is_array)
-    leaves, tree = jax.tree.flatten(arrays)
-    return [(x.shape, x.dtype) for x in leaves], tree, static
-
-
-def _stack(trees: list[Any]) -> Any:
-    arrays = [eqx.filter(tree, eqx.is_array) for tree in trees]
-    static = eqx.filter(trees[0], eqx.is_array, inverse=True)
-    return eqx.combine(jax.tree.map(lambda *each: jnp.stack(each), *arrays), static)
 
 
 def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import check_choice
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.linear import hessian, linear_equilibrium
 from pcdyn.problem import InferenceProblem, State
@@ -23,6 +24,10 @@ class ClosedForm(Solver):
     """
 
     via: Literal["output_space", "cholesky"] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.via is not None:
+            check_choice(self.via, "ClosedForm: via", ("output_space", "cholesky"))
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from pcdyn.errors import EquilibriumStatus
-from pcdyn.solvers.base import Solution
+from pcdyn.solvers.base import Solution, within_round_off
 from pcdyn.states import choose, dot, scale, step
 
 _SUFFICIENT_DECREASE = 1e-4
@@ -69,6 +69,10 @@ class Model(eqx.Module):
     @abc.abstractmethod
     def round_off(self, point: Any) -> Any:
         """How surely F is known at a point, per sample."""
+
+    @abc.abstractmethod
+    def activities(self, point: Any) -> Any:
+        """The free activities at a point."""
 
     @abc.abstractmethod
     def take(self, samples: Any) -> Model:
@@ -230,11 +234,12 @@ def _search(model: Model, now: _Search, tolerance: Any, max_iterations: Any, few
 
     def with_new_matrix(now: _Search) -> _Search:
         propose, slack = model.factorise(now.point, now.damping), model.round_off(now.point)
+        activities = model.activities(now.point)
 
         def trial(now: _Search) -> _Search:
             active = _active(now, max_iterations)
             now, spent = _with_direction(now, active, propose)
-            return _after_trial(model, now, active, slack, tolerance, spent)
+            return _after_trial(model, now, active, slack, activities, tolerance, spent)
 
         spent = jnp.where(_active(now, max_iterations), model.matrix_passes, 0)
         now = eqx.tree_at(
@@ -265,7 +270,13 @@ def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Searc
 
 
 def _after_trial(
-    model: Model, now: _Search, active: Any, slack: Any, tolerance: Any, spent: Any
+    model: Model,
+    now: _Search,
+    active: Any,
+    slack: Any,
+    activities: Any,
+    tolerance: Any,
+    spent: Any,
 ) -> _Search:
     """Take the step where F has fallen enough; elsewhere halve its length, or give up."""
     fall = dot(now.seen.slope, now.direction)
@@ -280,7 +291,9 @@ def _after_trial(
     brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
     seen = choose(taken, seen, now.seen)
     status = jnp.where(taken, _verdict(seen, tolerance), now.status)
-    stalled = given_up & (now.damping >= _LARGEST_DAMPING)
+    # A whole step that changes nothing has solved for a gradient of round-off alone.
+    still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)
+    stalled = (still & (status == _RUNNING)) | (given_up & (now.damping >= _LARGEST_DAMPING))
     status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
     memory = eqx.tree_at(
         lambda m: m.moved, now.memory,

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import flag, integer, number, optional
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, final_status, solve_each
@@ -22,23 +23,26 @@ class GradientDescent(Solver):
     `dt` must be below 2 / the largest eigenvalue of the Hessian. `max_iterations` updates at most.
     """
 
-    dt: Any
-    max_iterations: int = 10_000
+    dt: Any = eqx.field(converter=number("GradientDescent: dt", above=0))
+    max_iterations: int = eqx.field(
+        default=10_000, converter=integer("GradientDescent: max_iterations", at_least=1)
+    )
 
     @property
     def name(self) -> str:
         return "gradient_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        _positive(self.name, "dt", self.dt)
+        """Every problem is fine."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         def update(state: State, slope: State) -> State:
             return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
 
         return solve_each(
-            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
-        )
+            lambda p, x, goal: _iterate(p, x, goal, update, self.max_iterations),
+            problem, state, tolerance,
+        )  # fmt: skip
 
 
 class FixedPoint(Solver):
@@ -49,7 +53,9 @@ class FixedPoint(Solver):
     and says so.
     """
 
-    max_iterations: int = 10_000
+    max_iterations: int = eqx.field(
+        default=10_000, converter=integer("FixedPoint: max_iterations", at_least=1)
+    )
 
     @property
     def name(self) -> str:
@@ -70,8 +76,9 @@ class FixedPoint(Solver):
             )
 
         return solve_each(
-            lambda p, x: _iterate(p, x, tolerance, update, self.max_iterations), problem, state
-        )
+            lambda p, x, goal: _iterate(p, x, goal, update, self.max_iterations),
+            problem, state, tolerance,
+        )  # fmt: skip
 
 
 def _iterate(
@@ -128,10 +135,14 @@ class ErrorDescent(Solver):
     of κ iterations. A rate at which F grows, or does not fall for long, is halved.
     """
 
-    nesterov: bool = eqx.field(static=True, default=True)
-    rate: Any = None
-    power_iterations: int = eqx.field(static=True, default=6)
-    max_iterations: int = 5_000
+    nesterov: bool = eqx.field(static=True, default=True, converter=flag("ErrorDescent: nesterov"))
+    rate: Any = eqx.field(default=None, converter=optional(number("ErrorDescent: rate", above=0)))
+    power_iterations: int = eqx.field(
+        static=True, default=6, converter=integer("ErrorDescent: power_iterations", at_least=1)
+    )
+    max_iterations: int = eqx.field(
+        default=5_000, converter=integer("ErrorDescent: max_iterations", at_least=1)
+    )
 
     @property
     def name(self) -> str:
@@ -140,8 +151,6 @@ class ErrorDescent(Solver):
     def check(self, problem: InferenceProblem) -> None:
         if not is_gaussian_below(problem):
             gaussian_energy(self.name, problem)
-        if self.rate is not None:
-            _positive(self.name, "rate", self.rate)
         if problem.input is None or problem.output is None:
             raise InputError(
                 f"{self.name} needs both ends clamped: only then do the errors determine the "
@@ -226,8 +235,3 @@ class ErrorDescent(Solver):
         _, largest = jax.lax.fori_loop(0, self.power_iterations, body, start)
         # Power iteration approaches from below.
         return 1 / (1 + 1.1 * largest)
-
-
-def _positive(name: str, option: str, value: Any) -> None:
-    if not 0 < float(value) < float("inf"):
-        raise InputError(f"{name} needs a positive and finite {option}, got {value}")

@@ -7,8 +7,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from pcdyn.errors import EquilibriumStatus, IntegratorError, Status
-from pcdyn.integrators import Diffrax, Integrator, UntilEquilibrium
+from pcdyn.checks import number
+from pcdyn.errors import EquilibriumStatus, IntegratorError, Status, TimesError
+from pcdyn.integrators import Diffrax, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Request
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import Solution, Solver, solve_each
@@ -21,8 +22,8 @@ class FlowToRest(Solver):
     time constants. Its `passes` are 0 for an implicit integrator, which does not report them.
     """
 
-    integrator: Integrator = eqx.field(default_factory=Diffrax)
-    t1: Any = 1e4
+    integrator: Integrator = eqx.field(default_factory=Diffrax, converter=get_integrator)
+    t1: Any = eqx.field(default=1e4, converter=number("FlowToRest: t1", above=0, error=TimesError))
 
     @property
     def name(self) -> str:
@@ -37,7 +38,7 @@ class FlowToRest(Solver):
         self.integrator.check(problem, UntilEquilibrium(), False)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+        return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         slowest = 1.0
@@ -51,9 +52,7 @@ class FlowToRest(Solver):
                 state=state,
                 times=jnp.asarray([0.0]),
                 t1=jnp.asarray(self.t1, float),
-                until=eqx.tree_at(
-                    lambda until: until.tolerance, UntilEquilibrium(1.0), tolerance / slowest
-                ),
+                until=UntilEquilibrium().with_tolerance(tolerance / slowest),
                 dense=False,
             )
         )

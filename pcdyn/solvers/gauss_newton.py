@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
 from pcdyn.block_tridiagonal import BlockCholesky
+from pcdyn.checks import integer, number
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.generalised_energy import Separable, curvature, output_part, residual_part
@@ -44,9 +45,15 @@ class GaussNewton(Solver):
     `Equilibrium.basin` looks.
     """
 
-    max_iterations: int = 50
-    explicit_width: int = eqx.field(static=True, default=32)
-    cg_tolerance: float = eqx.field(static=True, default=1e-4)
+    max_iterations: int = eqx.field(
+        default=50, converter=integer("GaussNewton: max_iterations", at_least=1)
+    )
+    explicit_width: int = eqx.field(
+        static=True, default=32, converter=integer("GaussNewton: explicit_width", at_least=0)
+    )
+    cg_tolerance: float = eqx.field(
+        static=True, default=1e-4, converter=number("GaussNewton: cg_tolerance", above=0, below=1)
+    )
 
     @property
     def name(self) -> str:
@@ -90,6 +97,9 @@ class InErrors(Model):
 
     def round_off(self, point: Stacked) -> Any:
         return self.chain.round_off(point)
+
+    def activities(self, point: Stacked) -> Stacked:
+        return self.chain.activities(point)[0]
 
     def take(self, samples: Any) -> InErrors:
         return dataclasses.replace(self, chain=self.chain.take(samples))
@@ -158,6 +168,9 @@ class InActivities(Model):
 
     def round_off(self, point: State) -> Any:
         return energy_round_off(self.problem, point)
+
+    def activities(self, point: State) -> State:
+        return point
 
     def take(self, samples: Any) -> InActivities:
         data = (self.problem.input, self.problem.output)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn.checks import integer, number
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
 from pcdyn.solvers.base import (
@@ -16,6 +17,7 @@ from pcdyn.solvers.base import (
     conjugate_gradients,
     energy_round_off,
     solve_each,
+    within_round_off,
 )
 from pcdyn.states import all_finite, choose, dot, largest_norm, step
 
@@ -30,10 +32,18 @@ class PseudoTransient(Solver):
     `growth`, the largest factor between steps; `cg_tolerance`, relative; `max_iterations`.
     """
 
-    first_step: float = 0.5
-    growth: float = 4.0
-    cg_tolerance: float = eqx.field(static=True, default=1e-3)
-    max_iterations: int = 1000
+    first_step: float = eqx.field(
+        default=0.5, converter=number("PseudoTransient: first_step", above=0)
+    )
+    growth: float = eqx.field(default=4.0, converter=number("PseudoTransient: growth", above=1))
+    cg_tolerance: float = eqx.field(
+        static=True,
+        default=1e-3,
+        converter=number("PseudoTransient: cg_tolerance", above=0, below=1),
+    )
+    max_iterations: int = eqx.field(
+        default=1000, converter=integer("PseudoTransient: max_iterations", at_least=1)
+    )
 
     @property
     def name(self) -> str:
@@ -43,7 +53,7 @@ class PseudoTransient(Solver):
         """Every problem is fine."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        return solve_each(lambda p, x: self._solve_one(p, x, tolerance), problem, state)
+        return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         dtype = problem.network.dtype
@@ -73,7 +83,9 @@ class PseudoTransient(Solver):
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
             status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
-            stalled = ~converged & (next_step < smallest)
+            # A long step that changes nothing has solved for a gradient of round-off alone.
+            still = accepted & (next_step > 1 / smallest**0.5) & within_round_off(direction, state)
+            stalled = ~converged & ((next_step < smallest) | still)
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pcdyn.checks import as_sequence, checked_integer, integer, number
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
 from pcdyn.generalised_energy import Separable
@@ -51,6 +52,17 @@ class Settled(eqx.Module):
     handed_over: Any
 
 
+def _as_products(value: Any) -> tuple[int, ...]:
+    wanted = "a list of positive integers"
+    products = tuple(
+        checked_integer(count, "each of products", at_least=1)
+        for count in as_sequence(value, "products", wanted)
+    )
+    if not products:
+        raise InputError(f"products must be {wanted}, got none")
+    return products
+
+
 class TruncatedGaussNewton(eqx.Module):
     """Equilibrium of a batch from its feedforward pass, with both ends clamped.
 
@@ -68,14 +80,16 @@ class TruncatedGaussNewton(eqx.Module):
     its batch, by the median and by what the preconditioner has of them.
     """
 
-    tolerance: Any = 0.02
-    unsettled: Any = UNSETTLED
-    products: tuple[int, ...] = eqx.field(static=True, default=(3, 1))
-    max_iterations: Any = 6
-
-    def __check_init__(self) -> None:
-        if not self.products or min(self.products) < 1:
-            raise InputError(f"products must be positive integers, got {self.products}")
+    tolerance: Any = eqx.field(
+        default=0.02, converter=number("TruncatedGaussNewton: tolerance", above=0)
+    )
+    unsettled: Any = eqx.field(
+        default=UNSETTLED, converter=number("TruncatedGaussNewton: unsettled", above=0)
+    )
+    products: tuple[int, ...] = eqx.field(static=True, default=(3, 1), converter=_as_products)
+    max_iterations: Any = eqx.field(
+        default=6, converter=integer("TruncatedGaussNewton: max_iterations", at_least=1)
+    )
 
     def check(self, problem: InferenceProblem) -> None:
         """Raise `InputError` unless both ends are clamped and the energies are known to it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from pcdyn.checks import checked_integer
 from pcdyn.errors import InputError
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.registry import select
@@ -137,17 +138,16 @@ def verify(
 
     - `names`: which statements (see `pcdyn.theory.select`); all unless given.
     - `seed`: of everything random.
-    - `networks`: how many random networks each statement is measured on, at least 2.
+    - `networks`: how many random networks each statement is measured on, at least 2 and at most
+      10⁶.
     - `progress`: called with each statement before it is measured.
 
-    Raises `InputError` for a name of no statement, fewer than two networks, and if float64 is off,
+    Raises `InputError` for a name of no statement, other numbers than these, and if float64 is off,
     in which most of these numbers are round-off.
     """
     chosen = select(names)
-    if networks < 2:
-        raise InputError(f"networks must be at least 2, got {networks}")
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
+    checked_integer(networks, "networks", at_least=2, at_most=10**6)
+    checked_integer(seed, "seed", at_least=0, at_most=2**63 - 1)
     if jnp.zeros(()).dtype != jnp.float64:
         raise InputError(
             "theorems are checked in float64, which is off: "

@@ -283,7 +283,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str):
         (lambda data: idx(CLASSES) + bytes(16), "magic number is 2049 instead of 2051"),
         (lambda data: idx(PIXELS.reshape(7, 14, 56)), "14 by 56 pixels instead of 28 by 28"),
         (lambda data: idx(PIXELS[:0]), "it is empty"),
-        (lambda data: data[:4] + b"\xff" * 12 + data[16:], "5504 bytes.*asks for"),
+        (lambda data: data[:4] + b"\xff" * 12 + data[16:], "asks for .* GiB"),
         (lambda data: gzip.compress(data)[:-9], "cannot be read or unzipped"),
         (lambda data: gzip.compress(data)[:5] + b"\xff" * 60, "cannot be read or unzipped"),
         (lambda data: gzip.compress(data) + b"tail", "cannot be read or unzipped"),

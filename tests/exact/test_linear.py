@@ -26,7 +26,6 @@ from pcdyn.linear import (
     exact_flow,
     forcing,
     hessian,
-    is_linear,
     linear_equilibrium,
     relaxation_times,
     single_layer_flow,
@@ -34,6 +33,7 @@ from pcdyn.linear import (
 )
 from pcdyn.network import Dense, Network, mlp
 from pcdyn.problem import InferenceProblem
+from pcdyn.whitened import is_linear
 from tests.networks import (
     CLAMPS,
     EPS,

@@ -91,8 +91,8 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
     # Initial weights.
     ("one width", lambda: weights([3]), ShapeError, "[3]"),
     ("no widths", lambda: weights([]), ShapeError, "[]"),
-    ("zero width", lambda: weights([3, 0, 2]), ShapeError, "[3, 0, 2]"),
-    ("negative width", lambda: weights([3, -1]), ShapeError, "[3, -1]"),
+    ("zero width", lambda: weights([3, 0, 2]), ShapeError, "widths[1]"),
+    ("negative width", lambda: weights([3, -1]), ShapeError, "widths[1]"),
     ("std with initialisation", lambda: weights([2, 2], std=1.0, initialisation="orthogonal"),
      InputError, "not both"),
     ("negative std", lambda: weights([2, 2], std=-1.0), InputError, "-1.0"),

@@ -45,7 +45,7 @@ def bound(posterior: Any, **changes: Any) -> Any:
 BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
     "an unknown structure": (lambda: flow("scalar", "sparse"), InputError, "sparse.*diagonal"),
     "one structure for two layers": (lambda: flow("scalar"), ShapeError, "1 structures"),
-    "no structures": (lambda: PrecisionFlow(problem(), None), InputError, "got a NoneType"),
+    "no structures": (lambda: PrecisionFlow(problem(), None), InputError, "got None"),
     "structures in one word": (
         lambda: PrecisionFlow(problem(), "full"), InputError, "each layer"),
     "structures of two kinds": (lambda: flow("scalar", 1), InputError, "structure 1"),

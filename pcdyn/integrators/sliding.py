@@ -1,0 +1,102 @@
+"""Flows that slide along kinks of the activations, followed by rounding the kinks.
+
+Where the free energy has a valley at a kink, the flow stays in it (Filippov's sliding solution),
+and the field jumps from one side to the other: a method with error control takes steps of the size
+of its tolerance there. With the slope of the activation made linear over a small width the field is
+continuous and stiff, which is what an implicit method is for, and its solution tends to the sliding
+one, with an error of the order of the width (Filippov 1988, §8; Sotomayor & Teixeira 1996).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn.activations import Activation
+from pcdyn.network import Dense
+from pcdyn.problem import InferenceProblem, Problem, State
+
+
+def rounded(problem: Problem, state: State, rtol: float) -> tuple[Problem, float] | None:
+    """The problem with its kinks rounded, and the largest width; `None` if it has no kinks.
+
+    The width is `rtol`, but no less than √eps, of the preactivations that activities as large as
+    those at `state` can cause.
+    """
+    if not isinstance(problem, InferenceProblem):
+        return None
+    network = problem.network
+    kinked = [isinstance(layer, Dense) and bool(layer.activation.kinks) for layer in network.layers]
+    if not any(kinked):
+        return None
+    activity = max(float(jnp.max(jnp.abs(x))) for x in problem.activities(state))
+    # Below √eps of the preactivation its own round-off would show in the slope.
+    share = max(rtol, float(jnp.finfo(network.dtype).eps) ** 0.5)
+    widths = [
+        share * _largest_preactivation(layer, activity) if has_kinks else 0.0
+        for layer, has_kinks in zip(network.layers, kinked, strict=True)
+    ]
+    layers = tuple(
+        _Rounded(layer, jnp.asarray(width, network.dtype)) if width > 0 else layer
+        for layer, width in zip(network.layers, widths, strict=True)
+    )
+    return eqx.tree_at(lambda p: p.network.layers, problem, layers), max(widths)
+
+
+def _largest_preactivation(layer: Dense, activity: float) -> float:
+    """How large W x + b gets where every entry of x is at most `activity`, give or take signs."""
+    kinks = max(abs(kink) for kink in layer.activation.kinks)
+    bias = 0.0 if layer.bias is None else float(jnp.max(jnp.abs(layer.bias)))
+    rows = jnp.linalg.norm(layer.weight, axis=1)
+    return float(jnp.max(rows)) * activity + bias + kinks
+
+
+class _Rounded(eqx.Module):
+    """A `Dense` layer whose activation has its kinks rounded over `width` on each side."""
+
+    layer: Dense
+    width: Any
+
+    def __call__(self, x: Any) -> Any:
+        return _value(self.layer.activation, self.layer.preactivation(x), self.width)
+
+
+# The value is the activation's own, for rounding would change it by no more than the width; the
+# slope is the mean slope within one width, and the curvature that of the slope.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _value(activation: Activation, z: Any, width: Any) -> Any:
+    return activation(z)
+
+
+@_value.defjvp
+def _value_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
+    (z, width), (dz, _) = primals, tangents
+    return activation(z), _slope(activation, z, width) * dz
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _slope(activation: Activation, z: Any, width: Any) -> Any:
+    return _mean_rate(activation, activation.function, z, width)
+
+
+@_slope.defjvp
+def _slope_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
+    (z, width), (dz, _) = primals, tangents
+    curvature = _mean_rate(activation, _derivative(activation.function), z, width)
+    return _slope(activation, z, width), curvature * dz
+
+
+def _mean_rate(activation: Activation, function: Any, z: Any, width: Any) -> Any:
+    """The derivative of `function`, or within `width` of a kink its mean over ± `width`."""
+    near = [jnp.abs(z - kink) < width for kink in activation.kinks]
+    inside = functools.reduce(jnp.logical_or, near)
+    mean = (function(z + width) - function(z - width)) / (2 * width)
+    return jnp.where(inside, mean, _derivative(function)(z))
+
+
+def _derivative(function: Any) -> Any:
+    return lambda z: jax.jvp(function, (z,), (jnp.ones_like(z),))[1]
