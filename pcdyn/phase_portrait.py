@@ -117,7 +117,7 @@ def phase_portrait(
     starts: Any = None,
     t1: float | None = None,
     integrator: str | Integrator | None = None,
-    tolerance: float = 1e-9,
+    tolerance: float | None = None,
 ) -> PhasePortrait:
     """The phase portrait of a problem with two free units and one sample.
 
@@ -132,7 +132,8 @@ def phase_portrait(
     - `t1`: how long to follow the flow from the grid and the starts; twelve times the slowest
       relaxation time of the minima unless given, between 10 and 1000.
     - `integrator` of that flow, which runs as one batch; `"tsit5"` unless given.
-    - `tolerance` of the gradient at an equilibrium, absolute.
+    - `tolerance` of the gradient at an equilibrium, absolute; unless given 1e-9, or in float32 what
+      round-off leaves of the largest gradient within the extent.
 
     Minima, and equilibria at kinks, are where `pcdyn.multiple_equilibria` leads to from a coarse
     grid; saddles and maxima are those that Newton's method for ∂F/∂x = 0 finds within the extent.
@@ -144,8 +145,9 @@ def phase_portrait(
     """
     _check_problem(problem)
     resolution = checked_integer(resolution, "resolution, points on each axis,", at_least=2)
-    tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
-    size = 2 * _SAVES * resolution**2 * sum(problem.network.widths) * 8
+    if tolerance is not None:
+        tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
+    size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.network.widths) * 8
     check_size(size, f"the flow from a grid of {resolution} by {resolution} points")
     if t1 is not None:
         t1 = checked_number(t1, "t1", above=0, error=TimesError)

@@ -21,6 +21,7 @@ Box = tuple[float, float, float, float]
 
 # Two points within this share of the diagonal are one equilibrium.
 _SAME = 1e-4
+_TOLERANCE = 1e-9
 _NEWTON_STEPS = 60
 _LONGEST_STEP = 0.1
 
@@ -93,16 +94,19 @@ def _field(problem: InferenceProblem, points: Any) -> tuple[Any, Any]:
 
 
 def planar_equilibria(
-    problem: InferenceProblem, box: Box, starts: np.ndarray, tolerance: float
+    problem: InferenceProblem, box: Box, starts: np.ndarray, tolerance: float | None
 ) -> PlanarEquilibria:
     """Minima that the starts lead to, and saddles and maxima by Newton's method from the box."""
+    fine = grid(problem, box, 21).reshape(-1, 2)
+    if tolerance is None:
+        largest = float(np.max(_linearised(problem, jnp.asarray(fine))[1]))
+        tolerance = max(_TOLERANCE, 4 * float(jnp.finfo(problem.dtype).eps) * largest)
     rests = multiple_equilibria(problem, state_at(problem, starts), tolerance=tolerance)
     codes, basins = rests.searches.status_codes, rests.basin_of
     firsts = [int(np.flatnonzero(basins == index)[0]) for index in range(len(rests))]
     at_kink = [codes[first] == EquilibriumStatus.SLIDING for first in firsts]
     known = [np.max(rests.searches.residual_norms[first]) for first in firsts]
     points = np.concatenate(problem.state_of(rests.activities), axis=-1)
-    fine = grid(problem, box, 21).reshape(-1, 2)
     roots = np.asarray(_roots(problem, jnp.asarray(fine), _LONGEST_STEP * diagonal(box)))
     slopes = np.asarray(_linearised(problem, jnp.asarray(roots))[1])
     # Outside, on plateaus on which the gradient only fades, there is nothing to find.

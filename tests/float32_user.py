@@ -118,16 +118,16 @@ def until_equilibrium() -> Any:
 def rested(activation: str, ratio: float, method: str | None) -> Any:
     problem = case(activation, ratio).problem
     found = pcdyn.equilibrium(problem, method=method)
-    return {"state": free(problem, found.activities), "tolerance": float(found.tolerance)}
+    return free(problem, found.activities)
 
 
 def closed_form(ratio: float) -> Any:
     problem = case("identity", ratio).problem
-    return {"state": free(problem, pcdyn.linear_equilibrium(problem)), "tolerance": 0.0}
+    return free(problem, pcdyn.linear_equilibrium(problem))
 
 
 def rates(activation: str, ratio: float) -> Any:
-    return np.asarray(pcdyn.stability(case(activation, ratio).problem).rates)
+    return pcdyn.stability(case(activation, ratio).problem).rates
 
 
 def several() -> Any:
@@ -339,7 +339,10 @@ def main(group: str, file: str, *arguments: str) -> None:
     assert not jax.config.jax_enable_x64, "this is what happens without float64"
     target, rest = Path(file).resolve(), [Path(a).resolve() for a in arguments]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        found = {name: came(action) for name, action in GROUPS[group](*rest)}
+        found = {}
+        for name, action in GROUPS[group](*rest):
+            found[name] = came(action)
+            print(f"{found[name].seconds:6.1f} s  {name}", flush=True)
     # Plain values, for this module is called __main__ here.
     target.write_bytes(pickle.dumps({n: dataclasses.asdict(c) for n, c in found.items()}))
 

@@ -35,17 +35,27 @@ def what_came(group: str, folder: Path, *arguments: Path) -> dict[str, user.Came
     # A user has neither the tests' JAX configuration nor warnings that are errors.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTHONW"))}
     ran = subprocess.run(
-        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, text=True, timeout=500,
+        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, text=True, timeout=900,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout
     return {name: user.Came(**came) for name, came in pickle.loads(file.read_bytes()).items()}
 
 
-def wrong(came: dict[str, user.Came], judge: Callable[[str, Any], str | None]) -> dict[str, str]:
-    """What is wrong with what came, by name; nothing, where all is well."""
+def wrong(
+    came: dict[str, user.Came],
+    judge: Callable[[str, Any], str | None],
+    *,
+    may_fail: Callable[[str, str, str], bool] = lambda name, kind, message: False,
+) -> dict[str, str]:
+    """What is wrong with what came, by name; nothing, where all is well.
+
+    `may_fail` says which named errors, with which messages, are as good as an answer.
+    """
     found = {}
     for name, each in came.items():
+        if each.error is not None and may_fail(name, each.error[0][0], each.error[1]):
+            continue
         if each.error is not None:
             found[name] = f"{each.error[0][0]}: {each.error[1]}"
         elif each.warnings:
@@ -190,13 +200,22 @@ def euler(case: Case, dt: float, times: np.ndarray) -> np.ndarray:
 
 
 def test_every_method_finds_the_equilibrium(tmp_path: Path) -> None:
-    """With its rates, the closed form, several starts, and the portrait of two units."""
+    """With its rates, the closed form, several starts, and the portrait of two units.
+
+    What is found by default is found at every ratio. A method that was asked for may say that it
+    does not get there, and that another one does.
+    """
+
+    def may_fail(name: str, kind: str, message: str) -> bool:
+        asked = name.split()[-1] in user.METHODS
+        return asked and kind == "NotConvergedError" and "another method" in message
 
     def judge(name: str, value: Any) -> str | None:
         if name == "phase_portrait":
             case = user.chain()
             points = [at_rest(case, point) for point in value["points"]]
-            return str(value["kinds"]) if value["kinds"].tolist() != ["minimum"] else points[0]
+            kinds = [str(kind) for kind in value["kinds"]]
+            return points[0] if kinds == ["minimum"] else str(kinds)
         if name == "multiple_equilibria":
             case = user.case("tanh", 1e2)
             lost = "a start found nothing" if (value["basins"] < 0).any() else None
@@ -207,16 +226,16 @@ def test_every_method_finds_the_equilibrium(tmp_path: Path) -> None:
         rates = decay_rates(case, expected)
         slack = round_off(case, expected)
         if what == "linear_equilibrium":
-            return far(value["state"], expected, slack)
+            return far(value, expected, slack)
         # The gradient may be 1e-4 of that at the start.
         slack += 1e-4 * max(1.0, float(np.linalg.norm(field(case, start(case))))) / rates[0]
         if what == "stability":
             # Rates are known to the round-off of the largest, and move with the state.
             moved = 0.0 if activation == "identity" else 4 * slack
             return far(value, rates, (1e2 * EPS + moved) * rates[-1])
-        return at_rest(case, value["state"]) or far(value["state"], expected, slack)
+        return at_rest(case, value) or far(value, expected, slack)
 
-    assert wrong(what_came("rests", tmp_path), judge) == {}
+    assert wrong(what_came("rests", tmp_path), judge, may_fail=may_fail) == {}
 
 
 # --- Comparison and references --------------------------------------------------------------------
