@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.checks import Numbers, as_float_array, check_finite, is_traced
+from pcdyn.checks import Numbers, as_float_array, check_finite, check_sharding, is_traced
 from pcdyn.energy import Energy, Gaussian, check_energy, error_gradient
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.network import Activities, Network
@@ -303,6 +303,7 @@ class InferenceProblem(Problem):
         for a state that does not fit.
         """
         self.network.check_one()
+        check_sharding(self)
         if isinstance(initial, str):
             return self._named_state(initial)
         if len(initial) != len(self.free_layers):

@@ -122,7 +122,9 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     signs = np.random.default_rng(0)
 
     def rounded(x: Any) -> Any:
-        return eps * jnp.abs(x) * signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
+        chosen = signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
+
+        return eps * jnp.abs(x) * jnp.broadcast_to(chosen, x.shape)
 
     squares = [
         layer_norms(tangent(*jax.tree.map(rounded, (state, sizes)))) ** 2 for _ in range(_PROBES)

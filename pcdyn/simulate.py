@@ -24,6 +24,7 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
+from pcdyn.forward_only import forward_only
 from pcdyn.integrators import Exact, Integration, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Flow, Request
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
@@ -105,6 +106,8 @@ def simulate(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
         run = integrate(method, request, per_sample)
+        if not isinstance(method, Exact):
+            run = forward_only(run, f"simulate with {method.name}")
         return _traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
     with Stopwatch() as clock:
