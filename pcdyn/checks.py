@@ -81,14 +81,14 @@ def check_sharding(*trees: Any) -> None:
                 "inside jax.shard_map pcdyn's loops do not keep track of what varies over the axes "
                 f"{tuple(kind.vma)} of the mesh: give jax.shard_map check_vma=False"
             )
-        mesh = getattr(getattr(kind, "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
-            if any(axis is not None for axis in kind.sharding.spec):
-                raise InputError(
-                    "under a JAX transformation the sharding of an array must not be a part of "
-                    "its type: make the mesh with automatic axes, jax.make_mesh(…, "
-                    "axis_types=(jax.sharding.AxisType.Auto,)), or leave the transformation out"
-                )
+        sharding = getattr(kind, "sharding", None)
+        explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+        if explicit and any(axis is not None for axis in sharding.spec):
+            raise InputError(
+                "under a JAX transformation the sharding of an array must not be a part of its "
+                "type: make the mesh with automatic axes, jax.make_mesh(…, "
+                "axis_types=(jax.sharding.AxisType.Auto,)), or leave the transformation out"
+            )
 
 
 def check_finite(array: Any, name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax._src.interpreters import ad as ad_internals
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -28,6 +29,14 @@ def _refuse(_: Any, x: Any, *, name: str) -> None:
 
 
 ad.deflinear2(_forward_only, _refuse)
+
+
+def _refuse_first(*_: Any, name: str) -> None:
+    _refuse(None, None, name=name)
+
+
+# Where JAX linearises, before anything runs; a JAX that does not say so transposes in the end.
+getattr(ad_internals, "primitive_linearizations", {})[_forward_only] = _refuse_first
 
 
 def forward_only(tree: Any, name: str) -> Any:

@@ -105,9 +105,11 @@ def simulate(
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
-        run = integrate(method, request, per_sample)
         if not isinstance(method, Exact):
-            run = forward_only(run, f"simulate with {method.name}")
+            moving = (request.problem, request.state)
+            moving = forward_only(moving, f"simulate with {method.name}")
+            request = dataclasses.replace(request, problem=moving[0], state=moving[1])
+        run = integrate(method, request, per_sample)
         return _traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
     with Stopwatch() as clock:
