@@ -15,13 +15,14 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, ArrayLike
 
 from pcdyn.errors import DtypeError, InputError, NonFiniteError, SizeError
@@ -74,7 +75,40 @@ def as_float_array(value: Any, name: str) -> Array:
         array = array.astype(jnp.float32)
     if isinstance(value, jax.Array):
         check_finite(array, name)
-    return array
+    return _on_automatic_axes(array)
+
+
+def _on_automatic_axes(array: Array) -> Array:
+    """A known array on the same devices, its axes sharded by the compiler instead of by types."""
+    if is_traced(array) or not isinstance(array.sharding, NamedSharding):
+        return array
+    mesh, spec = array.sharding.mesh, array.sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    # The axes of a mesh are automatic by default here, and explicit by default in jax.make_mesh.
+    automatic = Mesh(cast(Mesh, mesh).devices, mesh.axis_names)
+    return jax.device_put(array, NamedSharding(automatic, spec))
+
+
+def check_sharding(*trees: Any) -> None:
+    """Raise `InputError` for traced arrays whose sharding is a part of their type."""
+    for leaf in jax.tree.leaves(trees):
+        if not is_traced(leaf):
+            continue
+        kind = jax.typeof(leaf)
+        if getattr(kind, "vma", None):
+            raise InputError(
+                "inside jax.shard_map pcdyn's loops do not keep track of what varies over the axes "
+                f"{tuple(kind.vma)} of the mesh: give jax.shard_map check_vma=False"
+            )
+        sharding = getattr(kind, "sharding", None)
+        explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+        if explicit and any(axis is not None for axis in sharding.spec):
+            raise InputError(
+                "under a JAX transformation the sharding of an array must not be a part of its "
+                "type: make the mesh with automatic axes, jax.make_mesh(…, "
+                "axis_types=(jax.sharding.AxisType.Auto,)), or leave the transformation out"
+            )
 
 
 def as_host_array(

@@ -20,6 +20,7 @@ from pcdyn.checks import (
     check_dtype,
     check_instance,
     check_key,
+    check_sharding,
     check_size,
     checked_integer,
     checked_number,
@@ -320,6 +321,7 @@ class InferenceProblem(Problem):
         for a state that does not fit.
         """
         self.network.check_one()
+        check_sharding(self)
         if isinstance(initial, str):
             return self._named_state(initial)
         given = as_sequence(

@@ -123,7 +123,7 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
 
     def rounded(x: Any) -> Any:
         each = signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
-        return eps * jnp.abs(x) * np.broadcast_to(each, x.shape)
+        return eps * jnp.abs(x) * jnp.broadcast_to(each, x.shape)
 
     squares = [
         layer_norms(tangent(*jax.tree.map(rounded, (state, sizes)))) ** 2 for _ in range(_PROBES)

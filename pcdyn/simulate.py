@@ -35,6 +35,7 @@ from pcdyn.errors import (
     simulation_error,
     worst_status,
 )
+from pcdyn.forward_only import forward_only
 from pcdyn.integrators import (
     Diffrax,
     Exact,
@@ -139,6 +140,10 @@ def simulate(
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
+        if not isinstance(method, Exact):
+            moving = (request.problem, request.state)
+            moving = forward_only(moving, f"simulate with {method.name}")
+            request = dataclasses.replace(request, problem=moving[0], state=moving[1])
         run = integrate(method, request, per_sample)
         return _traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)

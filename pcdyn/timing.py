@@ -10,6 +10,8 @@ from typing import Any
 
 import jax.monitoring
 
+from pcdyn import programs
+
 
 class Stopwatch:
     """A context that measures the seconds spent compiling and the seconds spent running.
@@ -38,6 +40,8 @@ class Stopwatch:
         _of_this_thread.spans = _running()[:-1]
         self.compile_seconds = _covered(self._spans)
         self.run_seconds = max(total - self.compile_seconds, 0.0)
+        if self.compile_seconds > 0:
+            programs.release_if_many()
 
 
 _of_this_thread = threading.local()

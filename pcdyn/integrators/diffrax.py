@@ -24,7 +24,6 @@ from pcdyn.integrators.base import (
     default_tolerances,
     largest_activity,
 )
-from pcdyn.integrators.forward_mode import forward_only
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.problem import InferenceProblem, Problem, State
 from pcdyn.stacked import StackedProblem
@@ -257,7 +256,7 @@ class Diffrax(Integrator):
                 lambda saved, x: jnp.where(at_rest, x, saved), (states, end_state), (state, state)
             )
             end_time = jnp.where(at_rest, 0, end_time)
-        run = Integration(
+        return Integration(
             states=states,
             end_time=end_time,
             end_state=end_state,
@@ -268,7 +267,6 @@ class Diffrax(Integrator):
             rejected_steps=solution.stats["num_rejected_steps"],
             interpolation=_dense_output(solution) if request.dense else None,
         )
-        return forward_only(run, self.name)
 
     def _controller(self, request: Request, t1: Any) -> Any:
         import diffrax

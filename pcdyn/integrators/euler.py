@@ -18,7 +18,6 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
 )
-from pcdyn.integrators.forward_mode import forward_only
 from pcdyn.problem import Problem, State
 from pcdyn.states import all_finite
 
@@ -128,5 +127,4 @@ class Euler(Integrator):
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
         evaluations = step + tests + jnp.sum(fraction > 0)
-        run = Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
-        return forward_only(run, self.name)
+        return Integration(states, end_time, end_state, status, evaluations, 0, step, 0)

@@ -129,7 +129,7 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
         lambda leaves: linear_equilibrium(problem_of(leaves, "identity"))[1], 1e-14, (),
     ),
     "linear.spectrum": (
-        lambda leaves: linear.spectrum(problem_of(leaves, "identity")).rates, 1e-13, (),
+        lambda leaves: linear.spectrum(problem_of(leaves, "identity")), 1e-13, (),
     ),
     "stability": (lambda leaves: stability(problem_of(leaves, "tanh")).rates, 1e-6, ()),
     "rule, predictive coding": (

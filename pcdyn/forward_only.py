@@ -1,0 +1,61 @@
+"""Values whose derivatives are known forward in time only, and those that have none."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from pcdyn.errors import IntegratorError
+
+_forward_only = Primitive("pcdyn_forward_only")
+_forward_only.def_impl(lambda x, **_: x)
+_forward_only.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_forward_only, mlir.lower_fun(lambda x, **_: x, multiple_results=False))
+batching.defvectorized(_forward_only)
+
+
+def _refuse(_: Any, x: Any, *, name: str) -> None:
+    raise IntegratorError(
+        f"{name} has no derivatives in reverse mode (jax.grad, jax.vjp, jax.jacrev): take them "
+        "forward, by jax.jvp or jax.jacfwd; or differentiate a linear network's flow by "
+        "pcdyn.Exact(), or the end of any flow by pcdyn.equilibrium, which have both"
+    )
+
+
+ad.deflinear2(_forward_only, _refuse)
+
+
+def _refuse_first(*_: Any, name: str) -> None:
+    _refuse(None, None, name=name)
+
+
+# JAX transposes in the end. Some versions can be told before anything runs, where they linearise, but
+# by no public name.
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src.interpreters.ad import primitive_linearizations
+
+    primitive_linearizations[_forward_only] = _refuse_first
+
+
+def forward_only(tree: Any, name: str) -> Any:
+    """The same arrays, whose transposed derivatives are refused by an error that names `name`."""
+    return jax.tree.map(
+        lambda x: _forward_only.bind(x, name=name) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_derivative(tree: Any, error: Exception) -> Any:
+    """The same arrays, any derivative of which raises `error`."""
+    return tree
+
+
+@without_derivative.defjvp
+def _(error: Exception, primals: Any, tangents: Any) -> Any:
+    raise error
