@@ -35,8 +35,8 @@ def _refuse_first(*_: Any, name: str) -> None:
     _refuse(None, None, name=name)
 
 
-# JAX transposes in the end. Some versions can be told before anything runs, where they linearise, but
-# by no public name.
+# JAX transposes in the end. Where it linearises, before anything runs, some versions can be told as
+# well, but by no public name.
 with contextlib.suppress(ImportError, AttributeError):
     from jax._src.interpreters.ad import primitive_linearizations
 
