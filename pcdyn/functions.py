@@ -45,8 +45,10 @@ def reference(function: Any) -> Any:
 
     Jitted functions of JAX are found so, but not by pickle.
     """
-    names = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return names if all(names) and _find(*names) is function else function
+    module, name = (getattr(function, of, None) for of in ("__module__", "__qualname__"))
+    if module and name and _find(module, name) is function:
+        return module, name
+    return function
 
 
 def referred(reference: Any) -> Any:

@@ -166,7 +166,7 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
 
     def climb(weighted: Array) -> State:
-        layers = [problem.input]
+        layers: list[Any] = [problem.input]
         for index in range(1, depth):
             layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
         return tuple(layers[1:])
@@ -211,6 +211,7 @@ def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]
     `InputError` unless both ends are clamped.
     """
     factor = jnp.linalg.cholesky(output_covariance(problem))
+    assert problem.input is not None, "output_covariance has refused others"
     error = problem.output_error(problem.network.feedforward(problem.input)[-1])
     white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
     log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))

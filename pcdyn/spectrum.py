@@ -57,7 +57,7 @@ def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
 
 def _roots(problem: InferenceProblem | StackedProblem) -> list[Any]:
     """√τ for each array of a state."""
-    constants = problem.time_constants
+    constants: Any = problem.time_constants
     if isinstance(problem, StackedProblem):
         return [jnp.ones((), problem.dtype) if constants is None else jnp.sqrt(constants)]
     if constants is None:

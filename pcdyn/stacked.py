@@ -201,13 +201,18 @@ def stacked(problem: Problem) -> Any:
                     for i in problem.free_layers]  # fmt: skip
         taus = xp.concatenate(repeated)
     return StackedProblem(
-        runs=tuple(Run(*stack([x for _, x in run]), run[0][0], len(run)) for run in runs),
+        runs=tuple(_run_of(run) for run in runs),
         input=problem.input,
         output=problem.output,
         time_constants=taus,
         widths=network.widths,
         free=problem.free_layers,
     )
+
+
+def _run_of(layers: list[Any]) -> Run:
+    layer, energy = stack([parts for _, parts in layers])
+    return Run(layer, energy, first=layers[0][0], length=len(layers))
 
 
 def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:

@@ -121,7 +121,9 @@ class Diffrax(Integrator):
 
     @property
     def name(self) -> str:
-        label = str(self.solver) if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        label = (
+            str(self.solver) if isinstance(self.solver, str) else type(self.solver).__name__.lower()
+        )
         return label if self.dt is None else f"{label} with fixed step"
 
     @property

@@ -89,7 +89,7 @@ class Euler(Integrator):
             return carry, jax.lax.cond(fraction > 0, interpolate, lambda state: state, carry[1])
 
         # Times that are meant to be multiples of dt are so only up to round-off.
-        steps = request.times / self.dt
+        steps: jax.Array = request.times / self.dt
         nearest = jnp.round(steps)
         on_grid = jnp.abs(steps - nearest) <= 1e-6 * jnp.maximum(nearest, 1)
         whole = jnp.where(on_grid, nearest, jnp.floor(steps))

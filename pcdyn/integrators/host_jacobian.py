@@ -81,5 +81,6 @@ def deep_entries(problem: StackedProblem, state: State) -> Array:
     _, product = jax.linearize(lambda x: problem.vector_field((x,), first)[0], state[0])
     chain = PaddedChain(problem.free_widths)
     matrix = chain.blocks(product, state[0], symmetric=False)
-    flat = [x.reshape(*x.shape[:-3], -1) for x in (matrix.diagonal, matrix.upper, matrix.lower)]
+    blocks: Any = (matrix.diagonal, matrix.upper, matrix.lower)
+    flat = [x.reshape(*x.shape[:-3], -1) for x in blocks]
     return jnp.concatenate(flat, axis=-1)[..., chain.entries].reshape(-1)

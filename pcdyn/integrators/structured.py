@@ -246,8 +246,9 @@ class PaddedChain:
             inverse = jnp.matrix_transpose(inverse) @ inverse
             return inverse, (inverse, coupling)
 
-        _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))
-        return PaddedFactors(*factors, self.widths)
+        start = jnp.zeros_like(blocks[0])
+        _, (inverses, couplings) = jax.lax.scan(eliminate, start, (blocks, upper))
+        return PaddedFactors(inverses, couplings, self.widths)
 
 
 class _ChainState(eqx.Module):

@@ -277,6 +277,8 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
     half = jsl.solve_triangular(root, explained, lower=True)
     white = jsl.solve_triangular(root, half.T, lower=True)
     share, modes = jnp.linalg.eigh((white + white.T) / 2)
+    interior: Array
+    left: Array
     if posterior == "laplace":
         interior, left = share < 1, 1 - share
     else:

@@ -117,7 +117,7 @@ def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State
         x, residual, direction, squared, count, flat = carry
         active = unsolved(carry)
         image = product(direction)
-        curvature = dot(direction, image)
+        curvature: jax.Array = dot(direction, image)
         flat = flat | (active & ~(curvature > 0))
         length = squared / jnp.where(curvature > 0, curvature, 1)
         # Downhill without curvature: the right-hand side itself, if there is nothing better.

@@ -329,7 +329,7 @@ def _descent_direction(slope: Any, proposed: Any, memory: _Memory) -> Any:
     return choose(steep, direction, proposed)
 
 
-def _next_damping(damping: Any, length: Any) -> Any:
+def _next_damping(damping: jax.Array, length: jax.Array) -> jax.Array:
     more = jnp.maximum(10 * damping, _FIRST_DAMPING)
     less = jnp.where(damping > _FIRST_DAMPING, damping / 10, 0)
     return jnp.where(length == 1, less, jnp.where(length < 0.1, more, damping))

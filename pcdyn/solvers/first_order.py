@@ -172,7 +172,7 @@ class ErrorDescent(Solver):
             root = jnp.sqrt(now.rate)
             keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
             momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
-            lower = seen.energy < now.lowest
+            lower: jax.Array = seen.energy < now.lowest
             best = choose(lower, now.ahead, now.best)
             stale = jnp.where(lower, 0, now.stale + 1)
             grew = ~(seen.energy <= 2 * now.lowest)

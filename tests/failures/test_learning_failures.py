@@ -96,7 +96,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "Z-IL with precisions": (
         lambda: train(rule=learning.ZeroDivergence(), energy=Gaussian([2.0, 1.0])), InputError,
         "layer 1"),
-    "no Euler steps": (lambda: learning.EulerPredictiveCoding(steps=0), InputError, "at least 1, got 0"),
+    "no Euler steps": (
+        lambda: learning.EulerPredictiveCoding(steps=0), InputError, "at least 1, got 0"),
     "a negative step": (lambda: learning.FixedPrediction(dt=-1.0), InputError, "above 0, got -1"),
     "a zero ratio": (
         lambda: learning.IncrementalPredictiveCoding(ratio=0.0), InputError, "ratio"),

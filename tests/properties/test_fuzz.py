@@ -24,9 +24,7 @@ SLOW = [name for name, call in calls().items() if call.slow]
 def odd_calls(draw: st.DrawFn, names: list[str]) -> tuple[str, dict[str, str]]:
     """A public function and odd values for one to three of its arguments."""
     call = calls()[draw(st.sampled_from(names))]
-    chosen = draw(
-        st.lists(st.sampled_from(call.parameters), min_size=1, max_size=3, unique=True)
-    )
+    chosen = draw(st.lists(st.sampled_from(call.parameters), min_size=1, max_size=3, unique=True))
     return call.name, {name: draw(st.sampled_from(sorted(odd_values()))) for name in chosen}
 
 
