@@ -191,12 +191,11 @@ def _computations(
     """What a checkpoint must agree with, as JAX lowers it."""
     weights, optimiser_state, _ = state
     update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
-    whole: Any = run_epoch
+    compiled: Any = run_epoch
+    epoch = jnp.asarray(0)
     return {
         "optimiser": update.lower(weights, optimiser_state),
-        "activations, energy or rule": whole.lower(
-            setting, state, data, key, jnp.asarray(0), seeds
-        ),
+        "activations, energy or rule": compiled.lower(setting, state, data, key, epoch, seeds),
     }
 
 

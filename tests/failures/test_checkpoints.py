@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import pcdyn
-from pcdyn.errors import CheckpointError, DataError
+from pcdyn.errors import CheckpointError, InputError
 from pcdyn.learning import Backpropagation, EulerPredictiveCoding, Training, train
 
 
@@ -126,11 +126,11 @@ def test_what_cannot_be_written_is_refused_before_the_first_epoch(
     (tmp_path / "folder").mkdir()
     for path, message in (
         (tmp_path / "absent" / "run.npz", "create the folder"),
-        (tmp_path / "folder", "not a file"),
+        (tmp_path / "folder", "is a folder"),
         (Path("/dev/null"), "not a file"),
         (tmp_path / ("a" * 300), "cannot write"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(InputError, match=message):
             run(checkpoint=path, evaluate=no_epoch)
         assert sorted(p.name for p in tmp_path.rglob("*")) == ["folder"]
 
