@@ -213,8 +213,8 @@ def _check_problem(problem: Any) -> None:
 
 
 def _checked_extent(extent: Numbers) -> Box:
-    box = as_host_array(extent, "extent", error=InputError)
-    if box.shape != (4,) or box[0] >= box[1] or box[2] >= box[3]:
+    box = as_host_array(extent, "extent", finite=False, error=InputError)
+    if box.shape != (4,) or not np.isfinite(box).all() or box[0] >= box[1] or box[2] >= box[3]:
         raise InputError(
             f"extent={extent!r}: give four finite numbers, the lowest and the highest first "
             "coordinate, then those of the second"

@@ -61,7 +61,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "nothing as a flag": (lambda: simulate(per_sample=None), "per_sample"),
     "a solver class": (lambda: pcdyn.Diffrax(diffrax.Tsit5), "solver"),
     "a network as a problem": (lambda: pcdyn.simulate(KNOWN.network, t1=1.0), "problem"),
-    "several times at once": (lambda: KNOWN.trajectory(np.linspace(0, 1, 5)), "t must be"),
+    "several times at once": (lambda: KNOWN.trajectory(np.linspace(0, 1, 5)), "t, a time"),
     "several layers at once": (lambda: KNOWN.trajectory.plot(layer=[1, 2]), "layer"),
     "axes that are none": (lambda: KNOWN.trajectory.plot(ax=1), "ax must be"),
     "a distance to an array": (lambda: KNOWN.trajectory.distance_to(np.zeros(4)), "reference"),
