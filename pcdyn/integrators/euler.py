@@ -110,7 +110,7 @@ class Euler(Integrator):
         slack = jnp.minimum(1e-6 * jnp.maximum(nearest, 1), _MOST_SLACK)
         on_grid = jnp.abs(steps - nearest) <= slack
         whole = jnp.where(on_grid, nearest, jnp.floor(steps))
-        fraction = jnp.where(on_grid, 0, steps - whole).astype(dtype)
+        fraction = jnp.asarray(jnp.where(on_grid, 0, steps - whole), dtype)
         # With `until` t1 can be out of reach.
         beyond = whole > self.max_steps
         whole = jnp.where(beyond, self.max_steps, whole).astype(int)

@@ -192,8 +192,10 @@ def integrate_with_fallback(
         return _integrate_on_host(method, request, per_sample), "", problem
     run = _integrate_on_device(method, request, per_sample)
     gave_up = np.isin(run.status, _GAVE_UP)
-    other = method.successor if isinstance(method, Diffrax) else None
-    if not isinstance(method, Diffrax) or other is None or not gave_up.any():
+    if not (isinstance(method, Diffrax) and gave_up.any()):
+        return run, "", problem
+    other = method.successor
+    if other is None:
         return run, "", problem
     reason = f"because {method.name} {_reason(run.status)}"
     sliding = _sliding(method, other, request)
