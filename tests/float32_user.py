@@ -104,7 +104,7 @@ def simulations() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in ("kvaerno3", "rodas5p"):
         yield (
             f"tanh 100 {name} at a fixed step",
-            lambda n=name: simulated("tanh", 1e2, pcdyn.Diffrax(n, dt=0.01)),
+            lambda n=name: simulated("tanh", 1e2, pcdyn.Diffrax(n, dt=0.001)),
         )
     yield "tanh 1 tsit5 until equilibrium", until_equilibrium
 

@@ -157,7 +157,7 @@ def back(case: Case) -> tuple[Any, list[np.ndarray]]:
 def test_every_integrator_follows_the_flow(tmp_path: Path) -> None:
     """At precision ratios of 1, 1e2 and 1e4, and for each activation.
 
-    Each of some tens of steps errs by its tolerance at most, and the flow contracts.
+    Each of up to fifty steps errs by its tolerance at most, and the flow contracts.
     """
     truths: dict[tuple[str, float], np.ndarray] = {}
 
@@ -178,7 +178,7 @@ def test_every_integrator_follows_the_flow(tmp_path: Path) -> None:
             return far(value["state"], rest(case), 1e-3 / decay_rates(case, rest(case))[0])
         expected = truth(activation, float(number), value["times"])
         size = max(1.0, float(np.abs(expected).max()))
-        bound = 20 * (RTOL * size + ATOL) + round_off(case, expected[-1])
+        bound = 50 * (RTOL * size + ATOL) + round_off(case, expected[-1])
         if integrator == "euler":
             bound = round_off(case, expected[-1])
             expected = euler(case, user.step(float(number)), value["times"])
