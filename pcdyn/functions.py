@@ -45,8 +45,10 @@ def reference(function: Any) -> Any:
 
     Jitted functions of JAX are found so, but not by pickle.
     """
-    names = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return names if all(names) and _find(*names) is function else function
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", None)
+    known = isinstance(module, str) and isinstance(name, str) and _find(module, name) is function
+    return (module, name) if known else function
 
 
 def referred(reference: Any) -> Any:

@@ -201,13 +201,19 @@ def stacked(problem: Problem) -> Any:
                     for i in problem.free_layers]  # fmt: skip
         taus = xp.concatenate(repeated)
     return StackedProblem(
-        runs=tuple(Run(*stack([x for _, x in run]), run[0][0], len(run)) for run in runs),
+        runs=tuple(_run(run) for run in runs),
         input=problem.input,
         output=problem.output,
         time_constants=taus,
         widths=network.widths,
         free=problem.free_layers,
     )
+
+
+def _run(numbered: list[Any]) -> Run:
+    """Consecutive predictions, each with its index, its layer and its energy, as one run."""
+    layer, energy = stack([parts for _, parts in numbered])
+    return Run(layer, energy, numbered[0][0], len(numbered))
 
 
 def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:

@@ -187,7 +187,7 @@ class _HostSystem:
             return {"jac": lambda t, y: self.dense_jacobian(y)}
 
         def entries(y: np.ndarray) -> np.ndarray:
-            found = deep_entries if deep else chain_entries
+            found: Any = deep_entries if deep else chain_entries
             return np.asarray(found(problem, self.unflatten(y)), dtype=np.float64)
 
         return pattern.options(method, entries)

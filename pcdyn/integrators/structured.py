@@ -247,7 +247,8 @@ class PaddedChain:
             return inverse, (inverse, coupling)
 
         _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))
-        return PaddedFactors(*factors, self.widths)
+        inverses, couplings = factors
+        return PaddedFactors(inverses, couplings, self.widths)
 
 
 class _ChainState(eqx.Module):
