@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import platform
 import time
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from pcdyn.files import write_atomically
+from pcdyn.netcdf import write_dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ def largest_rise(values: Any, *, axis: int) -> float:
 
 def save_data(name: str, folder: Path, data: xarray.Dataset) -> None:
     """Write the data of an experiment, at once or not at all, before anything is made of them."""
-    write_atomically(folder / f"{name}.nc", lambda path: data.to_netcdf(path, engine="h5netcdf"))
+    write_dataset(data, folder / f"{name}.nc")
 
 
 def save_picture(
@@ -145,10 +147,9 @@ def save_picture(
     }
     try:
         for suffix, chosen in options.items():
-            write_atomically(
-                folder / f"{name}.{suffix}",
-                lambda path, s=suffix, o=chosen: figure.savefig(path, format=s, **o),
-            )
+            picture = io.BytesIO()
+            figure.savefig(picture, format=suffix, **chosen)
+            write_atomically(folder / f"{name}.{suffix}", picture.getvalue())
     finally:
         plt.close(figure)
 
@@ -176,7 +177,7 @@ def save_manifest(
 
 def save_text(path: Path, text: str) -> None:
     """Write a text, at once or not at all."""
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_atomically(path, text.encode())
 
 
 def values_hash(data: xarray.Dataset) -> str:

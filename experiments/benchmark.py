@@ -25,8 +25,8 @@ import tyro
 
 import pcdyn
 from experiments import equilibrium_benchmark, learning_benchmark
+from experiments.base import save_text
 from experiments.timing import Row
-from pcdyn.files import write_atomically
 
 TARGET = 1e-6
 
@@ -168,8 +168,7 @@ def _write_page(name: str, table: list[Row]) -> None:
         f"| {row.what} | {row.measured:.3g} | {row.bound} | {row.verdict} | {row.note} |"
         for row in table
     ]
-    text, path = "\n".join(lines) + "\n", Path("paper_figures") / f"benchmark_{name}.md"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    save_text(Path("paper_figures") / f"benchmark_{name}.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

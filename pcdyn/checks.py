@@ -95,15 +95,16 @@ def check_sharding(*trees: Any) -> None:
     for leaf in jax.tree.leaves(trees):
         if not is_traced(leaf):
             continue
-        kind = jax.typeof(leaf)
+        kind: Any = jax.typeof(leaf)
         if getattr(kind, "vma", None):
             raise InputError(
                 "inside jax.shard_map pcdyn's loops do not keep track of what varies over the axes "
                 f"{tuple(kind.vma)} of the mesh: give jax.shard_map check_vma=False"
             )
-        sharding = getattr(kind, "sharding", None)
-        explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
-        if explicit and any(axis is not None for axis in sharding.spec):
+        sharding: Any = getattr(kind, "sharding", None)
+        if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+            continue
+        if any(axis is not None for axis in sharding.spec):
             raise InputError(
                 "under a JAX transformation the sharding of an array must not be a part of its "
                 "type: make the mesh with automatic axes, jax.make_mesh(…, "

@@ -45,10 +45,10 @@ def reference(function: Any) -> Any:
 
     Jitted functions of JAX are found so, but not by pickle.
     """
-    module, name = (getattr(function, of, None) for of in ("__module__", "__qualname__"))
-    if module and name and _find(module, name) is function:
-        return module, name
-    return function
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", None)
+    known = isinstance(module, str) and isinstance(name, str) and _find(module, name) is function
+    return (module, name) if known else function
 
 
 def referred(reference: Any) -> Any:

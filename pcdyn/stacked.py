@@ -201,7 +201,7 @@ def stacked(problem: Problem) -> Any:
                     for i in problem.free_layers]  # fmt: skip
         taus = xp.concatenate(repeated)
     return StackedProblem(
-        runs=tuple(_run_of(run) for run in runs),
+        runs=tuple(_run(run) for run in runs),
         input=problem.input,
         output=problem.output,
         time_constants=taus,
@@ -210,9 +210,10 @@ def stacked(problem: Problem) -> Any:
     )
 
 
-def _run_of(layers: list[Any]) -> Run:
-    layer, energy = stack([parts for _, parts in layers])
-    return Run(layer, energy, first=layers[0][0], length=len(layers))
+def _run(numbered: list[Any]) -> Run:
+    """Consecutive predictions, each with its index, its layer and its energy, as one run."""
+    layer, energy = stack([parts for _, parts in numbered])
+    return Run(layer, energy, numbered[0][0], len(numbered))
 
 
 def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:

@@ -80,7 +80,6 @@ def deep_entries(problem: StackedProblem, state: State) -> Array:
     first = problem.first_prediction()
     _, product = jax.linearize(lambda x: problem.vector_field((x,), first)[0], state[0])
     chain = PaddedChain(problem.free_widths)
-    matrix = chain.blocks(product, state[0], symmetric=False)
-    blocks: Any = (matrix.diagonal, matrix.upper, matrix.lower)
-    flat = [x.reshape(*x.shape[:-3], -1) for x in blocks]
+    matrix: Any = chain.blocks(product, state[0], symmetric=False)
+    flat = [x.reshape(*x.shape[:-3], -1) for x in (matrix.diagonal, matrix.upper, matrix.lower)]
     return jnp.concatenate(flat, axis=-1)[..., chain.entries].reshape(-1)

@@ -246,8 +246,8 @@ class PaddedChain:
             inverse = jnp.matrix_transpose(inverse) @ inverse
             return inverse, (inverse, coupling)
 
-        start = jnp.zeros_like(blocks[0])
-        _, (inverses, couplings) = jax.lax.scan(eliminate, start, (blocks, upper))
+        _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))
+        inverses, couplings = factors
         return PaddedFactors(inverses, couplings, self.widths)
 
 
