@@ -336,8 +336,8 @@ MISTAKES = (
     Mistake(
         "euler: the number of steps is floored",
         "pcdyn/integrators/euler.py",
-        "last = jnp.round(jnp.asarray(t1) / self.dt).astype(int)",
-        "last = jnp.floor(jnp.asarray(t1) / self.dt).astype(int)",
+        "nearest = jnp.round(steps)",
+        "nearest = jnp.floor(steps)",
         ("tests/exact/test_steps.py::test_euler_takes_as_many_steps_as_fit",),
     ),
     Mistake(

@@ -151,8 +151,6 @@ def train(
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
-    if evaluate is not None:
-        check_evaluate(evaluate, network, seeds)
     setting = Setting(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
     state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
     course = _Course(state, seeds)
@@ -166,6 +164,8 @@ def train(
             batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
         )  # fmt: skip
         course.resume(path, configuration, epochs)
+    if evaluate is not None:
+        check_evaluate(evaluate, network, seeds)
     if not course.evaluations:
         course.evaluations.append(_evaluate(evaluate, setting, state, seeds))
     with tqdm(total=epochs, initial=course.done, disable=not progress, unit="epoch") as bar:
