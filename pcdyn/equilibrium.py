@@ -33,7 +33,7 @@ from pcdyn.hessian import with_derivatives
 from pcdyn.integrators.run import on_host
 from pcdyn.problem import InferenceProblem, State, check_problem
 from pcdyn.solvers import FlowToRest, Solver, default_solvers, get_solvers
-from pcdyn.solvers.run import Ran, settled, solve_in_turn, solve_on_host
+from pcdyn.solvers.run import Ran, solve_in_turn, solve_on_host, within_round_off
 from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.states import layer_norms
 from pcdyn.timing import Stopwatch
@@ -214,8 +214,8 @@ def equilibrium(
       in its `equilibrium`; with `throw=False` the status says so instead.
 
     Where round-off keeps the gradient above a tolerance that was not given, as at large ratios of
-    precisions, a sample has converged once its solver cannot lower F any more and the gradient is
-    within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point
+    precisions, a sample has converged once the steps of its solver change nothing and the gradient
+    is within that round-off; `Equilibrium.tolerance` says so. Where activations have kinks, a point
     with a vanishing gradient on one side of which F falls is no equilibrium: the search goes on
     from beside it.
 
@@ -310,14 +310,16 @@ def _verdict(
     tolerance = xp.broadcast_to(ran.tolerance[:, None], residuals.shape)
     resting = xp.all(residuals <= tolerance, axis=-1)
     claimed = ran.solution.status == EquilibriumStatus.CONVERGED
+    if relative and (xp is jnp or np.any(claimed & ~resting)):
+        reached, wider = within_round_off(problem, ran.solution.state, ran.tolerance)
+        accepted = claimed & ~resting & xp.asarray(reached)
+        tolerance = xp.where(accepted[:, None], xp.asarray(wider), tolerance)
+        resting = resting | accepted
     doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
     # A slope can vanish because the energy it is of has overflowed.
     finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
     doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
     status = xp.where(resting & finite, int(EquilibriumStatus.CONVERGED), doubted)
-    if relative and (xp is jnp or (status == EquilibriumStatus.STALLED).any()):
-        status, tolerance = settled(problem, ran.solution.state, status, ran.tolerance)
-        status, tolerance = (xp.asarray(x) for x in (status, tolerance))
     return _Verdict(status, residuals, tolerance)
 
 

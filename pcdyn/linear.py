@@ -31,7 +31,7 @@ from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.hessian import with_derivatives
 from pcdyn.network import Activities, Network
 from pcdyn.problem import InferenceProblem, State
-from pcdyn.relaxation import factor_modes, function_of, singular_modes, square
+from pcdyn.relaxation import factor_modes, relaxed, singular_modes, square
 from pcdyn.whitened import error_factor, error_matrix, linear_parts, spread, whiten
 
 # The first solves, the others take out what round-off has left of it.
@@ -240,8 +240,8 @@ class ExactFlow(eqx.Module):
 
     With F = ½ ‖A y − c‖² (see `pcdyn.whitened`) and each column of A over √τ, each mode moves from
     the start by (1 − e^{−λt})/λ times its share of Aᵀ(c − A y(0)), which is t where λ = 0: no
-    inverse of H is needed, so that free ends with flat directions are covered. Two derivatives of
-    any kind exist, also where rates repeat.
+    inverse of H is needed, so that free ends with flat directions are covered. It has derivatives
+    of any order, also where rates repeat.
 
     - `round_off`: an estimate of how far any activity may be off by round-off, per sample: the
       singular values of A are known to eps times the largest, so that a rate that is smaller by a
@@ -258,8 +258,7 @@ class ExactFlow(eqx.Module):
 
     def __call__(self, t: Float[Array, ""]) -> State:
         """The state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
-        none = jnp.zeros_like(self.initial)
-        moved = function_of("relax", (self.factor, self.modes), self.residual, none, t)
+        moved = relaxed(self.factor, self.modes, self.residual, t)
         return _split(self.initial + _times(moved, self.scale), self.widths)
 
 

@@ -18,7 +18,7 @@ class Exact(Integrator):
     and cannot watch for equilibrium, which `pcdyn.linear_equilibrium` gives directly. Exact is the
     formula, not its value: `Trajectory.round_off` estimates how far activities are off, and a
     `pcdyn.errors.RoundOffWarning` says where half of the digits are lost, which takes a ratio of
-    rates of about 1/eps. It has first and second derivatives in both modes, by anything.
+    rates of about 1/eps. It has derivatives of any order in both modes, by anything.
     """
 
     @property

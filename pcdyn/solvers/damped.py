@@ -293,7 +293,9 @@ def _after_trial(
     status = jnp.where(taken, _verdict(seen, tolerance), now.status)
     # A whole step that changes nothing has solved for a gradient of round-off alone.
     still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)
-    stalled = (still & (status == _RUNNING)) | (given_up & (now.damping >= _LARGEST_DAMPING))
+    # Whether it is no more than that is for `pcdyn.equilibrium` to check.
+    status = jnp.where(still, int(EquilibriumStatus.CONVERGED), status)
+    stalled = given_up & (now.damping >= _LARGEST_DAMPING)
     status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
     memory = eqx.tree_at(
         lambda m: m.moved, now.memory,

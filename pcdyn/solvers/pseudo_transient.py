@@ -82,10 +82,10 @@ class PseudoTransient(Solver):
             next_step = jnp.where(accepted, onward, 0.25 * time_step)
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
-            status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
             # A long step that changes nothing has solved for a gradient of round-off alone.
             still = accepted & (next_step > 1 / smallest**0.5) & within_round_off(direction, state)
-            stalled = ~converged & ((next_step < smallest) | still)
+            status = jnp.where(converged | still, int(EquilibriumStatus.CONVERGED), running)
+            stalled = ~(converged | still) & (next_step < smallest)
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 

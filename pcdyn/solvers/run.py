@@ -95,19 +95,15 @@ def _follow_up(before: Solution, after: Solution, done: Any) -> Solution:
 
 
 @eqx.filter_jit
-def settled(problem: InferenceProblem, state: State, status: Any, tolerance: Any) -> Any:
-    """The status, where what stalled at its round-off has converged, and the tolerance by layer.
+def within_round_off(problem: InferenceProblem, state: State, tolerance: Any) -> tuple[Any, Any]:
+    """Whether the gradient of each sample is within its round-off, and then that as tolerance.
 
-    The tolerance is that of the sample, or the round-off of the gradient where that is larger and
-    a sample has converged only to it.
+    By layer; the tolerance of other samples, and of layers with less round-off, is what it was.
     """
     residuals, bound = layer_norms(problem.gradient(state)), gradient_round_off(problem, state)
     goal = jnp.broadcast_to(tolerance[:, None], residuals.shape)
-    reached = (status == EquilibriumStatus.STALLED) & jnp.all(
-        residuals <= jnp.maximum(bound, goal), axis=-1
-    )
-    status = jnp.where(reached, int(EquilibriumStatus.CONVERGED), status)
-    return status, jnp.where(reached[:, None], jnp.maximum(bound, goal), goal)
+    reached = jnp.all(residuals <= jnp.maximum(bound, goal), axis=-1)
+    return reached, jnp.where(reached[:, None], jnp.maximum(bound, goal), goal)
 
 
 @eqx.filter_jit
@@ -129,9 +125,6 @@ def solve_in_turn(
     """Try solvers until each sample has converged, to a tolerance that may be `relative`."""
     solution, goal = _solve_first(problem, start, solvers[0], tolerance, relative)
     for solver in solvers[1:]:
-        if relative:
-            status, _ = settled(problem, solution.state, solution.status, goal)
-            solution = dataclasses.replace(solution, status=status)
         state = _restart(solution, start)
         # Nothing is left to do for those that have converged to round-off only.
         done = solution.status == EquilibriumStatus.CONVERGED
@@ -166,9 +159,6 @@ def solve_on_host(
             after = _solve(problem, _restart(solution, start), solver, left)
             solution = _follow_up(solution, after, done)
         solution = on_host(solution)
-        if relative and np.any(solution.status == EquilibriumStatus.STALLED):
-            status, _ = settled(problem, solution.state, solution.status, goal)
-            solution = dataclasses.replace(solution, status=np.array(status))
         if has_kinks(problem.network):
             solution, sliding = _slide_rest(problem, solution, goal, sliding)
         done = solution.status == EquilibriumStatus.CONVERGED

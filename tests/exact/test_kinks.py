@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,3 +173,22 @@ def test_methods_on_their_own_do_not_claim_a_kink() -> None:
     for method in (GaussNewton(max_iterations=5), PseudoTransient(max_iterations=5)):
         found = equilibrium(two_units(0.5, -1.0), method=method)
         assert found.status is EquilibriumStatus.SLIDING
+
+
+def test_the_top_of_a_kink_is_no_equilibrium() -> None:
+    """All units off at the start, where JAX's slope vanishes and F falls beside.
+
+    By symmetry every unit of a layer is the same: layer 1 at a, layer 2 at s and F =
+    ½·3a² + ½·3(s − a)² + (1 − 3s)², least where a = s/2 and s = 6/19.5.
+    """
+    weights = [-np.eye(3), np.eye(3), np.ones((2, 3))]
+    network = Network([Dense(w, None, "relu") for w in weights])
+    problem = InferenceProblem(network, input=[1.0, 2.0, 3.0], output=[1.0, 1.0])
+    rest = 6 / 19.5
+    found = equilibrium(problem)
+    assert found.status is EquilibriumStatus.CONVERGED
+    np.testing.assert_allclose(found.activities[1], np.full(3, rest / 2), atol=1e-6)
+    np.testing.assert_allclose(found.activities[2], np.full(3, rest), atol=1e-6)
+    assert found.basin().agrees
+    traced = jax.jit(lambda y: equilibrium(problem.with_data(problem.input, y)).activities[2])
+    np.testing.assert_allclose(traced(problem.output), np.full(3, rest), atol=1e-6)

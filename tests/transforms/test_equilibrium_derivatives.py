@@ -20,7 +20,6 @@ import scipy.linalg
 
 import pcdyn
 from pcdyn import EquilibriumStatus, Gaussian, InferenceProblem, equilibrium, linear_equilibrium
-from pcdyn.errors import InputError
 from pcdyn.linear import spectrum
 from pcdyn.solvers import FlowToRest, GaussNewton, PseudoTransient
 
@@ -201,12 +200,6 @@ def test_mixed_derivatives_of_the_exact_flow() -> None:
         np.testing.assert_allclose(found, mixed / (4 * STEP**2), rtol=SECOND, atol=SECOND)
 
 
-def test_a_third_derivative_of_the_exact_flow_is_refused() -> None:
-    third = jax.jacfwd(jax.jacfwd(jax.jacfwd(exact)))
-    with pytest.raises(InputError, match="first and second derivatives only"):
-        third(*map(jnp.asarray, (0.0, 0.8, 2.0)))
-
-
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_the_exact_integrator_by_one_leaf(leaf: str) -> None:
     """Against differences of its own values, which do not use the derivatives."""
@@ -219,7 +212,7 @@ def test_the_exact_integrator_by_one_leaf(leaf: str) -> None:
 
 
 def test_the_spectrum_where_rates_repeat() -> None:
-    """Two rates of 1 stay while W moves: their derivatives vanish, those of Σ λ² hold."""
+    """Two rates stay 1 while W moves: their derivatives vanish, and those of Σ λ² are right."""
     direction = jnp.cos(jnp.arange(8.0)).reshape(2, 4)
     net = pcdyn.mlp([3, 4, 2], activation="identity", key=jr.key(0))
 
