@@ -277,7 +277,7 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
     if state[0].ndim == 2:
         return problem, state
     data = (problem.input, problem.output)
-    input, output, state = jax.tree.map(lambda x: x[None], (*data, state))
+    input, output, state = jax.tree.map(lambda x: jnp.asarray(x)[None], (*data, state))
     return problem.with_data(input, output), state
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pcdyn.checks import integer, number
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.scales import smallest_precision
 from pcdyn.solvers.base import (
     Solution,
     Solver,
@@ -28,8 +29,9 @@ class PseudoTransient(Solver):
     Small steps follow the gradient flow and so stay in its basin; large ones are Newton's and
     converge quadratically. Δt grows as the gradient falls (switched evolution relaxation) and
     shrinks where a step would raise F. Linear systems are solved by conjugate gradients with
-    Hessian products. Arguments: `first_step`, the first Δt in activity time constants;
-    `growth`, the largest factor between steps; `cg_tolerance`, relative; `max_iterations`.
+    Hessian products. Arguments: `first_step`, the first Δt in activity time constants over the
+    smallest precision; `growth`, the largest factor between steps; `cg_tolerance`, relative;
+    `max_iterations`.
     """
 
     first_step: float = eqx.field(
@@ -58,7 +60,10 @@ class PseudoTransient(Solver):
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         dtype = problem.network.dtype
         running = int(EquilibriumStatus.ITERATION_LIMIT)
-        first_step = jnp.asarray(self.first_step, dtype)
+        # In the units of time that the precisions give.
+        precision = smallest_precision(problem)
+        unit = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
+        first_step = jnp.asarray(self.first_step, dtype) * unit
         smallest = jnp.finfo(dtype).eps
 
         def proceed(carry: Any) -> Any:
@@ -83,9 +88,11 @@ class PseudoTransient(Solver):
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
             # A long step that changes nothing has solved for a gradient of round-off alone.
-            still = accepted & (next_step > 1 / smallest**0.5) & within_round_off(direction, state)
+            still = (
+                accepted & (next_step > unit / smallest**0.5) & within_round_off(direction, state)
+            )
             status = jnp.where(converged | still, int(EquilibriumStatus.CONVERGED), running)
-            stalled = ~(converged | still) & (next_step < smallest)
+            stalled = ~(converged | still) & (next_step < smallest * unit)
             status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
             return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
 

@@ -121,7 +121,7 @@ def test_block_solve_is_dense_solve(case: Case) -> None:
     condition = np.linalg.cond(matrix)
     if condition > 1e8:
         return
-    solution, _ = hessian(case.problem).solve(forcing(case.problem, like=case.state))
+    solution = hessian(case.problem).cholesky().solve(forcing(case.problem, like=case.state))
     drive = np.broadcast_to(drive, case.stack(case.state).shape)
     expected = case.split(np.linalg.solve(matrix, drive.T).T)
     # A backward stable solve is accurate to cond(H) EPS times the order of the matrix.
