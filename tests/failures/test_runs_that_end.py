@@ -186,7 +186,7 @@ COUNTED = [
 @pytest.mark.parametrize(
     ("integrator", "t1"), [x[1:] for x in COUNTED], ids=[x[0] for x in COUNTED]
 )
-def test_fixed_steps_are_counted_before_they_run(name: str, integrator: Any, t1: float) -> None:
+def test_fixed_steps_are_counted_before_they_run(integrator: Any, t1: float) -> None:
     with pytest.raises(IntegratorError, match="max_steps="):
         simulate(TANH.problem, t1=t1, integrator=integrator)
 
