@@ -18,6 +18,8 @@ from pcdyn.states import largest_norm, layer_norms
 _PROBES = 4
 # Sums of several rounded terms, each by up to one unit in the last place.
 _ROUNDINGS = 4
+# Solvers come to a stop within so many units in the last place, for errors pass through layers.
+_PLACES = 32
 
 
 def smallest_precision(problem: Problem) -> Any:
@@ -100,8 +102,8 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     """How well ‖∂F/∂x_l‖ can vanish in the dtype of the problem, per sample and free layer.
 
     It is what a unit in the last place of every activity and of every prediction makes of the
-    gradient, with the signs drawn at random a few times (root mean square), for the few roundings
-    that a term goes through: of the order of eps · Σ |terms|.
+    gradient, with the signs drawn at random a few times (root mean square), times the places within
+    which a solver's last step is taken to change nothing: of the order of eps · Σ |terms|.
     """
     sizes, eps = _error_sizes(problem, state), float(jnp.finfo(problem.dtype).eps)
     energies = range(1, problem.network.depth + 1)
@@ -128,7 +130,7 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     squares = [
         layer_norms(tangent(*jax.tree.map(rounded, (state, sizes)))) ** 2 for _ in range(_PROBES)
     ]
-    return _ROUNDINGS * jnp.sqrt(jnp.mean(jnp.stack(squares), axis=0))
+    return _PLACES * jnp.sqrt(jnp.mean(jnp.stack(squares), axis=0))
 
 
 def _error_sizes(problem: InferenceProblem, state: State) -> tuple[Any, ...]:

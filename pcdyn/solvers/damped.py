@@ -291,8 +291,10 @@ def _after_trial(
     brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
     seen = choose(taken, seen, now.seen)
     status = jnp.where(taken, _verdict(seen, tolerance), now.status)
-    # A whole step that changes nothing has solved for a gradient of round-off alone.
+    # A whole step that changes nothing, not even the gradient much, has solved for one of round-off
+    # alone.
     still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)
+    still = still & ~brings_much
     # Whether it is no more than that is for `pcdyn.equilibrium` to check.
     status = jnp.where(still, int(EquilibriumStatus.CONVERGED), status)
     stalled = given_up & (now.damping >= _LARGEST_DAMPING)
