@@ -315,7 +315,7 @@ def _verdict(
         accepted = claimed & ~resting & xp.asarray(reached)
         tolerance = xp.where(accepted[:, None], xp.asarray(wider), tolerance)
         resting = resting | accepted
-    doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
+    doubted: Any = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
     # A slope can vanish because the energy it is of has overflowed.
     finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
     doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))

@@ -71,7 +71,8 @@ def relaxed(
     """
     left, sizes, right = modes
     rates, flat = sizes**2, sizes == 0
-    driven = jnp.where(flat, t, -jnp.expm1(-rates * t) / jnp.where(flat, 1, rates))
+    divisor: Any = jnp.where(flat, 1, rates)
+    driven = jnp.where(flat, t, -jnp.expm1(-rates * t) / divisor)
     amplitudes = residual @ left
     return amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape) @ right.T
 

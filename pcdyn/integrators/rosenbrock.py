@@ -74,7 +74,7 @@ class QuarticInterpolation(diffrax.AbstractLocalInterpolation):
         if t1 is not None:
             return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
         length: jax.Array = self.t1 - self.t0
-        s = jnp.where(length == 0, 0, (t0 - self.t0) / jnp.where(length == 0, 1, length))
+        s: Any = jnp.where(length == 0, 0, (t0 - self.t0) / jnp.where(length == 0, 1, length))
 
         def at(y0: Any, y1: Any, a: Any, b: Any, c: Any) -> Any:
             return (1 - s) * (y0 + s * (a + s * (b + s * c))) + s * y1

@@ -283,7 +283,8 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
         interior, left = share < 1, 1 - share
     else:
         interior = share <= 0.25
-        left = 0.5 * (1 - 2 * share + jnp.sqrt(jnp.where(interior, 1 - 4 * share, 0)))
+        beneath: Any = jnp.where(interior, 1 - 4 * share, 0)
+        left = 0.5 * (1 - 2 * share + jnp.sqrt(beneath))
     factor = root @ modes * jnp.sqrt(jnp.where(interior, left, 0))[None]
     return OutputNoise(factor @ factor.T, jnp.all(interior)), measured
 

@@ -119,7 +119,7 @@ def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State
         image = product(direction)
         curvature: jax.Array = dot(direction, image)
         flat = flat | (active & ~(curvature > 0))
-        length = squared / jnp.where(curvature > 0, curvature, 1)
+        length: Any = squared / jnp.where(curvature > 0, curvature, 1)
         # Downhill without curvature: the right-hand side itself, if there is nothing better.
         length = jnp.where(flat, jnp.where(count == 0, 1, 0).astype(length.dtype), length)
         length = jnp.where(active, length, 0)

@@ -286,11 +286,11 @@ def _after_trial(
     taken = active & (seen.energy <= enough) & (fall < 0) & jnp.isfinite(seen.residual)
     given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
     decided = taken | given_up
-    accepted = jnp.where(taken, now.length, 0)
+    accepted: Any = jnp.where(taken, now.length, 0)
     moved = scale(jnp.where(taken, 1, 0).astype(accepted.dtype), moved)
     brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
     seen = choose(taken, seen, now.seen)
-    status = jnp.where(taken, _verdict(seen, tolerance), now.status)
+    status: Any = jnp.where(taken, _verdict(seen, tolerance), now.status)
     # A whole step that changes nothing, not even the gradient much, has solved for one of round-off
     # alone.
     still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)

@@ -174,7 +174,7 @@ class ErrorDescent(Solver):
             momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
             lower: jax.Array = seen.energy < now.lowest
             best = choose(lower, now.ahead, now.best)
-            stale = jnp.where(lower, 0, now.stale + 1)
+            stale: Any = jnp.where(lower, 0, now.stale + 1)
             grew = ~(seen.energy <= 2 * now.lowest)
             too_fast = grew | (stale > _PATIENCE)
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)

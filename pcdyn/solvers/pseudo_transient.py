@@ -62,8 +62,8 @@ class PseudoTransient(Solver):
         running = int(EquilibriumStatus.ITERATION_LIMIT)
         # In the units of time that the precisions give.
         precision = smallest_precision(problem)
-        unit = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
-        first_step = jnp.asarray(self.first_step, dtype) * unit
+        unit: Any = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
+        first_step: Any = jnp.asarray(self.first_step, dtype) * unit
         smallest = jnp.finfo(dtype).eps
 
         def proceed(carry: Any) -> Any:
@@ -84,7 +84,7 @@ class PseudoTransient(Solver):
             )
             # The gradient grows on the way out of a saddle, where the flow needs time, not care.
             onward = jnp.maximum(time_step * factor, jnp.minimum(2 * time_step, first_step / 5))
-            next_step = jnp.where(accepted, onward, 0.25 * time_step)
+            next_step: Any = jnp.where(accepted, onward, 0.25 * time_step)
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
             # A long step that changes nothing has solved for a gradient of round-off alone.
