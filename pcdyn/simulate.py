@@ -128,7 +128,7 @@ def simulate(
         state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
         times=saves,
         t1=float(t1),
-        until=None if stop is None else stop.resolved(problem, state),
+        until=None if stop is None else stop.resolved(problem, state, per_sample),
         dense=dense,
         deadline=_deadline(seconds, method),
     )

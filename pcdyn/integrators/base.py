@@ -54,12 +54,17 @@ class UntilEquilibrium(eqx.Module):
             checked_number(self.tolerance, "tolerance", above=0, error=ToleranceError)
         checked_number(self.minimum_time, "minimum_time", at_least=0, error=ToleranceError)
 
-    def resolved(self, problem: Problem, start: State) -> UntilEquilibrium:
-        """The same with the tolerance filled in, one for each sample of a batch."""
+    def resolved(self, problem: Problem, start: State, per_sample: bool) -> UntilEquilibrium:
+        """The same with the tolerance filled in: one for each sample, or one for the batch.
+
+        Samples that share their steps share the tolerance of the one that moves fastest: beside it
+        one that starts at rest is disturbed by the errors of the steps.
+        """
         relative = 1e-6 if problem.dtype == jnp.float64 else 1e-3
         tolerance = self.tolerance
         if tolerance is None:
             tolerance = _resting_field(problem, start, jnp.asarray(relative, problem.dtype))
+            tolerance = tolerance if per_sample else jnp.max(tolerance)
         return self.with_tolerance(tolerance)
 
     def with_tolerance(self, tolerance: Any) -> UntilEquilibrium:
@@ -176,7 +181,8 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         # An explicit method hovers where its own error control lets it; a hundredth of the
         # equilibrium's tolerance, relative to the largest activity, keeps that out of sight.
         largest = largest_activity(request)
-        floor = 20 * float(jnp.finfo(dtype).eps)
+        # SciPy takes no less.
+        floor = 100 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
         rate: Any = jnp.ones((), dtype)
         if isinstance(request.problem, InferenceProblem | StackedProblem):

@@ -148,8 +148,9 @@ def test_scipy_is_the_exact_solution(method: str) -> None:
     """
     for case in (CASE, TANH):
         run = simulate(
-            blend(case), t1=T1, times=TIMES, initial=case.state, integrator=method.lower()
-        )
+            blend(case), t1=T1, times=TIMES, initial=case.state, integrator=method.lower(),
+            dense=True,
+        )  # fmt: skip
         expected = EXPECTED[case.activations[0]]
         assert run.status is Status.REACHED_T1 and run.integrator == method
         assert_close(stacked(case, run.activities), expected, RTOL + ATOL)
@@ -168,17 +169,17 @@ def test_scipy_is_given_the_jacobian(
 ) -> None:
     """−τ⁻¹H, which τ makes asymmetric; of a batch block diagonal, sparse or in LAPACK's bands.
 
-    A wrong Jacobian would cost steps only: look at what `solve_ivp` is handed.
+    A wrong Jacobian would cost steps only: look at what SciPy's solver is handed.
     """
     case = build_case(seed=5, widths=WIDTHS, slow=True, batch=batch)
     handed: dict[str, Any] = {}
-    solve = scipy.integrate.solve_ivp
+    solver = getattr(scipy.integrate, method)
 
     def spy(*args: Any, **options: Any) -> Any:
         handed.update(options)
-        return solve(*args, **options)
+        return solver(*args, **options)
 
-    monkeypatch.setattr(scipy.integrate, "solve_ivp", spy)
+    monkeypatch.setattr(scipy.integrate, method, spy)
     simulate(case.problem, t1=0.1, initial=case.state, integrator=SciPy(method))
     matrix, _, tau = case.linear_flow()
     expected = np.kron(np.eye(batch or 1), -matrix / tau[:, None])
@@ -403,14 +404,15 @@ def test_dense_output_ends_where_integration_did(t: float) -> None:
 
 # --- Batches and equilibrium ----------------------------------------------------------------------
 
-TOLERANCE = 1e-6  # of `until="equilibrium"` in float64
+TOLERANCE = 1e-6
 SLOWEST = float(np.linalg.eigvalsh(CASE.linear_flow()[0])[0])
 FAR = 100.0
 
 
 def to_equilibrium(case: Case, integrator: Any, **options: Any) -> Any:
     """From zero or the given start, until the field vanishes."""
-    options = {"initial": "zeros", "until": "equilibrium", "t1": FAR, **options}
+    until = UntilEquilibrium(tolerance=TOLERANCE)
+    options = {"initial": "zeros", "until": until, "t1": FAR, **options}
     times = np.linspace(0, options["t1"], 9)
     return simulate(blend(case), times=times, integrator=integrator, **options)
 
