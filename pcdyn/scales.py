@@ -16,8 +16,6 @@ from pcdyn.stacked import StackedProblem, stacked
 from pcdyn.states import largest_norm, layer_norms
 
 _PROBES = 4
-# Sums of several rounded terms, each by up to one unit in the last place.
-_ROUNDINGS = 4
 # Solvers come to a stop within so many units in the last place, for errors pass through layers.
 _PLACES = 32
 
@@ -91,7 +89,7 @@ def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) ->
     none = jnp.zeros_like(terms[..., :1])
     # The gradient of layer l has the terms of its own error and of the one above.
     both = jnp.concatenate([none, terms], -1) + jnp.concatenate([terms, none], -1)
-    floor = _ROUNDINGS * jnp.finfo(both.dtype).eps * both[..., np.array(problem.free_layers)]
+    floor = _PLACES * jnp.finfo(both.dtype).eps * both[..., np.array(problem.free_layers)]
     at_rest = jnp.all(norms <= floor, axis=-1)
     tiny = jnp.finfo(both.dtype).tiny
     wanted = jnp.maximum(relative * gradient_scale(problem, start), tiny)
