@@ -307,7 +307,7 @@ def check_solver(solver: Any) -> None:
 
     wanted = 'a name such as "tsit5", or a diffrax solver'
     check_instance(solver, "solver", diffrax.AbstractSolver, wanted, error=IntegratorError)
-    if solver.term_structure is not diffrax.AbstractTerm:
+    if solver.term_structure not in (diffrax.AbstractTerm, diffrax.ODETerm):
         raise IntegratorError(
             f"{type(solver).__name__} is for several vector fields at once (implicit-explicit, "
             "symplectic, stochastic …), but the flow has one: choose another, such as "

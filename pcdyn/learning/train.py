@@ -190,7 +190,8 @@ def _computations(
 ) -> dict[str, Any]:
     """What a checkpoint must agree with, as JAX lowers it."""
     weights, optimiser_state, _ = state
-    update = jax.jit(lambda w, s: setting.optimiser.update(w, s, w))
+    each = for_each(seeds, lambda w, s: setting.optimiser.update(w, s, w))
+    update = jax.jit(lambda w, s: each(w, s))
     compiled: Any = run_epoch
     epoch = jnp.asarray(0)
     return {
