@@ -288,7 +288,9 @@ def _traced_trajectory(
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
     observed = _observe(request.problem, states)
     run = _without_overflow(run, observed)
-    return _build(problem, run, observed, states, times, method, request.problem)
+    found = _build(problem, run, observed, states, times, method, request.problem)
+    # As arrays, counts and times get the axis of the networks as all the rest does.
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, int | float) else x, found)
 
 
 def _without_overflow(run: Integration, observed: Observed) -> Integration:

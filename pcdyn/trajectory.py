@@ -196,7 +196,7 @@ class Trajectory(LayerEnergies):
                 "jax.tree.map(lambda x: x[0], trajectory)"
             )
 
-    def __call__(self, t: float) -> tuple[Any, ...]:
+    def __call__(self, t: Any) -> tuple[Any, ...]:
         """The activities x_0 … x_L at any time between 0 and the end, by dense output.
 
         A sample that ended before the others is held, or NaN if it failed. Raises

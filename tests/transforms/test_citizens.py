@@ -111,7 +111,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
         ["tsit5", "rk45"], problem(), t1=2.0, tolerances=[1e-3], repeats=1
     ),
     "training": lambda: learning.train(
-        network(), X, Y, rule=learning.PredictiveCoding(), optimiser=optax.adam(1e-3), epochs=1,
+        network(), X, Y, rule=learning.PredictiveCoding(), optimiser=optax.sgd(1e-3, 0.9), epochs=1,
         batch_size=3, key=KEY, compare=True,
     ),
 }  # fmt: skip
@@ -141,7 +141,7 @@ def test_jax_takes_it_as_a_pytree_of_arrays(name: str) -> None:
         assert type(made) is type(value)
         for ours, theirs in zip(jax.tree.leaves(made), leaves, strict=True):
             assert jnp.array_equal(ours, theirs, equal_nan=not is_key(theirs))
-    jax.tree.map(lambda x: x if is_key(x) else 2 * x, value)
+    jax.tree.map(lambda x: x if is_key(x) else x + x, value)
 
 
 def is_key(leaf: Any) -> bool:
@@ -185,6 +185,7 @@ def test_the_end_of_several_networks_is_that_of_each() -> None:
     assert "several networks" in repr(runs) and runs.ok
 
 
+@pytest.mark.unchecked
 def test_stacked_networks_are_refused_by_name() -> None:
     """The verbs take one network; that of a mapped result holds several."""
     found = thing("equilibrium, several networks")
