@@ -144,7 +144,9 @@ def phase_portrait(
     resolution or another problem that does not fit, and what `pcdyn.simulate` raises.
     """
     _check_problem(problem)
-    resolution = checked_integer(resolution, "resolution, points on each axis,", at_least=2)
+    resolution = checked_integer(
+        resolution, "resolution, points on each axis,", at_least=2, at_most=2**31
+    )
     if tolerance is not None:
         tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
     size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.network.widths) * 8

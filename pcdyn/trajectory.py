@@ -210,9 +210,10 @@ class Trajectory(LayerEnergies):
             )
         if not is_traced(t, self.end_time):
             end = float(np.max(np.asarray(self.end_time)))
-            latest = end * (1 + round_off(t))
             what = "t, a time of the integrated range,"
-            t = min(checked_number(t, what, at_least=0, at_most=latest, error=TimesError), end)
+            known = checked_number(t, what, at_least=0, error=TimesError)
+            latest = end * (1 + round_off(t))
+            t = min(checked_number(known, what, at_most=latest, error=TimesError), end)
         return self.interpolation(t)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:

@@ -286,7 +286,7 @@ def round_trip() -> Any:
 
 def from_float64(path: Path) -> Any:
     """A problem of a file that was written in float64: the equilibrium of what it holds."""
-    problem = pcdyn.load_problem(path)
+    problem = pcdyn.load_problem(path, dtype=np.float32)
     return free(problem, pcdyn.equilibrium(problem).activities)
 
 

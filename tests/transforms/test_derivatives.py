@@ -32,7 +32,6 @@ from pcdyn.learning import (
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.simulate import simulate
-from pcdyn.stability import stability
 
 Leaves = dict[str, Any]
 Verb = Callable[[Leaves], Any]
@@ -115,7 +114,6 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "simulate, dopri8": (by_simulate(Diffrax("dopri8", **TIGHT)), 1e-10, REVERSE),
     "simulate, kvaerno5": (by_simulate(Diffrax("kvaerno5", **TIGHT)), 1e-9, REVERSE),
     "simulate, rodas5p": (by_simulate(Diffrax("rodas5p", **TIGHT)), 1e-9, REVERSE),
-    "simulate, implicit_euler": (by_simulate(Diffrax("implicit_euler", dt=0.1)), 1e-10, REVERSE),
     "simulate, exact": (by_simulate("exact", "identity"), 1e-14, ()),
     "simulate, lsoda": (by_simulate("lsoda"), 0.0, TRANSFORMATIONS),
     "equilibrium, default": (by_equilibrium(None), EXACT, ()),
@@ -123,7 +121,6 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "equilibrium, gauss_newton": (by_equilibrium("gauss_newton"), EXACT, ()),
     "equilibrium, nesterov": (by_equilibrium("nesterov"), EXACT, ()),
     "equilibrium, pseudo_transient": (by_equilibrium("pseudo_transient"), EXACT, ()),
-    "equilibrium, fixed_point": (by_equilibrium("fixed_point"), EXACT, ()),
     "equilibrium, flow": (by_equilibrium("flow"), EXACT, ()),
     "linear_equilibrium": (
         lambda leaves: linear_equilibrium(problem_of(leaves, "identity"))[1], 1e-14, (),
@@ -131,7 +128,6 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "linear.spectrum": (
         lambda leaves: linear.spectrum(problem_of(leaves, "identity")), 1e-13, (),
     ),
-    "stability": (lambda leaves: stability(problem_of(leaves, "tanh")).rates, 1e-6, ()),
     "rule, predictive coding": (
         by_rule(PredictiveCoding(method="gauss_newton", tolerance=EXACT)), EXACT, (),
     ),
