@@ -105,8 +105,8 @@ def linear_equilibrium(
     It has derivatives of any order, by the implicit function theorem.
     """
     check_choice(method, "method", ("cholesky", "output_space"))
-    both = problem.input is not None and problem.output is not None
     linear_parts(problem)
+    both = problem.input is not None and problem.output is not None
     if method == "output_space" and not both:
         raise InputError(_USE_CHOLESKY)
     arrays, rest = eqx.partition(problem, eqx.is_array)

@@ -27,7 +27,6 @@ from pcdyn.learning import (
     EulerPredictiveCoding,
     FixedPrediction,
     IncrementalPredictiveCoding,
-    PredictiveCoding,
 )
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
@@ -127,12 +126,6 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     ),
     "linear.spectrum": (
         lambda leaves: linear.spectrum(problem_of(leaves, "identity")), 1e-13, (),
-    ),
-    "rule, predictive coding": (
-        by_rule(PredictiveCoding(method="gauss_newton", tolerance=EXACT)), EXACT, (),
-    ),
-    "rule, predictive coding, truncated": (
-        by_rule(PredictiveCoding()), 0.0, ("jvp", "jvp of jvp", *REVERSE),
     ),
     "rule, Euler steps": (by_rule(EulerPredictiveCoding(steps=5)), 1e-14, ()),
     "rule, incremental": (by_rule(IncrementalPredictiveCoding(steps=5, ratio=0.1)), 1e-13, ()),
