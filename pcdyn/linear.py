@@ -359,6 +359,7 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 
     A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
     """
+    linear_parts(problem)
     units = sum(problem.network.widths[i] for i in problem.free_layers)
     check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
     matrix, scale = error_matrix(problem), _root_rates(problem)
