@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -201,12 +202,12 @@ def integrate_with_fallback(
     sliding = _sliding(method, other, request)
     if sliding is None:
         label = other.method
-        again = lambda request: _integrate_on_host(other, request, per_sample)  # noqa: E731
+        again = partial(_integrate_on_host, other, per_sample=per_sample)
     else:
         follower, problem, width = sliding
         request = dataclasses.replace(request, problem=problem)
         label = f"{follower.name} with kinks rounded over {width:.1e}"
-        again = lambda request: _each_sample(follower, request, per_sample)  # noqa: E731
+        again = partial(_each_sample, follower, per_sample=per_sample)
     if not per_sample:
         return again(request), f"{label}, {reason}", problem
     samples = np.flatnonzero(gave_up)
