@@ -50,12 +50,17 @@ def forward_only(tree: Any, name: str) -> Any:
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_derivative(tree: Any, error: Exception) -> Any:
-    """The same arrays, any derivative of which raises `error`."""
-    return tree
+    """The same values, any derivative of which raises `error`."""
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(_without_derivative(arrays, error), rest)
 
 
-@without_derivative.defjvp
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _without_derivative(arrays: Any, error: Exception) -> Any:
+    return arrays
+
+
+@_without_derivative.defjvp
 def _(error: Exception, primals: Any, tangents: Any) -> Any:
     raise error

@@ -62,6 +62,9 @@ def with_derivatives(problem: InferenceProblem, state: State, certain: Any) -> S
 @with_derivatives.def_jvp
 def _implicit_jvp(primals: Any, tangents: Any) -> Any:
     problem, state, certain = primals
+    # Of what the rule returns only this has derivatives: without it those of a second derivative
+    # would take the equilibrium to be constant.
+    state = with_derivatives(problem, state, certain)
     return state, _change_of_equilibrium(problem, tangents[0], state, certain)
 
 
@@ -70,8 +73,6 @@ def _implicit_jvp(primals: Any, tangents: Any) -> Any:
 def _change_of_equilibrium(
     problem: InferenceProblem, tangent: Any, state: State, certain: Any
 ) -> State:
-    # Otherwise a second derivative would take the equilibrium to be constant.
-    state = with_derivatives(problem, state, certain)
     _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
     # Layers that do not depend on what moves have no tangent at all.
     change = tuple(

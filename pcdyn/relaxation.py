@@ -38,15 +38,38 @@ def _factor_modes_jvp(primals: Any, tangents: Any) -> Any:
     (factor,), (tangent,) = primals, tangents
     rates, modes = factor_modes(factor)
     half = (factor @ modes).T @ (tangent @ modes)
-    bent = half + half.T
-    return (rates, modes), eigen_tangents(rates, modes, bent)
+    together = _together(jnp.sqrt(jnp.maximum(rates, 0)))
+    return (rates, modes), _eigen_tangents(rates, modes, half + half.T, together)
 
 
-def eigen_tangents(rates: Array, modes: Array, bent: Array) -> tuple[Array, Array]:
+@jax.custom_jvp
+def symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
+    """The eigenvalues of a symmetric matrix in ascending order, and its eigenvectors as columns.
+
+    With derivatives as `factor_modes` has them where eigenvalues coincide.
+    """
+    rates, modes = jnp.linalg.eigh(matrix)
+    return rates, modes
+
+
+@symmetric_modes.defjvp
+def _symmetric_modes_jvp(primals: Any, tangents: Any) -> Any:
+    (matrix,), (tangent,) = primals, tangents
+    rates, modes = symmetric_modes(matrix)
+    bent = modes.T @ tangent @ modes
+    return (rates, modes), _eigen_tangents(rates, modes, (bent + bent.T) / 2, _together(rates))
+
+
+def _together(values: Array) -> Array:
+    """Which of the values, that a decomposition found, coincide within its round-off."""
+    resolved = 8 * len(values) * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    return jnp.abs(values[:, None] - values[None]) <= resolved
+
+
+def _eigen_tangents(
+    rates: Array, modes: Array, bent: Array, together: Array
+) -> tuple[Array, Array]:
     """Of eigenvalues and eigenvectors, from the change of the matrix in its own modes."""
-    sizes = jnp.sqrt(jnp.maximum(rates, 0))
-    resolved = 8 * len(rates) * jnp.finfo(rates.dtype).eps * jnp.max(sizes)
-    together = jnp.abs(sizes[:, None] - sizes[None]) <= resolved
     shares = together.astype(rates.dtype)
     shares = shares / jnp.sum(shares, axis=1, keepdims=True)
     gaps = rates[None] - rates[:, None]

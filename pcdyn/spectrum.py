@@ -19,6 +19,7 @@ from pcdyn.block_tridiagonal import BlockTridiagonal
 from pcdyn.errors import SpectrumError
 from pcdyn.hessian import free_energy_hessian
 from pcdyn.problem import InferenceProblem, State
+from pcdyn.relaxation import symmetric_modes
 from pcdyn.stacked import StackedProblem
 from pcdyn.states import dot, scale
 
@@ -77,7 +78,7 @@ def full_spectrum(problem: InferenceProblem, states: State) -> Spectrum:
     def one(row: Any) -> Spectrum:
         input, output, state = row
         sample = problem.with_data(input, output)
-        rates, modes = jnp.linalg.eigh(decay_matrix(sample, state).dense())
+        rates, modes = symmetric_modes(decay_matrix(sample, state).dense())
         return Spectrum(rates, *(_shares(sample, modes[:, column]) for column in (0, -1)))
 
     at_once = min(rows, max(1, _MOST_ENTRIES_AT_ONCE // units**2))

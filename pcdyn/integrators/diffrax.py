@@ -183,11 +183,12 @@ class Diffrax(Integrator):
         solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
         fixed = self.dt is not None and _is_implicit(solver)
         if fixed or self.solver == "implicit_euler":
-            from optimistix import Chord, Newton
+            from optimistix import Chord
 
-            # The chord method gives up where it cannot ask for a smaller step. Cauchy's criterion
-            # asks for residuals that round-off does not let a stiff field have.
-            kind = diffrax.with_stepsize_controller_tols(Newton if fixed else Chord)
+            from pcdyn.integrators.newton import PatientNewton
+
+            # The chord method gives up where it cannot ask for a smaller step.
+            kind = diffrax.with_stepsize_controller_tols(PatientNewton if fixed else Chord)
             solver = dataclasses.replace(solver, root_finder=kind(cauchy_termination=False))
         return _with_structure(solver, problem)
 

@@ -75,7 +75,7 @@ def _value(activation: Activation, z: Any, width: Any) -> Any:
 @_value.defjvp
 def _value_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
     (z, width), (dz, _) = primals, tangents
-    return activation(z), _slope(activation, z, width) * dz
+    return _value(activation, z, width), _slope(activation, z, width) * dz
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

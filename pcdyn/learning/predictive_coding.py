@@ -17,7 +17,6 @@ from pcdyn.checks import checked_number, number, optional
 from pcdyn.energy import scale_output
 from pcdyn.equilibrium import equilibrium
 from pcdyn.errors import InputError, ToleranceError
-from pcdyn.forward_only import without_derivative
 from pcdyn.learning.base import Learned, Rule, check_steps
 from pcdyn.network import Network
 from pcdyn.problem import InferenceProblem, State
@@ -25,13 +24,6 @@ from pcdyn.references import local_gradient
 from pcdyn.solvers import Solver, get_solvers
 from pcdyn.solvers.truncated import TruncatedGaussNewton
 from pcdyn.states import dot, step
-
-_NO_DERIVATIVE = InputError(
-    "TruncatedGaussNewton stops short of the equilibrium, where what it returns has no useful "
-    'derivative: differentiate PredictiveCoding(method="gauss_newton"), or the default of '
-    "pcdyn.equilibrium, PredictiveCoding(method=None)"
-)
-
 
 def as_method(method: Any) -> Any:
     """How to find equilibria: `TruncatedGaussNewton`, or solvers as `pcdyn.equilibrium` takes them.
@@ -77,7 +69,7 @@ class PredictiveCoding(Rule):
 
     def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
         if isinstance(self.method, TruncatedGaussNewton):
-            settled = without_derivative(self.method.settle(problem), _NO_DERIVATIVE)
+            settled = self.method.settle(problem)
             return _at(problem, settled.state, settled.residual), state
         found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
         rest = tuple(jnp.asarray(x) for x in found.state)

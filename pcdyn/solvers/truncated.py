@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from pcdyn.checks import as_sequence, checked_integer, integer, number
 from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError
+from pcdyn.forward_only import without_derivative
 from pcdyn.generalised_energy import Separable
 from pcdyn.kinks import has_kinks
 from pcdyn.problem import InferenceProblem, State
@@ -35,6 +36,12 @@ _MORE_PRODUCTS, _MORE_PRECONDITIONED = 8, 3
 # The samples of which a preconditioner is made, and the widest output for which it is.
 _SAMPLES = 4
 _WIDEST = 32
+
+_NO_DERIVATIVE = InputError(
+    "TruncatedGaussNewton stops short of the equilibrium, where what it returns has no useful "
+    'derivative: differentiate PredictiveCoding(method="gauss_newton"), or the default of '
+    "pcdyn.equilibrium, PredictiveCoding(method=None)"
+)
 
 
 class Settled(eqx.Module):
@@ -108,6 +115,7 @@ class TruncatedGaussNewton(eqx.Module):
 
     def settle(self, problem: InferenceProblem) -> Settled:
         """The equilibrium of every sample, and how near it is."""
+        problem = without_derivative(problem, _NO_DERIVATIVE)
         chain = Chain(problem)
         errors = chain.stack(problem.zeros_state())
         preconditioner = _preconditioner(chain, errors)

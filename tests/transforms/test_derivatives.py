@@ -27,10 +27,12 @@ from pcdyn.learning import (
     EulerPredictiveCoding,
     FixedPrediction,
     IncrementalPredictiveCoding,
+    PredictiveCoding,
 )
 from pcdyn.network import Dense, Network
 from pcdyn.problem import InferenceProblem
 from pcdyn.simulate import simulate
+from pcdyn.stability import stability
 
 Leaves = dict[str, Any]
 Verb = Callable[[Leaves], Any]
@@ -82,12 +84,23 @@ def by_simulate(integrator: Any, activation: str = "tanh") -> Verb:
     return verb
 
 
-def by_equilibrium(method: str | None, activation: str = "tanh") -> Verb:
+def by_equilibrium(method: str | None, activation: str = "tanh", weights: float = 1.0) -> Verb:
     def verb(leaves: Leaves) -> Any:
-        found = equilibrium(problem_of(leaves, activation), method=method, tolerance=EXACT)
-        return found.activities[1]
+        problem = problem_of(leaves, activation)
+        problem = eqx.tree_at(
+            lambda p: p.network, problem, jax.tree.map(lambda w: weights * w, problem.network)
+        )
+        found = equilibrium(problem, method=method, tolerance=EXACT)
+        # Nonlinear, so that second derivatives are also those of products.
+        return jnp.sin(found.activities[1])
 
     return verb
+
+
+def by_stability(leaves: Leaves) -> Any:
+    """By the time constants as well, which rates depend on."""
+    found = stability(problem_of(leaves, "tanh"), at="feedforward")
+    return jnp.concatenate([found.rates, found.slowest_mode])
 
 
 def by_rule(rule: Any) -> Verb:
@@ -111,6 +124,7 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "simulate, tsit5": (by_simulate(Diffrax("tsit5", **TIGHT)), 1e-10, REVERSE),
     "simulate, heun": (by_simulate(Diffrax("heun", dt=0.05)), 1e-14, REVERSE),
     "simulate, dopri8": (by_simulate(Diffrax("dopri8", **TIGHT)), 1e-10, REVERSE),
+    "simulate, implicit_euler": (by_simulate(Diffrax("implicit_euler", dt=0.1)), 1e-13, REVERSE),
     "simulate, kvaerno5": (by_simulate(Diffrax("kvaerno5", **TIGHT)), 1e-9, REVERSE),
     "simulate, rodas5p": (by_simulate(Diffrax("rodas5p", **TIGHT)), 1e-9, REVERSE),
     "simulate, exact": (by_simulate("exact", "identity"), 1e-14, ()),
@@ -120,12 +134,20 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "equilibrium, gauss_newton": (by_equilibrium("gauss_newton"), EXACT, ()),
     "equilibrium, nesterov": (by_equilibrium("nesterov"), EXACT, ()),
     "equilibrium, pseudo_transient": (by_equilibrium("pseudo_transient"), EXACT, ()),
+    "equilibrium, fixed_point": (by_equilibrium("fixed_point", weights=0.3), EXACT, ()),
     "equilibrium, flow": (by_equilibrium("flow"), EXACT, ()),
     "linear_equilibrium": (
         lambda leaves: linear_equilibrium(problem_of(leaves, "identity"))[1], 1e-14, (),
     ),
     "linear.spectrum": (
         lambda leaves: linear.spectrum(problem_of(leaves, "identity")), 1e-13, (),
+    ),
+    "stability": (by_stability, 1e-13, ()),
+    "rule, predictive coding": (
+        by_rule(PredictiveCoding(method="gauss_newton", tolerance=EXACT)), EXACT, (),
+    ),
+    "rule, predictive coding, truncated": (
+        by_rule(PredictiveCoding()), 0.0, ("jvp", "jvp of jvp", *REVERSE),
     ),
     "rule, Euler steps": (by_rule(EulerPredictiveCoding(steps=5)), 1e-14, ()),
     "rule, incremental": (by_rule(IncrementalPredictiveCoding(steps=5, ratio=0.1)), 1e-13, ()),

@@ -211,7 +211,11 @@ def test_the_exact_integrator_by_one_leaf(leaf: str) -> None:
     assert_derivatives(f, second=leaf == "weight")
 
 
-def test_the_spectrum_where_rates_repeat() -> None:
+@pytest.mark.parametrize(
+    "rates_of", [spectrum, lambda problem: pcdyn.stability(problem, at="feedforward").rates],
+    ids=["linear.spectrum", "stability"],
+)  # fmt: skip
+def test_the_spectrum_where_rates_repeat(rates_of: Any) -> None:
     """Two rates stay 1 while W moves: their derivatives vanish, and those of Σ λ² are right."""
     direction = jnp.cos(jnp.arange(8.0)).reshape(2, 4)
     net = pcdyn.mlp([3, 4, 2], activation="identity", key=jr.key(0))
@@ -221,7 +225,7 @@ def test_the_spectrum_where_rates_repeat() -> None:
         problem = InferenceProblem(
             eqx.tree_at(lambda n: n.layers[1].weight, net, moved), input=INPUT, output=OUTPUT
         )
-        return spectrum(problem)
+        return rates_of(problem)
 
     def squares(s: float) -> float:
         second = np.asarray(net.layers[1].weight) + s * np.asarray(direction)
