@@ -2,9 +2,10 @@
 # set-up in .venv:
 #   make figures   regenerates the paper's figures into build/figures and prints the claims
 #   make test      runs the tests
-# For development: make lint, make format, make lock, and make mutants, which plants mistakes and
-# sees that the tests notice them (half an hour). PYTHON=python3.13 chooses an interpreter, in an
-# environment that replaces the one before.
+# For development: make lint, make format, make lock; make thorough, the tests that make test leaves
+# out, which are more of the same; and make mutants, which plants mistakes and sees that the tests
+# notice them (half an hour). PYTHON=python3.13 chooses an interpreter, in an environment that
+# replaces the one before.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,13 +13,16 @@ UV ?= uv
 # One environment at a time: another interpreter makes it anew.
 INSTALLED := .venv/installed-$(subst /,-,$(PYTHON))
 
-.PHONY: figures test mutants lint format lock
+.PHONY: figures test thorough mutants lint format lock
 
 figures: $(INSTALLED)
 	$(BIN)/python -m experiments
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not thorough"
+
+thorough: $(INSTALLED)
+	$(BIN)/python -m pytest -m thorough
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants

@@ -25,6 +25,7 @@ from pcdyn.solvers import Solver, get_solvers
 from pcdyn.solvers.truncated import TruncatedGaussNewton
 from pcdyn.states import dot, step
 
+
 def as_method(method: Any) -> Any:
     """How to find equilibria: `TruncatedGaussNewton`, or solvers as `pcdyn.equilibrium` takes them.
 

@@ -36,7 +36,10 @@ def experiment_of(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 
-@pytest.mark.parametrize("name", [*NAMES, *EXTRA])
+_THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in EXTRA]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *_THOROUGH])
 def test_claims_hold_and_the_saved_data_give_the_saved_picture(name: str, tmp_path: Path) -> None:
     """What the command does for every name: claims have their verdicts, files are whole.
 
@@ -139,6 +142,7 @@ def test_a_failed_write_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["figure5.nc"]
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_whole_files_stay(tmp_path: Path) -> None:
     """SIGKILL at random moments: what is there can be read, and the next run completes it."""
     names = ("figure5", "figure3_ratios")

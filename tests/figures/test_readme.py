@@ -53,6 +53,7 @@ def test_the_python_snippets_run_one_after_the_other(
     assert (tmp_path / "run.npz").is_file()
 
 
+@pytest.mark.thorough
 def test_the_shell_commands_run_as_printed(tmp_path: Path) -> None:
     """One after the other in one folder; `make` is what runs this (see .ci/run for both)."""
     scripts = Path(sys.executable).parent
