@@ -23,8 +23,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from pcdyn.files import write_atomically
-from pcdyn.netcdf import write_dataset
+from pcdyn._support.files import write_atomically
+from pcdyn.io.netcdf import write_dataset
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray
 
-from pcdyn.output_error import LARGEST_RISE
+from pcdyn.references.output_error import LARGEST_RISE
 
 
 def inference_page(data: xarray.Dataset) -> str:

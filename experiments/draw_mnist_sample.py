@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pcdyn.datasets import CLASSES, SIDE, Split, mnist
+from pcdyn.io.datasets import CLASSES, SIDE, Split, mnist
 
 SEED = 20240
 PER_CLASS: dict[Split, int] = {"train": 100, "test": 50}

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.base import Claim, Experiment, largest_rise
 from pcdyn import plotting
-from pcdyn.hessian import free_energy_hessian
+from pcdyn.linearisation.hessian import free_energy_hessian
 
 CASES = ("tanh", "linear")
 METHODS = ("flow", "Euler", "Gauss–Newton")

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.base import Claim, Experiment, cosine, gaussian_weights, network_of
-from pcdyn import plotting, schematic
-from pcdyn.references import local_gradient
+from pcdyn import plotting
+from pcdyn.plotting import schematic
+from pcdyn.references.algorithms import local_gradient
 
 RULES = ("PC", "BP", "TP")
 COLORS = {"PC": "#009E73", "BP": "#0072B2", "TP": "#D55E00"}

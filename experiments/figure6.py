@@ -23,9 +23,10 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments import figure5, interpolation
 from experiments.base import Claim, Experiment, cosine, network_of
-from pcdyn import learning, plotting, schematic
-from pcdyn.interpolation import graded, interpolated
-from pcdyn.states import step
+from pcdyn import learning, plotting
+from pcdyn._support.states import step
+from pcdyn.model.energies.interpolation import graded, interpolated
+from pcdyn.plotting import schematic
 
 BOXES = ("low precision", "fixed prediction", "first update", "input free", "high precision ratio",
          "neither")  # fmt: skip

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.base import Claim, Experiment, gaussian_weights, network_of
 from pcdyn import EquilibriumStatus, plotting
-from pcdyn.hessian import free_energy_hessian
-from pcdyn.solvers import FixedPoint
+from pcdyn.equilibria.solvers import FixedPoint
+from pcdyn.linearisation.hessian import free_energy_hessian
 
 KINDS = ("identity", "tanh")
 SOLVERS = {"identity": "closed_form", "tanh": "gauss_newton"}

@@ -23,7 +23,14 @@ import pcdyn
 from experiments import phase_portraits
 from experiments.base import Claim, Experiment
 from pcdyn import learning, plotting
-from pcdyn.generalised_energy import CustomEnergy, Divisive, LogCosh, PseudoHuber, Split, Student
+from pcdyn.model.energies.generalised import (
+    CustomEnergy,
+    Divisive,
+    LogCosh,
+    PseudoHuber,
+    Split,
+    Student,
+)
 
 
 def _half_square(error: Any) -> Any:

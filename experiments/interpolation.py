@@ -22,8 +22,8 @@ import pcdyn
 from experiments import interpolation_drawing as drawing
 from experiments.base import Claim, Experiment, gaussian_weights, network_of
 from pcdyn import plotting
-from pcdyn.interpolation import graded, interpolated
-from pcdyn.references import local_gradient
+from pcdyn.model.energies.interpolation import graded, interpolated
+from pcdyn.references.algorithms import local_gradient
 
 FAMILIES = ("lambda", "graded")
 KINDS = ("linear", "tanh")

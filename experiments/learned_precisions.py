@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 import pcdyn
 from experiments.base import Claim, Experiment
 from pcdyn import learning, linear, plotting
-from pcdyn.references import local_gradient
+from pcdyn.references.algorithms import local_gradient
 
 NAMES = ("hidden", "output 1", "output 2")
 STARTS = {"hidden layer more precise": (2.0, 1.0), "output more precise": (0.1, 10.0)}

@@ -24,7 +24,7 @@ import pcdyn
 from experiments.base import Claim, Experiment
 from experiments.convergence_theorem import inference_page
 from pcdyn import plotting
-from pcdyn.output_error import (
+from pcdyn.references.output_error import (
     LARGEST_RISE,
     OutputErrorFlow,
     energy_gradient_margin,

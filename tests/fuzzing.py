@@ -40,8 +40,8 @@ import xarray
 import pcdyn
 import pcdyn.plotting
 from pcdyn import datasets, interpolation, learning, linear, output_error, references, solvers
-from pcdyn.activations import leaky_relu
 from pcdyn.integrators.stability_function import stability_interval
+from pcdyn.model.activations import leaky_relu
 
 # Seconds after which a call counts as one that does not come back.
 PATIENCE = 120
@@ -310,9 +310,9 @@ def calls() -> dict[str, Call]:
             pcdyn.save_problem,
             {"problem": KNOWN.problem, "path": KNOWN.stored_problem},
         ),
-        "to_xarray": lambda: (pcdyn.storage.to_xarray, {"trajectory": KNOWN.trajectory}),
+        "to_xarray": lambda: (pcdyn.io.trajectories.to_xarray, {"trajectory": KNOWN.trajectory}),
         "from_xarray": lambda: (
-            pcdyn.storage.from_xarray,
+            pcdyn.io.trajectories.from_xarray,
             {"dataset": KNOWN.trajectory.to_xarray()},
         ),
         "loss": lambda: (KNOWN.output_error_flow.loss, {"error": np.ones(2), "t": 1.0}),

@@ -19,10 +19,10 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from pcdyn.energy import Gaussian
-from pcdyn.hessian import free_energy_hessian
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 
 EPS = float(np.finfo(np.float64).eps)
 CLAMPS = ("both", "input", "output", "none")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pcdyn._support.files import read_numpy
 from pcdyn.errors import DataError
-from pcdyn.files import read_numpy
-from pcdyn.netcdf import read_dataset
+from pcdyn.io.netcdf import read_dataset
 
 _SUFFIXES = (".npy", ".npz", ".nc")
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcdyn.checks import check_size, checked_integer, checked_number
+from pcdyn._support.checks import check_size, checked_integer, checked_number
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
 from pcdyn.cli.report import counts, describe, describe_record, lines, total
 from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
 
 if TYPE_CHECKING:
     import xarray
@@ -29,8 +29,8 @@ _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 def run_simulate(options: Simulate, settings: Settings) -> Result:
     """`pcdyn simulate`."""
-    from pcdyn.simulate import simulate
-    from pcdyn.storage import to_xarray
+    from pcdyn.io.trajectories import to_xarray
+    from pcdyn.simulation.simulate import simulate
 
     integrator = _integrator(options)
     checked_integer(options.times, "--times", at_least=2, at_most=2**31 - 1, error=TimesError)
@@ -96,9 +96,9 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
 
 def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     """`pcdyn equilibrium`."""
-    from pcdyn.equilibrium import equilibrium
-    from pcdyn.problem_files import equilibrium_to_xarray
-    from pcdyn.solvers import get_solver
+    from pcdyn.equilibria.equilibrium import equilibrium
+    from pcdyn.equilibria.solvers import get_solver
+    from pcdyn.io.problems import equilibrium_to_xarray
 
     solvers = [get_solver(name) for name in options.method]
     problem = build_problem(settings)
@@ -143,8 +143,8 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
 
 def run_compare(options: Compare, settings: Settings) -> Result:
     """`pcdyn compare`."""
-    from pcdyn.compare import compare
-    from pcdyn.comparison import ERROR_METRICS
+    from pcdyn.analysis.comparison.compare import compare
+    from pcdyn.analysis.comparison.table import ERROR_METRICS
 
     checked_number(options.error, "--error", above=0)
     problem = build_problem(settings)
@@ -187,7 +187,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
 
 def run_stability(options: Stability, settings: Settings) -> Result:
     """`pcdyn stability`."""
-    from pcdyn.stability import stability
+    from pcdyn.analysis.stability import stability
 
     problem, at = _stability_at(options.at, settings)
     found = stability(problem, at=at)
@@ -250,7 +250,7 @@ def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
     """The problem and the state at which its flow is linearised."""
     if not at.endswith(".nc"):
         return build_problem(settings), at
-    from pcdyn.storage import load
+    from pcdyn.io.trajectories import load
 
     trajectory = load(at)
     chosen = {name for name in settings if name != "float32"}
@@ -295,7 +295,7 @@ def _told(count: int | None) -> str:
 
 def _with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
     """The data set with the problem that it belongs to."""
-    from pcdyn.problem_files import problem_to_xarray
+    from pcdyn.io.problems import problem_to_xarray
 
     network = problem_to_xarray(problem)
     return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})

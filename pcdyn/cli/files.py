@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcdyn import interrupts
+from pcdyn._support import interrupts
+from pcdyn._support.files import check_writable, write_all
 from pcdyn.cli.options import OutputOptions
 from pcdyn.errors import DataError
-from pcdyn.files import check_writable, write_all
-from pcdyn.netcdf import netcdf_bytes
+from pcdyn.io.netcdf import netcdf_bytes
 
 if TYPE_CHECKING:
     import xarray

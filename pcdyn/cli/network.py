@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.checks import check_size, checked_integer, checked_number
+from pcdyn._support.checks import check_size, checked_integer, checked_number
+from pcdyn._support.files import read_bytes
 from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
-from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import DataError, InputError
-from pcdyn.files import read_bytes
-from pcdyn.generalised_energy import named_energy
-from pcdyn.network import Network, mlp
-from pcdyn.problem import InferenceProblem
-from pcdyn.problem_files import load_problem
+from pcdyn.io.problems import load_problem
+from pcdyn.model.energies.energy import Energy, Gaussian
+from pcdyn.model.energies.generalised import named_energy
+from pcdyn.model.network import Network, mlp
+from pcdyn.model.problem import InferenceProblem
 
 Settings = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
 
 
 def describe(problem: InferenceProblem) -> str:

@@ -10,12 +10,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn.checks import checked_number
+from pcdyn._support.checks import checked_number
+from pcdyn._support.states import layer_norms
 from pcdyn.errors import IntegratorError, ToleranceError
-from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.scales import resting_tolerance, smallest_precision
-from pcdyn.stacked import StackedProblem, norms_of
-from pcdyn.states import layer_norms
+from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem, norms_of
 
 
 class Flow(eqx.Module):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.checks import check_instance, checked_integer
+from pcdyn._support.checks import check_instance, checked_integer
+from pcdyn._support.functions import Name
 from pcdyn.errors import IntegratorError, Status
-from pcdyn.functions import Name
 from pcdyn.integrators.base import (
     Flow,
     Integration,
@@ -25,8 +25,8 @@ from pcdyn.integrators.base import (
     largest_activity,
 )
 from pcdyn.integrators.scipy import SciPy
-from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.stacked import StackedProblem
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem
 
 if TYPE_CHECKING:
     import diffrax

@@ -8,7 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pcdyn.checks import integer
+from pcdyn._support.checks import integer
+from pcdyn._support.states import all_finite
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -18,8 +19,7 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
 )
-from pcdyn.problem import Problem, State
-from pcdyn.states import all_finite
+from pcdyn.model.problem import Problem, State
 
 # Of a step: so far from a multiple of dt a time still counts as one.
 _MOST_SLACK = 0.1

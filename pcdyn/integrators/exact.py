@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
-from pcdyn.linear import exact_flow, hessian
-from pcdyn.problem import InferenceProblem, Problem
+from pcdyn.model.problem import InferenceProblem, Problem
+from pcdyn.references.linear import exact_flow, hessian
 
 
 class Exact(Integrator):

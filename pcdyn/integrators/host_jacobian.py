@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn.integrators.structured import PaddedChain, free_time_constants, sample_hessians
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.stacked import StackedProblem
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.stacked import StackedProblem
 
 
 class ChainPattern:

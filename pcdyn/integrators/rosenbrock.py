@@ -18,8 +18,8 @@ from pcdyn.integrators.structured import (
     sample_hessians,
     shifted,
 )
-from pcdyn.problem import InferenceProblem
-from pcdyn.stacked import StackedProblem
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.model.stacked import StackedProblem
 
 _GAMMA = 0.21193756319429014
 # Row i: the weights of the increments 1 … i−1 in the state of stage i. Stages 7 and 8 and the

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pcdyn._support.states import choose
 from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
 from pcdyn.integrators.base import Integration, Integrator, Request, default_tolerances
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
-from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.stacked import StackedProblem
-from pcdyn.states import choose
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem
 
 _GAVE_UP = (Status.MAX_STEPS, Status.STEP_TOO_SMALL, Status.SOLVER_FAILED)
 

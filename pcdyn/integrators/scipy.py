@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.checks import check_choice, integer, is_traced
+from pcdyn._support.checks import check_choice, integer, is_traced
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Flow,
@@ -23,8 +23,8 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.integrators.host_steps import Course, march
-from pcdyn.problem import InferenceProblem, Problem, State
-from pcdyn.stacked import StackedProblem
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 # LAPACK's dense factorisation is quicker where more of one sample's matrix than this is not zero.

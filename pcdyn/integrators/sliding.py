@@ -16,9 +16,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pcdyn.activations import Activation
-from pcdyn.network import Dense
-from pcdyn.problem import InferenceProblem, Problem, State
+from pcdyn.model.activations import Activation
+from pcdyn.model.network import Dense
+from pcdyn.model.problem import InferenceProblem, Problem, State
 
 
 def rounded(problem: Problem, state: State, rtol: float) -> tuple[Problem, float] | None:

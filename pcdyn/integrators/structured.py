@@ -11,10 +11,10 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.block_tridiagonal import BlockTridiagonal
-from pcdyn.hessian import free_energy_hessian
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.stacked import StackedProblem
+from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.stacked import StackedProblem
 
 # Layers whose indices differ by this much do not share a neighbour.
 _COLOURS = 3

@@ -1,5 +1,6 @@
 """Learning, the slow outer timescale: rules as values, and a loop that follows them."""
 
+from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.learning.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
 from pcdyn.learning.base import Learned, Rule
 from pcdyn.learning.joint import AdiabaticFlow, JointFlow
@@ -13,7 +14,6 @@ from pcdyn.learning.predictive_coding import (
 from pcdyn.learning.targets import LearnedTargetPropagation, TargetPropagation
 from pcdyn.learning.train import Evaluation, Training, train
 from pcdyn.learning.variational import variational_free_energy
-from pcdyn.solvers.truncated import TruncatedGaussNewton
 
 __all__ = [
     "AdiabaticFlow",

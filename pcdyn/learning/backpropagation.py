@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from pcdyn._support.states import step
 from pcdyn.errors import InputError
 from pcdyn.learning.base import Learned, Rule, check_steps
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.references import backpropagation, feedforward, local_gradient
-from pcdyn.states import step
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
 
 
 class Backpropagation(Rule):

@@ -8,9 +8,9 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pcdyn.checks import checked_integer, checked_number
-from pcdyn.network import Activities, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn._support.checks import checked_integer, checked_number
+from pcdyn.model.network import Activities, Network
+from pcdyn.model.problem import InferenceProblem
 
 
 class Learned(eqx.Module):

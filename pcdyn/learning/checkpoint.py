@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from pcdyn._support.files import read_numpy, write_atomically
 from pcdyn.errors import CheckpointError, DataError
-from pcdyn.files import read_numpy, write_atomically
 
 _FORMAT = "pcdyn training checkpoint 2"
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pcdyn.checks import (
+from pcdyn._support.checks import (
     as_float_array,
     check_callable,
     check_dtype,
@@ -18,11 +18,11 @@ from pcdyn.checks import (
     checked_integer,
     converted,
 )
-from pcdyn.energy import Energy
 from pcdyn.errors import InputError, LabelError, ShapeError
 from pcdyn.learning.base import Rule
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import Energy
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem
 
 
 def number_of_seeds(key: Any) -> int | None:

@@ -11,12 +11,12 @@ import jax.random as jr
 import optax
 from jaxtyping import PRNGKeyArray
 
-from pcdyn.energy import Energy
+from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.base import Learned, Rule
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import backpropagation, feedforward
-from pcdyn.solvers.truncated import UNSETTLED
+from pcdyn.model.energies.energy import Energy
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import backpropagation, feedforward
 
 
 class Setting(eqx.Module):

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn.checks import Numbers, checked_number, is_traced, number, optional
-from pcdyn.equilibrium import equilibrium
+from pcdyn._support.checks import Numbers, checked_number, is_traced, number, optional
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, InputError, ToleranceError
-from pcdyn.network import Activities, Network
-from pcdyn.problem import InferenceProblem, Problem, State, check_problem
-from pcdyn.solvers import GaussNewton, Solver, get_solver
+from pcdyn.model.network import Activities, Network
+from pcdyn.model.problem import InferenceProblem, Problem, State, check_problem
 
 
 class JointFlow(Problem):

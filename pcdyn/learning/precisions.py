@@ -12,8 +12,8 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
-from pcdyn.energy import Gaussian
+from pcdyn._support.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
+from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.joint import activities_at_rest, as_jax
 from pcdyn.learning.variational import (
@@ -22,13 +22,13 @@ from pcdyn.learning.variational import (
     check_posterior,
     variational_free_energy,
 )
-from pcdyn.linear import linear_equilibrium, output_covariance
-from pcdyn.network import Activities
-from pcdyn.problem import InferenceProblem, Problem, State, check_problem
-from pcdyn.references import feedforward
-from pcdyn.solvers import GaussNewton, Solver, get_solver
-from pcdyn.trajectory import Trajectory
-from pcdyn.whitened import is_linear
+from pcdyn.linearisation.whitened import is_linear
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Activities
+from pcdyn.model.problem import InferenceProblem, Problem, State, check_problem
+from pcdyn.references.algorithms import feedforward
+from pcdyn.references.linear import linear_equilibrium, output_covariance
+from pcdyn.simulation.trajectory import Trajectory
 
 Structure = Literal["fixed", "scalar", "diagonal", "full"]
 

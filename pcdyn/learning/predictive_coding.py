@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from pcdyn.checks import checked_number, number, optional
-from pcdyn.energy import scale_output
-from pcdyn.equilibrium import equilibrium
+from pcdyn._support.checks import checked_number, number, optional
+from pcdyn._support.states import dot, step
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import Solver, get_solvers
+from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
 from pcdyn.learning.base import Learned, Rule, check_steps
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.references import local_gradient
-from pcdyn.solvers import Solver, get_solvers
-from pcdyn.solvers.truncated import TruncatedGaussNewton
-from pcdyn.states import dot, step
+from pcdyn.model.energies.energy import scale_output
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.references.algorithms import local_gradient
 
 
 def as_method(method: Any) -> Any:

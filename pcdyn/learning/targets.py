@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from pcdyn.activations import Activation, get_activation
-from pcdyn.checks import checked_number, flag, integer, optional
+from pcdyn._support.checks import checked_number, flag, integer, optional
 from pcdyn.errors import ShapeError
 from pcdyn.learning.base import Learned, Rule
-from pcdyn.network import Activities, Dense, Network, apply_layer
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import feedforward, local_gradient, target_propagation
+from pcdyn.model.activations import Activation, get_activation
+from pcdyn.model.network import Activities, Dense, Network, apply_layer
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import feedforward, local_gradient, target_propagation
 
 
 class TargetPropagation(Rule):

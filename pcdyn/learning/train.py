@@ -15,14 +15,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from pcdyn.checks import Numbers, as_float_array, check_choice, check_flag, check_path
-from pcdyn.energy import Energy, Gaussian, check_energy
+from pcdyn._support.checks import Numbers, as_float_array, check_choice, check_flag, check_path
+from pcdyn._support.files import check_writable
 from pcdyn.errors import (
     CheckpointError,
     ShapeError,
     TrainingDivergedError,
 )
-from pcdyn.files import check_writable
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import (
@@ -34,9 +33,10 @@ from pcdyn.learning.checks import (
     number_of_seeds,
 )
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import feedforward
+from pcdyn.model.energies.energy import Energy, Gaussian, check_energy
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import feedforward
 
 if TYPE_CHECKING:
     import xarray

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn.block_tridiagonal import BlockTridiagonal
-from pcdyn.checks import Numbers, as_float_array, is_traced
-from pcdyn.energy import Gaussian, asymmetry_of
+from pcdyn._support.checks import Numbers, as_float_array, is_traced
 from pcdyn.errors import InputError, PosteriorError, ShapeError
-from pcdyn.hessian import free_energy_hessian
-from pcdyn.linear import hessian
-from pcdyn.problem import InferenceProblem, State, check_problem
-from pcdyn.whitened import is_linear
+from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.linearisation.whitened import is_linear
+from pcdyn.model.energies.energy import Gaussian, asymmetry_of
+from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.references.linear import hessian
 
 Posterior = Literal["delta", "laplace"]
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.energy import Gaussian
-from pcdyn.network import Dense, Network
-from pcdyn.output_error import (
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.output_error import (
     LARGEST_RISE,
     output_error_flow,
 )
-from pcdyn.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.statement import Statement
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.energy import Gaussian
-from pcdyn.linear import hessian
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import hessian
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.statement import Statement
 

@@ -12,14 +12,14 @@ import jax.random as jr
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from pcdyn.adjoint import adjoint_condition
-from pcdyn.equilibrium import Equilibrium, equilibrium
-from pcdyn.generalised_energy import Divisive, LogCosh, PseudoHuber, Separable, Student
+from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
+from pcdyn.equilibria.multiple import multiple_equilibria
 from pcdyn.integrators import Diffrax
-from pcdyn.landscape import multiple_equilibria
-from pcdyn.network import Dense, Network, mlp
-from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
+from pcdyn.model.energies.generalised import Divisive, LogCosh, PseudoHuber, Separable, Student
+from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.adjoint_condition import adjoint_condition
+from pcdyn.simulation.simulate import simulate
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.statement import Statement
 

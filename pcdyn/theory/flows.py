@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.errors import EquilibriumStatus, NotConvergedError, SimulationError
-from pcdyn.linear import linear_equilibrium
-from pcdyn.problem import InferenceProblem, State
-from pcdyn.solvers import GaussNewton
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.references.linear import linear_equilibrium
 from pcdyn.theory.networks import Layers, Networks, on_each
 
 # Of ‖∂F/∂x_l‖; the equilibria are this over the least curvature from where the search stops.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import expm
 
-from pcdyn.linear import exact_flow, hessian, linear_equilibrium, single_layer_flow
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import exact_flow, hessian, linear_equilibrium, single_layer_flow
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, vector_field
 from pcdyn.theory.networks import (

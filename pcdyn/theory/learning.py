@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcdyn.equilibria.solvers import ClosedForm
 from pcdyn.learning import AdiabaticFlow
-from pcdyn.linear import exact_flow
-from pcdyn.output_error import (
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import exact_flow
+from pcdyn.references.output_error import (
     energy_gradient_margin,
     feedforward_output_error,
     output_error_flow,
 )
-from pcdyn.problem import InferenceProblem
-from pcdyn.solvers import ClosedForm
 from pcdyn.theory.convergence import noisy_problem, rising_loss_problem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import integrate, linear_rest, settle, vector_field

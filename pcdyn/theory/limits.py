@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pcdyn.learning import FixedPrediction, JointFlow, ZeroDivergence
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, settle
 from pcdyn.theory.networks import (

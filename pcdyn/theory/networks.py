@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from pcdyn.energy import Gaussian
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 
 Layers = list[np.ndarray]
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.energy import Gaussian
 from pcdyn.learning.precisions import PrecisionFlow, output_noise
 from pcdyn.learning.variational import variational_free_energy
-from pcdyn.linear import linear_equilibrium
-from pcdyn.network import Dense, Network, mlp
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import linear_equilibrium
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.statement import Statement
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from pcdyn.checks import checked_integer
+from pcdyn._support.checks import checked_integer
 from pcdyn.errors import InputError
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.registry import select

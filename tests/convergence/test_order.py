@@ -15,10 +15,10 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 
-from pcdyn.convergence import convergence_order, usable_range
+from pcdyn.analysis.convergence_order import convergence_order, usable_range
 from pcdyn.errors import InputError, IntegratorError, NoUsableRangeError
-from pcdyn.network import Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import Case, build_case
 
 T1 = 1.0

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pcdyn import activations
-from pcdyn.activations import Activation, get_activation, leaky_relu
 from pcdyn.errors import ActivationError
+from pcdyn.model.activations import Activation, get_activation, leaky_relu
 from tests.networks import EPS, few
 
 # Custom: the open range (−π/2, π/2) is neither the line nor a unit interval.

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcdyn.energy import Gaussian
-from pcdyn.equilibrium import equilibrium
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.solvers.base import energy_round_off
-from pcdyn.solvers.chain import Chain
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers.base import energy_round_off
+from pcdyn.equilibria.solvers.chain import Chain
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import EPS, Case, assert_close, build_case
 
 # A pass of nine layers adds fewer than 100 products of numbers of order 1.

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from pcdyn.learning import Backpropagation, train
-from pcdyn.network import Network, mlp
+from pcdyn.model.network import Network, mlp
 
 
 def test_a_checkpoint_comes_after_every_second_epoch(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import scipy.integrate
 import scipy.linalg
 
 from pcdyn import Diffrax, Euler, InferenceProblem, SciPy, compare, plotting, simulate
-from pcdyn.accuracy import Errors, reference_for
-from pcdyn.comparison import METRICS, Comparison, Run
+from pcdyn.analysis.comparison.reference_solution import Errors, reference_for
+from pcdyn.analysis.comparison.table import METRICS, Comparison, Run
 from pcdyn.errors import (
     DataError,
     InputError,

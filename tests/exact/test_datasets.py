@@ -25,8 +25,8 @@ import pooch
 import pytest
 
 from pcdyn import datasets
-from pcdyn.datasets import Dataset, fashion_mnist, mnist
 from pcdyn.errors import DataError
+from pcdyn.io.datasets import Dataset, fashion_mnist, mnist
 
 FULL = os.environ.get("PCDYN_DATA")
 needs_full_set = pytest.mark.skipif(

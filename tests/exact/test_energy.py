@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
-from pcdyn.energy import CrossEntropy, Gaussian, error_gradient, scale_output
-from pcdyn.equilibrium import equilibrium
-from pcdyn.problem import InferenceProblem
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian, error_gradient, scale_output
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import (
     EPS,
     SMOOTH,

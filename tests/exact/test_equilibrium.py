@@ -21,14 +21,8 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 
-from pcdyn.energy import Gaussian
-from pcdyn.equilibrium import Equilibrium, equilibrium
-from pcdyn.errors import EquilibriumStatus
-from pcdyn.hessian import free_energy_hessian, solve_hessian
-from pcdyn.linear import linear_equilibrium
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.solvers import (
+from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
+from pcdyn.equilibria.solvers import (
     ClosedForm,
     ErrorDescent,
     FixedPoint,
@@ -39,6 +33,12 @@ from pcdyn.solvers import (
     Solver,
     default_solvers,
 )
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.linearisation.hessian import free_energy_hessian, solve_hessian
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import linear_equilibrium
 from tests.networks import CLAMPS, EPS, Case, assert_close, build_case, random_precision
 
 WIDTHS = (4, 5, 5, 3)

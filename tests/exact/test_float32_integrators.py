@@ -9,8 +9,8 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from pcdyn import Diffrax, Gaussian, Status, simulate
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 
 RNG = np.random.default_rng(3)
 WEIGHTS = (RNG.normal(size=(4, 3)) / 2, RNG.normal(size=(2, 4)) / 2)

@@ -15,9 +15,7 @@ from scipy.optimize import least_squares, minimize
 
 import pcdyn
 from pcdyn import learning
-from pcdyn.adjoint import adjoint_condition
 from pcdyn.cli.network import build_problem
-from pcdyn.energy import CrossEntropy, Gaussian, scale_output
 from pcdyn.errors import (
     DtypeError,
     EnergyWarning,
@@ -27,7 +25,8 @@ from pcdyn.errors import (
     PrecisionError,
     ShapeError,
 )
-from pcdyn.generalised_energy import (
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian, scale_output
+from pcdyn.model.energies.generalised import (
     CustomEnergy,
     Divisive,
     LogCosh,
@@ -36,9 +35,10 @@ from pcdyn.generalised_energy import (
     Student,
     named_energy,
 )
-from pcdyn.interpolation import interpolated
-from pcdyn.network import Dense, Network
-from pcdyn.well_posedness import well_posedness
+from pcdyn.model.energies.interpolation import interpolated
+from pcdyn.model.energies.well_posedness import well_posedness
+from pcdyn.model.network import Dense, Network
+from pcdyn.references.adjoint_condition import adjoint_condition
 from tests.networks import EPS, assert_close, build_case
 
 ROUND_OFF = 1e3 * EPS

@@ -22,8 +22,8 @@ import scipy.linalg
 import pcdyn
 from pcdyn import Diffrax, Euler, Exact, SciPy, Status, UntilEquilibrium, simulate
 from pcdyn.errors import DenseOutputError, IntegratorError, StepLimitError, TimesError
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import CLAMPS, EPS, Case, assert_close, build_case
 
 T1 = 2.0

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pcdyn import linear_equilibrium, target_propagation
-from pcdyn.energy import Gaussian
 from pcdyn.errors import InputError, NonFiniteError, PrecisionError, ShapeError
-from pcdyn.interpolation import graded, interpolated
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.energies.interpolation import graded, interpolated
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import EPS, Case, assert_close, build_case
 
 RANDOM = build_case(seed=4, widths=(3, 3, 3, 3))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pcdyn.kinks import slide
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.equilibria.kinks import slide
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 
 
 @pytest.mark.parametrize(

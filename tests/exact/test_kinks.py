@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from pcdyn.activations import Activation, get_activation, leaky_relu
-from pcdyn.energy import Gaussian
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.kinks import has_kinks, slide
+from pcdyn.equilibria.multiple import multiple_equilibria
+from pcdyn.equilibria.solvers import GaussNewton, PseudoTransient
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.integrators import Euler
-from pcdyn.kinks import has_kinks, slide
-from pcdyn.landscape import multiple_equilibria
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
-from pcdyn.solvers import GaussNewton, PseudoTransient
+from pcdyn.model.activations import Activation, get_activation, leaky_relu
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.simulation.simulate import simulate
 from tests.networks import Case, build_case
 
 

@@ -22,7 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pcdyn.errors import InputError, NotLinearError, SingularHessianError
-from pcdyn.linear import (
+from pcdyn.linearisation.whitened import is_linear
+from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.linear import (
     exact_flow,
     forcing,
     hessian,
@@ -31,9 +34,6 @@ from pcdyn.linear import (
     single_layer_flow,
     spectrum,
 )
-from pcdyn.network import Dense, Network, mlp
-from pcdyn.problem import InferenceProblem
-from pcdyn.whitened import is_linear
 from tests.networks import (
     CLAMPS,
     EPS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from pcdyn.network import Dense, Network, mlp
+from pcdyn.model.network import Dense, Network, mlp
 from tests.networks import EPS, FUNCTIONS, SMOOTH, Case, assert_close, build_case, cases, few
 
 # A product of a few numbers of order 1: round-off of one layer is about n EPS, and layers with

@@ -15,15 +15,15 @@ from scipy.optimize import minimize
 
 from experiments.learning_limits import SAMPLES, reduced_energy
 from experiments.loss_along_inference import worst_target
+from pcdyn.equilibria.solvers import ClosedForm
 from pcdyn.errors import InputError, NotLinearError, TimesError
 from pcdyn.learning import AdiabaticFlow
-from pcdyn.output_error import (
+from pcdyn.references.output_error import (
     LARGEST_RISE,
     energy_gradient_margin,
     feedforward_output_error,
     output_error_flow,
 )
-from pcdyn.solvers import ClosedForm
 from pcdyn.theory import convergence
 from tests.networks import EPS, Case, assert_close, build_case
 

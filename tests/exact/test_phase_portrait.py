@@ -10,12 +10,12 @@ import pytest
 import scipy.optimize
 from matplotlib import pyplot as plt
 
-from pcdyn.energy import CrossEntropy, Gaussian
+from pcdyn.analysis.phase_portrait import phase_portrait
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.network import Dense, Network
-from pcdyn.phase_portrait import phase_portrait
-from pcdyn.plotting_portrait import NULLCLINE_COLORS
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.plotting.portrait import NULLCLINE_COLORS
 from tests.networks import build_case
 
 

@@ -15,16 +15,16 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal, norm
 
 from pcdyn import linear
-from pcdyn.energy import Gaussian
-from pcdyn.equilibrium import equilibrium
+from pcdyn.analysis.stability import stability
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.errors import ShapeError
 from pcdyn.integrators import SciPy
 from pcdyn.learning import PrecisionFlow, output_noise, variational_free_energy
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
-from pcdyn.solvers import GaussNewton
-from pcdyn.stability import stability
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.simulation.simulate import simulate
 from tests.networks import EPS, Case, assert_close, build_case, jax_free_energy, random_spd
 
 WIDTHS = (2, 3, 2)

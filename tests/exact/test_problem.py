@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcdyn.network import mlp
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import mlp
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import (
     CLAMPS,
     EPS,

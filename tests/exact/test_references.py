@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcdyn.energy import Gaussian
 from pcdyn.errors import (
     ActivationError,
     InputError,
@@ -22,9 +21,10 @@ from pcdyn.errors import (
     SingularWeightError,
     UnreachableTargetError,
 )
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import backpropagation, feedforward, target_propagation
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import backpropagation, feedforward, target_propagation
 from tests.networks import (
     EPS,
     FUNCTIONS,
@@ -289,7 +289,7 @@ def test_singular_weight_is_named() -> None:
 
 def test_activation_without_inverse_is_named() -> None:
     """An activation that is not injective has no target propagation."""
-    from pcdyn.activations import Activation
+    from pcdyn.model.activations import Activation
 
     network = Network([Dense(np.eye(2), None, Activation("wave", jnp.sin))])
     with pytest.raises(ActivationError, match=r"'wave' of layer 1"):

@@ -25,7 +25,7 @@ from pcdyn import (
 from pcdyn.errors import InputError, IntegratorError, NonFiniteError, NotConvergedError, ShapeError
 from pcdyn.integrators.stability_function import stability_interval
 from pcdyn.learning import JointFlow
-from pcdyn.spectrum import estimated_fastest_rate, extreme_spectrum
+from pcdyn.linearisation.spectrum import estimated_fastest_rate, extreme_spectrum
 
 # Real stability intervals from the literature (Hairer & Wanner II, IV.2; the third-order
 # polynomial 1 + z + z²/2 + z³/6 ends at 2.5127, Dormand–Prince 5 at 3.3066), to their digits.
@@ -248,7 +248,7 @@ def test_the_cheap_estimate_and_lanczos_agree_with_the_full_spectrum():
 
 def test_above_the_limit_only_extreme_rates_are_given_and_said_so(monkeypatch):
     # `pcdyn.stability` is the function, which hides the module of that name.
-    monkeypatch.setattr(sys.modules["pcdyn.stability"], "MOST_DENSE_UNITS", 4)
+    monkeypatch.setattr(sys.modules["pcdyn.analysis.stability"], "MOST_DENSE_UNITS", 4)
     found = stability(TANH.problem, at=TANH.state)
     rates, _ = expected(TANH, TANH.state)
     assert not found.complete and "Lanczos" in str(found)

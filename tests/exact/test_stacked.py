@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcdyn import mlp, network, stacked
-from pcdyn.energy import CrossEntropy
-from pcdyn.generalised_energy import LogCosh, Split, Student
+from pcdyn import mlp
 from pcdyn.integrators.structured import PaddedChain
-from pcdyn.problem import InferenceProblem
+from pcdyn.model import network, stacked
+from pcdyn.model.energies.energy import CrossEntropy
+from pcdyn.model.energies.generalised import LogCosh, Split, Student
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import EPS, assert_close, build_case
 
 WIDTHS = (3, 4, 4, 4, 4, 2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pcdyn.energy import Gaussian
 from pcdyn.integrators import Diffrax, Euler
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.simulation.simulate import simulate
 
 
 def scalar() -> InferenceProblem:

@@ -31,7 +31,7 @@ from pcdyn.integrators.structured import (
     sample_hessians,
     shifted,
 )
-from pcdyn.simulate import simulate
+from pcdyn.simulation.simulate import simulate
 from tests.networks import EPS, Case, assert_close, build_case, jax_free_energy
 
 ROUND_OFF = 1e3 * EPS

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import xarray
 
-from pcdyn import Trajectory, simulate, storage
+from pcdyn import Trajectory, simulate
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators import Diffrax
+from pcdyn.io import trajectories
 from tests.networks import build_case
 
 COUNTS = (
@@ -103,10 +104,10 @@ def assert_same(actual: Trajectory, expected: Trajectory) -> None:
 @pytest.mark.parametrize("make", TRAJECTORIES)
 def test_round_trips_are_exact(make: Any, tmp_path: Path) -> None:
     trajectory = make()
-    assert_same(storage.from_xarray(trajectory.to_xarray()), trajectory)
+    assert_same(trajectories.from_xarray(trajectory.to_xarray()), trajectory)
     path = tmp_path / "run.nc"
     trajectory.to_netcdf(path)
-    loaded = storage.load(path)
+    loaded = trajectories.load(path)
     assert_same(loaded, trajectory)
     assert repr(loaded) == repr(trajectory)
     assert os.listdir(tmp_path) == ["run.nc"]
@@ -116,7 +117,7 @@ def test_dense_output_is_not_stored(tmp_path: Path) -> None:
     trajectory = _trajectory(dense=True)
     trajectory.to_netcdf(tmp_path / "run.nc")
     assert trajectory.interpolation is not None
-    assert_same(storage.load(tmp_path / "run.nc"), trajectory)
+    assert_same(trajectories.load(tmp_path / "run.nc"), trajectory)
 
 
 @pytest.mark.parametrize("engine", ["h5netcdf", None])
@@ -171,7 +172,7 @@ def test_several_networks_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*absent\.nc: check the path"):
-        storage.load(tmp_path / "absent.nc")
+        trajectories.load(tmp_path / "absent.nc")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9, 0.999])
@@ -181,14 +182,14 @@ def test_a_truncated_file_is_named(kept: float, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(DataError, match=r"run\.nc cannot be read .*truncated.*copy it again"):
-        storage.load(path)
+        trajectories.load(path)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.nc"
     path.write_text("These are notes. " * 100)
     with pytest.raises(DataError, match=r"notes\.nc cannot be read as NetCDF"):
-        storage.load(path)
+        trajectories.load(path)
 
 
 @pytest.mark.parametrize("missing", ["energy", "time", "free_layer", "activity_1", "message"])
@@ -201,9 +202,9 @@ def test_a_netcdf_file_of_something_else_is_named(missing: str, tmp_path: Path) 
     path = tmp_path / "other.nc"
     dataset.to_netcdf(path, engine="h5netcdf")
     with pytest.raises(DataError, match=r"other\.nc: .*not a trajectory of pcdyn"):
-        storage.load(path)
+        trajectories.load(path)
     with pytest.raises(DataError, match="it lacks"):
-        storage.from_xarray(dataset)
+        trajectories.from_xarray(dataset)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -245,4 +246,4 @@ def test_an_earlier_file_is_replaced(tmp_path: Path) -> None:
     _batch().to_netcdf(tmp_path / "run.nc")
     trajectory = _single()
     trajectory.to_netcdf(str(tmp_path / "run.nc"))
-    assert_same(storage.load(str(tmp_path / "run.nc")), trajectory)
+    assert_same(trajectories.load(str(tmp_path / "run.nc")), trajectory)

@@ -19,7 +19,6 @@ import numpy as np
 import optax
 import pytest
 
-from pcdyn.energy import CrossEntropy
 from pcdyn.errors import CheckpointError, DataError
 from pcdyn.learning import (
     Backpropagation,
@@ -33,8 +32,9 @@ from pcdyn.learning import (
     ZeroDivergence,
     train,
 )
-from pcdyn.network import Dense, Network, mlp
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import CrossEntropy
+from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.problem import InferenceProblem
 
 WIDTHS = (4, 5, 3)
 ROOT = Path(__file__).parents[2]

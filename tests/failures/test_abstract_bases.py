@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import pcdyn
-from pcdyn.energy import LayerEnergies
 from pcdyn.errors import PcdynError
-from pcdyn.generalised_energy import Separable
+from pcdyn.model.energies.energy import LayerEnergies
+from pcdyn.model.energies.generalised import Separable
 
 
 def abstract_classes() -> dict[str, type]:

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcdyn.activations import Activation
-from pcdyn.energy import Energy, Gaussian
 from pcdyn.errors import (
     IntegratorError,
     NonFiniteError,
@@ -19,11 +17,13 @@ from pcdyn.errors import (
     TimesError,
 )
 from pcdyn.integrators import Diffrax, Euler, SciPy
-from pcdyn.linear import linear_equilibrium
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import target_propagation
-from pcdyn.simulate import simulate
+from pcdyn.model.activations import Activation
+from pcdyn.model.energies.energy import Energy, Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import target_propagation
+from pcdyn.references.linear import linear_equilibrium
+from pcdyn.simulation.simulate import simulate
 from tests.networks import build_case
 
 EXPONENTIAL = Activation("exp", jnp.exp)

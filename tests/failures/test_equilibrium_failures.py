@@ -12,9 +12,17 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from pcdyn.activations import Activation
-from pcdyn.energy import Energy
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import (
+    ClosedForm,
+    ErrorDescent,
+    FixedPoint,
+    FlowToRest,
+    GaussNewton,
+    GradientDescent,
+    PseudoTransient,
+    Solver,
+)
 from pcdyn.errors import (
     EquilibriumStatus,
     InputError,
@@ -27,19 +35,11 @@ from pcdyn.errors import (
     ToleranceError,
 )
 from pcdyn.integrators import SciPy
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import target_propagation
-from pcdyn.solvers import (
-    ClosedForm,
-    ErrorDescent,
-    FixedPoint,
-    FlowToRest,
-    GaussNewton,
-    GradientDescent,
-    PseudoTransient,
-    Solver,
-)
+from pcdyn.model.activations import Activation
+from pcdyn.model.energies.energy import Energy
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import target_propagation
 from tests.networks import EPS, Case, assert_close, build_case, least_curvature
 
 pytestmark = pytest.mark.unchecked

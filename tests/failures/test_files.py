@@ -28,8 +28,9 @@ import xarray
 
 import pcdyn
 from networks import build_case
-from pcdyn import files, netcdf, storage
+from pcdyn._support import files
 from pcdyn.errors import DataError, DtypeError
+from pcdyn.io import netcdf, trajectories
 from pcdyn.learning import Backpropagation, train
 
 ROOT = Path(__file__).parents[2]
@@ -148,9 +149,9 @@ _SAVING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from pcdyn import storage
+from pcdyn.io import trajectories
 folder = Path(sys.argv[2])
-each = [storage.load(folder / name) for name in ("one.nc", "two.nc")]
+each = [trajectories.load(folder / name) for name in ("one.nc", "two.nc")]
 print("ready", flush=True)
 while True:
     for one in each:
@@ -175,10 +176,10 @@ def test_saving_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path: Pa
         for _ in range(10):
             time.sleep(rng.uniform(0, 0.02))
             # What others read meanwhile is whole as well.
-            assert flatten(storage.load(tmp_path / "run.nc").activities) in expected
+            assert flatten(trajectories.load(tmp_path / "run.nc").activities) in expected
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert flatten(storage.load(tmp_path / "run.nc").activities) in expected
+        assert flatten(trajectories.load(tmp_path / "run.nc").activities) in expected
     both[0].to_netcdf(tmp_path / "run.nc")
     assert {path.name for path in tmp_path.iterdir()} == {"run.nc", "one.nc", "two.nc"}
 
@@ -244,7 +245,7 @@ def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
         bad[bit // 8] ^= 1 << bit % 8
         (tmp_path / "run.nc").write_bytes(bad)
         with pytest.raises(DataError, match="cannot be read as NetCDF"):
-            storage.load(tmp_path / "run.nc")
+            trajectories.load(tmp_path / "run.nc")
 
 
 def test_other_programs_read_and_change_our_files(tmp_path: Path) -> None:
@@ -256,11 +257,11 @@ def test_other_programs_read_and_change_our_files(tmp_path: Path) -> None:
     with xarray.open_dataset(path) as dataset:
         dataset.load()
     dataset.to_netcdf(path)
-    assert flatten(storage.load(path).activities) == flatten(trajectory().activities)
+    assert flatten(trajectories.load(path).activities) == flatten(trajectory().activities)
     trajectory().to_netcdf(path)
     with h5py.File(path, "r+") as file:
         file["energy"][0, 0] = 7.0
-    assert storage.load(path).energies[0, 0] == 7.0
+    assert trajectories.load(path).energies[0, 0] == 7.0
 
 
 def test_axes_are_found_by_their_names(tmp_path: Path) -> None:
@@ -279,27 +280,27 @@ def test_axes_are_found_by_their_names(tmp_path: Path) -> None:
         by_hand,
         shared,
     ):
-        for read in (storage.from_xarray(other), _through_a_file(other, tmp_path)):
+        for read in (trajectories.from_xarray(other), _through_a_file(other, tmp_path)):
             for name in ("activities", "prediction_errors", "energies", "vector_field_norms"):
                 assert flatten(getattr(read, name)) == flatten(getattr(batch, name)), name
             assert read.free_layers == batch.free_layers
     one = data.isel(sample=0)
-    together = storage.from_xarray(xarray.concat([one, one], "sample", data_vars="all"))
+    together = trajectories.from_xarray(xarray.concat([one, one], "sample", data_vars="all"))
     np.testing.assert_array_equal(together.final[1][1], batch.final[1][0])
     # An input that all samples share has no axis of samples.
     once = data.assign(activity_0=data.activity_0.isel(sample=0))
-    read = storage.from_xarray(once).activities[0]
+    read = trajectories.from_xarray(once).activities[0]
     np.testing.assert_array_equal(read[:, 3], batch.activities[0][:, 0])
 
 
 def _through_a_file(dataset: xarray.Dataset, folder: Path) -> pcdyn.Trajectory:
     netcdf.write_dataset(dataset, folder / "other.nc")
-    return storage.load(folder / "other.nc")
+    return trajectories.load(folder / "other.nc")
 
 
 def test_a_transposed_problem_is_the_same_problem() -> None:
     """Square weights would be read as their transposes without an error."""
-    from pcdyn.problem_files import problem_from_xarray, problem_to_xarray
+    from pcdyn.io.problems import problem_from_xarray, problem_to_xarray
 
     data = problem_to_xarray(problem())
     found = problem_from_xarray(data.transpose())
@@ -333,24 +334,24 @@ DATA = {
 def test_what_no_trajectory_has_is_refused_by_name(name: str, tmp_path: Path) -> None:
     change, message = DATA[name]
     with pytest.raises(DataError, match=f"not a trajectory.*{message}"):
-        storage.from_xarray(change(trajectory().to_xarray()))
+        trajectories.from_xarray(change(trajectory().to_xarray()))
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "", "a\0b", b"run.nc", 1.5])
 @pytest.mark.unchecked
 def test_what_is_no_path_is_refused_by_name(value: Any) -> None:
-    for call in (storage.load, pcdyn.load_problem, trajectory().to_netcdf):
+    for call in (trajectories.load, pcdyn.load_problem, trajectory().to_netcdf):
         with pytest.raises(DataError, match="path"):
             call(value)
     with pytest.raises(DataError, match=r"data set|Dataset"):
-        storage.from_xarray(value)
+        trajectories.from_xarray(value)
 
 
 @pytest.mark.parametrize("name", [".", "/dev/null", "/dev/zero", "a" * 300, "absent/run.nc"])
 def test_what_is_no_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     """A folder, devices (which as a superuser one could replace), names that are too long."""
     path = tmp_path / name
-    for call in (storage.load, pcdyn.load_problem, trajectory().to_netcdf):
+    for call in (trajectories.load, pcdyn.load_problem, trajectory().to_netcdf):
         with pytest.raises(
             DataError, match=r"not a file|is a directory|too long|no file|folder|Is"
         ):
@@ -380,7 +381,7 @@ def test_float64_is_not_rounded_in_silence(tmp_path: Path) -> None:
             )
         assert pcdyn.load_problem(tmp_path / "exact.nc").dtype == np.float32
         # A trajectory is of NumPy arrays, which float64 stays in.
-        assert flatten(storage.load(tmp_path / "run.nc").final) == flatten(trajectory().final)
+        assert flatten(trajectories.load(tmp_path / "run.nc").final) == flatten(trajectory().final)
     finally:
         jax.config.update("jax_enable_x64", True)
     assert pcdyn.load_problem(path, dtype=np.float32).dtype == np.float32

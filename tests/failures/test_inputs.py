@@ -14,9 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from pcdyn.activations import Activation
-from pcdyn.checks import as_float_array
-from pcdyn.energy import Gaussian
+from pcdyn._support.checks import as_float_array
 from pcdyn.errors import (
     ActivationError,
     DtypeError,
@@ -26,8 +24,10 @@ from pcdyn.errors import (
     PrecisionError,
     ShapeError,
 )
-from pcdyn.network import Dense, Network, mlp
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.activations import Activation
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.problem import InferenceProblem
 
 NETWORK = Network([Dense(0.5 * np.ones((3, 2)), None, "tanh"), Dense(0.5 * np.ones((2, 3)))])
 HIDDEN = np.zeros(3)

@@ -12,8 +12,7 @@ import optax
 import pytest
 
 from pcdyn import learning
-from pcdyn.energy import CrossEntropy, Gaussian
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.errors import (
     ActivationError,
     DtypeError,
@@ -27,10 +26,11 @@ from pcdyn.errors import (
     UnreachableTargetError,
 )
 from pcdyn.integrators import Exact
-from pcdyn.network import Network, mlp
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import target_propagation
-from pcdyn.simulate import simulate
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
+from pcdyn.model.network import Network, mlp
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import target_propagation
+from pcdyn.simulation.simulate import simulate
 
 pytestmark = pytest.mark.unchecked
 

@@ -33,7 +33,7 @@ def test_many_shapes_keep_a_bounded_number_of_programs() -> None:
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         import jax
         import pcdyn
-        from pcdyn import programs
+        from pcdyn._support import programs
 
         def maps():
             return pathlib.Path("/proc/self/maps").read_bytes().count(b"\\n")

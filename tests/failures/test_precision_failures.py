@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pcdyn import linear
-from pcdyn.energy import CrossEntropy, Gaussian
 from pcdyn.errors import (
     DtypeError,
     InputError,
@@ -20,8 +19,9 @@ from pcdyn.errors import (
     ShapeError,
 )
 from pcdyn.learning import PrecisionFlow, output_noise, variational_free_energy
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 
 pytestmark = pytest.mark.unchecked
 

@@ -11,7 +11,7 @@ import pytest
 
 from pcdyn import Diffrax, Euler, simulate
 from pcdyn.errors import IntegratorError
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import build_case
 
 CASE = build_case(seed=4, widths=(3, 3, 2), activations=("tanh",))

@@ -13,8 +13,8 @@ import pytest
 
 from pcdyn import Diffrax, Euler, SciPy, Status, UntilEquilibrium, mlp, simulate
 from pcdyn.errors import IntegratorError, StepLimitError, TimesError
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import build_case
 
 pytestmark = pytest.mark.unchecked

@@ -25,8 +25,8 @@ from pcdyn.errors import (
     TimesError,
     ToleranceError,
 )
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
 from tests.networks import Case, build_case
 
 pytestmark = pytest.mark.unchecked

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pcdyn
-from pcdyn import checks, linear
+from pcdyn import linear
+from pcdyn._support import checks
 from pcdyn.errors import SizeError
 
 KEY = jax.random.key(0)

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from pcdyn import schematic
 from pcdyn.errors import ShapeError
+from pcdyn.plotting import schematic
 from tests.networks import build_case
 
 LAYOUT = schematic.Layout((2, 3, 1), origin=(1.0, -1.0), layer_distance=2.0, unit_distance=0.5)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.integrate
 
-from pcdyn.problem_files import save_problem
+from pcdyn.io.problems import save_problem
 from tests import float32_user as user
 from tests.networks import FUNCTIONS, Case
 

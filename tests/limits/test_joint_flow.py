@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.errors import Status
 from pcdyn.integrators import Diffrax, Euler, UntilEquilibrium
 from pcdyn.learning import AdiabaticFlow, JointFlow
-from pcdyn.simulate import simulate
+from pcdyn.simulation.simulate import simulate
 from tests.limits.test_rules import order, pc_gradient
 from tests.networks import EPS, Case, assert_close, build_case
 

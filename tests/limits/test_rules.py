@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import block_diag, eigh
 
-from pcdyn.energy import CrossEntropy, Gaussian
-from pcdyn.equilibrium import equilibrium
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.learning import (
     Backpropagation,
     EulerPredictiveCoding,
@@ -31,10 +31,10 @@ from pcdyn.learning import (
     TruncatedGaussNewton,
     ZeroDivergence,
 )
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.references import target_propagation
-from pcdyn.solvers import GaussNewton
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import target_propagation
 from tests.networks import EPS, FUNCTIONS, Case, assert_close, build_case, few, jax_free_energy
 
 SEEDS = st.integers(0, 2**32 - 1)

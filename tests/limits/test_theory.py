@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from pcdyn.errors import InputError, SimulationError
 from pcdyn.learning import AdiabaticFlow
-from pcdyn.output_error import OutputErrorFlow
-from pcdyn.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.output_error import OutputErrorFlow
 from pcdyn.theory import STATEMENTS, Evidence, dynamics, inference, learning, limits, select, verify
 from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks

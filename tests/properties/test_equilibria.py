@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcdyn.equilibrium import equilibrium
-from pcdyn.solvers import ErrorDescent, GaussNewton, GradientDescent, PseudoTransient
+from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn.equilibria.solvers import ErrorDescent, GaussNewton, GradientDescent, PseudoTransient
 from tests.networks import EPS, Case, assert_close, build_case, few, least_curvature
 
 SEEDS = st.integers(0, 2**32 - 1)

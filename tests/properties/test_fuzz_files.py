@@ -23,11 +23,11 @@ import optax
 import pytest
 
 import pcdyn
-from pcdyn import datasets, storage
 from pcdyn.cli import main
 from pcdyn.cli.network import build_problem, settings_of
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.errors import CheckpointError, DataError, InputError
+from pcdyn.io import datasets, trajectories
 from pcdyn.learning import Backpropagation, checkpoint, train
 
 Rng = np.random.Generator
@@ -87,7 +87,7 @@ def netcdf(rng: Rng, folder: Path) -> None:
     path = folder / "bad.nc"
     path.write_bytes(mutated(good, rng))
     with contextlib.suppress(DataError):
-        assert same(storage.load(path), run)
+        assert same(trajectories.load(path), run)
     with contextlib.suppress(DataError):
         pcdyn.load_problem(path)
 

@@ -24,10 +24,10 @@ import pytest
 
 import pcdyn
 from pcdyn import learning
-from pcdyn.activations import leaky_relu
 from pcdyn.errors import DenseOutputError, ShapeError, Status, Statuses
 from pcdyn.integrators import Diffrax, Euler, Exact, SciPy
-from pcdyn.simulate import simulate
+from pcdyn.model.activations import leaky_relu
+from pcdyn.simulation.simulate import simulate
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(3, 3))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from pcdyn import linear, linear_equilibrium
-from pcdyn.energy import Gaussian
-from pcdyn.equilibrium import equilibrium
+from pcdyn.analysis.stability import stability
+from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.errors import PcdynError
 from pcdyn.integrators import Diffrax, Euler
 from pcdyn.learning import (
@@ -29,10 +29,10 @@ from pcdyn.learning import (
     IncrementalPredictiveCoding,
     PredictiveCoding,
 )
-from pcdyn.network import Dense, Network
-from pcdyn.problem import InferenceProblem
-from pcdyn.simulate import simulate
-from pcdyn.stability import stability
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+from pcdyn.simulation.simulate import simulate
 
 Leaves = dict[str, Any]
 Verb = Callable[[Leaves], Any]

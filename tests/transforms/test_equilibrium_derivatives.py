@@ -20,7 +20,7 @@ import scipy.linalg
 
 import pcdyn
 from pcdyn import EquilibriumStatus, Gaussian, InferenceProblem, equilibrium, linear_equilibrium
-from pcdyn.linear import spectrum
+from pcdyn.references.linear import spectrum
 
 STEP, FIRST, SECOND = 1e-4, 1e-6, 1e-5
 INPUT, OUTPUT = np.array([0.5, -0.2, 1.0]), np.array([0.3, -0.4])

@@ -1,0 +1,1 @@
+"""What every floor uses: checks of arguments, states as trees, files, timing, interruption."""

@@ -1,0 +1,1 @@
+"""What flows are like: stability, phase portraits, orders of convergence, comparisons."""

@@ -1,0 +1,1 @@
+"""`compare`: integrators on one problem, their errors and costs, and a recommendation."""

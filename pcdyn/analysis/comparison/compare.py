@@ -1,0 +1,155 @@
+"""`compare`: run integrators on one problem and measure what each costs and how wrong it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pcdyn._support.checks import Numbers, as_sequence, checked_integer, checked_number
+from pcdyn.analysis.comparison.reference_solution import Errors, Reference, reference_for
+from pcdyn.analysis.comparison.settings import Rung, labelled, rungs, unstable_steps_expected
+from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
+from pcdyn.errors import (
+    InputError,
+    IntegratorError,
+    TimesError,
+    ToleranceError,
+    worst_status,
+)
+from pcdyn.integrators import Integrator, get_integrator
+from pcdyn.model.problem import InferenceProblem, check_problem
+from pcdyn.simulation.simulate import simulate
+from pcdyn.simulation.trajectory import Trajectory
+
+
+def compare(
+    integrators: Sequence[str | Integrator] | Mapping[str, str | Integrator],
+    problem: InferenceProblem,
+    *,
+    t1: float,
+    times: Numbers | None = None,
+    initial: str | Sequence[Numbers] = "feedforward",
+    tolerances: Sequence[float] | None = None,
+    steps: Sequence[float] | None = None,
+    reference: Trajectory | str | Integrator | None = None,
+    repeats: int = 3,
+    per_sample: bool = False,
+) -> Comparison:
+    """Run every integrator at every setting, and measure errors, work and seconds.
+
+    Arguments:
+
+    - `integrators`: names or values as `pcdyn.simulate` takes them, or a dictionary that gives
+      them other names.
+    - `problem`, `t1`, `times`, `initial`, `per_sample`: as for `pcdyn.simulate`.
+    - `tolerances`: adaptive integrators run at each as rtol, with a thousandth of it as atol.
+      Unless given, a value runs once with the tolerance that it carries, and a name at the decades
+      from 1e-2 to 1e-9 (1e-5 in float32).
+    - `steps`: fixed-step methods (`"euler"`, `"implicit_euler"`, or a value with `dt`) run at each,
+      in units of the activity time constant. Unless given, a value runs once with its own step.
+    - `reference`: a `Trajectory` saved at the same times or an integrator; unless given, the
+      exact solution of a linear network and Dopri8 or LSODA at rtol 1e-12 for others, in float64.
+      A second solver says how good it is (`Comparison.reference_error`).
+    - `repeats`: how often each run is timed, after a first time that compiles. All runs take
+      turns, so that a slow spell of the machine hits them alike.
+
+    `pcdyn.Exact` and values with a controller of their own run once. diffrax's fallback to SciPy
+    is off: a row is the method that it says, and a run that fails stays in the table with its
+    status. Errors are those of the worst sample; see `reference_solution.Errors` for their units.
+
+    Raises `IntegratorError`, `ToleranceError`, `NotLinearError` and what `pcdyn.simulate` raises
+    for bad input before anything is timed; `InputError` for a problem that starts at rest;
+    `StepLimitError` if no reference can be computed.
+    """
+    check_problem(problem)
+    t1 = checked_number(t1, "t1", above=0, error=TimesError)
+    repeats = checked_integer(repeats, "repeats", at_least=1)
+    tolerances = _checked_ladder(tolerances, "tolerances", ToleranceError)
+    steps = _checked_ladder(steps, "steps", IntegratorError)
+    if not (reference is None or isinstance(reference, Trajectory)):
+        get_integrator(reference)  # refuses what is none
+    ladders = [
+        rung
+        for label, integrator in labelled(integrators).items()
+        for rung in rungs(label, integrator, problem, tolerances, steps)
+    ]
+    for rung in ladders:
+        rung.integrator.check(problem, None, False)
+    options: dict[str, Any] = {
+        "t1": t1, "times": times, "initial": initial, "per_sample": per_sample, "throw": False,
+    }  # fmt: skip
+    # The first run, which compiles, also checks what all runs share before the reference does.
+    with unstable_steps_expected():
+        firsts = [simulate(problem, integrator=rung.integrator, **options) for rung in ladders]
+        truth = reference_for(problem, t1=t1, times=times, initial=initial, given=reference)
+        seconds = np.array(
+            [
+                [simulate(problem, integrator=rung.integrator, **options).run_seconds]
+                for _ in range(repeats)
+                for rung in ladders
+            ]
+        ).reshape(repeats, len(ladders))
+    compiling: dict[str, float] = {}
+    for rung, run in zip(ladders, firsts, strict=True):
+        compiling[rung.label] = compiling.get(rung.label, 0.0) + run.compile_seconds
+    rows = [
+        _row(rung, run, truth, compiling[rung.label], float(spent))
+        for rung, run, spent in zip(ladders, firsts, np.median(seconds, axis=0), strict=True)
+    ]
+    return Comparison(
+        rows=tuple(rows),
+        reference=truth.method,
+        second=truth.second,
+        reference_error=truth.uncertainty,
+        displacement=truth.displacement,
+        energy_loss=truth.energy_loss,
+        t1=float(t1),
+        repeats=repeats,
+    )
+
+
+def _checked_ladder(values: Any, name: str, error: type[InputError]) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    wanted = "a list of positive numbers"
+    given = as_sequence(values, name, wanted, error=error)
+    if not given:
+        raise InputError(f"{name} is empty: give at least one, or leave it out")
+    return tuple(checked_number(x, f"each of {name}", above=0, error=error) for x in given)
+
+
+def _row(rung: Rung, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:
+    errors = truth.errors(run)
+    jacobians = _count(run.jacobian_evaluations)
+    return Run(
+        integrator=rung.label,
+        setting=rung.setting,
+        value=rung.value,
+        status=worst_status(run.status_codes),
+        message=run.message,
+        final_error=errors.final_error,
+        maximum_error=errors.maximum_error,
+        l2_error=errors.l2_error,
+        energy_error=errors.energy_error,
+        equilibrium_time=errors.equilibrium_time,
+        below_reference=_below(errors, truth.uncertainty),
+        vector_field_evaluations=_count(run.vector_field_evaluations),
+        jacobian_evaluations=jacobians,
+        linear_solves=0.0 if jacobians == 0 else float("nan"),
+        accepted_steps=_count(run.accepted_steps),
+        rejected_steps=_count(run.rejected_steps),
+        compile_seconds=compiling,
+        run_seconds=spent,
+    )
+
+
+def _below(errors: Errors, uncertainty: Errors) -> tuple[str, ...]:
+    return tuple(
+        name for name in ERROR_METRICS if getattr(errors, name) < getattr(uncertainty, name)
+    )
+
+
+def _count(count: Any) -> float:
+    return float("nan") if count is None else float(np.mean(count))

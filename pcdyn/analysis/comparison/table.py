@@ -1,0 +1,333 @@
+"""The result of `compare`: a table of runs, and what it recommends."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from pcdyn._support.checks import check_choice, check_instance, check_path, checked_number
+from pcdyn._support.files import write_atomically
+from pcdyn.analysis.comparison.reference_solution import Errors
+from pcdyn.errors import DataError, InputError, Status
+
+if TYPE_CHECKING:
+    import xarray
+
+ERROR_METRICS = ("final_error", "maximum_error", "l2_error", "energy_error")
+METRICS = (
+    *ERROR_METRICS,
+    "equilibrium_time",
+    "vector_field_evaluations",
+    "jacobian_evaluations",
+    "linear_solves",
+    "accepted_steps",
+    "rejected_steps",
+    "compile_seconds",
+    "run_seconds",
+)
+UNITS = {
+    **dict.fromkeys(ERROR_METRICS[:3], "displacement to the reference's end"),
+    "energy_error": "energy that the reference loses",
+    "equilibrium_time": "activity time constants",
+    "compile_seconds": "s",
+    "run_seconds": "s",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One row of a comparison: an integrator at one setting.
+
+    - `integrator`; `setting`, "rtol", "dt" or empty, and `value`, its number (NaN if none).
+    - `status`, `message`: how it ended; of several samples what most of the failed ones share.
+    - `final_error`, `maximum_error`, `l2_error`, `energy_error`, `equilibrium_time`: see
+      `reference_solution.Errors`; NaN where the run did not reach t1.
+    - `below_reference`: the errors that are smaller than what the reference can tell.
+    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
+      the whole batch at once, the mean over samples with `per_sample=True`; NaN where the method
+      does not report them. `linear_solves` is 0 where no Jacobian was evaluated, NaN otherwise.
+    - `compile_seconds`: of all programs of this integrator, which its runs share; 0 if they were
+      compiled before. `run_seconds`: the median of the repeats, of a whole call of
+      `pcdyn.simulate` with what it derives at the saved times.
+    """
+
+    integrator: str
+    setting: str
+    value: float
+    status: Status
+    message: str
+    final_error: float
+    maximum_error: float
+    l2_error: float
+    energy_error: float
+    equilibrium_time: float
+    below_reference: tuple[str, ...]
+    vector_field_evaluations: float
+    jacobian_evaluations: float
+    linear_solves: float
+    accepted_steps: float
+    rejected_steps: float
+    compile_seconds: float
+    run_seconds: float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
+
+    @property
+    def title(self) -> str:
+        """The integrator and its setting."""
+        if not self.setting:
+            return self.integrator
+        return f"{self.integrator} at {self.setting} {self.value:g}"
+
+
+def _content(value: Any) -> str:
+    """A text to compare by: NaN, which stands for what is not known, is equal to itself there."""
+    return repr(dataclasses.astuple(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """What a comparison recommends at an error; `str()` gives it as a sentence or two.
+
+    `best` is the fastest run that is accurate enough and `second` the fastest of another
+    integrator (`None` where there is none), `speedup` the ratio of their times (NaN without a
+    second), `missed` the integrators none of whose runs is accurate enough.
+    """
+
+    error: float
+    metric: str
+    best: Run | None
+    second: Run | None
+    speedup: float
+    missed: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs of several integrators on one problem, measured against one reference.
+
+    - `rows`: the runs, in the order of the integrators and their settings.
+    - `reference`: how the reference was computed; `second` the solver that checked it.
+    - `reference_error`: the errors between the two: what the reference can tell. NaN if the second
+      solver failed. A smaller error of a run is kept as measured and named in its
+      `below_reference`: it is as good as the reference can tell, not better than another such.
+    - `displacement`, `energy_loss`: the units of the errors, see `reference_solution.Errors`.
+    - `t1`, `repeats`: as asked.
+    """
+
+    rows: tuple[Run, ...]
+    reference: str
+    second: str
+    reference_error: Errors
+    displacement: float
+    energy_loss: float
+    t1: float
+    repeats: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Comparison) and _content(self) == _content(other)
+
+    def __hash__(self) -> int:
+        return hash(_content(self))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    __repr__ = __str__
+
+    @property
+    def integrators(self) -> tuple[str, ...]:
+        """The names of the integrators, each once."""
+        return tuple(dict.fromkeys(row.integrator for row in self.rows))
+
+    def of(self, integrator: str) -> tuple[Run, ...]:
+        """The runs of one integrator."""
+        check_choice(integrator, "integrator", self.integrators)
+        return tuple(row for row in self.rows if row.integrator == integrator)
+
+    def told(self, run: Run, metric: str) -> float:
+        """A metric of a run, but an error not below what the reference can tell."""
+        check_instance(run, "run", Run, "one of the rows")
+        value = getattr(run, checked_metric(metric))
+        return getattr(self.reference_error, metric) if metric in run.below_reference else value
+
+    def recommendation(
+        self, error: float = 1e-3, *, metric: str = "maximum_error"
+    ) -> Recommendation:
+        """The fastest successful run whose `metric` is at most `error`, and what comes next.
+
+        Raises `InputError` for an unknown metric or an error that is not positive, and where the
+        reference cannot tell an error so small.
+        """
+        check_choice(metric, "metric", ERROR_METRICS)
+        error = checked_number(error, "error", above=0)
+        limit = getattr(self.reference_error, metric)
+        if limit > error:
+            raise InputError(
+                f"the reference is known to a {_words(metric)} of {limit:.1g} only and cannot tell "
+                f"{error:g}; ask for a larger error, or give a better reference"
+            )
+        enough = [row for row in self.rows if row.status.ok and self.told(row, metric) <= error]
+        enough.sort(key=lambda row: row.run_seconds)
+        best = enough[0] if enough else None
+        others = [row for row in enough if best and row.integrator != best.integrator]
+        second = others[0] if others else None
+        speedup = second.run_seconds / best.run_seconds if best and second else math.nan
+        reached = {row.integrator for row in enough}
+        missed = tuple(name for name in self.integrators if name not in reached)
+        text = _sentence(error, metric, best, second, speedup, missed)
+        return Recommendation(error, metric, best, second, speedup, missed, text)
+
+    def table(self) -> str:
+        """The runs as plain text, one line each, under a line on the reference.
+
+        `<` marks an error below what the reference can tell.
+        """
+        lines = [
+            f"reference: {self.reference}; {self.second} differs by "
+            f"{self.reference_error.maximum_error:.1g} at most, "
+            f"{self.reference_error.final_error:.1g} at the end",
+            f"errors in units of the displacement, {self.displacement:.3g}; times in s, the median "
+            f"of {self.repeats}",
+        ]
+        header = (
+            "integrator", "setting", "status", "final", "maximum", "L2", "energy", "1 % at t",
+            "evaluations", "Jacobians", "accepted", "rejected", "compile", "run",
+        )  # fmt: skip
+        cells = [header, *(self._cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            padded = [
+                cell.ljust(width) if index < 3 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
+
+    def _cells(self, row: Run) -> tuple[str, ...]:
+        errors = [
+            ("<" if metric in row.below_reference else "") + _number(self.told(row, metric), ".1e")
+            for metric in ERROR_METRICS
+        ]
+        counts = [
+            _number(getattr(row, name), ".0f")
+            for name in ("vector_field_evaluations", "jacobian_evaluations", "accepted_steps",
+                         "rejected_steps")
+        ]  # fmt: skip
+        return (
+            row.integrator,
+            f"{row.setting} {row.value:g}" if row.setting else "",
+            row.status.name,
+            *errors,
+            _number(row.equilibrium_time, ".3g"),
+            *counts,
+            _number(row.compile_seconds, ".2f"),
+            _number(row.run_seconds, ".2e"),
+        )
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The table as a data set along the dimension `run`, with units and the reference."""
+        import xarray
+
+        def column(name: str) -> list[Any]:
+            return [getattr(row, name) for row in self.rows]
+
+        variables: dict[str, Any] = {
+            name: ("run", column(name), {"units": UNITS.get(name, "1")}) for name in METRICS
+        }
+        for metric in ERROR_METRICS:
+            flags = [metric in row.below_reference for row in self.rows]
+            variables[f"{metric}_below_reference"] = ("run", flags)
+        variables["message"] = ("run", column("message"))
+        coordinates = {name: ("run", column(name)) for name in ("integrator", "setting", "value")}
+        coordinates["status"] = ("run", [row.status.name for row in self.rows])
+        notes = {f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS}
+        names = ("reference", "second", "displacement", "energy_loss", "t1", "repeats")
+        attributes = {name: getattr(self, name) for name in names} | notes
+        return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The table as CSV, also written to a file if one is given, at once or not at all.
+
+        Numbers are in full precision. One column for each attribute of a run (`below_reference`
+        separated by spaces), then those of the reference, the same in every row. Raises `DataError`
+        where the file cannot be written.
+        """
+        if path is not None:
+            check_path(path, "path", error=DataError)
+        reference = {
+            "reference": self.reference,
+            **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
+        }
+        names = [field.name for field in dataclasses.fields(Run)]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*names, *reference])
+        writer.writeheader()
+        for row in self.rows:
+            values = {name: getattr(row, name) for name in names} | reference
+            values["status"] = row.status.name
+            values["below_reference"] = " ".join(row.below_reference)
+            writer.writerow(values)
+        if path is not None:
+            write_atomically(Path(path), text.getvalue().encode())
+        return text.getvalue()
+
+
+def checked_metric(name: str) -> str:
+    """The name of a metric of a run; raises `InputError` for an unknown one."""
+    check_choice(name, "metric", (*METRICS, "value"))
+    return name
+
+
+def _sentence(
+    error: float,
+    metric: str,
+    best: Run | None,
+    second: Run | None,
+    speedup: float,
+    missed: Sequence[str],
+) -> str:
+    what = f"a {_words(metric)} of at most {error:g}"
+    if best is None:
+        return f"No run reached {what}: tried {', '.join(missed)}."
+    text = f"For {what}, {best.title} is the fastest ({_seconds(best)})"
+    if second is None:
+        text += "; no other integrator reached it."
+    elif speedup < _TELLING:
+        text += f", as fast within the noise of timing as {second.title} ({_seconds(second)})."
+    else:
+        text += f", {speedup:.2g} times faster than the next, {second.title} ({_seconds(second)})."
+    return text + (f" Not reached by {', '.join(missed)}." if missed and second else "")
+
+
+def _seconds(run: Run) -> str:
+    return f"{run.run_seconds:.2g} s"
+
+
+# Repeats of one run differ by as much.
+_TELLING = 1.2
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

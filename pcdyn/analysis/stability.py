@@ -1,0 +1,386 @@
+"""`stability`: the time scales of an inference flow, and which steps and integrators suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import Numbers, check_instance, is_traced
+from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
+from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ShapeError
+from pcdyn.integrators.run import on_host
+from pcdyn.integrators.stability_function import stability_interval
+from pcdyn.linearisation.spectrum import MOST_DENSE_UNITS, Spectrum, extreme_spectrum, full_spectrum
+from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.simulation.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import xarray
+
+# An explicit method takes about as many steps as the stiffness to cover one slowest relaxation
+# time, divided by its stability interval (2 to 5); accuracy asks for some tens anyway.
+_MILDLY_STIFF = 100.0
+_STIFF = 2000.0
+_MOST_LAYERS_NAMED = 4
+
+
+class Stability(eqx.Module):
+    """The linearised flow `τ dδ/dt = −H δ` around states of a problem, H = ∂²F/∂x².
+
+    Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are time first,
+    for a spectrum along a trajectory, then the sample if there is a batch. Rates are in
+    1/(activity time constant).
+
+    - `rates`: the decay rates, eigenvalues of τ⁻¹H, in ascending order on the last axis. A
+      negative one grows: the state is no minimum. All N of them if `complete`, otherwise only
+      the first and the last. NaN where a sample is `at_kink`.
+    - `slowest_mode`, `fastest_mode`: the share of each free layer in the squared norm of the mode
+      with the smallest and with the largest rate, on the last axis.
+    - `at_kink`: whether a sample rests where an activation has a kink, so that the flow has no
+      linearisation there.
+    - `times`: of a spectrum along a trajectory, otherwise `None`.
+    - `units`: N, the number of free activities. `free_layers`: their layers.
+    - `at`: where the flow was linearised.
+    """
+
+    rates: Any
+    slowest_mode: Any
+    fastest_mode: Any
+    at_kink: Any
+    times: Any = None
+    units: int = eqx.field(static=True, default=0)
+    complete: bool = eqx.field(static=True, default=True)
+    free_layers: tuple[int, ...] = eqx.field(static=True, default=())
+    at: str = eqx.field(static=True, default="")
+
+    @property
+    def slowest_rate(self) -> Any:
+        """The smallest rate; negative at a saddle."""
+        return self.rates[..., 0]
+
+    @property
+    def fastest_rate(self) -> Any:
+        """The largest rate, which bounds the step of every explicit method."""
+        return self.rates[..., -1]
+
+    @property
+    def relaxation_times(self) -> Any:
+        """1 / `rates`; infinite where a rate is not positive (within round-off)."""
+        return _reciprocal(self.rates, self.rates > self._round_off)
+
+    @property
+    def condition_number(self) -> Any:
+        """The largest |rate| over the smallest; infinite with a flat direction."""
+        xp = self._module
+        # The smallest |rate| of a saddle may lie between the extremes: then it is not known.
+        known = self.complete or xp.all(self.rates > -self._round_off, axis=-1)
+        sizes = xp.abs(self.rates)
+        smallest = xp.min(sizes, axis=-1, keepdims=True)
+        flat = smallest <= self._round_off
+        number = xp.max(sizes, axis=-1) * _reciprocal(smallest, ~flat)[..., 0]
+        return xp.where(known, number, xp.nan)
+
+    @property
+    def stiffness(self) -> Any:
+        """The fastest rate times the longest finite relaxation time: how far time scales lie apart.
+
+        Zero where nothing relaxes; NaN where the smallest positive rate is not known.
+        """
+        xp = self._module
+        positive = self.rates > self._round_off
+        smallest = xp.min(xp.where(positive, self.rates, xp.inf), axis=-1)
+        ratio = self.fastest_rate * _reciprocal(smallest, xp.ones(smallest.shape, bool))
+        known = ~self.at_kink
+        if not self.complete:
+            known = known & xp.any(positive[..., :1], axis=-1)
+        return xp.where(known, xp.where(xp.any(positive, axis=-1), ratio, 0), xp.nan)
+
+    @property
+    def unstable(self) -> Any:
+        """Whether a rate is negative beyond round-off: the state is a saddle or a maximum."""
+        return self._module.any(self.rates < -self._round_off, axis=-1)
+
+    @property
+    def largest_euler_step(self) -> Any:
+        """2 / `fastest_rate`: explicit Euler diverges from the state with any larger step."""
+        return self.largest_step("euler")
+
+    def largest_step(self, method: Any) -> Any:
+        """The largest step with which a method damps every mode that the flow damps.
+
+        `method` is a name (`"heun"`, `"tsit5"`, `"kvaerno5"`, …), a diffrax solver,
+        `pcdyn.Euler(dt=…)` or `pcdyn.Diffrax(…)`. The bound is the length of the real stability
+        interval over `fastest_rate`; it is infinite for implicit methods, and where nothing
+        decays. Accuracy is another matter. Raises `IntegratorError` for methods that are not
+        Runge–Kutta methods of diffrax.
+        """
+        xp, interval = self._module, stability_interval(method)
+        if np.isinf(interval):
+            return xp.where(self.at_kink, xp.nan, xp.full_like(self.fastest_rate, xp.inf))
+        decays = self.fastest_rate > self._round_off[..., 0]
+        return interval * _reciprocal(self.fastest_rate, decays)
+
+    @property
+    def verdict(self) -> str:
+        """In words: whether the samples are stiff, by the worst of them, and what to use."""
+        worst = _largest(self.stiffness)
+        if np.isnan(worst):
+            return "stiffness not known"
+        if worst < _MILDLY_STIFF:
+            word, advice = "not stiff", 'an explicit method such as "tsit5"'
+        elif worst < _STIFF:
+            word = "mildly stiff"
+            advice = 'explicit ("tsit5") or implicit ("kvaerno5"): pcdyn.compare tells'
+        else:
+            word, advice = "stiff", 'an implicit method such as "rodas5p" or "lsoda"'
+        return f"{word} (fastest over slowest {worst:.3g}): {advice}"
+
+    @property
+    def recommended(self) -> str:
+        """`"explicit"`, `"either"` or `"implicit"`: the family of integrators, by the verdict."""
+        worst = _largest(self.stiffness)
+        if np.isnan(worst) or _MILDLY_STIFF <= worst < _STIFF:
+            return "either"
+        return "explicit" if worst < _MILDLY_STIFF else "implicit"
+
+    def summary(self) -> str:
+        """A readable account, for all samples together."""
+        xp = np.asarray
+        lines = [
+            f"Stability at {self.at}: {self.units} units in the layers {self.free_layers}, "
+            f"{self._population}",
+            f"  {self.verdict}",
+            f"  decay rates {_range(self.slowest_rate)} (slowest) to {_range(self.fastest_rate)} "
+            f"(fastest), condition number {_range(self.condition_number)}",
+            f"  longest relaxation time {_range(self.relaxation_times[..., 0])}",
+            f"  slowest mode {self._layers(self.slowest_mode)}",
+            f"  fastest mode {self._layers(self.fastest_mode)}",
+            "  largest stable step " + ", ".join(
+                f"{name} {_smallest(self.largest_step(name)):.3g}"
+                for name in ("euler", "heun", "bosh3", "tsit5", "dopri8")
+            ) + "; implicit methods: any",
+        ]  # fmt: skip
+        count = xp(self.at_kink).size
+        if not self.complete:
+            lines.insert(1, "  by Lanczos iterations: only the slowest and the fastest rate")
+        if np.any(self.unstable):
+            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are saddles or "
+                            "maxima of the free energy, with rates below zero")  # fmt: skip
+        if np.any(self.at_kink):
+            lines.insert(1, f"  {np.sum(self.at_kink)} of {count} samples rest at a kink of an "
+                            "activation and have no linearisation: left out")  # fmt: skip
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        if is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3):
+            return "Stability of several networks: not indexed yet"
+        return self.summary()
+
+    __repr__ = __str__
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with the dimensions `time`, `sample`, `rate` and `free_layer`."""
+        import xarray
+
+        if str(self).startswith("Stability of several"):
+            raise ShapeError("this is of several networks: take one first, with jax.tree.map")
+        axes = () if self.times is None else ("time",)
+        axes += ("sample",) if np.ndim(self.rates) > len(axes) + 1 else ()
+        per_state = ("slowest_rate", "fastest_rate", "condition_number", "stiffness", "unstable",
+                     "at_kink", "largest_euler_step")  # fmt: skip
+        data: dict[str, Any] = {name: (axes, np.asarray(getattr(self, name))) for name in per_state}
+        for name in ("rates", "relaxation_times"):
+            data[name] = ((*axes, "rate"), np.asarray(getattr(self, name)))
+        for name in ("slowest_mode", "fastest_mode"):
+            data[name] = ((*axes, "free_layer"), np.asarray(getattr(self, name)))
+        coords: dict[str, Any] = {"free_layer": list(self.free_layers)}
+        if self.times is not None:
+            coords["time"] = np.asarray(self.times)
+        attrs = {"at": self.at, "units": self.units, "complete": int(self.complete)}
+        return xarray.Dataset(data, coords, attrs)
+
+    @property
+    def _module(self) -> Any:
+        return np if isinstance(self.rates, np.ndarray) else jnp
+
+    @property
+    def _round_off(self) -> Any:
+        """What is zero within round-off beside the largest rate, with an axis for the rates."""
+        largest = self._module.max(self._module.abs(self.rates), axis=-1, keepdims=True)
+        return self.units * float(np.finfo(self.rates.dtype).eps) * largest
+
+    @property
+    def _population(self) -> str:
+        shape = np.shape(self.at_kink)
+        times = "" if self.times is None else f"{shape[0]} times, "
+        samples = shape if self.times is None else shape[1:]
+        return times + (f"{samples[0]} samples" if samples else "one sample")
+
+    def _layers(self, shares: Any) -> str:
+        """The mean share of each layer, over everything that is not NaN."""
+        rows = np.reshape(np.asarray(shares), (-1, len(self.free_layers)))
+        rows = rows[~np.isnan(rows).any(axis=-1)]
+        if not len(rows):
+            return "not known"
+        means = rows.mean(axis=0)
+        largest = sorted(np.argsort(-means, kind="stable")[:_MOST_LAYERS_NAMED])
+        return ", ".join(f"layer {self.free_layers[i]} {means[i]:.0%}" for i in largest)
+
+
+def stability(
+    problem: InferenceProblem,
+    *,
+    at: str | Equilibrium | Trajectory | Sequence[Numbers] = "equilibrium",
+) -> Stability:
+    """The spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
+
+    Arguments: `problem`, with any clamps, precisions and time constants, one sample or a batch;
+    `at`, which is `"equilibrium"` (found by `pcdyn.equilibrium`), `"feedforward"`, `"zeros"`, a
+    state, an `Equilibrium`, or a `Trajectory`, whose last state is taken.
+
+    Up to 600 free units all rates are computed; above, Lanczos iterations on the block-tridiagonal
+    Hessian give the extreme ones only, and `complete` is false.
+
+    Raises `NotConvergedError` where no equilibrium is found, `InputError` for other problems than
+    inference, what the state and the trajectory raise that do not fit the problem, and
+    `SpectrumError` where Lanczos iterations fail.
+    """
+    check_problem(problem)
+    if isinstance(at, str) and at == "equilibrium":
+        at = equilibrium(problem)
+    if isinstance(at, Equilibrium):
+        return _at_equilibrium(problem, at)
+    if isinstance(at, Trajectory):
+        state = _states(problem, at, at.final)
+        where = "the end of a trajectory"
+    else:
+        state = problem.initial_state(at)
+        where = f"the {at} state" if isinstance(at, str) else "the given state"
+    return _build(problem, state, at=where)
+
+
+def stability_along(problem: InferenceProblem, trajectory: Trajectory) -> Stability:
+    """`stability` at every saved time of a trajectory of the problem, time on the first axis.
+
+    Raises as `stability` does.
+    """
+    check_problem(problem)
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
+    rows = [tuple(x[i] for x in trajectory.activities) for i in range(len(trajectory.times))]
+    if not rows:
+        raise InputError(f"the trajectory has no saved times: {trajectory.message}")
+    states = [_states(problem, trajectory, activities) for activities in rows]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    return _build(problem, stacked, at="all times of a trajectory", times=trajectory.times)
+
+
+def _states(problem: InferenceProblem, trajectory: Trajectory, activities: Any) -> State:
+    """The free layers of `activities`, checked against the problem."""
+    if trajectory.network is not None or trajectory.precisions is not None:
+        moving = "precisions" if trajectory.network is None else "weights"
+        raise InputError(
+            f"the {moving} move along this trajectory: give a state, at=problem.state_of"
+        )
+    if len(activities) != problem.network.depth + 1 or (
+        trajectory.free_layers != problem.free_layers
+    ):
+        raise ShapeError(
+            f"the trajectory has {len(activities)} layers, of which {trajectory.free_layers} are "
+            f"free; the problem has {problem.network.depth + 1} and {problem.free_layers}"
+        )
+    state = problem.initial_state(problem.state_of(activities))
+    if not is_traced(problem, activities):
+        for index, (ours, theirs) in enumerate(
+            zip(problem.activities(state), activities, strict=True)
+        ):
+            if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
+                raise InputError(
+                    f"the trajectory was clamped to other data in layer {index} than the problem"
+                )
+    return state
+
+
+def _at_equilibrium(problem: InferenceProblem, found: Equilibrium) -> Stability:
+    codes = found.status_codes
+    if not is_traced(codes) and not found.ok:
+        raise NotConvergedError(
+            f"there is no equilibrium at which to linearise: {found.message}", found
+        )
+    state = problem.initial_state(tuple(found.state))
+    at_kink = codes == EquilibriumStatus.SLIDING
+    return _build(problem, state, at="equilibrium", at_kink=at_kink)
+
+
+def _build(
+    problem: InferenceProblem,
+    state: State,
+    *,
+    at: str,
+    times: Any = None,
+    at_kink: Any = None,
+) -> Stability:
+    leading, units = state[0].shape[:-1], sum(x.shape[-1] for x in state)
+    traced = is_traced(problem, state)
+    if traced and units > MOST_DENSE_UNITS:
+        raise InputError(
+            f"{units} free units need Lanczos iterations on the host, which JAX cannot transform"
+        )
+    spectrum = _spectrum(problem, state, units)
+    spectrum = jax.tree.map(lambda x: x.reshape(*leading, x.shape[-1]), spectrum)
+    xp = jnp if traced else np
+    spectrum = spectrum if traced else on_host(spectrum)
+    kink = xp.broadcast_to(xp.asarray(False if at_kink is None else at_kink), leading)
+    hidden = jax.tree.map(lambda x: xp.where(kink[..., None], xp.nan, x), spectrum)
+    return Stability(
+        hidden.rates, hidden.slowest_mode, hidden.fastest_mode, kink, times,
+        units=units, complete=units <= MOST_DENSE_UNITS, free_layers=problem.free_layers, at=at,
+    )  # fmt: skip
+
+
+def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
+    """The spectrum of every state, in rows."""
+    leading = state[0].shape[:-1]
+
+    def row(x: Any) -> Any:
+        return jnp.broadcast_to(x, (*leading, x.shape[-1])).reshape(-1, x.shape[-1])
+
+    input, output, states = jax.tree.map(row, (problem.input, problem.output, state))
+    if units <= MOST_DENSE_UNITS:
+        return full_spectrum(problem.with_data(input, output), states)
+    found = []
+    for i in range(len(states[0])):
+        data, one = jax.tree.map(lambda x, i=i: x[i], ((input, output), states))
+        found.append(extreme_spectrum(problem.with_data(*data), one))
+    return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+def _reciprocal(values: Any, finite: Any) -> Any:
+    """1 / values, infinite where not `finite`; NaN stays NaN."""
+    xp: Any = np if isinstance(values, np.ndarray | np.generic) else jnp
+    safe = xp.where(finite, values, 1)
+    return xp.where(finite, 1 / safe, xp.where(xp.isnan(values), xp.nan, xp.inf))
+
+
+def _known(values: Any) -> np.ndarray:
+    flat = np.ravel(np.asarray(values))
+    return flat[~np.isnan(flat)]
+
+
+def _largest(values: Any) -> float:
+    known = _known(values)
+    return float(known.max()) if known.size else float("nan")
+
+
+def _smallest(values: Any) -> float:
+    known = _known(values)
+    return float(known.min()) if known.size else float("nan")
+
+
+def _range(values: Any) -> str:
+    low, high = _smallest(values), _largest(values)
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

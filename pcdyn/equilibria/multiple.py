@@ -1,0 +1,111 @@
+"""The several equilibria of one problem, with their energies and their stability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import Numbers, as_float_array, as_sequence, checked_number
+from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
+from pcdyn.equilibria.solvers import Solver
+from pcdyn.errors import EquilibriumStatus, ShapeError
+from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.model.problem import InferenceProblem, State, check_problem
+
+
+class Equilibria(eqx.Module):
+    """What `multiple_equilibria` finds, in the order of the free energy.
+
+    - `activities`: `activities[l]` of shape `(equilibria, n_l)`.
+    - `free_energy`: F of each.
+    - `smallest_eigenvalue` of the Hessian of F at each: the flow returns after a small push if it
+      is positive. At a kink it is that of one side.
+    - `basin_of`: for each start, the index of the equilibrium it led to, or −1 if none was found.
+    - `searches`: where each start ended.
+    """
+
+    activities: tuple[Any, ...]
+    free_energy: Any
+    smallest_eigenvalue: Any
+    basin_of: Any
+    searches: Equilibrium
+
+    @property
+    def stable(self) -> Any:
+        """Whether each equilibrium is a strict minimum of the free energy."""
+        return self.smallest_eigenvalue > 0
+
+    def __len__(self) -> int:
+        return len(self.free_energy)
+
+
+def multiple_equilibria(
+    problem: InferenceProblem,
+    starts: Sequence[Numbers],
+    *,
+    method: str | Solver | Sequence[Solver] | None = "pseudo_transient",
+    separation: float = 1e-3,
+    tolerance: float | None = None,
+) -> Equilibria:
+    """The distinct equilibria of one sample that many starts lead to.
+
+    Arguments: `problem` with a single sample; `starts`, a state with an axis of starts before each
+    layer, shape `(starts, n_l)`; `method` and `tolerance` as for `pcdyn.equilibrium`; two ends are
+    one equilibrium if their distance is at most `separation` times 1 + the length of the state.
+
+    Starts that find nothing are counted in `basin_of`, and raise nothing. Raises `ShapeError` for
+    a problem with a batch and what `pcdyn.equilibrium` raises for starts that do not fit.
+    """
+    check_problem(problem)
+    separation = checked_number(separation, "separation", at_least=0)
+    if problem.batch_shape not in ((), None):
+        raise ShapeError("multiple_equilibria takes one sample; select one of the batch")
+    wanted = "a list with an array of shape (starts, n_l) for each free layer"
+    starts = tuple(
+        as_float_array(x, "each of starts") for x in as_sequence(starts, "starts", wanted)
+    )
+    if len(starts) != len(problem.free_layers) or any(x.ndim != 2 or not x.size for x in starts):
+        raise ShapeError(
+            f"starts must be {wanted}, {problem.free_layers}; got shapes "
+            f"{[x.shape for x in starts]}"
+        )
+    count = len(starts[0])
+    data = [
+        None if x is None else jnp.broadcast_to(x, (count, x.shape[-1]))
+        for x in (problem.input, problem.output)
+    ]
+    many = problem.with_data(data[0], data[1])
+    found = equilibrium(many, method=method, initial=starts, tolerance=tolerance, throw=False)
+    ends = np.concatenate(found.state, axis=-1)
+    rests = np.array([EquilibriumStatus(int(code)).ok for code in found.status_codes])
+    order = np.argsort(np.where(rests, found.free_energy, np.inf), kind="stable")
+    chosen: list[int] = []
+    basin_of = np.full(count, -1)
+    for start in order[: rests.sum()]:
+        distances = np.linalg.norm(ends[chosen] - ends[start], axis=-1)
+        near = np.flatnonzero(distances <= separation * (1 + np.linalg.norm(ends[start])))
+        if near.size == 0:
+            chosen.append(int(start))
+        basin_of[start] = near[0] if near.size else len(chosen) - 1
+    return Equilibria(
+        activities=tuple(x[chosen] for x in found.activities),
+        free_energy=found.free_energy[chosen],
+        smallest_eigenvalue=_smallest_eigenvalues(problem, tuple(x[chosen] for x in found.state)),
+        basin_of=basin_of,
+        searches=found,
+    )
+
+
+def _smallest_eigenvalues(problem: InferenceProblem, states: State) -> np.ndarray:
+    if len(states[0]) == 0:
+        return np.zeros(0)
+
+    def one(state: State) -> Any:
+        return jnp.linalg.eigvalsh(free_energy_hessian(problem, state).dense())[0]
+
+    return np.asarray(eqx.filter_jit(jax.vmap(one))(jax.tree.map(jnp.asarray, states)))

@@ -1,0 +1,83 @@
+"""Equilibrium solvers are values under one contract: a batch and a start in, a solution out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pcdyn._support.checks import as_sequence
+from pcdyn.equilibria.kinks import has_kinks
+from pcdyn.equilibria.solvers.base import Solution, Solver
+from pcdyn.equilibria.solvers.closed_form import ClosedForm
+from pcdyn.equilibria.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
+from pcdyn.equilibria.solvers.flow import FlowToRest
+from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
+from pcdyn.equilibria.solvers.pseudo_transient import PseudoTransient
+from pcdyn.errors import InputError
+from pcdyn.linearisation.whitened import is_linear
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.problem import InferenceProblem
+
+__all__ = [
+    "ClosedForm",
+    "ErrorDescent",
+    "FixedPoint",
+    "FlowToRest",
+    "GaussNewton",
+    "GradientDescent",
+    "PseudoTransient",
+    "Solution",
+    "Solver",
+    "default_solvers",
+    "get_solver",
+    "get_solvers",
+]
+
+_BY_NAME = {
+    "closed_form": ClosedForm,
+    "gauss_newton": GaussNewton,
+    "nesterov": ErrorDescent,
+    "pseudo_transient": PseudoTransient,
+    "fixed_point": FixedPoint,
+    "flow": FlowToRest,
+}
+
+
+def get_solver(method: str | Solver) -> Solver:
+    """The solver of that name, or the given one itself; raises `InputError` for an unknown name."""
+    if isinstance(method, Solver):
+        return method
+    if not isinstance(method, str) or method not in _BY_NAME:
+        known = ", ".join(_BY_NAME)
+        raise InputError(
+            f"unknown method {method!r}; known are {known}, or pass a value such as "
+            "pcdyn.solvers.GradientDescent(dt=0.1)"
+        )
+    return _BY_NAME[method]()
+
+
+def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, ...]:
+    """The solvers to try in turn; raises `InputError` for what is no name, solver or list."""
+    if isinstance(method, str | Solver):
+        return (get_solver(method),)
+    methods = as_sequence(method, "method", "a name, a solver, or a list of solvers")
+    if not methods:
+        raise InputError("method is an empty list: give at least one solver")
+    return tuple(get_solver(each) for each in methods)
+
+
+def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
+    """What to try in turn, each where the one before it did not converge.
+
+    A linear network with Gaussian energies has a closed form. Otherwise Gauss–Newton, if energies
+    are Gaussian or sums over units; where it stalls, Nesterov in error coordinates (both ends
+    clamped, Gaussian hidden layers), then pseudo-transient continuation, which any energy allows.
+    """
+    if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
+        return (ClosedForm(),)
+    both = problem.input is not None and problem.output is not None
+    middle = (ErrorDescent(),) if both and is_gaussian_below(problem) else ()
+    if not has_curvature(problem):
+        return (*middle, PseudoTransient())
+    # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.
+    middle = () if has_kinks(problem.network) else middle
+    return (GaussNewton(), *middle, PseudoTransient())

@@ -1,0 +1,136 @@
+"""The contract of equilibrium solvers: a batch, a start and a tolerance in, a `Solution` out."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn._support.states import dot, step
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.model.problem import InferenceProblem, State
+
+# A step that solves for a gradient of nothing but round-off moves activities by some of their last
+# places, for each passes through several layers.
+_STEP_ROUNDINGS = 32
+
+
+class Solution(eqx.Module):
+    """Where a solver ended, per sample.
+
+    `status` is a `pcdyn.EquilibriumStatus` as an integer. `passes` counts forward, backward and
+    tangent passes through the network; one evaluation of the vector field takes two.
+    """
+
+    state: State
+    status: Any
+    iterations: Any
+    passes: Any
+
+
+class Solver(eqx.Module):
+    """Base of all equilibrium solvers: values that say how to find where inference ends."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What messages and tables call it."""
+
+    @abc.abstractmethod
+    def check(self, problem: InferenceProblem) -> None:
+        """Raise the named error for a problem that this solver cannot take."""
+
+    @abc.abstractmethod
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        """Solve every sample of a batch from `state`; each stops changing once it is solved.
+
+        It has converged when ‖∂F/∂x_l‖ is at most `tolerance`, one number or one per sample, in
+        every free layer.
+        """
+
+
+def solve_each(
+    solve: Callable[[InferenceProblem, State, Any], Solution],
+    problem: InferenceProblem,
+    state: State,
+    tolerance: Any,
+) -> Solution:
+    """Apply a function that solves one sample to a tolerance to every sample of a batch."""
+
+    def one(input: Any, output: Any, state: State, tolerance: Any) -> Solution:
+        return solve(problem.with_data(input, output), state, tolerance)
+
+    each = jnp.broadcast_to(jnp.asarray(tolerance, problem.dtype), state[0].shape[:1])
+    return eqx.filter_vmap(one)(problem.input, problem.output, state, each)
+
+
+def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
+    """The status of a run from what is known of its end."""
+    status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), int(otherwise))
+    return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
+
+
+def round_off(weighted: State, activities: State) -> Any:
+    """The round-off of F, per sample, from precision-weighted errors and the activities there.
+
+    Prediction errors are differences of activities, each of which is rounded.
+    """
+    size = dot(jax.tree.map(jnp.abs, weighted), jax.tree.map(jnp.abs, activities))
+    return 4 * jnp.finfo(size.dtype).eps * size
+
+
+def energy_round_off(problem: InferenceProblem, state: State) -> Any:
+    """The round-off of F at a state, per sample."""
+    activities = problem.activities(state)
+    errors = problem.prediction_errors(activities)
+    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
+    return round_off(weighted, activities[1:])
+
+
+def within_round_off(moved: Any, state: Any) -> Any:
+    """Whether a step is no more than the round-off of a state, per sample."""
+    squares = dot(moved, moved), dot(state, state)
+    resolved = _STEP_ROUNDINGS * jnp.finfo(squares[0].dtype).eps
+    return squares[0] <= resolved**2 * squares[1]
+
+
+def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State, Any]:
+    """Solve until the residual falls by `tolerance`, or a direction of negative curvature shows.
+
+    There it returns what it has, which is a descent direction (Steihaug); the solvers of JAX and
+    lineax would go on and lose it. One sample or a batch, of which each is solved by itself. Also
+    returns the number of products.
+    """
+    first = dot(rhs, rhs)
+    target = tolerance**2 * first
+    units = sum(x.shape[-1] for x in rhs)
+
+    def unsolved(carry: Any) -> Any:
+        _, _, _, squared, count, flat = carry
+        return (squared > target) & (count < 2 * units) & ~flat
+
+    def body(carry: Any) -> Any:
+        x, residual, direction, squared, count, flat = carry
+        active = unsolved(carry)
+        image = product(direction)
+        curvature: jax.Array = dot(direction, image)
+        flat = flat | (active & ~(curvature > 0))
+        length: Any = squared / jnp.where(curvature > 0, curvature, 1)
+        # Downhill without curvature: the right-hand side itself, if there is nothing better.
+        length = jnp.where(flat, jnp.where(count == 0, 1, 0).astype(length.dtype), length)
+        length = jnp.where(active, length, 0)
+        x = step(x, length, direction)
+        residual = step(residual, -length, image)
+        after = dot(residual, residual)
+        direction = step(residual, after / jnp.where(squared > 0, squared, 1), direction)
+        return x, residual, direction, after, count + active.astype(int), flat
+
+    zero = jax.tree.map(jnp.zeros_like, rhs)
+    none = jnp.zeros(first.shape, int)
+    start = (zero, rhs, rhs, first, none, none > 0)
+    x, *_, count, _ = jax.lax.while_loop(lambda carry: jnp.any(unsolved(carry)), body, start)
+    return x, count

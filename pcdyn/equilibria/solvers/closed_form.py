@@ -1,0 +1,50 @@
+"""The closed form of linear networks, as a solver."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn._support.checks import check_choice
+from pcdyn._support.states import all_finite
+from pcdyn.equilibria.solvers.base import Solution, Solver, final_status
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.references.linear import hessian, linear_equilibrium
+
+
+class ClosedForm(Solver):
+    """`pcdyn.linear_equilibrium` of a linear network.
+
+    `via` is `"output_space"` (both ends clamped: the S-matrix, n_L × n_L), `"cholesky"` (block
+    tridiagonal, any clamps), or by default whichever is smaller.
+    """
+
+    via: Literal["output_space", "cholesky"] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.via is not None:
+            check_choice(self.via, "ClosedForm: via", ("output_space", "cholesky"))
+
+    @property
+    def name(self) -> str:
+        return "closed_form"
+
+    def check(self, problem: InferenceProblem) -> None:
+        hessian(problem)
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        # The S-matrix costs a multiplication of n_L rows per layer, the blocks a factorisation.
+        widths = problem.network.widths
+        both = problem.input is not None and problem.output is not None
+        # Above a narrower layer S is singular but for the precision of the output.
+        narrow = widths[-1] <= min(widths[1:])
+        via = self.via or ("output_space" if both and narrow else "cholesky")
+        solved = problem.state_of(linear_equilibrium(problem, method=via))
+        finite = jax.vmap(all_finite)(solved)
+        status = final_status(True, finite, EquilibriumStatus.CONVERGED)
+        none = jnp.zeros(finite.shape, int)
+        return Solution(solved, status, none + 1, none)

@@ -1,0 +1,339 @@
+"""Damped descent: Gauss–Newton steps whose matrix is kept for as long as it serves.
+
+Each step is `−M⁻¹ ∂F`, with M the damped Gauss–Newton matrix where it was last computed, and a line
+search that never lets F rise beyond its round-off. M lacks the curvature of the predictions and so
+converges only linearly where residuals stay large; Anderson acceleration with a short memory takes
+out the slowest modes (Walker & Ni 2011). Where the residual of some sample falls little, M is
+computed again.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from pcdyn._support.states import choose, dot, scale, step
+from pcdyn.equilibria.solvers.base import Solution, within_round_off
+from pcdyn.errors import EquilibriumStatus
+
+_SUFFICIENT_DECREASE = 1e-4
+_SHORTEST_STEP = 2.0**-10
+_FIRST_DAMPING = 1e-3
+_LARGEST_DAMPING = 1e8
+_REMEMBERED = 3
+_RIDGE = 1e-6
+# Where a step leaves more of the residual, a new matrix pays: it costs about two steps.
+_KEPT_BELOW = 0.3
+_RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
+
+# From the slope to the step that minimises the damped model, and the passes that this costs.
+Propose = Callable[[Any], tuple[Any, Any]]
+
+
+class Look(eqx.Module):
+    """F, its gradient `slope` in the solver's coordinates, and the largest `residual` ‖∂F/∂x_l‖."""
+
+    energy: Any
+    slope: Any
+    residual: Any
+
+
+class Model(eqx.Module):
+    """A batch of problems in the coordinates of a solver: tuples of arrays `(…, batch, n)`."""
+
+    @property
+    @abc.abstractmethod
+    def look_passes(self) -> int:
+        """Passes through the network that a look costs."""
+
+    @property
+    @abc.abstractmethod
+    def matrix_passes(self) -> int:
+        """Passes through the network that a new matrix costs."""
+
+    @abc.abstractmethod
+    def look(self, point: Any) -> Look:
+        """What is seen at a point."""
+
+    @abc.abstractmethod
+    def factorise(self, point: Any, damping: Any) -> Propose:
+        """The model around a point, with a damping per sample."""
+
+    @abc.abstractmethod
+    def round_off(self, point: Any) -> Any:
+        """How surely F is known at a point, per sample."""
+
+    @abc.abstractmethod
+    def activities(self, point: Any) -> Any:
+        """The free activities at a point."""
+
+    @abc.abstractmethod
+    def take(self, samples: Any) -> Model:
+        """Some samples of the batch."""
+
+
+class _Memory(eqx.Module):
+    """The last steps, for Anderson acceleration, in no particular order; rows are samples.
+
+    `proposals` are the differences between what was proposed, `arrivals` those between where that
+    would have led, `(batch, remembered, N)`; `gram` are the inner products of the proposals.
+    `proposed` and `moved`, `(batch, N)`, are of the last step.
+    """
+
+    proposals: Any
+    arrivals: Any
+    gram: Any
+    proposed: Any
+    moved: Any
+
+    @staticmethod
+    def empty(like: Any) -> _Memory:
+        """Before the first step."""
+        nothing = _rows(jax.tree.map(jnp.zeros_like, like))
+        stack = jnp.stack([nothing] * _REMEMBERED, axis=1)
+        gram = jnp.zeros((len(nothing), _REMEMBERED, _REMEMBERED), nothing.dtype)
+        return _Memory(stack, stack, gram, nothing, nothing)
+
+    def with_proposal(self, proposed: Any, count: Any, follows: Any, turn: Any) -> _Memory:
+        """One more proposal of those whose `turn` it is.
+
+        Only where it `follows` another is there a difference to take; others forget one instead.
+        """
+        change, arrival = proposed - self.proposed, proposed - self.proposed + self.moved
+        place = count % _REMEMBERED
+        change, arrival = (jnp.where(follows[:, None], x, 0) for x in (change, arrival))
+        proposals = self.proposals.at[:, place].set(change)
+        arrivals = self.arrivals.at[:, place].set(arrival)
+        products = jnp.einsum("bmn,bn->bm", proposals, change)
+        gram = self.gram.at[:, place].set(products).at[:, :, place].set(products)
+        proposed = jnp.where(turn[:, None], proposed, self.proposed)
+        return _Memory(proposals, arrivals, gram, proposed, self.moved)
+
+    def accelerated(self) -> Any:
+        """Anderson's step: the combination of this proposal and the last ones that cancels best."""
+        size = jnp.trace(self.gram, axis1=1, axis2=2)
+        # Differences of zero, before there are any, get no weight.
+        ridge = jnp.where(size > 0, _RIDGE * size, 1)[:, None, None]
+        gram = self.gram + ridge * jnp.eye(_REMEMBERED, dtype=self.gram.dtype)[None]
+        rhs = jnp.einsum("bmn,bn->bm", self.proposals, self.proposed)
+        weights = jnp.linalg.solve(gram, rhs[..., None])[..., 0]
+        return self.proposed - jnp.einsum("bm,bmn->bn", weights, self.arrivals)
+
+
+def _rows(stacked: Any) -> Any:
+    """All layers of each sample side by side."""
+    return jax.vmap(lambda sample: ravel_pytree(sample)[0], in_axes=-2)(stacked)
+
+
+def _from_rows(rows: Any, like: Any) -> Any:
+    """The inverse of `_rows`."""
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[..., 0, :], like))
+    return jax.vmap(unravel, out_axes=-2)(rows)
+
+
+class _Search(eqx.Module):
+    """What is carried from trial to trial, per sample but for the `count` of trials and `renew`.
+
+    A trial is at `point + length · direction`; `fresh` samples get a new direction first. `renew`
+    asks for a new matrix.
+    """
+
+    point: Any
+    seen: Look
+    memory: _Memory
+    direction: Any
+    length: Any
+    fresh: Any
+    damping: Any
+    status: Any
+    iterations: Any
+    passes: Any
+    count: Any
+    renew: Any
+
+    def take(self, samples: Any) -> _Search:
+        """Some samples of the batch."""
+
+        def rows(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[samples], tree)
+
+        def layers(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[..., samples, :], tree)
+
+        seen = self.seen
+        return _Search(
+            point=layers(self.point),
+            seen=Look(rows(seen.energy), layers(seen.slope), rows(seen.residual)),
+            memory=rows(self.memory),
+            direction=layers(self.direction),
+            length=rows(self.length),
+            fresh=rows(self.fresh),
+            damping=rows(self.damping),
+            status=rows(self.status),
+            iterations=rows(self.iterations),
+            passes=rows(self.passes),
+            count=self.count,
+            renew=self.renew,
+        )
+
+
+def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
+    """Minimise F of every sample from `start` until its largest residual is at most `tolerance`.
+
+    The tolerance is one number or one per sample. Once no more than one sample in four is unsolved,
+    those go on by themselves. The `state` of the solution is in the coordinates of `start`.
+    """
+    seen = model.look(start)
+    zero, none = jnp.zeros_like(seen.energy), jnp.zeros(seen.energy.shape, int)
+    now = _Search(
+        point=start,
+        seen=seen,
+        memory=_Memory.empty(start),
+        direction=jax.tree.map(jnp.zeros_like, start),
+        length=zero,
+        fresh=jnp.ones_like(none, bool),
+        damping=zero,
+        status=_verdict(seen, tolerance),
+        iterations=none,
+        passes=none + model.look_passes,
+        count=jnp.asarray(0),
+        renew=jnp.asarray(True),
+    )
+    few = len(zero) // 4
+    tolerance = jnp.broadcast_to(tolerance, zero.shape)
+    now = _search(model, now, tolerance, max_iterations, few)
+    end = Solution(now.point, now.status, now.iterations, now.passes)
+    if few == 0:
+        return end
+    samples = jnp.argsort(~_active(now, max_iterations))[:few]
+    rest = _search(model.take(samples), now.take(samples), tolerance[samples], max_iterations, 0)
+    return Solution(
+        jax.tree.map(lambda x, y: x.at[..., samples, :].set(y), end.state, rest.point),
+        end.status.at[samples].set(rest.status),
+        end.iterations.at[samples].set(rest.iterations),
+        end.passes.at[samples].set(rest.passes),
+    )
+
+
+def _active(now: _Search, max_iterations: Any) -> Any:
+    return (now.status == _RUNNING) & (now.iterations < max_iterations)
+
+
+def _search(model: Model, now: _Search, tolerance: Any, max_iterations: Any, few: int) -> _Search:
+    """Search until no more than `few` samples are unsolved."""
+
+    def unfinished(now: _Search) -> Any:
+        return jnp.sum(_active(now, max_iterations)) > few
+
+    def with_new_matrix(now: _Search) -> _Search:
+        propose, slack = model.factorise(now.point, now.damping), model.round_off(now.point)
+        activities = model.activities(now.point)
+
+        def trial(now: _Search) -> _Search:
+            active = _active(now, max_iterations)
+            now, spent = _with_direction(now, active, propose)
+            return _after_trial(model, now, active, slack, activities, tolerance, spent)
+
+        spent = jnp.where(_active(now, max_iterations), model.matrix_passes, 0)
+        now = eqx.tree_at(
+            lambda s: (s.renew, s.passes), now, (jnp.asarray(False), now.passes + spent)
+        )
+        return jax.lax.while_loop(lambda now: unfinished(now) & ~now.renew, trial, now)
+
+    return jax.lax.while_loop(unfinished, with_new_matrix, now)
+
+
+def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Search, Any]:
+    """With directions for the fresh samples; also the passes that each of them spent."""
+    turn = active & now.fresh
+    # Of the others nothing is asked, so that conjugate gradients do not wait for them.
+    proposed, spent = propose(scale(turn.astype(now.length.dtype), now.seen.slope))
+    follows = turn & (now.iterations > 0)
+    memory = now.memory.with_proposal(_rows(proposed), now.count, follows, turn)
+    direction = _descent_direction(now.seen.slope, proposed, memory)
+    # A model that could not be factorised proposes NaN.
+    direction = jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0), direction)
+    now = dataclasses.replace(
+        now,
+        memory=memory,
+        direction=choose(turn, direction, now.direction),
+        length=jnp.where(turn, 1, now.length),
+    )
+    return now, jnp.where(turn, spent, 0)
+
+
+def _after_trial(
+    model: Model,
+    now: _Search,
+    active: Any,
+    slack: Any,
+    activities: Any,
+    tolerance: Any,
+    spent: Any,
+) -> _Search:
+    """Take the step where F has fallen enough; elsewhere halve its length, or give up."""
+    fall = dot(now.seen.slope, now.direction)
+    moved = scale(jnp.where(active, now.length, 0), now.direction)
+    seen = model.look(step(now.point, 1, moved))
+    enough = now.seen.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
+    taken = active & (seen.energy <= enough) & (fall < 0) & jnp.isfinite(seen.residual)
+    given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
+    decided = taken | given_up
+    accepted: Any = jnp.where(taken, now.length, 0)
+    moved = scale(jnp.where(taken, 1, 0).astype(accepted.dtype), moved)
+    brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
+    seen = choose(taken, seen, now.seen)
+    status: Any = jnp.where(taken, _verdict(seen, tolerance), now.status)
+    # A whole step that changes nothing, not even the gradient much, has solved for one of round-off
+    # alone.
+    still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)
+    still = still & ~brings_much
+    # Whether it is no more than that is for `pcdyn.equilibrium` to check.
+    status = jnp.where(still, int(EquilibriumStatus.CONVERGED), status)
+    stalled = given_up & (now.damping >= _LARGEST_DAMPING)
+    status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
+    memory = eqx.tree_at(
+        lambda m: m.moved, now.memory,
+        jnp.where(decided[:, None], _rows(moved), now.memory.moved),
+    )  # fmt: skip
+    return dataclasses.replace(
+        now,
+        point=step(now.point, 1, moved),
+        seen=seen,
+        memory=memory,
+        length=now.length / 2,
+        fresh=decided,
+        damping=jnp.where(decided, _next_damping(now.damping, accepted), now.damping),
+        status=status,
+        iterations=now.iterations + decided.astype(int),
+        passes=now.passes + spent + jnp.where(active, model.look_passes, 0),
+        count=now.count + 1,
+        # The first step is the longest: the matrix of its start serves no further.
+        renew=jnp.any((status == _RUNNING) & decided & ((now.iterations == 0) | ~brings_much)),
+    )
+
+
+def _verdict(seen: Look, tolerance: Any) -> Any:
+    finite = jnp.isfinite(seen.energy) & jnp.isfinite(seen.residual)
+    status = jnp.where(seen.residual <= tolerance, int(EquilibriumStatus.CONVERGED), _RUNNING)
+    return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
+
+
+def _descent_direction(slope: Any, proposed: Any, memory: _Memory) -> Any:
+    """The accelerated step where it is steep enough, otherwise the proposed one."""
+    direction = _from_rows(memory.accelerated(), proposed)
+    steep = dot(slope, direction) < 0.1 * dot(slope, proposed)
+    return choose(steep, direction, proposed)
+
+
+def _next_damping(damping: jax.Array, length: jax.Array) -> jax.Array:
+    more = jnp.maximum(10 * damping, _FIRST_DAMPING)
+    less = jnp.where(damping > _FIRST_DAMPING, damping / 10, 0)
+    return jnp.where(length == 1, less, jnp.where(length < 0.1, more, damping))

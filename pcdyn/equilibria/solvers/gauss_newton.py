@@ -1,0 +1,243 @@
+"""Gauss–Newton: the linear problem's exact solution with the current Jacobians, repeated.
+
+With both ends clamped it works in error coordinates, where each step is one solve in the output
+space: `S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ` with J_l = ∂μ_L/∂x_l. For the other clamp modes it works
+in the activities, where the Hessian is block tridiagonal: that is the iterated Kalman smoother
+over depth, or Gaussian message passing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+
+from pcdyn._support.checks import integer, number
+from pcdyn._support.states import largest_norm, scale, step
+from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
+from pcdyn.equilibria.solvers.chain import Chain, Stacked
+from pcdyn.equilibria.solvers.damped import Look, Model, Propose, descend
+from pcdyn.errors import InputError
+from pcdyn.linearisation.block_tridiagonal import BlockCholesky
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.energies.generalised import Separable, curvature, output_part, residual_part
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.references.linear import gauss_newton_hessian
+
+
+class GaussNewton(Solver):
+    """Damped Gauss–Newton with a line search that never lets F rise beyond its round-off.
+
+    Arguments: `max_iterations`; `explicit_width`: for outputs up to this width S is computed
+    column by column, each by a backward and a tangent pass, and solved by Cholesky; for wider ones
+    it is solved by conjugate gradients to the relative accuracy `cg_tolerance`.
+
+    It needs energies that are `pcdyn.Gaussian` or sums over units (`pcdyn.LogCosh` and others, also
+    within `pcdyn.Split`). The latter take the place of the precision by their curvature where the
+    step starts, or where that is not positive by the weight of iteratively reweighted least squares
+    (`Separable.curvature`), so that every step is one of a positive definite model. Where residuals
+    are large or energies not convex it can end at another stationary point than the gradient flow:
+    `Equilibrium.basin` looks.
+    """
+
+    max_iterations: int = eqx.field(
+        default=50, converter=integer("GaussNewton: max_iterations", at_least=1)
+    )
+    explicit_width: int = eqx.field(
+        static=True, default=32, converter=integer("GaussNewton: explicit_width", at_least=0)
+    )
+    cg_tolerance: float = eqx.field(
+        static=True, default=1e-4, converter=number("GaussNewton: cg_tolerance", above=0, below=1)
+    )
+
+    @property
+    def name(self) -> str:
+        return "gauss_newton"
+
+    def check(self, problem: InferenceProblem) -> None:
+        if not has_curvature(problem):
+            raise InputError(
+                f"{self.name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}, "
+                "or sums over units such as pcdyn.LogCosh; use pcdyn.solvers.PseudoTransient()"
+            )
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        if problem.input is None or problem.output is None:
+            return descend(InActivities(problem), state, tolerance, self.max_iterations)
+        chain = Chain(problem)
+        explicit = problem.network.widths[-1] <= self.explicit_width
+        model = InErrors(chain, explicit, self.cg_tolerance)
+        end = descend(model, chain.errors(state), tolerance, self.max_iterations)
+        hidden, _ = chain.activities(end.state)
+        return dataclasses.replace(end, state=chain.unstack(hidden))
+
+
+class InErrors(Model):
+    """Both ends clamped: errors as coordinates, solved in the output space."""
+
+    chain: Chain
+    explicit: bool = eqx.field(static=True)
+    cg_tolerance: float = eqx.field(static=True)
+
+    @property
+    def look_passes(self) -> int:
+        return 4
+
+    @property
+    def matrix_passes(self) -> int:
+        return 2 + 2 * self.chain.target.shape[-1] if self.explicit else 2
+
+    def look(self, point: Stacked) -> Look:
+        return self.chain.look(point)
+
+    def round_off(self, point: Stacked) -> Any:
+        return self.chain.round_off(point)
+
+    def activities(self, point: Stacked) -> Stacked:
+        return self.chain.activities(point)[0]
+
+    def take(self, samples: Any) -> InErrors:
+        return dataclasses.replace(self, chain=self.chain.take(samples))
+
+    def factorise(self, point: Stacked, damping: Any) -> Propose:
+        push, pull = self.chain.linearise(point)
+        lessened = 1 / (1 + damping)
+        output_covariance = self.chain.output_covariance(self.chain.activities(point)[1])
+
+        def s_product(covector: Any) -> Any:
+            """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
+            own = output_covariance(covector)
+            through = push(self.chain.unweighted(pull(covector), point))
+            return step((own,), lessened, (through,))[0]
+
+        solver = self._cholesky if self.explicit else self._conjugate_gradients
+        solve = solver(s_product)
+
+        def propose(slope: Stacked) -> tuple[Stacked, Any]:
+            # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
+            steepest = scale(lessened, self.chain.unweighted(slope, point))
+            solved, passes = solve(push(steepest))
+            spread = scale(lessened, self.chain.unweighted(pull(solved), point))
+            return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
+
+        return propose
+
+    def _cholesky(self, s_product: Any) -> Any:
+        batch, width = self.chain.target.shape
+        identity = jnp.eye(width, dtype=self.chain.target.dtype)
+        columns = jax.vmap(
+            lambda row: s_product(jnp.broadcast_to(row, (batch, width))), out_axes=-1
+        )(identity)
+        factors = jax.vmap(lambda s: jsl.cho_factor(s, lower=True)[0])(columns)
+        solve = jax.vmap(lambda factor, rhs: jsl.cho_solve((factor, True), rhs))
+        return lambda covector: (solve(factors, covector), 0)
+
+    def _conjugate_gradients(self, s_product: Any) -> Any:
+        def solve(covector: Any) -> tuple[Any, Any]:
+            (solved,), products = conjugate_gradients(
+                lambda v: (s_product(v[0]),), (covector,), self.cg_tolerance
+            )
+            return solved, 2 * products
+
+        return solve
+
+
+class InActivities(Model):
+    """Any clamps: activities as coordinates, solved by block Cholesky."""
+
+    problem: InferenceProblem
+
+    @property
+    def look_passes(self) -> int:
+        return 2
+
+    @property
+    def matrix_passes(self) -> int:
+        # A Jacobian takes as many passes through its layer as it has rows or columns.
+        widths = self.problem.network.widths
+        return 1 + max(min(pair) for pair in itertools.pairwise(widths))
+
+    def look(self, point: State) -> Look:
+        slope = self.problem.gradient(point)
+        return Look(self.problem.free_energy(point), slope, largest_norm(slope))
+
+    def round_off(self, point: State) -> Any:
+        return energy_round_off(self.problem, point)
+
+    def activities(self, point: State) -> State:
+        return point
+
+    def take(self, samples: Any) -> InActivities:
+        data = (self.problem.input, self.problem.output)
+        input, output = (None if x is None else x[samples] for x in data)
+        return dataclasses.replace(self, problem=self.problem.with_data(input, output))
+
+    def factorise(self, point: State, damping: Any) -> Propose:
+        def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
+            one = self.problem.with_data(input, output)
+            jacobians = layer_jacobians(one, state)
+            matrix = gauss_newton_hessian(one, reweighted(one, state), jacobians)
+            largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
+            return matrix.plus_diagonal(damping * largest).cholesky()
+
+        data = (self.problem.input, self.problem.output)
+        factors = eqx.filter_vmap(factor)(*data, point, damping)
+
+        def propose(slope: State) -> tuple[State, Any]:
+            solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)
+            return jax.tree.map(jnp.negative, solved), 0
+
+        return propose
+
+
+def has_curvature(problem: InferenceProblem) -> bool:
+    """Whether every layer's energy is one that `reweighted` knows."""
+    parts = (residual_part(problem.energy), output_part(problem.energy, problem.network.depth)[0])
+    return all(isinstance(part, Gaussian | Separable) for part in parts)
+
+
+def reweighted(problem: InferenceProblem, state: State) -> Gaussian:
+    """The Gaussian energy whose precisions are the curvatures of each layer's, of one sample."""
+    if isinstance(problem.energy, Gaussian):
+        return problem.energy
+    depth = problem.network.depth
+    errors = problem.prediction_errors(problem.activities(state))
+    hidden = residual_part(problem.energy)
+    each = [curvature(hidden, i, error) for i, error in enumerate(errors[:-1], start=1)]
+    each.append(curvature(*output_part(problem.energy, depth), errors[-1]))
+    one = jnp.ones((), problem.dtype)
+    return Gaussian([one if precision is None else precision for precision in each])
+
+
+def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:
+    """The energy; raises `InputError` unless it is `pcdyn.Gaussian`."""
+    if not isinstance(problem.energy, Gaussian):
+        raise InputError(
+            f"{name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}; use "
+            "pcdyn.solvers.PseudoTransient()"
+        )
+    return problem.energy
+
+
+def is_gaussian_below(problem: InferenceProblem) -> bool:
+    """Whether all layers but the output have Gaussian energies."""
+    return isinstance(residual_part(problem.energy), Gaussian)
+
+
+def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Any]:
+    """∂μ_l/∂x_{l−1} of shape (n_l, n_{l−1}), for each l whose lower layer is free."""
+    activities, widths = problem.activities(state), problem.network.widths
+    jacobians = {}
+    for index in range(1, problem.network.depth + 1):
+        if index - 1 in problem.free_layers:
+            narrowing = widths[index] <= widths[index - 1]
+            transform = jax.jacrev if narrowing else jax.jacfwd
+            jacobians[index] = transform(lambda x, i=index: problem.network.predict(i, x))(
+                activities[index - 1]
+            )
+    return jacobians

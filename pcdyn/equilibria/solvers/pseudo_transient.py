@@ -1,0 +1,120 @@
+"""Pseudo-transient continuation: implicit Euler along the flow, with steps that grow at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn._support.checks import integer, number
+from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
+from pcdyn.equilibria.solvers.base import (
+    Solution,
+    Solver,
+    conjugate_gradients,
+    energy_round_off,
+    solve_each,
+    within_round_off,
+)
+from pcdyn.errors import EquilibriumStatus
+from pcdyn.linearisation.scales import smallest_precision
+from pcdyn.model.problem import InferenceProblem, State
+
+
+class PseudoTransient(Solver):
+    """Newton–Krylov steps `(1/Δt + ∂²F/∂x²) δ = −∂F/∂x` with a growing pseudo-time step Δt.
+
+    Small steps follow the gradient flow and so stay in its basin; large ones are Newton's and
+    converge quadratically. Δt grows as the gradient falls (switched evolution relaxation) and
+    shrinks where a step would raise F. Linear systems are solved by conjugate gradients with
+    Hessian products. Arguments: `first_step`, the first Δt in activity time constants over the
+    smallest precision; `growth`, the largest factor between steps; `cg_tolerance`, relative;
+    `max_iterations`.
+    """
+
+    first_step: float = eqx.field(
+        default=0.5, converter=number("PseudoTransient: first_step", above=0)
+    )
+    growth: float = eqx.field(default=4.0, converter=number("PseudoTransient: growth", above=1))
+    cg_tolerance: float = eqx.field(
+        static=True,
+        default=1e-3,
+        converter=number("PseudoTransient: cg_tolerance", above=0, below=1),
+    )
+    max_iterations: int = eqx.field(
+        default=1000, converter=integer("PseudoTransient: max_iterations", at_least=1)
+    )
+
+    @property
+    def name(self) -> str:
+        return "pseudo_transient"
+
+    def check(self, problem: InferenceProblem) -> None:
+        """Every problem is fine."""
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        return solve_each(self._solve_one, problem, state, tolerance)
+
+    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        dtype = problem.network.dtype
+        running = int(EquilibriumStatus.ITERATION_LIMIT)
+        # In the units of time that the precisions give.
+        precision = smallest_precision(problem)
+        unit: Any = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
+        first_step: Any = jnp.asarray(self.first_step, dtype) * unit
+        smallest = jnp.finfo(dtype).eps
+
+        def proceed(carry: Any) -> Any:
+            _, _, _, status, iterations, _ = carry
+            return (status == running) & (iterations < self.max_iterations)
+
+        def body(carry: Any) -> Any:
+            state, slope, time_step, _, iterations, passes = carry
+            energy = problem.free_energy(state)
+            direction, products = self._step(problem, state, slope, time_step)
+            trial = step(state, 1, direction)
+            trial_slope = problem.gradient(trial)
+            lower = problem.free_energy(trial) <= energy + energy_round_off(problem, state)
+            accepted = lower & all_finite(trial_slope)
+            before, after = _size(slope), _size(trial_slope)
+            factor = jnp.clip(
+                before / jnp.maximum(after, smallest * before), 0.5, jnp.asarray(self.growth, dtype)
+            )
+            # The gradient grows on the way out of a saddle, where the flow needs time, not care.
+            onward = jnp.maximum(time_step * factor, jnp.minimum(2 * time_step, first_step / 5))
+            next_step: Any = jnp.where(accepted, onward, 0.25 * time_step)
+            state, slope = choose(accepted, (trial, trial_slope), (state, slope))
+            converged = largest_norm(slope) <= tolerance
+            # A long step that changes nothing has solved for a gradient of round-off alone.
+            still = (
+                accepted & (next_step > unit / smallest**0.5) & within_round_off(direction, state)
+            )
+            status = jnp.where(converged | still, int(EquilibriumStatus.CONVERGED), running)
+            stalled = ~(converged | still) & (next_step < smallest * unit)
+            status = jnp.where(stalled, int(EquilibriumStatus.STALLED), status)
+            return state, slope, next_step, status, iterations + 1, passes + 4 + 4 * products
+
+        slope = problem.gradient(state)
+        converged = largest_norm(slope) <= tolerance
+        status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), running)
+        status = jnp.where(all_finite(slope), status, int(EquilibriumStatus.NON_FINITE))
+        start = (state, slope, first_step, status, jnp.asarray(0), jnp.asarray(2))
+        state, _, _, status, iterations, passes = jax.lax.while_loop(proceed, body, start)
+        return Solution(state, status, iterations, passes)
+
+    def _step(
+        self, problem: InferenceProblem, state: State, slope: State, time_step: Any
+    ) -> tuple[State, Any]:
+        """The step, and the number of Hessian products it took."""
+        _, curve = jax.linearize(problem.gradient, state)
+
+        def product(tangent: State) -> State:
+            return jax.tree.map(lambda h, v: h + v / time_step, curve(tangent), tangent)
+
+        return conjugate_gradients(product, jax.tree.map(jnp.negative, slope), self.cg_tolerance)
+
+
+def _size(slope: State) -> Any:
+    return jnp.sqrt(dot(slope, slope))

@@ -1,0 +1,314 @@
+"""Gauss–Newton to a relative accuracy, by few conjugate-gradient steps: the inside of learning.
+
+A weight update needs an equilibrium to a percent, for every batch anew. From the feedforward pass
+two Gauss–Newton steps in error coordinates of a few conjugate-gradient steps are near enough in
+many networks, the more so with a preconditioner, for the samples of a batch see much the same
+network; what they leave is measured, and what is not near enough goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pcdyn._support.checks import as_sequence, checked_integer, integer, number
+from pcdyn._support.forward_only import without_derivative
+from pcdyn._support.states import choose, dot, scale, step
+from pcdyn.equilibria.kinks import has_kinks
+from pcdyn.equilibria.solvers.base import Solver
+from pcdyn.equilibria.solvers.chain import Chain, Stacked
+from pcdyn.equilibria.solvers.first_order import ErrorDescent
+from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
+from pcdyn.errors import InputError
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.energies.generalised import Separable
+from pcdyn.model.problem import InferenceProblem, State
+
+# The relative residual above which a sample counts as unsettled.
+UNSETTLED = 0.3
+_STEPS_AT_KINKS = 5
+# Products of a further step: nearly exact, for what short ones do not settle is badly conditioned.
+_MORE_PRODUCTS, _MORE_PRECONDITIONED = 8, 3
+# The samples of which a preconditioner is made, and the widest output for which it is.
+_SAMPLES = 4
+_WIDEST = 32
+
+_NO_DERIVATIVE = InputError(
+    "TruncatedGaussNewton stops short of the equilibrium, where what it returns has no useful "
+    'derivative: differentiate PredictiveCoding(method="gauss_newton"), or the default of '
+    "pcdyn.equilibrium, PredictiveCoding(method=None)"
+)
+
+
+class Settled(eqx.Module):
+    """An equilibrium to a relative accuracy.
+
+    - `state`: the hidden activities.
+    - `residual`: how far from it, per sample, as `TruncatedGaussNewton` measures it.
+    - `iterations`: Gauss–Newton steps of the whole batch.
+    - `handed_over`: which samples the fallback took over.
+    """
+
+    state: State
+    residual: Any
+    iterations: Any
+    handed_over: Any
+
+
+def _as_products(value: Any) -> tuple[int, ...]:
+    wanted = "a list of positive integers"
+    products = tuple(
+        checked_integer(count, "each of products", at_least=1)
+        for count in as_sequence(value, "products", wanted)
+    )
+    if not products:
+        raise InputError(f"products must be {wanted}, got none")
+    return products
+
+
+class TruncatedGaussNewton(eqx.Module):
+    """Equilibrium of a batch from its feedforward pass, with both ends clamped.
+
+    Accuracy is measured in error coordinates, as ‖∂F/∂e‖ in the norm of Π⁻¹ over ‖e‖ in that of Π,
+    per sample: F has no curvature below Π there but for that of the predictions, so that this
+    bounds to first order how much of the displacement from the feedforward pass is missing.
+
+    One step is taken for each entry of `products`, the number of conjugate-gradient steps in it.
+    While the median over the batch is above `tolerance` more steps follow, at most `max_iterations`
+    in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
+    solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
+    step. With energies that are not Gaussian F can have less curvature than the model there, so
+    that accuracy is that of the model's next step. Where activations have kinks gradients need not
+    vanish, and only the energy decides. What remains of a sample's error depends on the others of
+    its batch, by the median and by what the preconditioner has of them.
+    """
+
+    tolerance: Any = eqx.field(
+        default=0.02, converter=number("TruncatedGaussNewton: tolerance", above=0)
+    )
+    unsettled: Any = eqx.field(
+        default=UNSETTLED, converter=number("TruncatedGaussNewton: unsettled", above=0)
+    )
+    products: tuple[int, ...] = eqx.field(static=True, default=(3, 1), converter=_as_products)
+    max_iterations: Any = eqx.field(
+        default=6, converter=integer("TruncatedGaussNewton: max_iterations", at_least=1)
+    )
+
+    def check(self, problem: InferenceProblem) -> None:
+        """Raise `InputError` unless both ends are clamped and the energies are known to it.
+
+        Those of hidden layers are Gaussian, with any energy of the output, or all layers have one
+        that `GaussNewton` takes.
+        """
+        if not (is_gaussian_below(problem) or has_curvature(problem)):
+            raise InputError(
+                "TruncatedGaussNewton needs Gaussian energies of hidden layers, or sums over units "
+                f"of all layers, not {type(problem.energy).__name__}; use "
+                'PredictiveCoding(method="pseudo_transient")'
+            )
+        if problem.input is None or problem.output is None:
+            raise InputError("TruncatedGaussNewton needs both ends clamped")
+
+    def settle(self, problem: InferenceProblem) -> Settled:
+        """The equilibrium of every sample, and how near it is."""
+        problem = without_derivative(problem, _NO_DERIVATIVE)
+        chain = Chain(problem)
+        errors = chain.stack(problem.zeros_state())
+        preconditioner = _preconditioner(chain, errors)
+        for products in self.products:
+            errors = _stepped(chain, errors, products, preconditioner)
+        point, iterations = self._more_steps(
+            chain, preconditioner, _look(chain, errors), jnp.asarray(len(self.products))
+        )
+        left = self._left(problem, chain, point)
+        point, _ = _while(
+            lambda carry: jnp.any(carry[1]),
+            lambda problem, carry: (self._handed_over(problem, *carry), jnp.zeros_like(left)),
+            problem,
+            (point, left),
+        )
+        return Settled(chain.unstack(point.hidden), point.residual, iterations, left)
+
+    def _more_steps(
+        self, chain: Chain, preconditioner: Any, point: _Point, iterations: Any
+    ) -> tuple[_Point, Any]:
+        """Steps of more products while the median needs them."""
+
+        def body(constant: Any, carry: Any) -> Any:
+            (chain, preconditioner), (point, iterations) = constant, carry
+            products = _MORE_PRODUCTS if preconditioner is None else _MORE_PRECONDITIONED
+            new = _look(chain, _stepped(chain, point.errors, products, preconditioner))
+            return _chosen(new.energy <= point.energy, new, point), iterations + 1
+
+        def far(carry: Any) -> Any:
+            return self._far(carry[0]) & (carry[1] < self.max_iterations)
+
+        return _while(far, body, (chain, preconditioner), (point, iterations))
+
+    def _far(self, point: _Point) -> Any:
+        """Whether fewer than half of the samples are near enough."""
+        return 2 * jnp.sum(point.residual <= self.tolerance) < point.residual.size
+
+    def _left(self, problem: InferenceProblem, chain: Chain, point: _Point) -> Any:
+        """The samples that must be handed over."""
+        rises = _rises(chain, point)
+        if has_kinks(problem.network):
+            return rises
+        return rises | ~(point.residual <= self.unsettled)
+
+    def _handed_over(self, problem: InferenceProblem, point: _Point, left: Any) -> _Point:
+        """The samples that are `left` solved by a solver that checks every step."""
+        chain = Chain(problem)
+        # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
+        most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
+        solver: Solver = GaussNewton(max_iterations=most)
+        if not has_curvature(problem):
+            solver = ErrorDescent(max_iterations=4 * most)
+        lower = ~_rises(chain, point)
+        start = jax.tree.map(jnp.nan_to_num, point.errors)
+        hidden, _ = chain.activities(scale(lower.astype(point.energy.dtype), start))
+        size = jnp.sqrt(jnp.maximum(dot(start, chain.weighted(start)), 0))
+        goal = jnp.where(left, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
+        solved = solver.solve(problem, chain.unstack(hidden), goal)
+        return _chosen(left, _look(chain, chain.errors(solved.state)), point)
+
+
+class _Point(eqx.Module):
+    """Errors, and what is seen there: activities, F and the relative residual."""
+
+    errors: Stacked
+    hidden: Stacked
+    energy: Any
+    residual: Any
+
+
+def _while(condition: Any, body: Any, constant: Any, carry: Any) -> Any:
+    """`while condition(carry): carry = body(constant, carry)`, for loops that seldom turn.
+
+    XLA would compute what does not change in the body before the loop, also where it never turns:
+    all that the body reads passes a barrier with what changes in it.
+    """
+
+    def turn(carry: Any) -> Any:
+        arrays, static = eqx.partition((constant, carry), eqx.is_array)
+        return body(*eqx.combine(jax.lax.optimization_barrier(arrays), static))
+
+    return jax.lax.while_loop(condition, turn, carry)
+
+
+def _rises(chain: Chain, point: _Point) -> Any:
+    """Where F is above that of the feedforward pass, by more than round-off, or not finite."""
+    start = jax.tree.map(jnp.zeros_like, point.errors)
+    at_rest = chain.free_energy(start, chain.activities(start)[1])
+    return ~(point.energy <= at_rest + 1e3 * jnp.finfo(at_rest.dtype).eps * jnp.abs(at_rest))
+
+
+def _chosen(condition: Any, yes: _Point, no: _Point) -> _Point:
+    """One of two points per sample."""
+    return jax.tree.map(lambda a, b: choose(condition, a, b), yes, no)
+
+
+def _look(chain: Chain, errors: Stacked) -> _Point:
+    """F and the relative residual, by a forward and a backward pass."""
+    output_error, pull, hidden = jax.vjp(chain.output_error, errors, has_aux=True)
+    weighted = chain.weighted(errors)
+    slope = jax.tree.map(jnp.add, weighted, pull(chain.output_gradient(output_error))[0])
+    size = dot(errors, weighted)
+    missing = dot(slope, chain.unweighted(slope, errors))
+    # Where nothing moves, nothing is missing.
+    residual = jnp.sqrt(missing / jnp.where(size > 0, size, 1))
+    return _Point(errors, hidden, chain.free_energy(errors, output_error), residual)
+
+
+def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) -> Stacked:
+    """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
+
+    With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are
+    `Π⁻¹ Jᵀ (G + H y)`, where `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which
+    is BP.
+    """
+    output_error, push, pull = _linearised(chain, errors)
+    curve = chain.output_curvature(output_error)
+
+    def spread(covector: Any) -> Stacked:
+        return chain.unweighted(pull(covector), errors)
+
+    steepest = spread(chain.output_gradient(output_error))
+    if isinstance(chain.hidden, Separable):
+        # Their model is not least at zero but where its slope at the errors leads.
+        own = chain.unweighted(chain.weighted(errors), errors)
+        lowest = jax.tree.map(jnp.subtract, errors, own)
+        steepest = jax.tree.map(jnp.add, lowest, steepest)
+    rhs = push(jax.tree.map(jnp.subtract, errors, steepest))
+    found = _conjugate_steps(lambda v: push(spread(v)), curve, preconditioner, rhs, products)
+    return step(steepest, 1, spread(curve(found)))
+
+
+def _linearised(chain: Chain, errors: Stacked) -> tuple[Any, Any, Any]:
+    """The output error, and products with J and Jᵀ."""
+    output_error, tangent = jax.linearize(lambda e: chain.activities(e)[1], errors)
+    transposed = jax.linear_transpose(tangent, errors)
+    return (
+        output_error,
+        lambda v: -tangent(v),
+        lambda covector: jax.tree.map(jnp.negative, transposed(covector)[0]),
+    )
+
+
+def _conjugate_steps(
+    coupled: Any, curve: Any, preconditioner: Any, rhs: Any, steps: int
+) -> Float[Array, "batch n"]:
+    """y with `(1 + K H) y = rhs`, by conjugate gradients in the inner product of H.
+
+    `coupled` is the product with K, `curve` that with H, per sample. In this inner product the
+    system is symmetric, also where H is singular, as that of a softmax is.
+    """
+
+    def inner(a: Any, b: Any) -> Any:
+        return jnp.einsum("bn,bn->b", a, b)
+
+    def precondition(vectors: Any) -> Any:
+        return vectors if preconditioner is None else vectors @ preconditioner.T
+
+    answer, residual = jnp.zeros_like(rhs), rhs
+    direction = precondition(residual)
+    size = inner(curve(residual), direction)
+    for count in range(steps):
+        bent = curve(direction)
+        image = direction + coupled(bent)
+        curvature = inner(bent, image)
+        length = size / jnp.where(curvature > 0, curvature, 1)
+        answer = step(answer, length, direction)
+        if count + 1 == steps:
+            break
+        residual = step(residual, -length, image)
+        nearer = precondition(residual)
+        after = inner(curve(residual), nearer)
+        direction = step(nearer, after / jnp.where(size > 0, size, 1), direction)
+        size = after
+    return answer
+
+
+def _preconditioner(chain: Chain, start: Stacked) -> Any:
+    """`(1 + K̄ Π_L)⁻¹`, K̄ the mean of K over the first samples, which have much of it in common.
+
+    `None` for a softmax, whose H is each sample's own, and for wide outputs, where it would cost
+    more than it saves.
+    """
+    width, samples = chain.target.shape[-1], min(_SAMPLES, len(chain.target))
+    if width > _WIDEST or not isinstance(chain.energy, Gaussian):
+        return None
+    few = chain.take(slice(samples))
+    _, push, pull = _linearised(few, jax.tree.map(lambda x: x[:, :samples], start))
+    units = jnp.eye(width, dtype=chain.target.dtype)
+
+    def mean_of_row(unit: Any) -> Any:
+        covector = jnp.broadcast_to(unit, (samples, width))
+        return jnp.mean(push(few.unweighted(pull(covector), start)), axis=0)
+
+    coupling = jax.vmap(mean_of_row)(units)
+    return jnp.linalg.inv(units + chain.output_gradient(coupling))

@@ -1,0 +1,252 @@
+"""Inference problems and equilibria as labelled xarray data sets and NetCDF files.
+
+A file of a problem holds the network (weights, biases, names of activations), the energy and its
+precisions, the time constants and the clamped data. The data set of a problem can be merged with
+that of a trajectory or an equilibrium, so that one file says what was computed and of what.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from pcdyn._support.checks import check_instance
+from pcdyn.equilibria.equilibrium import Equilibrium
+from pcdyn.errors import ActivationError, DataError, DtypeError, EquilibriumStatus, InputError
+from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
+from pcdyn.model.activations import Activation, get_activation
+from pcdyn.model.energies.energy import Energy, Gaussian
+from pcdyn.model.energies.generalised import Separable, name_of, named_energy
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
+    """A problem as a labelled data set, l = 1 … L.
+
+    Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
+    is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
+    `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
+    for each layer l = 0 … L, where they were given. The names of the activations are in the
+    attribute `activations`; where the energy is not Gaussian its name is in `energy_function` and
+    its parameter, if it has one, in the variable `energy_parameter`.
+
+    Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
+    name (`pcdyn.named_energy`), and `ActivationError` for an activation that
+    pcdyn does not know by name.
+    """
+    import xarray
+
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    energy = problem.energy
+    named = name_of(energy)
+    if named is None or not isinstance(energy, Gaussian | Separable):
+        raise InputError(
+            f"a file holds problems with a Gaussian or another named energy, not "
+            f"{type(energy).__name__}"
+        )
+    variables: dict[str, Any] = {}
+    if named[1] is not None:
+        variables["energy_parameter"] = ((), np.asarray(named[1]))
+    names = []
+    for index, layer in enumerate(problem.network.layers, start=1):
+        if not isinstance(layer, Dense):
+            raise InputError(
+                f"a file holds networks of pcdyn.Dense, but layer {index} is a "
+                f"{type(layer).__name__}"
+            )
+        names.append(_name_of(layer.activation))
+        unit = f"unit_{index}"
+        variables[f"weight_{index}"] = ((unit, f"unit_{index - 1}"), np.asarray(layer.weight))
+        if layer.bias is not None:
+            variables[f"bias_{index}"] = ((unit,), np.asarray(layer.bias))
+        precision = energy.precision(index)
+        if precision is not None:
+            dimensions = (unit, f"column_{index}")[: precision.ndim]
+            variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
+    ends = {"input": (problem.input, 0), "output": (problem.output, problem.network.depth)}
+    for name, (data, index) in ends.items():
+        if data is not None:
+            dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
+            variables[name] = (dimensions, np.asarray(data))
+    if problem.time_constants is not None:
+        values = np.array([np.asarray(each) for each in problem.time_constants])
+        variables["time_constant"] = (("layer",), values)
+    attrs = {"activations": " ".join(names)}
+    if not isinstance(energy, Gaussian):
+        attrs["energy_function"] = named[0]
+    return xarray.Dataset(variables, attrs=attrs)
+
+
+def problem_from_xarray(
+    dataset: xarray.Dataset, *, dtype: DTypeLike | None = None
+) -> InferenceProblem:
+    """The problem of a data set that `problem_to_xarray` made, alone or merged with others.
+
+    Axes are found by their names, whatever their order. Numbers keep their dtype, unless another is
+    given: then they are rounded to that. Raises `DataError` if there is no problem in the data set,
+    `DtypeError` for float64 numbers where float64 is off in JAX, unless float32 holds them exactly,
+    and what the network and the problem raise.
+    """
+    check_dataset(dataset)
+
+    def values(name: str, *dimensions: str, sample: str = "absent") -> Any:
+        if name not in dataset.variables:
+            return None
+        found = named_values(dataset, name, *dimensions, kind="real numbers", sample=sample)
+        return _as_jax(found, dtype, name)
+
+    def precision(l: int) -> Any:
+        ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
+        return values(f"precision_{l}", *(f"unit_{l}", f"column_{l}")[:ndim])
+
+    names = str(dataset.attrs.get("activations", "")).split()
+    indices = range(1, len(names) + 1)
+    missing = [f"weight_{l}" for l in indices if f"weight_{l}" not in dataset.variables]
+    if not names or missing:
+        what = missing[0] if missing else "activations"
+        raise DataError(
+            f"there is no network in this file: it lacks {what!r}; write it with "
+            "pcdyn.save_problem, or by a command of pcdyn"
+        )
+    layers = [
+        Dense(
+            values(f"weight_{l}", f"unit_{l}", f"unit_{l - 1}"),
+            values(f"bias_{l}", f"unit_{l}"),
+            name,
+        )
+        for l, name in zip(indices, names, strict=True)
+    ]
+    precisions = [precision(l) for l in indices]
+    one = np.ones((), layers[0].weight.dtype)
+    known = [one if precision is None else precision for precision in precisions]
+    energy: Energy = named_energy(
+        str(dataset.attrs.get("energy_function", "gaussian")),
+        precisions=None if all(p is None for p in precisions) else known,
+        parameter=values("energy_parameter"),
+    )
+    constants = values("time_constant", "layer")
+    return InferenceProblem(
+        Network(layers),
+        input=values("input", "unit_0", sample="optional"),
+        output=values("output", f"unit_{len(names)}", sample="optional"),
+        energy=energy,
+        time_constants=None if constants is None else list(constants),
+    )
+
+
+def _as_jax(values: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarray:
+    """`values` in a dtype that JAX does not round any more."""
+    try:
+        wanted = values.dtype if dtype is None else np.dtype(dtype)
+    except TypeError:
+        wanted = np.dtype(object)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise DtypeError(f"dtype must be a floating-point dtype, got {dtype!r:.40}")
+    kept = jax.dtypes.canonicalize_dtype(wanted)
+    rounded = values.astype(kept)
+    if wanted != kept and not np.array_equal(rounded, values, equal_nan=True):
+        raise DtypeError(
+            f"{name} is {wanted}, but float64 is off in JAX: switch it on with "
+            'jax.config.update("jax_enable_x64", True), or round with dtype=jax.numpy.float32'
+        )
+    return rounded
+
+
+def save_problem(problem: InferenceProblem, path: str | os.PathLike[str]) -> None:
+    """Write a problem to a NetCDF file, at once or not at all.
+
+    Raises what `problem_to_xarray` raises, and `DataError`, with an earlier file as it was, if the
+    file cannot be written.
+    """
+    write_dataset(problem_to_xarray(problem), path)
+
+
+def load_problem(
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
+) -> InferenceProblem:
+    """Read the problem in a file of `save_problem` or of a command of pcdyn.
+
+    Numbers keep their dtype, unless another is given to round them to. Raises `DataError` if the
+    file is missing, truncated, corrupt, without a network, or if it holds float64 numbers while
+    float64 is off in JAX and float32 would round them.
+    """
+    dataset = read_dataset(path)
+    try:
+        return problem_from_xarray(dataset, dtype=dtype)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def equilibrium_to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
+    """An equilibrium on the host as a labelled data set.
+
+    Variables: `activity_l` and `prediction_error_l`, shape `([sample,] unit_l)`; `energy`, shape
+    `([sample,] predicted_layer)`; `residual_norm`, shape `([sample,] free_layer)`; `free_energy`,
+    `status`, `iterations` and `passes`, per sample. How it was computed is in the attributes.
+    """
+    import xarray
+
+    sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
+    variables: dict[str, Any] = {}
+
+    def put(name: str, values: Any, last: Sequence[str], meaning: str, **attributes: Any) -> None:
+        named = {"long_name": meaning, **attributes}
+        variables[name] = ((*sample, *last), np.asarray(values), named)
+
+    for l, values in enumerate(equilibrium.activities):
+        put(f"activity_{l}", values, (f"unit_{l}",), f"activity of layer {l}")
+    for l, values in enumerate(equilibrium.prediction_errors, start=1):
+        put(f"prediction_error_{l}", values, (f"unit_{l}",), f"prediction error of layer {l}")
+    put("energy", equilibrium.energies, ("predicted_layer",), "energy of a layer")
+    put("free_energy", equilibrium.free_energy, (), "free energy")
+    put(
+        "residual_norm",
+        equilibrium.residual_norms,
+        ("free_layer",),
+        "norm of the gradient of the free energy in a layer",
+    )
+    put(
+        "status",
+        equilibrium.status_codes,
+        (),
+        "how the search ended",
+        flag_values=[int(status) for status in EquilibriumStatus],
+        flag_meanings=" ".join(status.name for status in EquilibriumStatus),
+    )
+    put("iterations", equilibrium.iterations, (), "iterations of the last solver")
+    put("passes", equilibrium.passes, (), "passes through the network")
+    coordinates = {
+        "predicted_layer": np.arange(1, len(equilibrium.activities)),
+        "free_layer": np.array(equilibrium.problem.free_layers, dtype=int),
+    }
+    attributes = {
+        "method": equilibrium.method,
+        "message": equilibrium.message,
+        "tolerance": float(np.max(equilibrium.tolerance)),
+        "compile_seconds": float(equilibrium.compile_seconds),
+        "run_seconds": float(equilibrium.run_seconds),
+    }
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _name_of(activation: Activation) -> str:
+    name = activation.name.partition("(")[0]
+    try:
+        known = get_activation(name)
+    except ActivationError:
+        known = None
+    if known != activation:
+        raise ActivationError(
+            f"{activation} has no name that a file could hold: use one that pcdyn.mlp knows by name"
+        )
+    return name

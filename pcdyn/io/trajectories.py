@@ -1,0 +1,241 @@
+"""Trajectories as labelled xarray data sets and NetCDF files.
+
+Every array survives the round trip to the bit. Dense output (`Trajectory.interpolation`) is a
+function of the solver and is not stored.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from pcdyn._support.checks import check_instance, is_traced
+from pcdyn.errors import DataError, ShapeError, Status
+from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
+from pcdyn.simulation.trajectory import Trajectory
+
+# xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
+if TYPE_CHECKING:
+    import xarray
+
+TIME_UNITS = "activity time constants"
+
+_COUNTS = {
+    "vector_field_evaluations": "evaluations of the vector field",
+    "jacobian_evaluations": "evaluations of its Jacobian",
+    "accepted_steps": "accepted steps",
+    "rejected_steps": "rejected steps",
+}
+_TEXTS = ("integrator", "fallback", "message")
+_SECONDS = ("compile_seconds", "run_seconds")
+
+
+def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
+    """A trajectory as a labelled data set, sharing its arrays.
+
+    Dimensions: `time`; `sample` if there is a batch; `unit_l` of each layer l = 0 … L;
+    `predicted_layer` = 1 … L; `free_layer`.
+
+    Variables:
+
+    - `activity_l` and `prediction_error_l`, shape `(time, [sample,] unit_l)`;
+    - `energy`, shape `(time, [sample,] predicted_layer)`;
+    - `vector_field_norm`, shape `(time, [sample,] free_layer)`;
+    - `free_energy`, `output_loss` and `residual_energy`, shape `(time, [sample])`;
+    - `status`, `end_time` and the counts of the solver, one for all or one per sample. A count
+      that the integrator does not report is absent.
+
+    How it was computed is in the attributes. Raises `ShapeError` for a trajectory of several
+    networks, which `jax.vmap` makes, and for one that is being traced.
+    """
+    import xarray
+
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
+    if trajectory.network is not None or trajectory.precisions is not None:
+        moving = "precisions" if trajectory.network is None else "weights"
+        raise ShapeError(
+            f"{moving} move in this trajectory, for which there is no file format: keep its "
+            f"activities and its {moving}, for "
+            "example with numpy.savez"
+        )
+    if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
+        raise ShapeError(
+            "this trajectory is of several networks, or inside of a JAX transformation: take one "
+            "network first, such as jax.tree.map(lambda x: x[0], trajectory)"
+        )
+    samples = ("sample",) if np.ndim(trajectory.energies) == 3 else ()
+    in_time = ("time", *samples)
+
+    def saved(values: Any, last: tuple[str, ...], name: str, units: str = "1") -> Any:
+        attributes = {"long_name": name, "units": units}
+        return xarray.Variable((*in_time, *last), np.asarray(values), attributes)
+
+    def once(values: Any, **attributes: Any) -> Any:
+        array = np.asarray(values)
+        return xarray.Variable(samples if array.ndim else (), array, attributes)
+
+    variables = {
+        **{
+            f"activity_{index}": saved(values, (f"unit_{index}",), f"activity of layer {index}")
+            for index, values in enumerate(trajectory.activities)
+        },
+        **{
+            f"prediction_error_{index}": saved(
+                values, (f"unit_{index}",), f"prediction error of layer {index}"
+            )
+            for index, values in enumerate(trajectory.prediction_errors, start=1)
+        },
+        "energy": saved(trajectory.energies, ("predicted_layer",), "energy of a layer"),
+        "vector_field_norm": saved(
+            trajectory.vector_field_norms,
+            ("free_layer",),
+            "norm of the vector field of a layer",
+            "per activity time constant",
+        ),
+        "free_energy": saved(trajectory.free_energy, (), "free energy"),
+        "output_loss": saved(trajectory.output_loss, (), "output loss"),
+        "residual_energy": saved(trajectory.residual_energy, (), "residual energy"),
+        "status": once(
+            trajectory.status_codes,
+            long_name="how the simulation ended",
+            flag_values=[int(status) for status in Status],
+            flag_meanings=" ".join(status.name for status in Status),
+        ),
+        "end_time": once(
+            trajectory.end_time, long_name="where integration ended", units=TIME_UNITS
+        ),
+    }
+    for name, meaning in _COUNTS.items():
+        count = getattr(trajectory, name)
+        if count is not None:
+            variables[name] = once(count, long_name=meaning, units="1")
+    coordinates = {
+        "time": (
+            "time",
+            np.asarray(trajectory.times),
+            {"long_name": "time", "units": TIME_UNITS},
+        ),
+        "predicted_layer": np.arange(1, len(trajectory.activities)),
+        "free_layer": np.array(trajectory.free_layers, dtype=int),
+    }
+    attributes = {
+        **{name: getattr(trajectory, name) for name in _TEXTS},
+        **{name: float(getattr(trajectory, name)) for name in _SECONDS},
+        "free_layers": list(trajectory.free_layers),
+        "pcdyn_version": _version(),
+    }
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def from_xarray(dataset: xarray.Dataset) -> Trajectory:
+    """The trajectory of a data set that `to_xarray` made, with NumPy arrays.
+
+    Axes are found by their names and layers by their coordinates, so that xarray may have reordered
+    them, as `xarray.concat` of runs along `"sample"` does. Raises `DataError` if the data set
+    lacks a part of a trajectory, or has one that no trajectory has: other dimensions, text for
+    numbers, times that do not increase, a status that does not exist.
+    """
+    check_dataset(dataset)
+    try:
+        return _from_xarray(dataset)
+    except DataError as error:
+        raise DataError(
+            f"the data set is not a trajectory of pcdyn: {error}; make it with "
+            "Trajectory.to_xarray or Trajectory.to_netcdf"
+        ) from error
+
+
+def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
+    variables = dataset.variables
+    sample = "present" if "sample" in dataset.sizes else "absent"
+
+    def in_time(name: str, *last: str) -> np.ndarray:
+        return named_values(dataset, name, "time", *last, kind="real numbers", sample=sample)
+
+    def once(name: str, kind: str) -> np.ndarray:
+        return named_values(dataset, name, kind=kind, sample="optional")
+
+    predicted = named_values(dataset, "predicted_layer", "predicted_layer", kind="integers")
+    free = named_values(dataset, "free_layer", "free_layer", kind="integers")
+    layers = len(predicted) + 1
+    if layers < 2 or f"activity_{layers}" in variables:
+        raise DataError(f"it has energies of {layers - 1} layers, but other activities")
+    if sorted(predicted) != list(range(1, layers)):
+        raise DataError(f"predicted_layer is {predicted} instead of 1 to {layers - 1}")
+    if len(set(free)) < len(free) or not set(free) <= set(range(layers)):
+        raise DataError(f"free_layer is {free} in a network of layers 0 to {layers - 1}")
+    return Trajectory(
+        times=_checked_times(named_values(dataset, "time", "time", kind="real numbers")),
+        activities=tuple(in_time(f"activity_{l}", f"unit_{l}") for l in range(layers)),
+        prediction_errors=tuple(
+            in_time(f"prediction_error_{l}", f"unit_{l}") for l in range(1, layers)
+        ),
+        energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
+        vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
+        status_codes=_checked_codes(once("status", "integers")),
+        end_time=once("end_time", "real numbers"),
+        **{name: once(name, "integers") if name in variables else None for name in _COUNTS},
+        **{name: _number(dataset, name) for name in _SECONDS},
+        **cast(Any, {name: str(_attribute(dataset, name)) for name in _TEXTS}),
+        # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
+        free_layers=tuple(sorted(int(index) for index in free)),
+    )
+
+
+def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
+    """Write a trajectory to a NetCDF file, at once or not at all.
+
+    Of a symbolic link the target is written, and the mode of an earlier file is kept. Raises
+    `DataError`, and leaves the earlier file as it was, if the folder does not exist, the disk is
+    full or the file cannot be written for another reason; `ShapeError` as `to_xarray`.
+    """
+    write_dataset(to_xarray(trajectory), path)
+
+
+def load(path: str | os.PathLike[str]) -> Trajectory:
+    """Read a trajectory that `save` or `Trajectory.to_netcdf` wrote.
+
+    Its arrays are NumPy's and of the precision in the file, whether or not float64 is on in JAX.
+    Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory: one flipped
+    bit is found by the digest at the end of a file of pcdyn.
+    """
+    dataset = read_dataset(path)
+    try:
+        return from_xarray(dataset)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _checked_times(times: np.ndarray) -> np.ndarray:
+    if not np.isfinite(times).all() or np.any(np.diff(times) <= 0):
+        raise DataError("its times are not finite and increasing, such as after sorting or concat")
+    return times
+
+
+def _checked_codes(codes: np.ndarray) -> np.ndarray:
+    unknown = set(codes.ravel().tolist()) - {int(status) for status in Status}
+    if unknown:
+        raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
+    return codes
+
+
+def _attribute(dataset: xarray.Dataset, name: str) -> Any:
+    if name not in dataset.attrs:
+        raise DataError(f"it lacks {name!r}")
+    return dataset.attrs[name]
+
+
+def _number(dataset: xarray.Dataset, name: str) -> float:
+    value = _attribute(dataset, name)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
+
+
+def _version() -> str:
+    import pcdyn
+
+    return pcdyn.__version__

@@ -1,0 +1,119 @@
+"""The Hessian of the free energy of any network: block tridiagonal, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from pcdyn._support.states import scale
+from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.whitened import error_factor, is_linear
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.problem import InferenceProblem, State
+
+
+def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+    """∂²F/∂x² at a state of one sample, curvature of the predictions included.
+
+    Layers that are not neighbours do not meet in any prediction error, so that it is block
+    tridiagonal for any network and energy.
+    """
+    depth, activities = problem.network.depth, problem.activities(state)
+
+    def pair_energy(index: int, below: Any, here: Any) -> Any:
+        """E_l as a function of x_{l−1} and x_l."""
+        error = here - problem.network.predict(index, below)
+        return problem.layer_energy(index, error)
+
+    def own_energy(index: int, here: Any) -> Any:
+        """The energies in which x_l appears, as a function of it."""
+        total = jnp.zeros((), problem.network.dtype)
+        if index > 0:
+            total = total + pair_energy(index, activities[index - 1], here)
+        if index < depth:
+            total = total + pair_energy(index + 1, here, activities[index + 1])
+        return total
+
+    diagonal, upper = [], []
+    for index in problem.free_layers:
+        here = activities[index]
+        diagonal.append(jax.hessian(lambda x, i=index: own_energy(i, x))(here))
+        if index + 1 in problem.free_layers:
+            slope = jax.grad(lambda x, y, i=index: pair_energy(i + 1, x, y))
+            upper.append(jax.jacfwd(slope, argnums=1)(here, activities[index + 1]))
+    return BlockTridiagonal(tuple(diagonal), tuple(upper))
+
+
+@eqx.filter_custom_jvp
+def with_derivatives(problem: InferenceProblem, state: State, certain: Any) -> State:
+    """`state`, equilibria of a problem, with the derivatives of equilibria.
+
+    `∂F/∂x(x*, θ) = 0` gives `dx*/dθ = −(∂²F/∂x²)⁻¹ ∂²F/∂x∂θ`, of any order. They are NaN for the
+    samples that are not `certain`, one boolean for each, to be at an equilibrium.
+    """
+    return state
+
+
+@with_derivatives.def_jvp
+def _implicit_jvp(primals: Any, tangents: Any) -> Any:
+    problem, state, certain = primals
+    # Of what the rule returns only this has derivatives: without it those of a second derivative
+    # would take the equilibrium to be constant.
+    state = with_derivatives(problem, state, certain)
+    return state, _change_of_equilibrium(problem, tangents[0], state, certain)
+
+
+# Compiled as one program also where nothing around it is.
+@eqx.filter_jit
+def _change_of_equilibrium(
+    problem: InferenceProblem, tangent: Any, state: State, certain: Any
+) -> State:
+    _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
+    # Layers that do not depend on what moves have no tangent at all.
+    change = tuple(
+        jnp.zeros_like(x) if c is None else c for x, c in zip(state, change, strict=True)
+    )
+    known = jnp.where(certain, -1, jnp.nan).astype(state[0].dtype)
+    return scale(known, solve_hessian(problem, state, change))
+
+
+def solve_hessian(problem: InferenceProblem, state: State, rhs: State) -> State:
+    """H⁻¹ rhs for each sample of a batch; NaN where H is not positive definite.
+
+    It can be differentiated and transposed, as the implicit function theorem needs.
+    """
+    if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
+        return _solve_linear(problem, state, rhs)
+
+    def one(input: Any, output: Any, state: State, rhs: State) -> State:
+        matrix = free_energy_hessian(problem.with_data(input, output), state)
+        return _symmetric_solve(matrix.times, matrix.cholesky().solve, rhs)
+
+    return eqx.filter_vmap(one)(problem.input, problem.output, state, rhs)
+
+
+def _solve_linear(problem: InferenceProblem, state: State, rhs: State) -> State:
+    """With the one Hessian of a linear network's samples, by QR of its square root."""
+    arrays, rest = eqx.partition(problem, eqx.is_array)
+    # Only the product is differentiated: the solution follows from it.
+    factor, _ = error_factor(eqx.combine(jax.lax.stop_gradient(arrays), rest))
+    return _symmetric_solve(jax.linearize(problem.gradient, state)[1], factor.solve, rhs)
+
+
+def _symmetric_solve(
+    product: Callable[[State], State], solve: Callable[[State], State], rhs: State
+) -> State:
+    # As one vector: JAX cannot transpose a solve of which some parts are constant.
+    vector, layers = ravel_pytree(rhs)
+    solved = jax.lax.custom_linear_solve(
+        lambda x: ravel_pytree(product(layers(x)))[0],
+        vector,
+        lambda _, b: ravel_pytree(solve(layers(b)))[0],
+        symmetric=True,
+    )
+    return layers(solved)

@@ -1,0 +1,140 @@
+"""The scales of an inference problem: what its gradient is small beside, and its round-off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.states import largest_norm, layer_norms
+from pcdyn.model.energies.energy import Energy, Gaussian
+from pcdyn.model.energies.generalised import Separable, output_part, residual_part
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem, stacked
+
+_PROBES = 4
+# Solvers come to a stop within so many units in the last place, for errors pass through layers.
+_PLACES = 32
+
+
+def smallest_precision(problem: Problem) -> Any:
+    """The smallest eigenvalue of any Π_l, at zero error where the energy is no Gaussian.
+
+    Infinite where no precision is known.
+    """
+    if isinstance(problem, StackedProblem):
+        each = [_smallest_of(run.energy, problem.dtype) for run in problem.runs]
+        return jnp.min(jnp.stack(each))
+    if not isinstance(problem, InferenceProblem):
+        return jnp.asarray(jnp.inf, problem.dtype)
+    depth = problem.network.depth
+    hidden = residual_part(problem.energy)
+    output, index = output_part(problem.energy, depth)
+    each = [_smallest(hidden, i, problem.dtype) for i in range(1, depth)]
+    return jnp.min(jnp.stack([*each, _smallest(output, index, problem.dtype)]))
+
+
+def _smallest_of(energies: Energy, dtype: Any) -> Any:
+    """`_smallest` of the stacked energies of single layers."""
+    if not jax.tree.leaves(energies):
+        return _smallest(energies, 1, dtype)
+    return jnp.min(eqx.filter_vmap(lambda energy: _smallest(energy, 1, dtype))(energies))
+
+
+def _smallest(energy: Energy, index: int, dtype: Any) -> Any:
+    if isinstance(energy, Separable):
+        # Their h need not be ½ε² at zero.
+        bend = energy.curvature(jnp.zeros((), dtype))
+        return bend * _smallest(energy.weighting, index, dtype)
+    if not isinstance(energy, Gaussian):
+        return jnp.asarray(jnp.inf, dtype)
+    precision = energy.precision(index)
+    if precision is None:
+        return jnp.ones((), dtype)
+    if precision.ndim == 2:
+        return jnp.linalg.eigvalsh(precision)[0]
+    return jnp.min(precision)
+
+
+def gradient_scale(problem: InferenceProblem, state: State) -> Any:
+    """What ‖∂F/∂x_l‖ at an equilibrium is small beside, seen from a start, per sample.
+
+    The least of 1, of the largest ‖∂F/∂x_l‖ at the start, and of the largest prediction error there
+    times the smallest precision: where precisions differ much, the large ones dominate the gradient
+    at the start, and beside it that of the slow directions would be small before it has moved.
+    """
+    deep = stacked(problem)
+    if isinstance(deep, StackedProblem):
+        together = deep.pack(state)
+        field = jnp.max(deep.norms(deep.gradient(together)), axis=-1)
+        largest = jnp.max(deep.error_norms(deep.observe(together)[0]), axis=-1)
+    else:
+        field = largest_norm(problem.gradient(state))
+        largest = largest_norm(problem.prediction_errors(problem.activities(state)))
+    return jnp.minimum(1, jnp.minimum(field, smallest_precision(deep) * largest))
+
+
+def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) -> Any:
+    """`relative` times `gradient_scale`, per sample.
+
+    Where the gradient at the start is no more than its round-off, the start is at rest, and the
+    tolerance is that round-off.
+    """
+    norms, sizes = layer_norms(problem.gradient(start)), _error_sizes(problem, start)
+    weighted = [problem.weighted_error(i, size) for i, size in enumerate(sizes, start=1)]
+    terms = jnp.stack([jnp.linalg.norm(x, axis=-1) for x in weighted], axis=-1)
+    none = jnp.zeros_like(terms[..., :1])
+    # The gradient of layer l has the terms of its own error and of the one above.
+    both = jnp.concatenate([none, terms], -1) + jnp.concatenate([terms, none], -1)
+    floor = _PLACES * jnp.finfo(both.dtype).eps * both[..., np.array(problem.free_layers)]
+    at_rest = jnp.all(norms <= floor, axis=-1)
+    tiny = jnp.finfo(both.dtype).tiny
+    wanted = jnp.maximum(relative * gradient_scale(problem, start), tiny)
+    return jnp.where(at_rest, jnp.maximum(wanted, 2 * jnp.max(floor, axis=-1)), wanted)
+
+
+def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
+    """How well ‖∂F/∂x_l‖ can vanish in the dtype of the problem, per sample and free layer.
+
+    It is what a unit in the last place of every activity and of every prediction makes of the
+    gradient, with the signs drawn at random a few times (root mean square), times the places within
+    which a solver's last step is taken to change nothing: of the order of eps · Σ |terms|.
+    """
+    sizes, eps = _error_sizes(problem, state), float(jnp.finfo(problem.dtype).eps)
+    energies = range(1, problem.network.depth + 1)
+
+    def slope(state: State, offsets: Any) -> State:
+        def total(state: State) -> Any:
+            errors = problem.prediction_errors(problem.activities(state))
+            each = [
+                jnp.sum(problem.layer_energy(i, error + offset))
+                for i, error, offset in zip(energies, errors, offsets, strict=True)
+            ]
+            return sum(each, start=jnp.zeros((), problem.dtype))
+
+        return jax.grad(total)(state)
+
+    zeros = jax.tree.map(jnp.zeros_like, sizes)
+    _, tangent = jax.linearize(slope, state, zeros)
+    signs = np.random.default_rng(0)
+
+    def rounded(x: Any) -> Any:
+        each = signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
+        return eps * jnp.abs(x) * jnp.broadcast_to(each, x.shape)
+
+    squares = [
+        layer_norms(tangent(*jax.tree.map(rounded, (state, sizes)))) ** 2 for _ in range(_PROBES)
+    ]
+    return _PLACES * jnp.sqrt(jnp.mean(jnp.stack(squares), axis=0))
+
+
+def _error_sizes(problem: InferenceProblem, state: State) -> tuple[Any, ...]:
+    """|x_l| + |μ_l|, the numbers whose difference a prediction error is."""
+    activities = problem.activities(state)
+    errors = problem.prediction_errors(activities)
+    return tuple(
+        jnp.abs(x) + jnp.abs(x - error) for x, error in zip(activities[1:], errors, strict=True)
+    )

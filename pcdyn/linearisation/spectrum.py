@@ -1,0 +1,256 @@
+"""Decay rates and modes of an inference flow around a state, from the Hessian of F.
+
+`τ dx/dt = −∂F/∂x` has the Jacobian −τ⁻¹H with H = ∂²F/∂x² symmetric. It is similar to the
+symmetric −τ^{-½} H τ^{-½}, so that its eigenvalues are real: the rates here are those of the
+latter with the sign reversed, and a mode v of it is the mode τ^{-½} v of the activities.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.states import dot, scale
+from pcdyn.errors import SpectrumError
+from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.linearisation.relaxation import symmetric_modes
+from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.stacked import StackedProblem
+
+# Above so many units, full eigendecompositions take seconds for each sample.
+MOST_DENSE_UNITS = 600
+_ESTIMATE_ITERATIONS = 24
+_BISECTIONS = 6
+_MOST_ENTRIES_AT_ONCE = 2**22
+
+
+class Spectrum(eqx.Module):
+    """Decay rates in ascending order, and the modes of the first and of the last.
+
+    The modes are given by the share of each free layer in their squared norm. The leading axis
+    is over states.
+    """
+
+    rates: Any
+    slowest_mode: Any
+    fastest_mode: Any
+
+
+def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+    """τ^{-½} H τ^{-½} at a state of one sample."""
+    matrix = free_energy_hessian(problem, state)
+    if problem.time_constants is None:
+        return matrix
+    roots = _roots(problem)
+    return BlockTridiagonal(
+        tuple(block / root**2 for block, root in zip(matrix.diagonal, roots, strict=True)),
+        tuple(
+            block / (roots[i] * roots[i + 1]) for i, block in enumerate(matrix.upper)
+        ),
+    )  # fmt: skip
+
+
+def _roots(problem: InferenceProblem | StackedProblem) -> list[Any]:
+    """√τ for each array of a state."""
+    constants: Any = problem.time_constants
+    if isinstance(problem, StackedProblem):
+        return [jnp.ones((), problem.dtype) if constants is None else jnp.sqrt(constants)]
+    if constants is None:
+        return [jnp.ones((), problem.dtype) for _ in problem.free_layers]
+    return [jnp.sqrt(constants[index]) for index in problem.free_layers]
+
+
+@eqx.filter_jit
+def full_spectrum(problem: InferenceProblem, states: State) -> Spectrum:
+    """All rates at several states, by dense eigendecompositions.
+
+    `problem` has one row of data and `states` one row of activities for each of them.
+    """
+    units = sum(x.shape[-1] for x in states)
+    rows = states[0].shape[0]
+
+    def one(row: Any) -> Spectrum:
+        input, output, state = row
+        sample = problem.with_data(input, output)
+        rates, modes = symmetric_modes(decay_matrix(sample, state).dense())
+        return Spectrum(rates, *(_shares(sample, modes[:, column]) for column in (0, -1)))
+
+    at_once = min(rows, max(1, _MOST_ENTRIES_AT_ONCE // units**2))
+    return jax.lax.map(one, (problem.input, problem.output, states), batch_size=at_once)
+
+
+def _shares(problem: InferenceProblem, mode: Any) -> Any:
+    """The share of each free layer in the squared norm of a mode of the activities."""
+    xp = np if isinstance(mode, np.ndarray) else jnp
+    widths = [problem.network.widths[index] for index in problem.free_layers]
+    parts = xp.split(mode, [sum(widths[:i]) for i in range(1, len(widths))])
+    squares = xp.stack(
+        [xp.sum((part / root) ** 2) for part, root in zip(parts, _roots(problem), strict=True)]
+    )
+    return squares / xp.sum(squares)
+
+
+def extreme_spectrum(problem: InferenceProblem, state: State) -> Spectrum:
+    """The slowest and the fastest rate at a state of one sample, by Lanczos iterations.
+
+    The slowest comes from Lanczos on the inverse, which the block Cholesky factorisation gives in
+    O(Σ n³), shifted where the matrix is not positive definite. Raises `SpectrumError` where the
+    iterations do not converge.
+    """
+    from scipy.sparse.linalg import ArpackNoConvergence
+
+    matrix = _decay_matrix(problem, state)
+    product, shift, inverse = _operators(matrix)
+    options: dict[str, Any] = {
+        "k": 1,
+        "v0": _start(product.shape, product.dtype)[0],
+        # Of the residual: the error of a rate is of the order of its square.
+        "tol": float(np.finfo(product.dtype).eps) ** (2 / 3),
+    }
+    try:
+        fast, fast_modes = _eigsh(product, which="LA", **options)
+        slow, slow_modes = _eigsh(product, sigma=shift, OPinv=inverse, which="LM", **options)
+    except ArpackNoConvergence as error:
+        raise SpectrumError(f"Lanczos iterations did not find the rates: {error}") from error
+    return Spectrum(
+        np.concatenate([slow, fast]),
+        _shares(problem, slow_modes[:, 0]),
+        _shares(problem, fast_modes[:, 0]),
+    )
+
+
+@eqx.filter_jit
+def _decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+    return decay_matrix(problem, state)
+
+
+def _eigsh(operator: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.sparse.linalg import eigsh
+
+    values, vectors = eigsh(operator, **options)
+    return np.asarray(values), np.asarray(vectors)
+
+
+def _operators(matrix: BlockTridiagonal) -> tuple[Any, float, Any]:
+    """The matrix A and (A − shift)⁻¹ for SciPy, the shift being below every eigenvalue."""
+    sizes = [len(block) for block in matrix.diagonal]
+    offsets = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    units, dtype = sum(sizes), np.dtype(matrix.diagonal[0].dtype)
+    factors, shift = _factorised_below(matrix)
+
+    def operator(function: Any, tree: Any) -> Any:
+        from scipy.sparse.linalg import LinearOperator
+
+        def apply(vector: np.ndarray) -> np.ndarray:
+            parts = tuple(jnp.asarray(x) for x in np.split(vector.astype(dtype).ravel(), offsets))
+            return np.concatenate([np.asarray(x) for x in function(tree, parts)])
+
+        # SciPy's stubs do not know the constructor's keywords.
+        make: Any = LinearOperator
+        return make((units, units), matvec=apply, dtype=dtype)
+
+    return operator(_times, matrix), shift, operator(_solve, factors)
+
+
+def _factorised_below(matrix: BlockTridiagonal) -> tuple[Any, float]:
+    """The factors of A − shift, and a shift that is zero or a little below the least eigenvalue."""
+    factors = _shifted_cholesky(matrix, 0.0)
+    if _is_finite(factors):
+        return factors, 0.0
+    sizes = [len(block) for block in matrix.diagonal]
+    norm = float(jnp.sqrt(sum(jnp.sum(b**2) for b in matrix.diagonal + 2 * matrix.upper)))
+    above, below = 0.0, -sum(sizes) * float(jnp.finfo(matrix.diagonal[0].dtype).eps) * norm
+    while not _is_finite(factors := _shifted_cholesky(matrix, below)):
+        if below < -2 * norm:
+            raise SpectrumError("the Hessian has entries that are not finite, or overflows")
+        above, below = below, 8 * below
+    # The closer the shift, the faster Lanczos iterations on the inverse.
+    for _ in range(_BISECTIONS if above < 0 else 0):
+        middle = -math.sqrt(above * below)
+        closer = _shifted_cholesky(matrix, middle)
+        if _is_finite(closer):
+            factors, below = closer, middle
+        else:
+            above = middle
+    return factors, below
+
+
+@jax.jit
+def _shifted_cholesky(matrix: BlockTridiagonal, shift: Any) -> Any:
+    return matrix.plus_diagonal(-jnp.asarray(shift, matrix.diagonal[0].dtype)).cholesky()
+
+
+def _is_finite(factors: Any) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
+
+
+@jax.jit
+def _times(matrix: Any, vector: State) -> State:
+    return matrix.times(vector)
+
+
+@jax.jit
+def _solve(factors: Any, rhs: State) -> State:
+    return factors.solve(rhs)
+
+
+def estimated_fastest_rate(problem: InferenceProblem | StackedProblem, state: State) -> np.ndarray:
+    """The largest decay rate at a state, per sample: never above it, and mostly within 1 %.
+
+    24 Lanczos iterations for the whole batch at once, each one Hessian-vector product. NaN where
+    the vector field is not finite.
+    """
+    units = sum(x.shape[-1] for x in state)
+    start = _start((*state[0].shape[:-1], units), state[0].dtype)
+    parts = np.split(start, np.cumsum([x.shape[-1] for x in state])[:-1], axis=-1)
+    coefficients = _lanczos(
+        problem, state, tuple(jnp.asarray(x) for x in parts), min(_ESTIMATE_ITERATIONS, units)
+    )
+    diagonals, lengths = (np.atleast_2d(np.asarray(x).T) for x in coefficients)
+    # The eigenvalues of the tridiagonal matrix, the Ritz values, lie within the spectrum.
+    largest = [
+        np.linalg.eigvalsh(np.diag(here) + np.diag(above[:-1], 1) + np.diag(above[:-1], -1))[-1]
+        if np.isfinite(here).all() and np.isfinite(above).all()
+        else np.nan
+        for here, above in zip(diagonals, lengths, strict=True)
+    ]
+    return np.reshape(largest, state[0].shape[:-1])
+
+
+def _start(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Unit vectors to start Lanczos iterations from, the same in every call."""
+    vectors = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@eqx.filter_jit
+def _lanczos(
+    problem: InferenceProblem | StackedProblem, state: State, start: State, iterations: int
+) -> Any:
+    """The diagonal and off-diagonal coefficients of each iteration, iterations first."""
+    roots = tuple(jnp.broadcast_to(r, x.shape) for r, x in zip(_roots(problem), state, strict=True))
+    prediction = problem.first_prediction()
+    _, tangent = jax.linearize(lambda x: problem.vector_field(x, prediction), state)
+
+    def iterate(carry: Any, _: None) -> Any:
+        before, here, coupling = carry
+        moved = tangent(tuple(x / root for x, root in zip(here, roots, strict=True)))
+        image = tuple(-x * root for x, root in zip(moved, roots, strict=True))
+        diagonal = dot(here, image)
+        rest = _minus(_minus(image, scale(diagonal, here)), scale(coupling, before))
+        length = jnp.sqrt(dot(rest, rest))
+        following = scale(jnp.where(length > 0, 1 / length, 0), rest)
+        return (here, following, length), (diagonal, length)
+
+    carry = (jax.tree.map(jnp.zeros_like, start), start, jnp.zeros_like(start[0][..., 0]))
+    return jax.lax.scan(iterate, carry, None, length=iterations)[1]
+
+
+def _minus(a: State, b: State) -> State:
+    return jax.tree.map(jnp.subtract, a, b)

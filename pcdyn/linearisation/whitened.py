@@ -1,0 +1,139 @@
+"""The free energy of a linear network as a sum of squares, F = ½ ‖A y − c‖², and its factors.
+
+The rows of A are the whitened prediction errors `Π_l^{½} (x_l − W_l x_{l−1})`, so that `H = AᵀA`.
+With precisions of a ratio r, H spans r and A only √r: what is computed from A keeps twice as many
+digits, and where the ratio exceeds what a dtype can hold in one matrix H is no longer positive
+definite while A is still of full rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+from jaxtyping import Array, Float
+
+from pcdyn.errors import NotLinearError
+from pcdyn.linearisation.block_tridiagonal import BlockCholesky
+from pcdyn.model.activations import identity
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.problem import InferenceProblem, check_problem
+
+
+def is_linear(network: Network) -> bool:
+    """Whether every layer is a `Dense` with the identity activation."""
+    return all(isinstance(lay, Dense) and lay.activation == identity for lay in network.layers)
+
+
+def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian]:
+    """The layers and the energy of a linear network; raises `NotLinearError` for others."""
+    check_problem(problem)
+    layers = []
+    for index, layer in enumerate(problem.network.layers, start=1):
+        if not isinstance(layer, Dense):
+            raise NotLinearError(
+                f"layer {index} is a {type(layer).__name__}; closed forms need pcdyn.Dense layers"
+            )
+        if layer.activation != identity:
+            raise NotLinearError(
+                f"layer {index} has the activation {layer.activation.name!r}; closed forms exist "
+                'for "identity" only: integrate the flow with pcdyn.simulate instead'
+            )
+        layers.append(layer)
+    if not isinstance(problem.energy, Gaussian):
+        raise NotLinearError(
+            f"the energy {type(problem.energy).__name__} does not give a linear flow; closed "
+            "forms need pcdyn.Gaussian"
+        )
+    return tuple(layers), problem.energy
+
+
+def whiten(precision: Any, error: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+    """Cᵀ ε for a precision Π = C Cᵀ as given: scalar, diagonal or matrix; `None` means 1."""
+    if precision is None:
+        return error
+    if precision.ndim == 2:
+        return error @ jnp.linalg.cholesky(precision)
+    return jnp.broadcast_to(jnp.sqrt(precision), error.shape) * error
+
+
+def spread(precision: Any, rows: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+    """C⁻¹ v for a precision Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π⁻¹ v."""
+    if precision is None:
+        return rows
+    if precision.ndim == 2:
+        factor = jnp.linalg.cholesky(precision)
+        return jsl.solve_triangular(factor, rows.T, lower=True).T
+    return rows / jnp.broadcast_to(jnp.sqrt(precision), rows.shape)
+
+
+def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
+    """The blocks of A: for each row l = 1 … L, those of the free layers among l − 1 and l."""
+    layers, energy = linear_parts(problem)
+    rows = []
+    for index, layer in enumerate(layers, start=1):
+        precision, row = energy.precision(index), {}
+        if index - 1 in problem.free_layers:
+            row[index - 1] = -whiten(precision, layer.weight.T).T
+        if index in problem.free_layers:
+            one = jnp.eye(problem.network.widths[index], dtype=problem.network.dtype)
+            row[index] = whiten(precision, one).T
+        rows.append(row)
+    return rows
+
+
+def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
+    """A as one matrix: all predicted units by all free ones."""
+    widths, dtype = problem.network.widths, problem.network.dtype
+    return jnp.concatenate(
+        [
+            jnp.concatenate(
+                [
+                    row.get(free, jnp.zeros((widths[index], widths[free]), dtype))
+                    for free in problem.free_layers
+                ],
+                axis=1,
+            )
+            for index, row in enumerate(error_blocks(problem), start=1)
+        ]
+    )
+
+
+def error_factor(problem: InferenceProblem) -> tuple[BlockCholesky, Float[Array, ""]]:
+    """The block Cholesky factor of H by QR factorisations of A, and its smallest scaled pivot.
+
+    A pivot is scaled by the norm of its column of A: it is the sine of the angle between the
+    column and those before it. O(Σ n³), layer after layer.
+    """
+    widths, depth = problem.network.widths, problem.network.depth
+    blocks = error_blocks(problem)
+    factors, couplings, pivots = [], [], []
+    carry = blocks[0][1] if problem.input is not None else None
+    for index in problem.free_layers:
+        width = widths[index]
+        known = jnp.zeros((0, width), problem.network.dtype) if carry is None else carry
+        norm = jnp.sum(known**2, axis=0)
+        above = 0
+        if index < depth:
+            row = blocks[index]
+            above = widths[index + 1] if index + 1 in problem.free_layers else 0
+            up = row[index]
+            norm = norm + jnp.sum(up**2, axis=0)
+            known = jnp.pad(known, ((0, 0), (0, above)))
+            up = jnp.concatenate([up, row[index + 1]], axis=1) if above else up
+            known = jnp.concatenate([known, up])
+        # As many rows as columns, also where too few errors bear on a layer.
+        missing = max(0, width + above - len(known))
+        known = jnp.pad(known, ((0, missing), (0, 0)))
+        # Householder's reflections keep the digits of small rows only below large ones.
+        order = jnp.argsort(-jnp.max(jnp.abs(known), axis=1))
+        factor = jnp.linalg.qr(known[order], mode="r")
+        factors.append(factor[:width, :width].T)
+        if above:
+            couplings.append(factor[:width, width:])
+        carry = factor[width:, width:]
+        size = jnp.sqrt(norm)
+        pivots.append(jnp.abs(jnp.diagonal(factors[-1])) / jnp.where(size > 0, size, 1))
+    return BlockCholesky(tuple(factors), tuple(couplings)), jnp.min(jnp.concatenate(pivots))

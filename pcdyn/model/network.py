@@ -1,0 +1,347 @@
+"""Layers and networks: what each layer of activities predicts of the next."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pcdyn._support.checks import (
+    Numbers,
+    as_float_array,
+    as_sequence,
+    check_callable,
+    check_choice,
+    check_dtype,
+    check_flag,
+    check_key,
+    check_size,
+    checked_integer,
+    checked_number,
+    is_traced,
+)
+from pcdyn._support.functions import as_part
+from pcdyn.errors import DtypeError, InputError, ShapeError
+from pcdyn.model.activations import Activation, get_activation, identity
+
+Layer = Callable[[Array], Array]
+# Arrays of JAX inside a computation, of NumPy once a result is on the host.
+Activities = tuple[Any, ...]
+
+
+class Dense(eqx.Module):
+    """The layer x ↦ f(W x + b), with the weights inside the activation as in the paper.
+
+    Arguments: `weight` of shape `(n_out, n_in)`; `bias` of shape `(n_out,)` or `None`;
+    `activation`, a name or a `pcdyn.Activation`.
+
+    Raises `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used.
+    """
+
+    weight: Float[Array, "n_out n_in"]
+    bias: Float[Array, " n_out"] | None
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        weight: Numbers,
+        bias: Numbers | None = None,
+        activation: str | Activation = identity,
+    ):
+        weight = as_float_array(weight, "weight")
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ShapeError(f"weight must have shape (n_out, n_in), got {weight.shape}")
+        self.weight = weight
+        self.bias = None
+        if bias is not None:
+            self.bias = as_float_array(bias, "bias").astype(weight.dtype)
+            if self.bias.shape != weight.shape[:1]:
+                raise ShapeError(
+                    f"bias has shape {self.bias.shape}, but the weight of shape {weight.shape} "
+                    f"needs {weight.shape[:1]}"
+                )
+        self.activation = get_activation(activation)
+
+    def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
+        """W x + b."""
+        z = self.weight @ x
+        return z if self.bias is None else z + self.bias
+
+    def __call__(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
+        return self.activation(self.preactivation(x))
+
+
+class Network(eqx.Module):
+    """A chain of layers; layer l predicts the activities x_l from x_{l-1}, l = 1 … L.
+
+    Arguments: `layers`, one callable `(n_{l-1},) → (n_l,)` for each prediction: `pcdyn.Dense` or
+    any equinox module; `input_width`, needed only when the first layer is not a `Dense`.
+
+    `widths` holds n_0 … n_L. Raises `ShapeError` where layers do not fit together.
+    """
+
+    layers: tuple[Any, ...]
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, layers: Sequence[Layer], *, input_width: int | None = None):
+        layers = as_sequence(layers, "layers", "a list of layers such as pcdyn.Dense")
+        if not layers:
+            raise ShapeError("a network needs at least one layer")
+        for index, layer in enumerate(layers, start=1):
+            wanted = "a function of an array, such as a pcdyn.Dense"
+            check_callable(layer, f"layer {index}", wanted)
+        self.layers = _in_one_dtype(tuple(as_part(layer) for layer in layers))
+        self.widths = _widths(self.layers, input_width)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of predictions; there are L + 1 layers of activities."""
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The floating-point dtype of the weights."""
+        arrays = jax.tree.leaves(eqx.filter(self.layers, eqx.is_inexact_array))
+        return arrays[0].dtype if arrays else jnp.zeros(()).dtype
+
+    def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        """The prediction μ_l of layer l = `index` from the activities x_{l-1}, any batch."""
+        return apply_layer(self.layers[index - 1], x)
+
+    def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
+        """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
+        self.check_one()
+        if self.depth <= MOST_WRITTEN_OUT:
+            return _feedforward(self, input)
+        runs = [list(run) for _, run in itertools.groupby(self.layers, structure_of)]
+        # A single layer's width may change, which a loop does not allow.
+        stacked = [run[0] if len(run) == 1 else stack(run) for run in runs]
+        climbed = _feedforward_in_runs(stacked, [len(run) > 1 for run in runs], input)
+        return (input, *[x for run in climbed for x in _rows(run)])
+
+    def check_one(self) -> None:
+        """Raise `ShapeError` for the stacked weights of several networks."""
+        if any(isinstance(layer, Dense) and layer.weight.ndim != 2 for layer in self.layers):
+            raise ShapeError(
+                "the network holds the weights of several networks: map over them with "
+                "equinox.filter_vmap, or take one with jax.tree.map(lambda x: x[0], network)"
+            )
+
+
+def _in_one_dtype(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The layers with all their arrays in the widest of their dtypes."""
+    arrays, rest = eqx.partition(layers, eqx.is_inexact_array)
+    dtypes = {array.dtype for array in jax.tree.leaves(arrays)}
+    for index, layer in enumerate(arrays, start=1):
+        for array in jax.tree.leaves(layer):
+            check_dtype(array.dtype, f"dtype of layer {index}")
+    if len(dtypes) < 2:
+        return layers
+    return eqx.combine(jax.tree.map(lambda x: x.astype(np.float64), arrays), rest)
+
+
+def apply_layer(layer: Any, x: Any) -> Any:
+    """What a layer predicts from activities of shape `(*batch, n_in)`."""
+    return jnp.vectorize(layer, signature="(n)->(m)")(x)
+
+
+@eqx.filter_jit
+def _feedforward(network: Network, input: Array) -> Activities:
+    activities = [input]
+    for index in range(1, network.depth + 1):
+        activities.append(network.predict(index, activities[-1]))
+    return tuple(activities)
+
+
+# Of deeper networks, consecutive layers of one kind run in a loop, which XLA compiles once. It runs
+# slower than layers that are written out.
+MOST_WRITTEN_OUT = 16
+
+
+@eqx.filter_jit
+def _feedforward_in_runs(runs: list[Any], is_stacked: list[bool], input: Array) -> list[Array]:
+    """The activities x_1 … x_L, those of each run of equal layers stacked."""
+
+    def climb(x: Array, arrays: Any, static: Any) -> tuple[Array, Array]:
+        x = apply_layer(eqx.combine(arrays, static), x)
+        return x, x
+
+    x, found = input, []
+    for run, several in zip(runs, is_stacked, strict=True):
+        arrays, static = eqx.partition(run, eqx.is_array)
+        if several:
+            x, activities = jax.lax.scan(functools.partial(climb, static=static), x, arrays)
+        else:
+            x, activities = climb(x, arrays, static)
+            activities = activities[None]
+        found.append(activities)
+    return found
+
+
+def _rows(run: Array) -> list[Array]:
+    if is_traced(run):
+        return [run[index] for index in range(len(run))]
+    # On the host, where nothing need be compiled.
+    return [jnp.asarray(x) for x in np.asarray(run)]
+
+
+def structure_of(part: Any) -> Any:
+    """What layers share that one loop can run."""
+    arrays, static = eqx.partition(part, eqx.is_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    return [(x.shape, x.dtype) for x in leaves], tree, static
+
+
+def stack(parts: list[Any]) -> Any:
+    """Layers of one structure as one, each array with their axis first."""
+    arrays = [eqx.filter(part, eqx.is_array) for part in parts]
+    static = eqx.filter(parts[0], eqx.is_array, inverse=True)
+    # On the host, where nothing need be compiled.
+    xp = jnp if is_traced(arrays) else np
+    return eqx.combine(jax.tree.map(lambda *each: xp.stack(each), *arrays), static)
+
+
+def _widths(layers: tuple[Layer, ...], input_width: int | None) -> tuple[int, ...]:
+    first = layers[0]
+    if input_width is not None:
+        input_width = checked_integer(input_width, "input_width", at_least=1, error=ShapeError)
+    if isinstance(first, Dense):
+        expected = first.weight.shape[-1]
+        if input_width not in (None, expected):
+            raise ShapeError(f"input_width is {input_width}, but layer 1 takes {expected}")
+        input_width = expected
+    if input_width is None:
+        raise ShapeError("give input_width: the first layer is not a pcdyn.Dense")
+    widths = [input_width]
+    for index, layer in enumerate(layers, start=1):
+        widths.append(_output_width(layer, index, widths[-1]))
+    return tuple(widths)
+
+
+def _output_width(layer: Layer, index: int, width: int) -> int:
+    arrays = jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array))
+    dtype = jnp.result_type(*arrays) if arrays else jnp.zeros(()).dtype
+    probe = jax.ShapeDtypeStruct((width,), dtype)
+    try:
+        output: Any = eqx.filter_eval_shape(layer, probe)
+    # What a layer of the user does with an array that it did not expect is its own affair.
+    except Exception as error:
+        raise ShapeError(
+            f"layer {index} does not accept the {width} activities of layer {index - 1}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 1 or 0 in shape:
+        raise ShapeError(
+            f"layer {index} must return one vector of predictions, got {output}; flatten its output"
+        )
+    if output.dtype != dtype:
+        raise DtypeError(
+            f"layer {index} turns activities of dtype {dtype} into predictions of {output.dtype}: "
+            "let it keep their dtype"
+        )
+    return shape[0]
+
+
+Initialisation = Literal["fan_in", "orthogonal"]
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    activation: str | Activation,
+    key: PRNGKeyArray,
+    std: float | None = None,
+    initialisation: Initialisation | None = None,
+    output_activation: str | Activation | None = None,
+    bias: bool = False,
+    dtype: Any = None,
+) -> Network:
+    """A network of `Dense` layers with random weights.
+
+    Arguments: `widths`, n_0 … n_L; `activation` of every layer, except the last one if
+    `output_activation` is given; either `std`, the standard deviation of Gaussian weights (never
+    the variance: the paper's "variance .05" is `std=.05**.5`), or `initialisation`: `"fan_in"`
+    (Gaussian with standard deviation 1/√n_{l-1}, the default) or `"orthogonal"`; `bias`, whether
+    layers have a bias, which starts at zero.
+
+    Raises `ShapeError` for widths that are no positive integers, and `InputError` for an unknown
+    initialisation or one given together with `std`.
+    """
+    wanted = "a list of two or more positive integers"
+    widths = tuple(
+        checked_integer(n, f"widths[{index}]", at_least=1, at_most=2**31 - 1, error=ShapeError)
+        for index, n in enumerate(as_sequence(widths, "widths", wanted, error=ShapeError))
+    )
+    if len(widths) < 2:
+        raise ShapeError(f"widths must be {wanted}, got {list(widths)}")
+    check_key(key)
+    check_flag(bias, "bias")
+    if std is not None and initialisation is not None:
+        raise InputError("give std or initialisation, not both: std already says what to draw")
+    if std is not None:
+        std = checked_number(std, "std", at_least=0)
+    initialisation = "fan_in" if initialisation is None else initialisation
+    check_choice(initialisation, "initialisation", get_args(Initialisation))
+    dtype = jnp.zeros(()).dtype if dtype is None else _checked_dtype(dtype)
+    hidden = get_activation(activation)
+    last = hidden if output_activation is None else get_activation(output_activation)
+    shapes = tuple((n_out, n_in) for n_in, n_out in itertools.pairwise(widths))
+    size = dtype.itemsize * sum(float(n_out) * n_in for n_out, n_in in shapes)
+    check_size(size, f"a network of widths {_shortened(widths)}")
+    drawn = _draw_weights(key, std, shapes, initialisation, dtype)
+    weights = [w for run in drawn for w in (_rows(run) if run.ndim == 3 else [run])]
+    layers = []
+    for index, weight in enumerate(weights, start=1):
+        chosen = last if index == len(weights) else hidden
+        layers.append(Dense(weight, jnp.zeros(len(weight), dtype) if bias else None, chosen))
+    return Network(layers)
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    try:
+        known = jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise DtypeError(f"dtype is no dtype: {error}; use float32 or float64") from None
+    check_dtype(known, "dtype")
+    return known
+
+
+def _shortened(widths: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, widths[:8]))
+    return f"({shown}, …)" if len(widths) > 8 else f"({shown})"
+
+
+# One program for all layers: its start-up is a part of every first trajectory.
+@functools.partial(jax.jit, static_argnames=("shapes", "initialisation", "dtype"))
+def _draw_weights(
+    key: PRNGKeyArray,
+    std: Any,
+    shapes: tuple[tuple[int, int], ...],
+    initialisation: str,
+    dtype: Any,
+) -> list[Array]:
+    if std is not None:
+        draw = jax.nn.initializers.normal(std)
+    elif initialisation == "orthogonal":
+        draw = jax.nn.initializers.orthogonal()
+    else:
+        scaling = jax.nn.initializers.variance_scaling
+        draw = scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+    keys, weights = jr.split(key, len(shapes)), []
+    for shape, group in itertools.groupby(shapes):
+        length = len(list(group))
+        run, keys = keys[:length], keys[length:]
+        if length <= MOST_WRITTEN_OUT:
+            weights += [draw(k, shape, dtype) for k in run]
+        else:
+            weights.append(jax.lax.map(functools.partial(draw, shape=shape, dtype=dtype), run))
+    return weights

@@ -1,0 +1,425 @@
+"""A network, an energy and clamped layers: the state, its free energy and its gradient flow."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pcdyn._support.checks import (
+    Numbers,
+    as_float_array,
+    as_sequence,
+    check_dtype,
+    check_instance,
+    check_key,
+    check_sharding,
+    check_size,
+    checked_integer,
+    checked_number,
+    converted,
+    is_traced,
+)
+from pcdyn.errors import InputError, ShapeError
+from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, error_gradient
+from pcdyn.model.network import Activities, Network
+
+# Layers like those of Activities, but only the free ones.
+State = tuple[Any, ...]
+
+
+class Problem(eqx.Module):
+    """What `pcdyn.simulate` integrates: a state that follows −∂F of some network.
+
+    The state is a tuple of arrays whose last axis is summed over in norms.
+    """
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """The floating-point dtype of everything."""
+
+    @property
+    @abc.abstractmethod
+    def free_layers(self) -> tuple[int, ...]:
+        """The indices l of the layers of activities that move."""
+
+    @abc.abstractmethod
+    def initial_state(self, initial: str | Sequence[Numbers]) -> State:
+        """The state to start from, by name or from given activities, checked."""
+
+    @abc.abstractmethod
+    def activities(self, state: State) -> Activities:
+        """All layers x_0 … x_L at a state, or at several with a leading axis."""
+
+    @abc.abstractmethod
+    def network_at(self, state: State) -> Network | None:
+        """The network at a state, or at several, where weights move; `None` where they do not."""
+
+    @abc.abstractmethod
+    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
+        """Π_1 … Π_L at a state, or at several, where precisions move; `None` where they do not."""
+
+    @abc.abstractmethod
+    def first_prediction(self) -> Array | None:
+        """μ_1 where it is constant; `None` where it moves."""
+
+    @abc.abstractmethod
+    def observe(self, state: State, first_prediction: Array | None) -> tuple[Activities, Array]:
+        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+
+    @abc.abstractmethod
+    def free_energy(self, state: State) -> Array:
+        """F, per sample or in all."""
+
+    @abc.abstractmethod
+    def vector_field(self, state: State, first_prediction: Array | None) -> State:
+        """The time derivative of the state."""
+
+
+class InferenceProblem(Problem):
+    """Inference in a predictive coding network: `τ_l dx_l/dt = −∂F/∂x_l` for every free layer.
+
+    Arguments:
+
+    - `network`: predictions of the layers l = 1 … L.
+    - `input`: the activities x_0 to clamp, shape `(n_0,)` or `(batch, n_0)`; `None` leaves the
+      input free.
+    - `output`: the target to clamp x_L to, shape `(n_L,)` or `(batch, n_L)`; `None` leaves the
+      output free.
+    - `energy`: from prediction errors to energies, `pcdyn.Gaussian` with unit precision unless
+      given.
+    - `time_constants`: one positive number τ_l for each layer l = 0 … L (those of clamped layers
+      play no part); 1 unless given. Time is in units of the activity time constant.
+
+    The *state* is the tuple of free layers from the input to the output, each `(n_l,)` or
+    `(batch, n_l)`; *activities* are all layers x_0 … x_L, clamped ones included. The dtype of the
+    network's weights is the dtype of everything: data are converted to it. With the input free
+    there is no prediction of x_0 and no prior on it. The flow is −∂F/∂x by automatic
+    differentiation of the energy (MATHS of the paper: Eq 1; Eqs 6 and 30–33 have the sign
+    reversed).
+
+    Raises `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit, and
+    `InputError` for what is no energy or does not fit, and time constants that are not positive.
+    """
+
+    network: Network
+    input: Float[Array, "*batch n_0"] | None
+    output: Float[Array, "*batch n_L"] | None
+    energy: Energy
+    time_constants: tuple[Float[Array, ""], ...] | None
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        input: Numbers | None = None,
+        output: Numbers | None = None,
+        energy: Energy | None = None,
+        time_constants: Sequence[Numbers] | None = None,
+    ):
+        check_instance(network, "network", Network, "a pcdyn.Network")
+        check_dtype(network.dtype, "dtype of the network")
+        self.network = network
+        self.input = _clamped_layer(input, "input", network.widths[0], network.dtype)
+        self.output = _clamped_layer(output, "output", network.widths[-1], network.dtype)
+        if self.input is not None and self.output is not None:
+            _check_same_batch(self.input, self.output)
+        energy = Gaussian() if energy is None else energy
+        check_energy(energy, "energy")
+        self.energy = jax.tree.map(
+            lambda x: x.astype(network.dtype) if eqx.is_inexact_array(x) else x, energy
+        )
+        self.energy.check(network.widths, self.output)
+        self.time_constants = _checked_time_constants(time_constants, network)
+        if not self.free_layers:
+            raise InputError(
+                "nothing to infer: both ends of a network without hidden layers are clamped"
+            )
+
+    @property
+    def dtype(self) -> Any:
+        """The floating-point dtype of the weights, and so of everything."""
+        return self.network.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        """The indices l of the layers that make up the state."""
+        depth = self.network.depth
+        clamped = {0: self.input is not None, depth: self.output is not None}
+        return tuple(l for l in range(depth + 1) if not clamped.get(l, False))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...] | None:
+        """`()` for a single sample, `(batch,)` for a batch, `None` if both ends are free."""
+        clamped = self.input if self.input is not None else self.output
+        return None if clamped is None else clamped.shape[:-1]
+
+    def with_data(self, input: Any, output: Any) -> InferenceProblem:
+        """The same problem with other clamped data, such as one sample of a batch."""
+        return eqx.tree_at(
+            lambda p: (p.input, p.output), self, (input, output), is_leaf=lambda x: x is None
+        )
+
+    def activities(self, state: State) -> Activities:
+        """All layers x_0 … x_L: the free ones from `state`, the clamped ones from the data."""
+        free = iter(state)
+        layers = []
+        for index in range(self.network.depth + 1):
+            if index == 0 and self.input is not None:
+                layers.append(self.input)
+            elif index == self.network.depth and self.output is not None:
+                layers.append(self.output)
+            else:
+                layers.append(next(free))
+        return tuple(layers)
+
+    def state_of(self, activities: Sequence[Any]) -> State:
+        """The free layers of `activities` x_0 … x_L; the inverse of `activities`."""
+        return tuple(activities[index] for index in self.free_layers)
+
+    def network_at(self, state: State) -> Network | None:
+        """`None`: the weights do not move."""
+        return None
+
+    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
+        """`None`: the precisions do not move."""
+        return None
+
+    def first_prediction(self) -> Float[Array, "*batch n_1"] | None:
+        """μ_1 = f(W_1 d + b_1), constant during inference; `None` if the input is free."""
+        return None if self.input is None else self.network.predict(1, self.input)
+
+    def prediction_errors(
+        self, activities: Activities, first_prediction: Array | None = None
+    ) -> Activities:
+        """ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes.
+
+        `first_prediction` saves computing μ_1 again, which is constant during inference.
+        """
+        errors = []
+        for index in range(1, self.network.depth + 1):
+            if index == 1 and first_prediction is not None:
+                prediction = first_prediction
+            else:
+                prediction = self.network.predict(index, activities[index - 1])
+            errors.append(activities[index] - prediction)
+        return tuple(errors)
+
+    def observe(
+        self, state: State, first_prediction: Array | None = None
+    ) -> tuple[Activities, Float[Array, "*batch L"]]:
+        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+        errors = self.prediction_errors(self.activities(state), first_prediction)
+        return errors, self.energies_of(errors)
+
+    def layer_energies(
+        self, state: State, first_prediction: Array | None = None
+    ) -> Float[Array, "*batch L"]:
+        """E_1 … E_L of each sample, on the last axis."""
+        return self.observe(state, first_prediction)[1]
+
+    def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
+        """E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
+        energies = [self.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
+        return jnp.stack(energies, axis=-1)
+
+    def layer_energy(self, index: int, error: Array) -> Array:
+        """E_l of layer l = `index` for its prediction error, per sample."""
+        return self.energy.layer_energy(index, error, self._target_of(index))
+
+    def weighted_error(self, index: int, error: Array) -> Array:
+        """∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
+        return error_gradient(self.energy, index, error, self._target_of(index))
+
+    def output_error(self, prediction: Array) -> Array:
+        """T − μ_L; raises `InputError` if the output is free."""
+        if self.output is None:
+            raise InputError("there is no output error: this problem's output is free")
+        return self.output - prediction
+
+    def _target_of(self, index: int) -> Array | None:
+        return self.output if index == self.network.depth else None
+
+    def free_energy(
+        self, state: State, first_prediction: Array | None = None
+    ) -> Float[Array, "*batch"]:
+        """F = Σ_l E_l of each sample."""
+        return jnp.sum(self.layer_energies(state, first_prediction), axis=-1)
+
+    def output_loss(self, state: State) -> Float[Array, "*batch"]:
+        """ℒ = E_L of each sample."""
+        return self.layer_energies(state)[..., -1]
+
+    def residual_energy(self, state: State) -> Float[Array, "*batch"]:
+        """Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
+        return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
+
+    def gradient(self, state: State, first_prediction: Array | None = None) -> State:
+        """∂F/∂x_l of every free layer, shaped like `state`, whatever the time constants."""
+
+        def total(state: State) -> Float[Array, ""]:
+            return jnp.sum(self.free_energy(state, first_prediction))
+
+        return jax.grad(total)(state)
+
+    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+        """dx_l/dt = −(1/τ_l) ∂F/∂x_l of every free layer, shaped like `state`."""
+        return tuple(
+            -g if self.time_constants is None else -g / self.time_constants[index]
+            for index, g in zip(
+                self.free_layers, self.gradient(state, first_prediction), strict=True
+            )
+        )
+
+    def feedforward_state(self, input: Numbers | None = None) -> State:
+        """The state of a feedforward pass from the clamped input, or from the `input` given.
+
+        Raises `InputError` if the input is free and none is given.
+        """
+        if input is not None:
+            x = _clamped_layer(input, "input", self.network.widths[0], self.network.dtype)
+        else:
+            x = self.input
+        if x is None:
+            raise InputError(
+                "the input is free, so that there is no feedforward pass to start from: "
+                'start from "zeros", problem.random_state(key), a state of your own, or '
+                "problem.feedforward_state(input=…)"
+            )
+        return self.state_of(self.network.feedforward(x))
+
+    def zeros_state(self, *, batch_size: int | None = None) -> State:
+        """The state with all free activities zero; `batch_size` only if both ends are free."""
+        shapes = self._state_shapes(batch_size)
+        return tuple(jnp.zeros(shape, self.network.dtype) for shape in shapes)
+
+    def random_state(
+        self, key: PRNGKeyArray, *, std: float = 1.0, batch_size: int | None = None
+    ) -> State:
+        """Independent Gaussian activities with mean 0; `batch_size` only if both ends are free."""
+        check_key(key)
+        std = checked_number(std, "std", at_least=0)
+        shapes = self._state_shapes(batch_size)
+        keys = jr.split(key, len(shapes))
+        dtype = self.network.dtype
+        return tuple(
+            std * jr.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)
+        )
+
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
+        """`"feedforward"`, `"zeros"`, or a given state, checked against this problem.
+
+        Raises `InputError` for an unknown name, `ShapeError`, `DtypeError` or `NonFiniteError`
+        for a state that does not fit.
+        """
+        self.network.check_one()
+        check_sharding(self)
+        if isinstance(initial, str):
+            return self._named_state(initial)
+        given = as_sequence(
+            initial,
+            "initial",
+            '"feedforward", "zeros" or a state, one array for each free layer (of an Equilibrium '
+            "its .state, of a Trajectory problem.state_of(trajectory.final))",
+        )
+        if len(given) != len(self.free_layers):
+            raise ShapeError(
+                f"the state has the free layers {self.free_layers}, but {len(given)} arrays "
+                "were given; clamped layers are not part of it (see problem.state_of)"
+            )
+        arrays = []
+        for index, value in zip(self.free_layers, given, strict=True):
+            array = as_float_array(value, f"initial state of layer {index}")
+            width = self.network.widths[index]
+            batch = array.shape[:-1] if self.batch_shape is None else self.batch_shape
+            if array.shape != (*batch, width) or array.ndim > 2 or array.size == 0:
+                raise ShapeError(
+                    f"initial state of layer {index} has shape {array.shape}, but "
+                    f"{(*batch[:1], width)} is needed"
+                )
+            arrays.append(converted(array, self.dtype, f"initial state of layer {index}"))
+        if len({array.shape[:-1] for array in arrays}) != 1:
+            raise ShapeError("all layers of a state must have the same batch size")
+        return tuple(arrays)
+
+    def _named_state(self, name: str) -> State:
+        if name == "feedforward":
+            return self.feedforward_state()
+        if name == "zeros":
+            return self.zeros_state()
+        hint = "use initial=problem.random_state(key)" if name == "random" else "or give a state"
+        raise InputError(f'unknown initial state {name!r}: "feedforward", "zeros"; {hint}')
+
+    def _state_shapes(self, batch_size: int | None) -> list[tuple[int, ...]]:
+        batch = self.batch_shape
+        if batch is None:
+            batch = (
+                ()
+                if batch_size is None
+                else (checked_integer(batch_size, "batch_size", at_least=1),)
+            )
+        elif batch_size is not None:
+            raise InputError("batch_size would be ignored: the clamped data have their own")
+        shapes = [(*batch, self.network.widths[index]) for index in self.free_layers]
+        size = self.dtype.itemsize * sum(map(math.prod, shapes))
+        check_size(size, f"a state of {batch[0] if batch else 1} samples")
+        return shapes
+
+
+def check_problem(problem: Any) -> None:
+    """Raise `InputError` unless `problem` is one of inference, in a dtype that JAX is set to."""
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_dtype(problem.dtype, "dtype of the problem")
+
+
+def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> Array | None:
+    if value is None:
+        return None
+    array = as_float_array(value, name)
+    if array.ndim not in (1, 2) or array.shape[-1] != width:
+        raise ShapeError(
+            f"{name} has shape {array.shape}, but the network needs ({width},) for one sample or "
+            f"(batch, {width})"
+        )
+    if array.shape[0] == 0:
+        raise ShapeError(f"{name} has an empty batch")
+    return converted(array, dtype, name)
+
+
+def _check_same_batch(input: Array, output: Array) -> None:
+    if input.shape[:-1] != output.shape[:-1]:
+        raise ShapeError(
+            f"input of shape {input.shape} and output of shape {output.shape} do not have the "
+            "same batch size"
+        )
+
+
+def _checked_time_constants(
+    values: Sequence[Numbers] | None, network: Network
+) -> tuple[Float[Array, ""], ...] | None:
+    if values is None:
+        return None
+    wanted = "a list with one positive number for each layer l = 0 … L"
+    values = as_sequence(values, "time_constants", wanted)
+    if len(values) != network.depth + 1:
+        raise ShapeError(
+            f"{len(values)} time constants for {network.depth + 1} layers; give one for each "
+            "l = 0 … L"
+        )
+    arrays = tuple(
+        converted(as_float_array(v, "time constant"), network.dtype, "time constant")
+        for v in values
+    )
+    if any(a.ndim for a in arrays):
+        raise ShapeError(f"time_constants must be {wanted}, got shapes {[a.shape for a in arrays]}")
+    if not is_traced(arrays) and any(float(a) <= 0 for a in arrays):
+        raise InputError(f"time constants must be positive, got {[float(a) for a in arrays]}")
+    return arrays

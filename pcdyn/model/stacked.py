@@ -1,0 +1,252 @@
+"""Deep networks as runs of equal layers, so that compiling takes no longer for more layers.
+
+XLA compiles every operation that it is shown, and a network of 200 layers shows it each one 200
+times. Here the state is one array with the units of all free layers side by side, and consecutive
+layers of one kind are stacked and run in a loop that is compiled once. The numbers agree with those
+of `pcdyn.InferenceProblem` up to round-off. A network of at most `network.MOST_WRITTEN_OUT` layers
+stays as it is, for loops run slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import is_traced
+from pcdyn._support.states import layer_norms
+from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
+from pcdyn.model.energies.generalised import Separable, Split
+from pcdyn.model.network import MOST_WRITTEN_OUT, Activities, apply_layer, stack, structure_of
+from pcdyn.model.problem import InferenceProblem, Problem, State
+
+
+class Run(eqx.Module):
+    """Predictions of consecutive layers l = `first` … of one kind, their arrays stacked.
+
+    `energy` holds that of each layer as if it were the only one.
+    """
+
+    layer: Any
+    energy: Energy
+    first: int = eqx.field(static=True)
+    length: int = eqx.field(static=True)
+
+    def observe(self, lower: Any, here: Any, prediction: Any, target: Any) -> tuple[Any, Any]:
+        """Prediction errors and energies from activities `(*batch, length, n)` below and here."""
+        arrays, static = eqx.partition((self.layer, self.energy), eqx.is_array)
+        by_layer = tuple(jnp.moveaxis(x, -2, 0) for x in (lower, here))
+
+        def one(_: None, now: Any) -> tuple[None, Any]:
+            mine, (below, x) = now
+            layer, energy = eqx.combine(mine, static)
+            error = x - (apply_layer(layer, below) if prediction is None else prediction)
+            return None, (error, energy.layer_energy(1, error, target))
+
+        if self.length == 1:
+            now = jax.tree.map(lambda x: x[0], (arrays, by_layer))
+            errors, energies = jax.tree.map(lambda x: x[None], one(None, now)[1])
+        else:
+            errors, energies = jax.lax.scan(one, None, (arrays, by_layer))[1]
+        return jnp.moveaxis(errors, 0, -2), jnp.moveaxis(energies, 0, -1)
+
+
+class StackedProblem(Problem):
+    """An inference problem whose state is one array `(*batch, N)` of all free units.
+
+    `time_constants`: τ of every free unit, or `None`. `widths`: n_0 … n_L.
+    """
+
+    runs: tuple[Run, ...]
+    input: Any
+    output: Any
+    time_constants: Any
+    widths: tuple[int, ...] = eqx.field(static=True)
+    free: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> Any:
+        """The floating-point dtype of everything."""
+        return jnp.result_type(*jax.tree.leaves(eqx.filter(self.runs, eqx.is_inexact_array)))
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        """The indices l of the layers that make up the state."""
+        return self.free
+
+    @property
+    def free_widths(self) -> tuple[int, ...]:
+        """n_l of the layers that make up the state."""
+        return tuple(self.widths[index] for index in self.free)
+
+    def initial_state(self, initial: Any) -> State:
+        """The state of activities of the free layers."""
+        return self.pack(initial)
+
+    def with_data(self, input: Any, output: Any) -> StackedProblem:
+        """The same problem with other clamped data, such as one sample of a batch."""
+        return dataclasses.replace(self, input=input, output=output)
+
+    def pack(self, layers: Sequence[Any]) -> State:
+        """One array of what the free layers have an array each of."""
+        xp = jnp if is_traced(layers) else np
+        return (xp.concatenate([xp.asarray(x) for x in layers], axis=-1),)
+
+    def unpack(self, state: State) -> State:
+        """The inverse of `pack`."""
+        return _split(state[0], self.free_widths)
+
+    def unpack_errors(self, errors: Activities) -> Activities:
+        """ε_1 … ε_L from the one array that `observe` gives."""
+        return _split(errors[0], self.widths[1:])
+
+    def activities(self, state: State) -> Activities:
+        """All layers side by side, as one array."""
+        ends = (self.input, state[0], self.output)
+        return (jnp.concatenate([x for x in ends if x is not None], axis=-1),)
+
+    def network_at(self, state: State) -> None:
+        """`None`: the weights do not move."""
+
+    def precisions_at(self, state: State) -> None:
+        """`None`: the precisions do not move."""
+
+    def first_prediction(self) -> Any:
+        """μ_1, constant during inference; `None` if the input is free."""
+        if self.input is None:
+            return None
+        layer = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, self.runs[0].layer)
+        return apply_layer(layer, self.input)
+
+    def observe(self, state: State, first_prediction: Any = None) -> tuple[Activities, Any]:
+        """The prediction errors of all layers side by side, and the energies E_1 … E_L."""
+        (x,) = self.activities(state)
+        starts, errors, energies = np.cumsum([0, *self.widths]), [], []
+
+        def layers(first: int, length: int) -> Any:
+            width = self.widths[first]
+            part = x[..., starts[first] : starts[first] + length * width]
+            return part.reshape(*part.shape[:-1], length, width)
+
+        for run in self.runs:
+            last = run.first == len(self.widths) - 1
+            found = run.observe(
+                layers(run.first - 1, run.length),
+                layers(run.first, run.length),
+                first_prediction if run.first == 1 else None,
+                self.output if last else None,
+            )
+            errors.append(found[0].reshape(*found[0].shape[:-2], -1))
+            energies.append(found[1])
+        return (jnp.concatenate(errors, axis=-1),), jnp.concatenate(energies, axis=-1)
+
+    def free_energy(self, state: State, first_prediction: Any = None) -> Any:
+        """F of each sample."""
+        return jnp.sum(self.observe(state, first_prediction)[1], axis=-1)
+
+    def gradient(self, state: State, first_prediction: Any = None) -> State:
+        """∂F/∂x of all free units."""
+        return jax.grad(lambda x: jnp.sum(self.free_energy(x, first_prediction)))(state)
+
+    def vector_field(self, state: State, first_prediction: Any = None) -> State:
+        """dx/dt of all free units."""
+        (slope,) = self.gradient(state, first_prediction)
+        if self.time_constants is None:
+            return (-slope,)
+        return (-slope / jnp.broadcast_to(self.time_constants, slope.shape),)
+
+    def norms(self, state: State) -> Any:
+        """The Euclidean norm of each free layer, per sample."""
+        return _norms(state[0], self.free_widths)
+
+    def error_norms(self, errors: Activities) -> Any:
+        """The Euclidean norm of ε_1 … ε_L, per sample."""
+        return _norms(errors[0], self.widths[1:])
+
+
+def norms_of(problem: Problem, state: State) -> Any:
+    """The Euclidean norm of each free layer of a problem's state, per sample."""
+    return problem.norms(state) if isinstance(problem, StackedProblem) else layer_norms(state)
+
+
+def stacked(problem: Problem) -> Any:
+    """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself."""
+    if not isinstance(problem, InferenceProblem):
+        return problem
+    network, depth = problem.network, problem.network.depth
+    if depth <= MOST_WRITTEN_OUT:
+        return problem
+    energies = [_of_layer(problem.energy, index, depth) for index in range(1, depth + 1)]
+    if any(energy is None for energy in energies):
+        return problem
+    # The first prediction is constant, and the output has a target: they stand alone.
+    alone = {1 if problem.input is not None else 0, depth if problem.output is not None else 0}
+    each = list(enumerate(zip(network.layers, energies, strict=True), start=1))
+
+    def kind(item: Any) -> Any:
+        index, parts = item
+        return (index if index in alone else 0), structure_of(parts)
+
+    runs = [list(run) for _, run in itertools.groupby(each, kind)]
+    taus = problem.time_constants
+    if taus is not None:
+        xp = jnp if is_traced(taus) else np
+        repeated = [xp.broadcast_to(xp.asarray(taus[i]), (network.widths[i],))
+                    for i in problem.free_layers]  # fmt: skip
+        taus = xp.concatenate(repeated)
+    return StackedProblem(
+        runs=tuple(_run(run) for run in runs),
+        input=problem.input,
+        output=problem.output,
+        time_constants=taus,
+        widths=network.widths,
+        free=problem.free_layers,
+    )
+
+
+def _run(numbered: list[Any]) -> Run:
+    """Consecutive predictions, each with its index, its layer and its energy, as one run."""
+    layer, energy = stack([parts for _, parts in numbered])
+    return Run(layer, energy, numbered[0][0], len(numbered))
+
+
+def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:
+    """The energy of one layer as that of a network with no other; `None` if it is not known."""
+    if isinstance(energy, Split):
+        last = index == depth
+        return _of_layer(energy.output, 1, 1) if last else _of_layer(energy.residual, index, 0)
+    if isinstance(energy, CrossEntropy):
+        return energy if index == depth else _of_layer(energy.hidden, index, 0)
+    if isinstance(energy, Separable):
+        weighting = _of_layer(energy.weighting, index, 0)
+        return eqx.tree_at(lambda e: e.weighting, energy, weighting)
+    if isinstance(energy, Gaussian):
+        precision = energy.precision(index)
+        if precision is None:
+            return Gaussian()
+        # Checked when the problem was made.
+        return eqx.tree_at(
+            lambda e: e.precisions, Gaussian(), (precision,), is_leaf=lambda x: x is None
+        )
+    return None
+
+
+def _norms(x: Any, widths: tuple[int, ...]) -> Any:
+    start, norms = 0, []
+    for width, group in itertools.groupby(widths):
+        length = len(list(group))
+        part = x[..., start : start + length * width]
+        norms.append(jnp.linalg.norm(part.reshape(*x.shape[:-1], length, width), axis=-1))
+        start += length * width
+    return jnp.concatenate(norms, axis=-1)
+
+
+def _split(x: Any, widths: tuple[int, ...]) -> tuple[Any, ...]:
+    ends = np.cumsum(widths)
+    return tuple(x[..., end - width : end] for width, end in zip(widths, ends, strict=True))

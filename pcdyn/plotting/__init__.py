@@ -1,0 +1,30 @@
+"""Axes in, artists out; never computes."""
+
+from pcdyn.plotting import schematic
+from pcdyn.plotting.curves import (
+    TIME_LABEL,
+    activities,
+    decay_rates,
+    distance,
+    energies,
+    equilibrium,
+    mean_band,
+    work_precision,
+)
+from pcdyn.plotting.portrait import phase_portrait
+from pcdyn.plotting.style import STYLE_SHEET, style
+
+__all__ = [
+    "STYLE_SHEET",
+    "TIME_LABEL",
+    "activities",
+    "decay_rates",
+    "distance",
+    "energies",
+    "equilibrium",
+    "mean_band",
+    "phase_portrait",
+    "schematic",
+    "style",
+    "work_precision",
+]

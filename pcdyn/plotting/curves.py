@@ -1,0 +1,343 @@
+"""Axes in, artists out; never computes.
+
+What is drawn is what a trajectory holds. Wrap figures in `style()` for the look of pcdyn; a
+function that is given no axes makes its own in that style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import ArrayLike
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from pcdyn._support.checks import (
+    as_host_array,
+    as_sequence,
+    check_choice,
+    check_flag,
+    check_instance,
+    checked_integer,
+)
+from pcdyn.analysis.comparison.table import METRICS, UNITS, Comparison
+from pcdyn.equilibria.equilibrium import Equilibrium
+from pcdyn.errors import InputError, ShapeError
+from pcdyn.plotting.style import new_axes
+from pcdyn.simulation.trajectory import Trajectory
+
+TIME_LABEL = "time (activity time constants)"
+
+# More entries than there are colours would only cover the figure.
+_LARGEST_LEGEND = 8
+_MARKERS = ("o", "s", "^", "D")
+_DASHES = ("-", "--", "-.", ":")
+
+
+def activities(
+    trajectory: Trajectory,
+    *,
+    ax: Axes | None = None,
+    layer: int | None = None,
+    sample: int = 0,
+    equilibrium: Sequence[Any] | Equilibrium | None = None,
+) -> list[Line2D]:
+    """Draw the activity of each unit against time.
+
+    Arguments: `layer`, all free layers unless given; `sample` of a batch; `equilibrium`, a
+    `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not
+    needed), drawn as dashed lines in the colours of their units.
+
+    Returns the lines of the units, then those of the equilibrium. Raises `ShapeError` if there is
+    no such layer or sample, or if the equilibrium has other shapes.
+    """
+    times, sample = _checked(trajectory, sample)
+    layers, most = trajectory.free_layers, len(trajectory.activities) - 1
+    if layer is not None:
+        layers = (checked_integer(layer, "layer", at_least=0, at_most=most, error=ShapeError),)
+    if equilibrium is not None:
+        wanted = f"activities x_0 … x_{most}, or a pcdyn.Equilibrium"
+        given = getattr(equilibrium, "activities", equilibrium)
+        equilibrium = as_sequence(given, "equilibrium", wanted)
+        if len(equilibrium) != most + 1:
+            raise ShapeError(f"equilibrium must be {wanted}, got {len(equilibrium)} layers")
+    shown = {
+        index: _of_sample(trajectory.activities[index], sample, axis=1, dimensions=2)
+        for index in layers
+    }
+    rest = {
+        index: _of_sample(
+            as_host_array(equilibrium[index], f"equilibrium of layer {index}", finite=False),
+            sample,
+            axis=0,
+            dimensions=1,
+        )
+        for index in layers
+        if equilibrium is not None and equilibrium[index] is not None
+    }
+    for index, levels in rest.items():
+        if levels.shape != shown[index].shape[1:]:
+            raise ShapeError(
+                f"the equilibrium of layer {index} has shape {levels.shape}, not "
+                f"{shown[index].shape[1:]}"
+            )
+    ax = _axes(ax)
+    lines, dashed = [], []
+    for index, values in shown.items():
+        labels = [f"layer {index}, unit {unit}" for unit in range(values.shape[1])]
+        drawn = ax.plot(times, values, label=labels)
+        lines += drawn
+        dashed += [
+            ax.axhline(level, color=line.get_color(), linestyle="--", linewidth=1)
+            for line, level in zip(drawn, rest.get(index, ()), strict=False)
+        ]
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("activity")
+    if len(lines) <= _LARGEST_LEGEND:
+        # Beside the axes: activities that have settled fill them from top to bottom.
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return lines + dashed
+
+
+def distance(
+    times: ArrayLike,
+    values: ArrayLike,
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    log: bool = True,
+) -> list[Line2D]:
+    """Draw distances of shape `(time, [batch])`, such as `Trajectory.distance_to` returns.
+
+    The samples of a batch share one colour and one label. `log` makes the axis logarithmic.
+    Returns the lines. Raises `ShapeError` for other shapes.
+    """
+    array = as_host_array(values, "values", finite=False)
+    times = as_host_array(times, "times")
+    check_flag(log, "log")
+    _check_look(label)
+    if array.ndim not in (1, 2) or times.shape != array.shape[:1]:
+        raise ShapeError(
+            f"distances need shape (time,) or (time, batch), got {array.shape} at "
+            f"{times.shape} times"
+        )
+    ax = _axes(ax)
+    columns = array.reshape(len(times), -1)
+    lines = ax.plot(times, columns[:, 0], label=label)
+    for column in columns.T[1:]:
+        lines += ax.plot(times, column, color=lines[0].get_color())
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("Euclidean distance")
+    if label is not None:
+        ax.legend()
+    return lines
+
+
+def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
+    """Draw the output loss ℒ, the residual energy Ẽ and the free energy F against time.
+
+    Returns the three lines in that order. Raises `ShapeError` if there is no such `sample`.
+    """
+    times, sample = _checked(trajectory, sample)
+    # As mathematics, for ordinary fonts lack these letters.
+    shown = {
+        r"output loss $\mathcal{L}$": trajectory.output_loss,
+        r"residual energy $\widetilde{E}$": trajectory.residual_energy,
+        "free energy $F$": trajectory.free_energy,
+    }
+    values = [_of_sample(energy, sample, axis=1, dimensions=1) for energy in shown.values()]
+    ax = _axes(ax)
+    lines = []
+    for label, energy in zip(shown, values, strict=True):
+        lines += ax.plot(times, energy, label=label)
+    ax.set_xlabel(TIME_LABEL)
+    ax.set_ylabel("energy")
+    ax.legend()
+    return lines
+
+
+def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
+    """Draw the activity of each unit at an equilibrium, and where the search started.
+
+    The units of the free layers stand side by side in their order, each layer in its own colour:
+    filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch.
+    Returns the lines, equilibrium before start for each layer.
+    """
+    check_instance(found, "found", Equilibrium, "a pcdyn.Equilibrium")
+    lines, first = [], 0
+    if np.ndim(found.energies) > 2:
+        raise ShapeError("this equilibrium is of several networks: take one first")
+    samples = 1 if np.ndim(found.energies) == 1 else len(found.energies)
+    sample = _checked_sample(sample, samples)
+    ax = _axes(ax)
+    for index, start in zip(found.problem.free_layers, found.start, strict=True):
+        values = _of_sample(found.activities[index], sample, axis=0, dimensions=1)
+        units = np.arange(first, first + len(values))
+        rest = ax.plot(units, values, "o", label=f"layer {index}")
+        before = _of_sample(start, sample, axis=0, dimensions=1)
+        lines += rest
+        lines += ax.plot(units, before, "o", color=rest[0].get_color(), markerfacecolor="none")
+        first += len(values)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("unit of the free layers (open: where the search started)")
+    ax.set_ylabel("activity at equilibrium")
+    if len(lines) <= 2 * _LARGEST_LEGEND:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return lines
+
+
+def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw decay rates of shape `([sample,] rate)`, such as `pcdyn.stability` returns, in order.
+
+    The axis is logarithmic if all known rates are positive. The samples of a batch share one
+    colour. Returns the lines. Raises `ShapeError` for other shapes.
+    """
+    array = as_host_array(rates, "rates", finite=False)
+    if array.ndim not in (1, 2):
+        raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
+    ax = _axes(ax)
+    order = np.arange(1, array.shape[-1] + 1)
+    lines: list[Line2D] = []
+    for row in np.atleast_2d(array):
+        color = lines[0].get_color() if lines else None
+        lines += ax.plot(order, row, "o-", color=color, markersize=3, linewidth=0.8)
+    if not np.any(array <= 0):
+        ax.set_yscale("log")
+    ax.set_xlabel("mode, from the slowest to the fastest")
+    ax.set_ylabel("decay rate (1 / activity time constant)")
+    return lines
+
+
+def work_precision(
+    axes: Axes, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
+) -> list[Line2D]:
+    """Draw one metric of a comparison's runs against another, a line for each integrator.
+
+    Arguments: `x` and `y`, attributes of a run such as `"run_seconds"`, `"maximum_error"`,
+    `"vector_field_evaluations"`, or `"value"`, the tolerance or step.
+
+    Runs that failed are not drawn; the legend says how many of an integrator's did, and how many
+    lack the metric. A hollow marker stands for an error below what the reference can tell; it is
+    drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic. Returns the
+    lines of the integrators. Raises `InputError` for an unknown metric.
+    """
+    check_instance(comparison, "comparison", Comparison, "what pcdyn.compare returns")
+    for name, metric in (("x", x), ("y", y)):
+        check_choice(metric, name, (*METRICS, "value"))
+    axes = _axes(axes)
+    colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    lines = []
+    for index, name in enumerate(comparison.integrators):
+        runs = [run for run in comparison.of(name) if run.status.ok]
+        points = np.array(
+            [(comparison.told(run, x), comparison.told(run, y)) for run in runs]
+        ).reshape(-1, 2)
+        # A logarithmic axis has no place for zero or NaN.
+        shown = (points > 0).all(axis=1)
+        hollow = np.array([bool({x, y} & set(run.below_reference)) for run in runs], bool)[shown]
+        points = points[shown]
+        failed = len(comparison.of(name)) - len(runs)
+        notes = [f"{failed} failed"] * bool(failed)
+        notes += [f"{(~shown).sum()} without value"] * bool((~shown).any())
+        label = f"{name} ({', '.join(notes)})" if notes else name
+        # More integrators than colours: the marker and the dashes tell those of one colour apart.
+        round_, color = index // len(colors), colors[index % len(colors)]
+        look: dict[str, Any] = {"color": color, "marker": _MARKERS[round_ % len(_MARKERS)]}
+        (line,) = axes.plot(
+            *points.T, label=label, markersize=4.5, linewidth=1.2,
+            linestyle=_DASHES[round_ % len(_DASHES)], **look,
+        )  # fmt: skip
+        axes.plot(
+            *points[hollow].T, linestyle="none", markersize=4.5, markerfacecolor="white",
+            zorder=line.get_zorder() + 1, **look,
+        )  # fmt: skip
+        lines.append(line)
+    for metric, draw in ((x, axes.axvline), (y, axes.axhline)):
+        if any(metric in run.below_reference for run in comparison.rows):
+            limit = getattr(comparison.reference_error, metric)
+            draw(limit, color="0.5", linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=_metric_label(x), ylabel=_metric_label(y))
+    axes.legend()
+    return lines
+
+
+def _metric_label(name: str) -> str:
+    """A metric in words, with its unit."""
+    words, unit = name.replace("_", " "), UNITS.get(name, "")
+    return f"{words} (s)" if unit == "s" else words
+
+
+def mean_band(
+    x: ArrayLike,
+    values: ArrayLike,
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    axis: int = 0,
+    color: Any = None,
+) -> list[Artist]:
+    """Draw the mean over `axis` of two-dimensional `values`, in a band of ± one standard deviation.
+
+    The deviation is that of the values at hand (divided by their number). Returns the line and the
+    band. The axes keep their labels. Raises `ShapeError` if the other axis is not that of `x`.
+    """
+    x, values = as_host_array(x, "x"), as_host_array(values, "values", finite=False)
+    axis = checked_integer(axis, "axis", at_least=-2, at_most=1)
+    _check_look(label, color)
+    if values.ndim != 2 or x.shape != (values.shape[1 - axis % 2],):
+        raise ShapeError(
+            f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
+        )
+    mean, deviation = values.mean(axis=axis), values.std(axis=axis)
+    ax = _axes(ax)
+    (line,) = ax.plot(x, mean, label=label, color=color)
+    band = ax.fill_between(
+        x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25, linewidth=0
+    )
+    if label is not None:
+        ax.legend()
+    return [line, band]
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is None:
+        return new_axes()
+    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
+    return ax
+
+
+def _check_look(label: Any, color: Any = None) -> None:
+    if label is not None:
+        check_instance(label, "label", str, "a text")
+    if not (color is None or is_color_like(color)):
+        raise InputError(f"color must be a colour of matplotlib, got {color!r}")
+
+
+def _checked_sample(sample: Any, samples: int) -> int:
+    return checked_integer(sample, "sample", at_least=0, at_most=samples - 1, error=ShapeError)
+
+
+def _checked(trajectory: Trajectory, sample: int) -> tuple[np.ndarray, int]:
+    """The times of a trajectory, and the sample that it has."""
+    check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
+    if np.ndim(trajectory.times) != 1:
+        raise ShapeError(
+            "this trajectory is of several networks: take one first, such as "
+            "jax.tree.map(lambda x: x[0], trajectory)"
+        )
+    samples = trajectory.energies.shape[1] if np.ndim(trajectory.energies) == 3 else 1
+    return np.asarray(trajectory.times), _checked_sample(sample, samples)
+
+
+def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:
+    """`values` of one sample; without an axis for the batch they have `dimensions` axes."""
+    array = np.asarray(values)
+    return array.take(sample, axis=axis) if array.ndim > dimensions else array

@@ -1,0 +1,22 @@
+"""What inference is checked against: closed forms of linear networks, feedforward, BP and TP."""
+
+from pcdyn.references import linear, output_error
+from pcdyn.references.algorithms import (
+    Backpropagation,
+    TargetPropagation,
+    backpropagation,
+    feedforward,
+    local_gradient,
+    target_propagation,
+)
+
+__all__ = [
+    "Backpropagation",
+    "TargetPropagation",
+    "backpropagation",
+    "feedforward",
+    "linear",
+    "local_gradient",
+    "output_error",
+    "target_propagation",
+]

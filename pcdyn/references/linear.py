@@ -1,0 +1,386 @@
+"""Closed forms of linear networks: Hessian, equilibrium, exact trajectory, spectrum.
+
+With identity activations the free layers, stacked into y, obey `τ ẏ = −H y + b` with H symmetric
+and block tridiagonal. Everything here follows from H and b, for every clamp mode, precision, bias
+and time constant, and works under `jax.jit`, `jax.vmap` and `jax.grad`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+from jaxtyping import Array, Float
+
+from pcdyn._support.checks import (
+    Numbers,
+    as_sequence,
+    check_choice,
+    check_size,
+    checked_integer,
+    is_traced,
+)
+from pcdyn.errors import InputError, ShapeError, SingularHessianError
+from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
+from pcdyn.linearisation.hessian import with_derivatives
+from pcdyn.linearisation.relaxation import factor_modes, relaxed, singular_modes, square
+from pcdyn.linearisation.whitened import error_factor, error_matrix, linear_parts, spread, whiten
+from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.network import Activities, Network
+from pcdyn.model.problem import InferenceProblem, State
+
+# The first solves, the others take out what round-off has left of it.
+_CORRECTIONS = 3
+
+
+def hessian(problem: InferenceProblem) -> BlockTridiagonal:
+    """H = ∂²F/∂y², the same for every sample and every state of a linear network.
+
+    `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
+    lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
+    """
+    layers, energy = linear_parts(problem)
+    jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
+    return gauss_newton_hessian(problem, energy, jacobians)
+
+
+def gauss_newton_hessian(
+    problem: InferenceProblem, energy: Gaussian, jacobians: Mapping[int, Array]
+) -> BlockTridiagonal:
+    """`hessian` with any Jacobians J_l = ∂μ_l/∂x_{l−1}, shape (n_l, n_{l−1}), for the weights.
+
+    For one sample of a nonlinear network it is the Hessian of F without the curvature of the
+    predictions.
+    """
+    network = problem.network
+    entries = sum(float(network.widths[index]) ** 2 for index in problem.free_layers)
+    check_size(entries * network.dtype.itemsize, "the Hessian of the free layers")
+    diagonal, upper = [], []
+    for index in problem.free_layers:
+        width = network.widths[index]
+        block = jnp.zeros((width, width), network.dtype)
+        if index > 0:
+            block = block + energy.matrix(index, width, network.dtype)
+        if index < network.depth:
+            jacobian = jacobians[index + 1]
+            weighted = energy.weigh(index + 1, jacobian.T)
+            block = block + weighted @ jacobian
+            if index + 1 in problem.free_layers:
+                upper.append(-weighted)
+        diagonal.append(block)
+    return BlockTridiagonal(tuple(diagonal), tuple(upper))
+
+
+def forcing(problem: InferenceProblem, like: State | None = None) -> State:
+    """b = −∂F/∂y at y = 0: what data and biases add to `ẏ = −H y + b`, shaped like the state.
+
+    `like` gives the batch size of a problem with both ends free.
+    """
+    linear_parts(problem)
+    zeros = problem.zeros_state() if like is None else jax.tree.map(jnp.zeros_like, like)
+    return jax.tree.map(jnp.negative, problem.gradient(zeros))
+
+
+def linear_equilibrium(
+    problem: InferenceProblem, *, method: Literal["cholesky", "output_space"] = "cholesky"
+) -> Activities:
+    """The equilibrium activities x_0* … x_L* of a linear network, clamped layers included.
+
+    Arguments: `method`, either `"cholesky"` (H⁻¹b with the block Cholesky factor of H, which comes
+    from QR factorisations of its square root; any clamps) or `"output_space"` (both ends clamped;
+    solves an n_L × n_L system, best for a narrow output):
+    `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
+    `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5, and correct
+    the solution by the gradient that is left of it, until that is round-off.
+
+    With the input clamped there is always one equilibrium, at any ratio of precisions. Raises
+    `NotLinearError`, `SingularHessianError` if a free end leaves a flat direction or a ratio is
+    beyond what the dtype can resolve, and `InputError` where the method does not apply. Under a
+    JAX transformation a singular problem gives NaN instead, never a point that is no equilibrium.
+    It has derivatives of any order, by the implicit function theorem.
+    """
+    check_choice(method, "method", ("cholesky", "output_space"))
+    linear_parts(problem)
+    both = problem.input is not None and problem.output is not None
+    if method == "output_space" and not both:
+        raise InputError(_USE_CHOLESKY)
+    arrays, rest = eqx.partition(problem, eqx.is_array)
+    fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    state, pivot, change = _solved(fixed, method)
+    eps = jnp.finfo(problem.dtype).eps
+    size = sum(problem.network.widths[index] for index in problem.free_layers)
+    regular = (pivot > 10 * size * eps) & (change <= jnp.sqrt(eps))
+    if not is_traced(regular) and not bool(regular):
+        raise SingularHessianError(
+            f"the Hessian is singular (smallest scaled pivot {float(pivot):.1e}): with the free "
+            f"layers {problem.free_layers} the free energy has flat directions, or so nearly that "
+            f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
+            "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
+        )
+    certain = jnp.broadcast_to(regular, state[0].shape[:-1])
+    state = tuple(jnp.where(regular, x, jnp.nan) for x in state)
+    return problem.activities(with_derivatives(problem, state, certain))
+
+
+def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
+    """The equilibrium, the smallest scaled pivot, and the last correction relative to the state."""
+    one = jnp.ones((), problem.dtype)
+    if method == "output_space":
+        before, state = _in_output_space(problem)
+        return state, one, _relative(problem, before, state)
+    widths = problem.network.widths
+    if problem.input is not None:
+        state = problem.feedforward_state()
+    else:
+        state = problem.zeros_state()
+        # A layer of fewer units cannot tell all directions of the input.
+        if problem.output is None or widths[0] > min(widths):
+            return state, 0 * one, 0 * one
+    factor, pivot = error_factor(problem)
+    if problem.input is not None:
+        # Each free layer has a prediction error of its own: A has full rank whatever the weights.
+        pivot = one
+    # Beyond, the round-off of the gradient outweighs the slowest directions.
+    sizes = jnp.abs(jnp.concatenate([jnp.diagonal(block) for block in factor.factors]))
+    resolved = jnp.min(sizes) > jnp.finfo(sizes.dtype).eps ** 0.75 * jnp.max(sizes)
+    pivot = jnp.where(resolved, pivot, 0)
+    before = state
+    for _ in range(_CORRECTIONS):
+        before = state
+        state = jax.tree.map(jnp.subtract, state, factor.solve(problem.gradient(state)))
+    return state, pivot, _relative(problem, before, state)
+
+
+def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
+    """The last two approximations of the equilibrium, from the output error that is left."""
+    start, target = problem.input, problem.output
+    assert start is not None and target is not None, "linear_equilibrium has refused others"
+    products, energy = _products(problem)
+    network, depth = problem.network, problem.network.depth
+    # The factor of S from its square root, which holds more digits.
+    roots = [spread(energy.precision(i), product).T for i, product in products.items()]
+    factor = BlockCholesky((jnp.linalg.qr(jnp.concatenate(roots), mode="r").T,), ())
+    covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
+
+    def climb(weighted: Array) -> State:
+        layers = [start]
+        for index in range(1, depth):
+            layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
+        return tuple(layers[1:])
+
+    weighted = jnp.zeros_like(target)
+    before = state = climb(weighted)
+    for _ in range(_CORRECTIONS):
+        # The prediction is not yet where the weighted output error would pull it.
+        left = target - network.predict(depth, state[-1])
+        weighted = weighted + factor.solve((left - energy.unweigh(depth, weighted),))[0]
+        before, state = state, climb(weighted)
+    return before, state
+
+
+def _relative(problem: InferenceProblem, before: State, after: State) -> Array:
+    """The largest change of an activity, relative to the largest activity."""
+    change = jax.tree.map(jnp.subtract, after, before)
+    size = largest_entry(problem.activities(after))
+    return largest_entry(change) / jnp.where(size > 0, size, 1)
+
+
+def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
+    """S = Σ_l P_l Π_l⁻¹ P_lᵀ, P_l = W_L … W_{l+1}: the covariance that the network predicts of T.
+
+    The generative model of a linear network, in which each layer is its prediction with Gaussian
+    noise of covariance Π_l⁻¹ added, gives the output the mean of the feedforward pass and this
+    covariance. It is the matrix through which predictive coding sees BP: `Π_l ε_l* = P_lᵀ S⁻¹ e0`
+    with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
+    clamped.
+    """
+    products, energy = _products(problem)
+    if problem.input is None or problem.output is None:
+        raise InputError(_CLAMP_BOTH)
+    parts = (energy.unweigh(index, product) @ product.T for index, product in products.items())
+    return sum(parts, start=jnp.zeros((), problem.dtype))
+
+
+def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
+    """−log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
+
+    The hidden layers are integrated out (`output_covariance` is S). Raises `NotLinearError`, and
+    `InputError` unless both ends are clamped.
+    """
+    factor = jnp.linalg.cholesky(output_covariance(problem))
+    assert problem.input is not None, "output_covariance has refused others"
+    error = problem.output_error(problem.network.feedforward(problem.input)[-1])
+    white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
+    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    constant = error.shape[-1] * math.log(2 * math.pi) + log_determinant
+    return 0.5 * (jnp.sum(white.reshape(error.shape) ** 2, axis=-1) + constant)
+
+
+_USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="cholesky"'
+_CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
+
+
+def _products(problem: InferenceProblem) -> tuple[dict[int, Array], Gaussian]:
+    """P_l = W_L … W_{l+1} for each l = L … 1, and the energy."""
+    layers, energy = linear_parts(problem)
+    depth = problem.network.depth
+    products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
+    for index in range(depth, 1, -1):
+        products[index - 1] = products[index] @ layers[index - 1].weight
+    return products, energy
+
+
+class ExactFlow(eqx.Module):
+    """The exact trajectory y(t) of a linear network, a function of time.
+
+    With F = ½ ‖A y − c‖² (see `pcdyn.whitened`) and each column of A over √τ, each mode moves from
+    the start by (1 − e^{−λt})/λ times its share of Aᵀ(c − A y(0)), which is t where λ = 0: no
+    inverse of H is needed, so that free ends with flat directions are covered. It has derivatives
+    of any order, also where rates repeat.
+
+    - `round_off`: an estimate of how far any activity may be off by round-off, per sample: the
+      singular values of A are known to eps times the largest, so that a rate that is smaller by a
+      factor r has √r · eps as its relative error.
+    """
+
+    factor: Float[Array, "M N"]
+    modes: tuple[Array, Array, Array]
+    initial: Float[Array, "*batch N"]
+    residual: Float[Array, "*batch M"]
+    scale: Float[Array, " N"]
+    round_off: Float[Array, "*batch"]
+    widths: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, t: Float[Array, ""]) -> State:
+        """The state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
+        moved = relaxed(self.factor, self.modes, self.residual, t)
+        return _split(self.initial + _times(moved, self.scale), self.widths)
+
+
+def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
+    """The exact trajectory of a linear network from `initial`, as a function of time.
+
+    `y(t) = y* + e^{−Ht}(y(0) − y*)` for the whole network at once. The paper (A.4) says that no
+    closed form exists for more than one free layer; stacked, the layers are one linear ODE with
+    constant coefficients. Raises `NotLinearError`.
+    """
+    _, energy = linear_parts(problem)
+    initial = problem.initial_state(initial)
+    errors = problem.prediction_errors(problem.activities(initial))
+    white = [-whiten(energy.precision(i), error) for i, error in enumerate(errors, start=1)]
+    scale = _root_rates(problem)
+    matrix = error_matrix(problem)
+    factor, residual = square(
+        matrix * jnp.broadcast_to(scale, matrix.shape), jnp.concatenate(white, axis=-1)
+    )
+    left, sizes, right = jax.lax.stop_gradient(singular_modes(factor))
+    eps, largest = jnp.finfo(sizes.dtype).eps, jnp.max(sizes)
+    if problem.input is None:
+        # Round-off in a flat direction would grow with time; neither rate nor drive is there.
+        sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
+    known = jnp.where(sizes > 0, sizes, jnp.inf)
+    way = jnp.abs(jax.lax.stop_gradient(residual) @ left)
+    size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
+    lost = 2 * largest * way / jnp.broadcast_to(known, way.shape) + size
+    start = jnp.concatenate(initial, axis=-1)
+    own = jnp.max(jnp.abs(jax.lax.stop_gradient(start)), axis=-1)
+    return ExactFlow(
+        factor=factor,
+        modes=(left, sizes, right),
+        initial=start,
+        residual=residual,
+        scale=scale,
+        round_off=eps * (own + jnp.max(lost / jnp.broadcast_to(known, way.shape), axis=-1)),
+        widths=tuple(x.shape[-1] for x in initial),
+    )
+
+
+def single_layer_flow(
+    problem: InferenceProblem, layer: int, activities: Sequence[Numbers]
+) -> ExactFlow:
+    """The exact trajectory of one hidden layer with its neighbours held fixed (A.4).
+
+    `x(t) = e^{−At} x(0) + (I − e^{−At}) A⁻¹ [Π_l W_l x_{l−1} + W_{l+1}ᵀ Π_{l+1} x_{l+1}]` with
+    `A = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}`; Eq 31 as printed runs backwards in time.
+
+    Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
+    gives the start and its two neighbours the data. The flow's state has one entry.
+    """
+    energy = linear_parts(problem)[1]
+    network = problem.network
+    if network.depth < 2:
+        raise InputError("this network has no hidden layer")
+    layer = checked_integer(layer, "layer, a hidden one,", at_least=1, at_most=network.depth - 1)
+    wanted = f"activities x_0 … x_{network.depth}"
+    activities = as_sequence(activities, "activities", wanted)
+    if len(activities) != network.depth + 1:
+        raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
+    precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
+    constants = problem.time_constants
+    neighbours = InferenceProblem(
+        Network(network.layers[layer - 1 : layer + 1]),
+        input=activities[layer - 1],
+        output=activities[layer + 1],
+        energy=Gaussian(precisions),
+        time_constants=None if constants is None else constants[layer - 1 : layer + 2],
+    )
+    return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
+
+
+def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
+    """The decay rates of a linear network's flow in ascending order, in 1/(time units).
+
+    They are the eigenvalues of H (of τ⁻¹H with time constants). Explicit Euler is stable for
+    steps below 2 / the largest. Where rates coincide, the derivative of each is that of their mean.
+    Raises `NotLinearError`.
+    """
+    return linear_modes(problem)[0]
+
+
+def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
+    """1 / `spectrum`, in descending order; infinite for flat directions (within round-off)."""
+    rates = spectrum(problem)
+    flat = _is_flat(rates)
+    return jnp.where(flat, jnp.inf, 1 / jnp.where(flat, 1, rates))
+
+
+def _is_flat(rates: Float[Array, " N"]) -> Array:
+    """Which decay rates are zero within round-off."""
+    return rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
+
+
+def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
+    """Eigenvalues (ascending) and vectors of `τ^{-½} H τ^{-½}`, and the scale τ^{-½} of each unit.
+
+    A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
+    """
+    linear_parts(problem)
+    units = sum(problem.network.widths[i] for i in problem.free_layers)
+    check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
+    matrix, scale = error_matrix(problem), _root_rates(problem)
+    (factor,) = square(matrix * jnp.broadcast_to(scale, matrix.shape))
+    return (*factor_modes(factor), scale)
+
+
+def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
+    """τ^{-½} of each free unit."""
+    widths = [problem.network.widths[index] for index in problem.free_layers]
+    constants = problem.time_constants
+    if constants is None:
+        return jnp.ones(sum(widths), problem.dtype)
+    each = [constants[index] for index in problem.free_layers]
+    return jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, each, strict=True)])
+
+
+def _times(rows: Float[Array, "*batch N"], vector: Float[Array, " N"]) -> Array:
+    return rows * jnp.broadcast_to(vector, rows.shape)
+
+
+def _split(stacked: Float[Array, "*batch N"], widths: tuple[int, ...]) -> State:
+    offsets = [sum(widths[:i]) for i in range(1, len(widths))]
+    return tuple(jnp.split(stacked, offsets, axis=-1))

@@ -1,0 +1,1 @@
+"""`simulate`, and the trajectory that it returns."""

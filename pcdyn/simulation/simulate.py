@@ -1,0 +1,404 @@
+"""`simulate`: integrate the gradient flow of an inference problem into a trajectory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import (
+    Numbers,
+    as_host_array,
+    check_dtype,
+    check_flag,
+    check_instance,
+    check_size,
+    checked_number,
+    is_traced,
+)
+from pcdyn._support.forward_only import forward_only
+from pcdyn._support.timing import Stopwatch
+from pcdyn._support.waiting import interruptible
+from pcdyn.errors import (
+    MOST_SAMPLES_NAMED,
+    IntegratorError,
+    RoundOffWarning,
+    ShapeError,
+    Status,
+    StepSizeWarning,
+    TimesError,
+    simulation_error,
+    worst_status,
+)
+from pcdyn.integrators import (
+    Diffrax,
+    Exact,
+    Integration,
+    Integrator,
+    UntilEquilibrium,
+    get_integrator,
+)
+from pcdyn.integrators.base import Flow, Request, check_step_count
+from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
+from pcdyn.integrators.stability_function import known_interval
+from pcdyn.linearisation.spectrum import estimated_fastest_rate
+from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.stacked import StackedProblem, stacked
+from pcdyn.simulation.trajectory import Trajectory, round_off
+
+_DEFAULT_SAVES = 101
+
+
+def simulate(
+    problem: Problem,
+    *,
+    t1: float,
+    times: Numbers | None = None,
+    initial: str | Sequence[Numbers] = "feedforward",
+    integrator: str | Integrator = "tsit5",
+    until: Literal["equilibrium"] | UntilEquilibrium | None = None,
+    per_sample: bool = False,
+    dense: bool = False,
+    throw: bool = True,
+    seconds: float | None = None,
+) -> Trajectory:
+    """Integrate `τ_l dx_l/dt = −∂F/∂x_l` from t = 0 to `t1`.
+
+    Arguments:
+
+    - `problem`: a `pcdyn.InferenceProblem`, or a flow in which weights or precisions move as well,
+      such as `pcdyn.learning.JointFlow`.
+    - `t1`: the end time, in units of the activity time constant.
+    - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
+    - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`).
+    - `integrator`: a name (`"tsit5"`, `"rodas5p"`, `"lsoda"`, `"exact"`, …) or a value such as
+      `pcdyn.Diffrax("dopri8", rtol=1e-9)`, `pcdyn.SciPy("Radau")`, `pcdyn.Euler(dt=0.05)`,
+      `pcdyn.Exact()`.
+    - `until`: `"equilibrium"` or `pcdyn.UntilEquilibrium(…)` stops before t1 when the vector
+      field is small in every layer; the state there becomes the last saved one.
+    - `per_sample`: give every sample of a batch its own step size, statistics and status;
+      otherwise one step size serves the batch.
+    - `dense`: keep the solver's interpolation, so that `trajectory(t)` works at any time. diffrax
+      then reserves memory for `max_steps` steps.
+    - `throw`: raise `pcdyn.SimulationError` if any sample fails, with what was computed in its
+      `trajectory`; with `throw=False` the status says so instead.
+    - `seconds`: after so much wall time SciPy's methods end with the status `TIME_LIMIT` and what
+      they reached. The other methods are compiled as a whole and bounded by their `max_steps`;
+      they refuse this option.
+
+    A fixed step above the largest stable one of an explicit method at the initial state gives a
+    `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
+
+    Where diffrax runs out of steps, its step vanishes or it finds no root of an implicit step,
+    SciPy's LSODA takes over on the host and the trajectory's `fallback` says so
+    (`pcdyn.Diffrax(…, fallback=None)` switches it off). Where activations have kinks the flow can
+    slide along them: then Rodas5P takes over with each kink rounded over a width, named in
+    `fallback`, of the tolerance; activities are those of the sliding flow up to that width, and
+    `vector_field_norms` those of the rounded field, which vanishes where the flow rests at a kink.
+
+    Under `jax.vmap` or `jax.jit`, over networks and data alike, nothing is raised, trimmed or
+    handed to SciPy: look at `status_codes`. The times must be known then. Derivatives are taken
+    in forward mode (`jax.jvp`, `jax.jacfwd`); `pcdyn.Exact` has reverse mode as well.
+
+    Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
+    state raise, before anything runs.
+    """
+    check_instance(problem, "problem", Problem, "a pcdyn.InferenceProblem or a flow of learning")
+    check_dtype(problem.dtype, "dtype of the problem")
+    for name, value in (("per_sample", per_sample), ("dense", dense), ("throw", throw)):
+        check_flag(value, name)
+    method = get_integrator(integrator)
+    stop = _stopping(until)
+    method.check(problem, stop, dense)
+    state = problem.initial_state(initial)
+    saves = _checked_times(t1, times)
+    check_step_count(method, float(t1), stop)
+    # The closed form is one of the weights, layer by layer.
+    deep = problem if isinstance(method, Exact) else stacked(problem)
+    request = Request(
+        problem=deep,
+        state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
+        times=saves,
+        t1=float(t1),
+        until=None if stop is None else stop.resolved(problem, state, per_sample),
+        dense=dense,
+        deadline=_deadline(seconds, method),
+    )
+    _check_sizes(request, method)
+    if per_sample and state[0].ndim != 2:
+        raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
+    if is_traced(problem, state):
+        if not method.runs_in_jax:
+            raise IntegratorError(
+                f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
+            )
+        if not isinstance(method, Exact):
+            moving = (request.problem, request.state)
+            moving = forward_only(moving, f"simulate with {method.name}")
+            request = dataclasses.replace(request, problem=moving[0], state=moving[1])
+        run = integrate(method, request, per_sample)
+        return _traced_trajectory(problem, request, run, method)
+    _warn_of_step(request, method)
+
+    def compute() -> tuple[Integration, str, Observed, Stopwatch]:
+        with Stopwatch() as clock:
+            run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
+            observed = on_host(_observe(integrated, run.states))
+        return run, fallback, observed, clock
+
+    # SciPy's loops are Python's own, and end where they are interrupted.
+    computed = interruptible(compute) if method.runs_in_jax else compute()
+    run, fallback, observed, clock = computed
+    run = _without_overflow(run, observed)
+    trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
+    _warn_of_round_off(trajectory)
+    if throw and not trajectory.ok:
+        worst = worst_status(trajectory.status_codes)
+        raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
+    return trajectory
+
+
+def _check_sizes(request: Request, method: Integrator) -> None:
+    """Raise `SizeError` for more saved states, or room for dense output, than memory holds."""
+    state = sum(x.size for x in request.state) * request.problem.dtype.itemsize
+    # With its errors a saved state takes twice its own size.
+    what = f"saving {len(request.times)} times of {state / 2**20:.3g} MiB, with their errors,"
+    check_size(2 * (len(request.times) + 1) * state, what)
+    if request.dense and isinstance(method, Diffrax):
+        # diffrax keeps no less than both ends of each step that it could take.
+        what = f"dense output of up to {method.max_steps} steps of {state / 2**20:.3g} MiB"
+        check_size(2 * method.max_steps * state, what)
+
+
+def _deadline(seconds: float | None, method: Integrator) -> float:
+    """When to stop, on the clock of `time.monotonic`."""
+    if seconds is None:
+        return math.inf
+    seconds = checked_number(seconds, "seconds", above=0, error=IntegratorError)
+    if method.runs_in_jax:
+        raise IntegratorError(
+            f"{method.name} would ignore seconds={seconds:g}: it is compiled as a whole, so that "
+            'only its max_steps bounds it; "lsoda" and the other methods of SciPy can be timed'
+        )
+    return time.monotonic() + seconds
+
+
+def _warn_of_step(request: Request, method: Integrator) -> None:
+    """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
+    problem = request.problem
+    known = isinstance(problem, InferenceProblem | StackedProblem)
+    if method.fixed_step is None or not known:
+        return
+    interval = known_interval(method)
+    if interval is None or math.isinf(interval):
+        return
+    fastest = estimated_fastest_rate(problem, request.state)
+    above = np.flatnonzero(np.ravel(fastest) * float(method.fixed_step) > interval)
+    if above.size:
+        share = "" if fastest.ndim == 0 else f" of {above.size} of {fastest.size} samples"
+        warnings.warn(
+            f"dt={float(method.fixed_step):g} is above {interval / np.nanmax(fastest):.3g}, the "
+            f"largest stable step of {method.name} at the initial state{share}: take a smaller "
+            "step, or an adaptive or implicit integrator (see pcdyn.stability)",
+            StepSizeWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_round_off(trajectory: Trajectory) -> None:
+    """Warn where a solution that should be exact has lost more than half of its digits."""
+    lost = trajectory.round_off
+    if lost is None:
+        return
+    size = max(float(np.max(np.abs(x))) for x in trajectory.activities)
+    if np.max(lost) > math.sqrt(np.finfo(trajectory.energies.dtype).eps) * size:
+        warnings.warn(
+            f"activities of the size {size:.2g} may be off by {np.max(lost):.1g} by round-off: the "
+            f"rates span more than {trajectory.energies.dtype} can resolve; use float64, or a "
+            "smaller ratio of precisions",
+            RoundOffWarning,
+            stacklevel=3,
+        )
+
+
+def _stopping(until: str | UntilEquilibrium | None) -> UntilEquilibrium | None:
+    if until is None or isinstance(until, UntilEquilibrium):
+        return until
+    if isinstance(until, str) and until == "equilibrium":
+        return UntilEquilibrium()
+    raise IntegratorError(
+        f'until={until!r} is unknown: use "equilibrium" or pcdyn.UntilEquilibrium(tolerance=…)'
+    )
+
+
+def _checked_times(t1: Any, times: Numbers | None) -> np.ndarray:
+    given, t1 = t1, checked_number(t1, "t1", above=0, error=TimesError)
+    if times is None:
+        return np.linspace(0.0, t1, _DEFAULT_SAVES)
+    array = as_host_array(times, "times", error=TimesError)
+    if array.ndim != 1 or array.size == 0:
+        raise TimesError(f"times must be a vector of at least one time, got shape {array.shape}")
+    # A time that is t1 up to the round-off of either's dtype is t1.
+    latest = t1 * (1 + round_off(given, times))
+    array = np.where((array > t1) & (array <= latest), t1, array)
+    if np.any(np.diff(array) <= 0):
+        where = int(np.argmax(np.diff(array) <= 0))
+        raise TimesError(
+            f"times must increase, but times[{where + 1}] = {array[where + 1]:g} follows "
+            f"{array[where]:g}; sort them and drop repeats"
+        )
+    if array[0] < 0 or array[-1] > t1:
+        raise TimesError(
+            f"times from {array[0]:.17g} to {array[-1]:.17g} leave the integrated range 0 … "
+            f"{t1:.17g}"
+        )
+    return array
+
+
+class Observed(eqx.Module):
+    """What is derived from the activities at the saved times."""
+
+    errors: tuple[Any, ...]
+    energies: Any
+    norms: Any
+
+
+@eqx.filter_jit
+def _observe(problem: Problem, states: State) -> Observed:
+    flow = Flow(problem)
+
+    def at(state: State) -> Observed:
+        errors, energies = problem.observe(state, flow.first_prediction)
+        return Observed(errors, energies, flow.norms(state))
+
+    return jax.vmap(at)(states)
+
+
+def _traced_trajectory(
+    problem: Problem, request: Request, run: Integration, method: Integrator
+) -> Trajectory:
+    states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
+    observed = _observe(request.problem, states)
+    run = _without_overflow(run, observed)
+    found = _build(problem, run, observed, states, times, method, request.problem)
+    # As arrays, counts and times get the axis of the networks as all the rest does.
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, int | float) else x, found)
+
+
+def _without_overflow(run: Integration, observed: Observed) -> Integration:
+    """A field can vanish because the energy it is of has overflowed: that is no equilibrium."""
+    module = np if isinstance(observed.energies, np.ndarray) else jnp
+    last = observed.energies[-1]
+    finite = module.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
+    vanished = (run.status == Status.CONVERGED) & ~finite
+    status = module.where(vanished, int(Status.NON_FINITE), run.status)
+    return dataclasses.replace(run, status=status)
+
+
+def _build(
+    problem: Problem,
+    run: Integration,
+    observed: Observed,
+    states: State,
+    times: Any,
+    method: Integrator,
+    integrated: Problem,
+    **rest: Any,
+) -> Trajectory:
+    """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
+    errors, interpolation = observed.errors, run.interpolation
+    if interpolation is not None:
+        interpolation = _DenseActivities(problem, integrated, interpolation)
+    states = _layers_of(integrated, states)
+    if isinstance(integrated, StackedProblem):
+        errors = integrated.unpack_errors(errors)
+    module = np if isinstance(times, np.ndarray) else jnp
+    activities = tuple(
+        module.broadcast_to(module.asarray(x), (len(times), *x.shape))
+        if index not in problem.free_layers
+        else module.asarray(x)
+        for index, x in enumerate(problem.activities(states))
+    )
+    return Trajectory(
+        times=times,
+        activities=activities,
+        prediction_errors=errors,
+        energies=observed.energies,
+        vector_field_norms=observed.norms,
+        status_codes=run.status,
+        end_time=run.end_time,
+        vector_field_evaluations=run.evaluations,
+        jacobian_evaluations=run.jacobian_evaluations,
+        accepted_steps=run.accepted_steps,
+        rejected_steps=run.rejected_steps,
+        interpolation=interpolation,
+        integrator=method.name,
+        free_layers=problem.free_layers,
+        network=problem.network_at(states),
+        precisions=problem.precisions_at(states),
+        round_off=run.round_off,
+        **rest,
+    )
+
+
+class _DenseActivities(eqx.Module):
+    """Dense output of the state as activities of all layers."""
+
+    problem: Problem
+    integrated: Problem
+    interpolation: Any
+
+    def __call__(self, t: Any) -> tuple[Any, ...]:
+        state = self.interpolation(jnp.asarray(t))
+        return self.problem.activities(_layers_of(self.integrated, state))
+
+
+def _layers_of(problem: Problem, state: State) -> State:
+    """An array for each free layer, whatever the state of the problem is."""
+    return problem.unpack(state) if isinstance(problem, StackedProblem) else state
+
+
+def _trajectory(
+    problem: Problem,
+    request: Request,
+    run: Integration,
+    observed: Observed,
+    method: Integrator,
+    fallback: str,
+    clock: Stopwatch,
+) -> Trajectory:
+    """The trajectory without padding: the times reached, and the end if it came early."""
+    times, end = request.times, float(np.max(run.end_time))
+    worst = worst_status(run.status)
+    rows = np.flatnonzero(times <= end)
+    ended_early = worst is not Status.REACHED_T1 and (rows.size == 0 or times[rows[-1]] < end)
+    if ended_early and np.isfinite(observed.norms[-1]).any():
+        rows = np.append(rows, len(times))
+    all_times = np.append(times, end)[rows]
+    states = tuple(x[rows] for x in run.states)
+    observed = jax.tree.map(lambda x: x[rows], observed)
+    return _build(
+        on_host(problem), run, observed, states, all_times, method, request.problem,
+        fallback=fallback, message=_message(worst, run, method),
+        compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
+    )  # fmt: skip
+
+
+def _message(status: Status, run: Integration, method: Integrator) -> str:
+    text = f"{status.name}: {status.explanation}"
+    if method.fixed_step is not None and status in (Status.NON_FINITE, Status.UNSTABLE_STEP):
+        text += f" (dt={method.fixed_step:g})"
+    failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
+    if np.ndim(run.status) and failed.size:
+        shown = ", ".join(map(str, failed[:MOST_SAMPLES_NAMED]))
+        more = ", ..." if failed.size > MOST_SAMPLES_NAMED else ""
+        text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
+    return f"{text}. {run.message}" if run.message else text

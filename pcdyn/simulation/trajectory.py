@@ -1,0 +1,302 @@
+"""What `simulate` returns: activities in time, what follows from them, and how it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import (
+    as_host_array,
+    as_sequence,
+    checked_integer,
+    checked_number,
+    is_traced,
+)
+from pcdyn.errors import (
+    DenseOutputError,
+    ShapeError,
+    Status,
+    Statuses,
+    TimesError,
+    worst_status,
+)
+from pcdyn.model.energies.energy import LayerEnergies
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Trajectory(LayerEnergies):
+    """The activities of a network in time.
+
+    Arrays are NumPy arrays on the host (JAX arrays under a transformation such as `jax.vmap`).
+    Axes are time first, then the sample if there is a batch, then units or layers.
+
+    - `times`: shape `(time,)`, in units of the activity time constant.
+    - `activities`: `activities[l]` is layer l = 0 … L, shape `(time, [batch,] n_l)`, clamped
+      layers included.
+    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L.
+    - `energies`: E_1 … E_L, shape `(time, [batch,] L)`.
+    - `vector_field_norms`: ‖dx_l/dt‖ of each free layer, shape `(time, [batch,] free layers)`.
+    - `status_codes`: a `pcdyn.Status` as an integer, one for all or one per sample.
+    - `end_time`: where integration ended, one for all or one per sample.
+    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
+      the solver, its step choice and its stopping test; one for all or one per sample; `None`
+      where the method does not report them.
+    - `compile_seconds`, `run_seconds`: wall time.
+    - `integrator`: its name; `fallback`: why another one took over, or an empty string.
+    - `message`: how it ended, with the remedy if it failed.
+    - `free_layers`: the indices of the layers that were not clamped.
+    - `network`: where weights move, the network whose arrays have the time axis first; otherwise
+      `None`.
+    - `precisions`: where precisions move, `precisions[l - 1]` is Π_l with the time axis first, as
+      in `pcdyn.Gaussian`: a number, a diagonal or a matrix; otherwise `None`.
+    - `round_off`: by how much round-off may have moved any activity, estimated, where the
+      integrator knows (`pcdyn.Exact`); otherwise `None`. It is not written to files.
+
+    With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
+    and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
+    of several networks has their axis before all others: take one with
+    `jax.tree.map(lambda x: x[0], trajectory)`.
+    """
+
+    times: Any
+    activities: tuple[Any, ...]
+    prediction_errors: tuple[Any, ...]
+    energies: Any
+    vector_field_norms: Any
+    status_codes: Any
+    end_time: Any
+    vector_field_evaluations: Any
+    jacobian_evaluations: Any
+    accepted_steps: Any
+    rejected_steps: Any
+    compile_seconds: Any = 0.0
+    run_seconds: Any = 0.0
+    interpolation: Callable[[Any], tuple[Any, ...]] | None = None
+    network: Any = None
+    precisions: Any = None
+    round_off: Any = None
+    integrator: str = eqx.field(static=True, default="")
+    fallback: str = eqx.field(static=True, default="")
+    message: str = eqx.field(static=True, default="")
+    free_layers: tuple[int, ...] = eqx.field(static=True, default=())
+
+    @property
+    def status(self) -> Status | tuple[Status, ...]:
+        """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`."""
+        self._one_network()
+        codes = np.asarray(self.status_codes)
+        if codes.ndim == 0:
+            return Status(int(codes))
+        return Statuses(Status(int(code)) for code in codes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every sample was integrated to its end without a failure."""
+        return worst_status(self.status_codes).ok
+
+    @property
+    def final(self) -> tuple[Any, ...]:
+        """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
+        # Before the axis of time is that of several networks, if there are any.
+        *networks, count = np.shape(self.times)
+        if count == 0:
+            raise TimesError(f"no time was saved before the run ended: {self.message}")
+        return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
+
+    def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
+
+        Arguments: `reference`, activities x_0 … x_L (entries may be `None` where not needed), or
+        anything with such `activities`; `layers` to compare, the free ones unless given. A
+        reference without a time axis is held constant in time.
+        """
+        here, there = self._pair(reference, layers)
+        return np.linalg.norm(here - there, axis=-1) if _on_host(here) else _norm(here - there)
+
+    def cosine_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Cosine similarity of the activities with `reference`; arguments as `distance_to`.
+
+        NaN where either vanishes, for it has no direction there.
+        """
+        here, there = self._pair(reference, layers)
+        module = np if _on_host(here) else jnp
+        product = (here * there).sum(-1)
+        lengths = module.sqrt((here**2).sum(-1) * (there**2).sum(-1))
+        return product / module.where(lengths > 0, lengths, np.nan)
+
+    def angle_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+        """Angle of the activities to `reference` in radians; arguments as `distance_to`."""
+        cosine = self.cosine_to(reference, layers=layers)
+        module = np if _on_host(cosine) else jnp
+        return module.arccos(module.clip(cosine, -1, 1))
+
+    def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
+        """Both as arrays of shape (time, [batch,] units) that fit together."""
+        self._one_network()
+        wanted = "activities x_0 … x_L, or what has them, such as an Equilibrium or a Trajectory"
+        there = as_sequence(getattr(reference, "activities", reference), "reference", wanted)
+        if len(there) != len(self.activities):
+            raise ShapeError(
+                f"the reference has {len(there)} layers, the trajectory {len(self.activities)}; "
+                "give all activities x_0 … x_L, with None where not needed"
+            )
+        self._check_same_times(reference)
+        chosen = self.free_layers if layers is None else self._checked_layers(layers)
+        module = np if _on_host(self.times) and not is_traced(there) else jnp
+        here = module.concatenate([self.activities[i] for i in chosen], axis=-1)
+        parts = [_layer_of(there[i], i, module) for i in chosen]
+        if len({part.shape[:-1] for part in parts}) != 1:
+            raise ShapeError(
+                f"the layers of the reference have the shapes {[part.shape for part in parts]}, "
+                "which differ in their times or samples"
+            )
+        stacked = module.concatenate(parts, axis=-1)
+        if isinstance(reference, Trajectory):
+            # One sample against a batch: the same for every sample, time by time.
+            if (here.ndim, stacked.ndim) == (3, 2):
+                stacked = stacked[:, None]
+            fits = stacked.ndim == here.ndim and stacked.shape[1:] in (
+                here.shape[1:],
+                (1, here.shape[-1]),
+            )
+        else:
+            fits = stacked.shape in (here.shape, here.shape[1:], here.shape[-1:])
+        if not fits:
+            raise ShapeError(
+                f"the reference of shape {stacked.shape} does not fit the trajectory of shape "
+                f"{here.shape}: (time, [batch,] units of the layers that are compared)"
+            )
+        return here, module.broadcast_to(stacked, here.shape)
+
+    def _checked_layers(self, layers: Any) -> tuple[int, ...]:
+        most = len(self.activities) - 1
+        chosen = tuple(
+            checked_integer(index, "each of layers", at_least=0, at_most=most, error=ShapeError)
+            for index in as_sequence(layers, "layers", "a list of indices of layers")
+        )
+        if not chosen:
+            raise ShapeError(f"layers is empty: name some of 0 … {most}, or leave it out")
+        return chosen
+
+    def _check_same_times(self, reference: Any) -> None:
+        if not isinstance(reference, Trajectory) or is_traced(self.times, reference.times):
+            return
+        mine, theirs = np.asarray(self.times), np.asarray(reference.times)
+        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=1e-6, atol=0):
+            raise TimesError(
+                "the two trajectories are saved at different times; simulate both with the same "
+                "t1 and times"
+            )
+
+    def _one_network(self) -> None:
+        if not is_traced(self.times) and np.ndim(self.times) != 1:
+            raise ShapeError(
+                "this trajectory is of several networks: take one first, such as "
+                "jax.tree.map(lambda x: x[0], trajectory)"
+            )
+
+    def __call__(self, t: Any) -> tuple[Any, ...]:
+        """The activities x_0 … x_L at any time between 0 and the end, by dense output.
+
+        A sample that ended before the others is held, or NaN if it failed. Raises
+        `DenseOutputError` without `dense=True`, and `TimesError` outside that range.
+        """
+        self._one_network()
+        if self.interpolation is None:
+            raise DenseOutputError(
+                "this trajectory holds its saved times only: simulate with dense=True, or name "
+                "the times you need"
+            )
+        if not is_traced(t, self.end_time):
+            end = float(np.max(np.asarray(self.end_time)))
+            what = "t, a time of the integrated range,"
+            known = checked_number(t, what, at_least=0, error=TimesError)
+            latest = end * (1 + round_off(t))
+            t = min(checked_number(known, what, at_most=latest, error=TimesError), end)
+        return self.interpolation(t)
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the activities of the free layers; see `pcdyn.plotting.activities`."""
+        # plotting stands above this module: importing it here keeps matplotlib out of start-up.
+        import pcdyn
+
+        return pcdyn.plotting.activities(self, ax=ax, **options)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with named dimensions and units; see `pcdyn.io.trajectories`."""
+        import pcdyn
+
+        return pcdyn.io.trajectories.to_xarray(self)
+
+    def to_netcdf(self, path: Any) -> None:
+        """Write to a NetCDF file, at once or not at all; see `pcdyn.io.trajectories`."""
+        import pcdyn
+
+        pcdyn.io.trajectories.save(self, path)
+
+    def __repr__(self) -> str:
+        if is_traced(self.times) or np.ndim(self.times) != 1:
+            return f"Trajectory of several networks with {self.integrator}: not indexed yet"
+        widths = [x.shape[-1] for x in self.activities]
+        batch = self.energies.shape[1] if np.ndim(self.energies) == 3 else None
+        samples = "one sample" if batch is None else f"{batch} samples"
+        if len(self.times) == 0:
+            return f"Trajectory of {widths} units, {samples}, no saved times: {self.message}"
+        lines = [
+            f"Trajectory of {widths} units, {samples}, {len(self.times)} times from "
+            f"{self.times[0]:g} to {self.times[-1]:g}",
+            f"  {self.integrator}: {self.message}",
+            f"  evaluations {_total(self.vector_field_evaluations)}, steps accepted "
+            f"{_total(self.accepted_steps)}, rejected {_total(self.rejected_steps)}",
+            f"  free energy {np.mean(self.free_energy[0]):.4g} -> "
+            f"{np.mean(self.free_energy[-1]):.4g}, largest vector field at the end "
+            f"{np.max(self.vector_field_norms[-1]):.2g}",
+            f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
+        ]
+        if self.fallback:
+            lines.insert(2, f"  fell back to {self.fallback}")
+        return "\n".join(lines)
+
+
+def round_off(*times: Any) -> float:
+    """By how much, relative to them, times that are meant to be equal can differ in their dtypes.
+
+    A few eps: 3 · 0.1 > 0.3, and every second float32 is above its decimal.
+    """
+    dtypes = [np.asarray(t).dtype for t in times]
+    floats = [dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(float) for dtype in dtypes]
+    return 4 * max(float(jnp.finfo(dtype).eps) for dtype in floats)
+
+
+def _layer_of(values: Any, index: int, module: Any) -> Any:
+    """A layer of a reference as an array of JAX or NumPy with an axis of units."""
+    if values is None:
+        raise ShapeError(f"the reference has no layer {index}, which is compared")
+    name = f"layer {index} of the reference"
+    is_array = isinstance(values, np.ndarray | jax.Array)
+    if is_array and jnp.issubdtype(values.dtype, jnp.floating):
+        array = module.asarray(values)
+    else:
+        array = as_host_array(values, name, finite=False)
+    if array.ndim == 0:
+        raise ShapeError(f"{name} is a single number, not one for each unit")
+    return array
+
+
+def _total(count: Any) -> str:
+    return "not reported" if count is None else str(int(np.sum(count)))
+
+
+def _on_host(array: Any) -> bool:
+    return isinstance(array, np.ndarray)
+
+
+def _norm(x: Any) -> Any:
+    return jnp.linalg.norm(x, axis=-1)
