@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -102,7 +104,20 @@ class DataError(InputError):
     """A file or a folder of data is missing, corrupt, truncated or not what it claims to be."""
 
 
-class Status(enum.IntEnum):
+class _Outcome(enum.IntEnum):
+    """How something ended."""
+
+    @property
+    def ok(self) -> bool:
+        raise NotImplementedError
+
+    @classmethod
+    def failed(cls, codes: Any) -> Any:
+        """Which of these integers, alone or in an array of any kind, are no success."""
+        return functools.reduce(operator.and_, (codes != int(s) for s in cls if s.ok))
+
+
+class Status(_Outcome):
     """How a simulation ended; `explanation` gives cause and remedy.
 
     The integer values are what `pcdyn.Trajectory.status_codes` holds under `jax.vmap` and in files.
@@ -172,7 +187,7 @@ class Statuses(tuple[Any, ...]):
         return f"({len(self)} samples: {counts})"
 
 
-class EquilibriumStatus(enum.IntEnum):
+class EquilibriumStatus(_Outcome):
     """How the search for an equilibrium ended; `explanation` gives cause and remedy."""
 
     CONVERGED = 0
@@ -288,7 +303,7 @@ def simulation_error(status: Status, message: str, trajectory: Any) -> Simulatio
 def worst_status(codes: Any) -> Status:
     """The status to report for several samples: the failure that most of them share, or success."""
     values, counts = np.unique(np.asarray(codes), return_counts=True)
-    failed = [(count, value) for value, count in zip(values, counts, strict=True) if value > 1]
-    if failed:
-        return Status(int(max(failed)[1]))
-    return Status(int(values.min()))
+    failed = Status.failed(values)
+    if failed.any():
+        return Status(max(zip(counts[failed], values[failed], strict=True))[1])
+    return Status(values.min())

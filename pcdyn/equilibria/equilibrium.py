@@ -97,7 +97,7 @@ class Equilibrium(LayerEnergies):
     @property
     def ok(self) -> bool:
         """Whether every sample is at an equilibrium."""
-        return all(EquilibriumStatus(int(code)).ok for code in np.ravel(self.status_codes))
+        return not np.any(EquilibriumStatus.failed(np.asarray(self.status_codes)))
 
     @property
     def state(self) -> State:
@@ -144,7 +144,7 @@ class Equilibrium(LayerEnergies):
         )
         distance = _distance(rest.state, self.state)
         displacement = _distance(self.start, self.state)
-        settled = np.isin(rest.status_codes, [s for s in EquilibriumStatus if s.ok])
+        settled = ~EquilibriumStatus.failed(np.asarray(rest.status_codes))
         agrees = distance <= tolerance * displacement
         return Basin(agrees, settled, distance, displacement, rest)
 

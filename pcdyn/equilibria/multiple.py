@@ -82,7 +82,7 @@ def multiple_equilibria(
     many = problem.with_data(data[0], data[1])
     found = equilibrium(many, method=method, initial=starts, tolerance=tolerance, throw=False)
     ends = np.concatenate(found.state, axis=-1)
-    rests = np.array([EquilibriumStatus(int(code)).ok for code in found.status_codes])
+    rests = ~EquilibriumStatus.failed(np.asarray(found.status_codes))
     order = np.argsort(np.where(rests, found.free_energy, np.inf), kind="stable")
     chosen: list[int] = []
     basin_of = np.full(count, -1)

@@ -111,7 +111,7 @@ class _HeldEnds(eqx.Module):
 def _with_held_ends(run: Integration, start: State) -> Integration:
     if run.interpolation is None:
         return run
-    failed = run.status > Status.CONVERGED
+    failed = Status.failed(run.status)
     held = _HeldEnds(run.interpolation, start, run.end_state, run.end_time, failed)
     return dataclasses.replace(run, interpolation=held)
 
@@ -143,13 +143,12 @@ def _without_non_finite(run: Integration, times: Any, xp: Any) -> Integration:
     finite_rows = [xp.all(xp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in run.states]
     finite = xp.cumprod(xp.stack(finite_rows).all(axis=0)).astype(bool)
     diverged = ~finite[-1]
-    status = xp.where(
-        diverged & (run.status <= Status.CONVERGED), int(Status.NON_FINITE), run.status
-    )
+    kept = Status.failed(run.status) | ~diverged
+    status = xp.where(kept, run.status, int(Status.NON_FINITE))
     last_finite_time = xp.max(xp.where(finite[:-1], times, 0))
     end_time = xp.where(diverged, xp.minimum(last_finite_time, run.end_time), run.end_time)
     # After a success the end state is held; after a failure there is none to show.
-    failed = status > Status.CONVERGED
+    failed = Status.failed(status)
     shown = finite & ~(failed & xp.append(times > end_time, True))
     states = tuple(
         xp.where(shown.reshape(-1, *[1] * (x.ndim - 1)), x, xp.asarray(xp.nan, x.dtype))
@@ -166,8 +165,8 @@ def _with_stability(run: Integration, problem: Problem, state: State) -> Integra
     last = jnp.where(jnp.isnan(energy[-1]), -jnp.inf, energy[-1])
     margin = 1e-3 * energy[0] + 1e3 * jnp.finfo(energy.dtype).eps
     unstable = jnp.any(last > jnp.nanmin(energy, axis=0) + margin)
-    ok = run.status <= Status.CONVERGED
-    status = jnp.where(unstable & ok, int(Status.UNSTABLE_STEP), run.status)
+    kept = Status.failed(run.status) | ~unstable
+    status = jnp.where(kept, run.status, int(Status.UNSTABLE_STEP))
     return dataclasses.replace(run, status=status)
 
 
@@ -267,7 +266,7 @@ def _joined(run: Integration, request: Request) -> Integration:
     end_time, end_state = np.max(run.end_time), run.end_state
     if not status.ok:
         times = np.asarray(request.times)
-        first = np.min(np.asarray(run.end_time)[run.status > Status.CONVERGED])
+        first = np.min(np.asarray(run.end_time)[Status.failed(run.status)])
         rows = np.flatnonzero(times <= first)
         end_time = times[rows[-1]] if rows.size else 0.0
         end_state = tuple(x[rows[-1]] for x in run.states) if rows.size else request.state

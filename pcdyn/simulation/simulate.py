@@ -396,7 +396,7 @@ def _message(status: Status, run: Integration, method: Integrator) -> str:
     text = f"{status.name}: {status.explanation}"
     if method.fixed_step is not None and status in (Status.NON_FINITE, Status.UNSTABLE_STEP):
         text += f" (dt={method.fixed_step:g})"
-    failed = np.flatnonzero(np.atleast_1d(run.status) > Status.CONVERGED)
+    failed = np.flatnonzero(Status.failed(np.atleast_1d(run.status)))
     if np.ndim(run.status) and failed.size:
         shown = ", ".join(map(str, failed[:MOST_SAMPLES_NAMED]))
         more = ", ..." if failed.size > MOST_SAMPLES_NAMED else ""
