@@ -2,8 +2,8 @@
 
 from pcdyn.references import linear, output_error
 from pcdyn.references.algorithms import (
-    Backpropagation,
-    TargetPropagation,
+    BackpropagationPass,
+    TargetPropagationPass,
     backpropagation,
     feedforward,
     local_gradient,
@@ -11,8 +11,8 @@ from pcdyn.references.algorithms import (
 )
 
 __all__ = [
-    "Backpropagation",
-    "TargetPropagation",
+    "BackpropagationPass",
+    "TargetPropagationPass",
     "backpropagation",
     "feedforward",
     "linear",

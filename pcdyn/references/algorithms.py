@@ -36,7 +36,7 @@ def feedforward(problem: InferenceProblem) -> Activities:
     return problem.network.feedforward(problem.input)
 
 
-class Backpropagation(eqx.Module):
+class BackpropagationPass(eqx.Module):
     """What `backpropagation` computes.
 
     - `activities`: the feedforward pass x_0 … x_L.
@@ -53,7 +53,7 @@ class Backpropagation(eqx.Module):
     loss: Float[Array, "*batch"]
 
 
-def backpropagation(problem: InferenceProblem) -> Backpropagation:
+def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
     """Backpropagation of the output loss ℒ through the feedforward pass.
 
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
@@ -76,7 +76,7 @@ def backpropagation(problem: InferenceProblem) -> Backpropagation:
         gradients.insert(0, layer_gradient)
         if index > 1:
             deltas.insert(0, delta)
-    return Backpropagation(activities, tuple(deltas), _as_network(network, gradients), loss)
+    return BackpropagationPass(activities, tuple(deltas), _as_network(network, gradients), loss)
 
 
 def local_gradient(
@@ -111,7 +111,7 @@ def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[An
     return jax.tree.map(jnp.negative, layer_gradient), delta_below
 
 
-class TargetPropagation(eqx.Module):
+class TargetPropagationPass(eqx.Module):
     """What `target_propagation` computes.
 
     - `reachable`: for each layer l = 1 … L, whether each unit's target lies strictly inside the
@@ -149,7 +149,7 @@ class TargetPropagation(eqx.Module):
         )
 
 
-def target_propagation(problem: InferenceProblem) -> TargetPropagation:
+def target_propagation(problem: InferenceProblem) -> TargetPropagationPass:
     """Target propagation by exact inverses: `t_L = T`, `t_{l−1} = W_l⁺ (f_l⁻¹(t_l) − b_l)`.
 
     The equilibrium of the flow with the input free, where the targets exist (Theorem 3.3, Eq 3).
@@ -180,7 +180,7 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagation:
         below = _solve_layer(layer, preimage)
         exists = exists & _solves(layer, below, preimage)
         values.insert(0, below)
-    return TargetPropagation(tuple(values), tuple(reachable), exists)
+    return TargetPropagationPass(tuple(values), tuple(reachable), exists)
 
 
 def _invertible_dense(network: Network, index: int) -> tuple[Dense, Elementwise]:
