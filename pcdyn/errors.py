@@ -45,7 +45,7 @@ class SizeError(InputError):
 
 
 class PrecisionError(InputError):
-    """A precision is not symmetric positive definite (MATHS: the flow would not be a gradient)."""
+    """A precision is not symmetric positive definite (the flow would not be a gradient)."""
 
 
 class IllPosedEnergyError(InputError):

@@ -1,4 +1,4 @@
-"""Random predictive coding problems, and MATHS §1–2 written again in plain NumPy.
+"""Random predictive coding problems, and docs/maths.md §1–2 written again in plain NumPy.
 
 A `Case` holds NumPy arrays only, so that an oracle computed from it shares no code with pcdyn;
 `Case.network` and `Case.problem` hand the same numbers to pcdyn.
@@ -160,7 +160,7 @@ class Case:
         return self.layer_energies(activities).sum(axis=-1)
 
     def field(self) -> list[np.ndarray]:
-        """τ_l ẋ_l = −Π_l ε_l + W_{l+1}ᵀ diag(f'_{l+1}) Π_{l+1} ε_{l+1} (MATHS §2)."""
+        """τ_l ẋ_l = −Π_l ε_l + W_{l+1}ᵀ diag(f'_{l+1}) Π_{l+1} ε_{l+1} (docs/maths.md §2)."""
         weighted = [
             error @ self.precision(index)
             for index, error in enumerate(self.errors(self.activities), start=1)

@@ -1,4 +1,4 @@
-"""The command line: `pcdyn simulate | equilibrium | compare | stability`."""
+"""The command line: `pcdyn simulate | equilibrium | compare | stability | verify`."""
 
 from pcdyn.cli.main import main, run
 

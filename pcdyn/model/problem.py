@@ -103,7 +103,7 @@ class InferenceProblem(Problem):
     `(batch, n_l)`; *activities* are all layers x_0 … x_L, clamped ones included. The dtype of the
     network's weights is the dtype of everything: data are converted to it. With the input free
     there is no prediction of x_0 and no prior on it. The flow is −∂F/∂x by automatic
-    differentiation of the energy (MATHS of the paper: Eq 1; Eqs 6 and 30–33 have the sign
+    differentiation of the energy (docs/maths.md: Eq 1; Eqs 6 and 30–33 have the sign
     reversed).
 
     Raises `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit, and

@@ -1,6 +1,6 @@
 """Deep networks in loops over equal layers are the same networks.
 
-Oracle: MATHS §2 in NumPy, LAPACK on the dense matrix, and the short network written out.
+Oracle: docs/maths.md §2 in NumPy, LAPACK on the dense matrix, and the short network written out.
 """
 
 from __future__ import annotations

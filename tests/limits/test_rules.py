@@ -1,4 +1,4 @@
-"""Each learning rule against its limit (MATHS §4), with its order, and against NumPy.
+"""Each learning rule against its limit (docs/maths.md §4), with its order, and against NumPy.
 
 The oracle is written out layer by layer: `−(f'_l ∘ d_l) x_{l−1}ᵀ`, summed over the batch.
 """
