@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.planted_mistakes import MISTAKES, Mistake
 
 ROOT = Path(__file__).parents[1]
-_PARTS = ("pcdyn", "experiments", "tests", "paper_figures", "pyproject.toml", "README.md",
+_PARTS = ("pcdyn", "experiments", "tests", "docs", "paper_figures", "pyproject.toml", "README.md",
           "requirements.lock", "Makefile")  # fmt: skip
 # Of one run of tests. Whoever waits notices a mistake that makes them hang.
 _SECONDS = 900
