@@ -2,10 +2,9 @@
 # set-up in .venv:
 #   make figures   regenerates the paper's figures into build/figures and prints the claims
 #   make test      runs the tests
-# For development: make lint, make format, make lock; make thorough, the tests that make test leaves
-# out, which are more of the same; and make mutants, which plants mistakes and sees that the tests
-# notice them (half an hour). PYTHON=python3.13 chooses an interpreter, in an environment that
-# replaces the one before.
+# For development: make lint, make format, make lock; make test-slow, the tests that take longer than
+# seconds each; and make mutants, which plants mistakes and sees that the tests notice them (half an
+# hour). PYTHON=python3.13 chooses an interpreter, in an environment that replaces the one before.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,16 +12,16 @@ UV ?= uv
 # One environment at a time: another interpreter makes it anew.
 INSTALLED := .venv/installed-$(subst /,-,$(PYTHON))
 
-.PHONY: figures test thorough mutants lint format lock
+.PHONY: figures test test-slow mutants lint format lock
 
 figures: $(INSTALLED)
 	$(BIN)/python -m experiments
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not thorough"
+	$(BIN)/python -m pytest -m "not slow"
 
-thorough: $(INSTALLED)
-	$(BIN)/python -m pytest -m thorough
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants

@@ -29,8 +29,8 @@ def drawing() -> str:
     for floor in floors:
         for room in floor:
             text = textwrap.wrap(_sentence(room), _WIDTH - 20)
-            rows += [f"| {name:<14} {line:<{_WIDTH - 19}} |"
-                     for name, line in zip([room, *[""] * len(text)], text, strict=False)]  # fmt: skip
+            names = [room, *[""] * len(text)]
+            rows += [f"| {a:<14} {b:<{_WIDTH - 19}} |" for a, b in zip(names, text, strict=False)]
         rows.append(rule)
     return "```text\n" + "\n".join(rows) + "\n```\n"
 

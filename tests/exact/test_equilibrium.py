@@ -741,6 +741,7 @@ def test_tangents_are_those_of_the_implicit_function() -> None:
     assert np.all(np.isfinite(residuals))
 
 
+@pytest.mark.slow
 def test_networks_are_mapped_over_under_jit() -> None:
     """jax.vmap over three networks, jitted, is a loop on the host; nothing is raised there."""
     made = [mild(s, "tanh")[0] for s in range(3)]
@@ -837,6 +838,7 @@ def test_another_well_than_that_of_the_flow_is_told() -> None:
     assert found.basin(flow=FlowToRest(t1=1e-3)).settled.tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_gauss_newton_jumps_and_the_basin_tells() -> None:
     """Twenty wide with weights of standard deviation 1: the verdict is that of SciPy's flow.
 

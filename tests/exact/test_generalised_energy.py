@@ -204,6 +204,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXED)
 def test_equilibrium_and_learning_agree_with_scipy(name: str) -> None:
     """The default solver, Gauss–Newton, ends at SciPy's minimum.

@@ -463,6 +463,7 @@ STOPPING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOPPING)
 def test_equilibrium_is_absolute_per_layer_and_not_before_its_time(name: str) -> None:
     """Zero start, data of 1e3, a small move beside a large constant, and `minimum_time`."""

@@ -175,6 +175,7 @@ def test_methods_on_their_own_do_not_claim_a_kink() -> None:
         assert found.status is EquilibriumStatus.SLIDING
 
 
+@pytest.mark.slow
 def test_the_top_of_a_kink_is_no_equilibrium() -> None:
     """All units off at the start, where JAX's slope vanishes and F falls beside.
 

@@ -58,6 +58,7 @@ def decoupled(activation: str, energy: Any = None, output: Any = (1.5, -1.5)) ->
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_chains_with_three_stationary_points_each_make_nine() -> None:
     """Four minima, four saddles and a maximum, at the pairs of roots that bisection finds."""
 
@@ -94,6 +95,7 @@ def test_two_chains_with_three_stationary_points_each_make_nine() -> None:
     assert portrait.stable.sum() == 4
 
 
+@pytest.mark.slow
 def test_kinks_are_found_and_arrived_at() -> None:
     """The second chain rests at its kink: x − 1.2 < 0 below 0, 145x + 34.8 > 0 above.
 
@@ -107,6 +109,7 @@ def test_kinks_are_found_and_arrived_at() -> None:
     assert (portrait.ends == np.where(portrait.trajectories[:, 0, 0] > 0, 0, 1)).all()
 
 
+@pytest.mark.slow
 def test_any_energy_will_do() -> None:
     """With cross-entropy the minimum is that of SciPy's simplex search, which needs no gradient."""
     problem = decoupled("identity", CrossEntropy(weight=2.0), output=(0.3, 0.7))

@@ -105,6 +105,7 @@ def test_lost_digits_are_said() -> None:
         pcdyn.simulate(problem_of(1e12), t1=1.0, integrator="exact")
 
 
+@pytest.mark.slow
 def test_compare_does_not_blame_others_for_the_reference() -> None:
     rodas = pcdyn.Diffrax("rodas5p", rtol=1e-8)
     table = pcdyn.compare({"rodas5p": rodas}, problem_of(1e8), t1=1.0, repeats=1)

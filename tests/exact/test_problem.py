@@ -1,4 +1,4 @@
-"""The gradient flow against autodiff of another free energy, docs/maths.md §2 and finite differences."""
+"""The gradient flow against another free energy, docs/maths.md §2 and differences."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_field_is_central_differences(case: Case) -> None:
 
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_every_setting_at_once(clamp: str) -> None:
-    """docs/maths.md §2 for each clamp mode with full precisions, biases, τ_l and mixed activations."""
+    """docs/maths.md §2 for each clamp, with full precisions, biases, τ_l and mixed activations."""
     for name in SMOOTH:
         case = build_case(
             seed=7, widths=(3, 2, 4, 3), clamp=clamp, precision="full", bias=True, slow=True,

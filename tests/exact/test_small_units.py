@@ -26,6 +26,7 @@ def linear_problem(scale: float) -> InferenceProblem:
     return InferenceProblem(net, input=scale * X, output=scale * Y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_precisions_in_other_units(scale: float) -> None:
     right = equilibrium(tanh_problem(1.0), tolerance=1e-12).activities[1]
@@ -60,6 +61,7 @@ def test_the_flow_stops_at_equilibrium_in_small_units(scale: float, integrator: 
     np.testing.assert_allclose(slow.final[1], right, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_samples_have_units_of_their_own() -> None:
     """A batch of one sample in units of 1, one in units of 1e-8 and one that is at rest."""
     net = linear_problem(1.0).network

@@ -90,6 +90,7 @@ def test_a_linear_network_has_the_eigenvalues_of_its_hessian_at_rest():
     assert not found.unstable.any() and found.complete and found.at == "equilibrium"
 
 
+@pytest.mark.slow
 def test_a_tanh_network_has_them_at_any_state_with_the_modes_of_its_layers():
     found = stability(TANH.problem, at=TANH.state)
     rates, modes = expected(TANH, TANH.state)
@@ -105,6 +106,7 @@ def tanh_run():
     return simulate(TANH.problem, t1=2.0, times=[0.0, 1.0, 2.0], initial=TANH.state)
 
 
+@pytest.mark.slow
 def test_it_is_taken_along_and_at_the_end_of_a_trajectory():
     run = tanh_run()
     along = stability_along(TANH.problem, run)
@@ -219,6 +221,7 @@ def test_just_below_the_bound_a_fixed_step_decays_and_just_above_it_grows(name):
         assert (growth < 1) == (factor < 1), (name, factor, growth)
 
 
+@pytest.mark.slow
 def test_a_fixed_step_above_the_bound_is_warned_of_with_the_number():
     bound = stability(TANH.problem, at=TANH.state).largest_euler_step.min()
     options = {"t1": 4 * bound, "times": [2 * bound], "initial": TANH.state, "throw": False}

@@ -158,6 +158,7 @@ def dense() -> Any:
     return diffrax.Kvaerno5(root_finder=finder)
 
 
+@pytest.mark.slow
 def test_structured_and_dense_steps_are_the_same() -> None:
     """The same numbers of steps and, but for the round-off of each, the same states.
 
@@ -196,6 +197,7 @@ def radau(case: Case, times: np.ndarray) -> np.ndarray:
     ).y.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clamp", "per_sample"), [("both", False), ("output", True)])
 def test_rodas5p_is_the_solution(clamp: str, per_sample: bool) -> None:
     """Linear: expm; tanh: Radau in NumPy; at the end and at times between steps.
@@ -258,6 +260,7 @@ def test_rodas5p_has_order_five_and_its_dense_output_order_four() -> None:
     assert ratios[0] > 2**4
 
 
+@pytest.mark.slow
 def test_rodas5p_without_structure_takes_the_same_steps() -> None:
     """The dense matrix, which flows of weights need, against the blocks."""
     case = stiff("both", "tanh", 2)
@@ -269,6 +272,7 @@ def test_rodas5p_without_structure_takes_the_same_steps() -> None:
     assert_close(case.stack(runs[0].final), case.stack(runs[1].final), 1e4 * ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_rodas5p_under_vmap_and_jit_is_the_loop() -> None:
     """Two inputs at once, each against itself alone."""
     case = stiff("both", "tanh", 2)

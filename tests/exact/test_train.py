@@ -203,6 +203,7 @@ def _start(path: Path, epochs: int) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_any_moment_resumes(tmp_path: Path) -> None:
     """SIGKILL at random moments, most of them while files are written, until it gets to its end."""
     path, epochs = tmp_path / "run.npz", 80

@@ -118,6 +118,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     """No more than so many bytes can be written: no crash, our error, the old file, nothing else.
 
@@ -159,6 +160,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_saving_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     """SIGKILL while two runs are saved in turn; the next save removes what was left behind."""
     both = [trajectory(), trajectory(batch=4)]

@@ -25,6 +25,7 @@ def run(program: str, seconds: float) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are Linux's")
 def test_many_shapes_keep_a_bounded_number_of_programs() -> None:
     """Maps stay below a bound and what one call takes; a network of a new shape takes about 200."""

@@ -25,6 +25,7 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
     assert {language for language, _ in BLOCKS} <= {"python", "sh", "toml"}
 
 
+@pytest.mark.slow
 def test_the_python_snippets_run_one_after_the_other(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +54,7 @@ def test_the_python_snippets_run_one_after_the_other(
     assert (tmp_path / "run.npz").is_file()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_shell_commands_run_as_printed(tmp_path: Path) -> None:
     """One after the other in one folder; `make` is what runs this (see .ci/run for both)."""
     scripts = Path(sys.executable).parent

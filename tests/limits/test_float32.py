@@ -154,6 +154,7 @@ def back(case: Case) -> tuple[Any, list[np.ndarray]]:
 # --- Simulation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_integrator_follows_the_flow(tmp_path: Path) -> None:
     """At precision ratios of 1, 1e2 and 1e4, and for each activation.
 
@@ -199,6 +200,7 @@ def euler(case: Case, dt: float, times: np.ndarray) -> np.ndarray:
 # --- Equilibria -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_finds_the_equilibrium(tmp_path: Path) -> None:
     """With its rates, the closed form, several starts, and the portrait of two units.
 
@@ -241,6 +243,7 @@ def test_every_method_finds_the_equilibrium(tmp_path: Path) -> None:
 # --- Comparison and references --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_comparisons_and_references(tmp_path: Path) -> None:
     """The ladder of tolerances is kept, orders are seen, and README's ten lines say so."""
 

@@ -77,6 +77,7 @@ def test_explicit_and_implicit_integrators_follow_it(method: Any) -> None:
     assert run.free_energy.sum(-1)[1] < run.free_energy.sum(-1)[0]
 
 
+@pytest.mark.slow
 def test_it_stops_where_both_rest() -> None:
     """`until` sees the weights too: data that can be interpolated end at F = 0."""
     case = build_case(seed=2, widths=(2, 3, 2), activations=("tanh",), batch=2)
@@ -90,6 +91,7 @@ def test_it_stops_where_both_rest() -> None:
     assert run.vector_field_norms.shape[-1] == 1 + 2
 
 
+@pytest.mark.slow
 def test_the_distance_to_the_adiabatic_limit_is_of_order_one() -> None:
     """Against dW/dt = −dF*/dW of a linear network, F* in closed form, by SciPy."""
     case = build_case(seed=3, widths=(2, 2, 2), batch=3)

@@ -162,6 +162,7 @@ def least_curvature_of_errors(case: Case, errors: Any) -> float:
     return min(float(eigh(np.asarray(h), precision, eigvals_only=True)[0]) for h in hessians)
 
 
+@pytest.mark.slow
 @few(max_examples=3)
 @given(seed=SEEDS)
 def test_a_relative_accuracy_is_kept(seed: int) -> None:
@@ -194,6 +195,7 @@ def test_a_relative_accuracy_is_kept(seed: int) -> None:
         assert np.all((missing <= residual * size(ours) / curvature + 1e-9)[near])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["unit", "number", "diagonal", "full"])
 def test_where_all_samples_have_the_same_jacobian_one_product_is_exact(precision: str) -> None:
     """The preconditioner is the inverse of a linear network's own system."""
@@ -206,6 +208,7 @@ def test_where_all_samples_have_the_same_jacobian_one_product_is_exact(precision
     assert int(found.iterations) == 1
 
 
+@pytest.mark.slow
 def test_what_few_steps_leave_is_handed_over() -> None:
     """Output precision 1e4, where full Gauss–Newton steps go astray; also under vmap."""
     case = tanh_case(1).replace(precisions=(1.0, 1.0, 1e4))
@@ -240,6 +243,7 @@ def test_euler_steps_are_the_updates_of_the_paper() -> None:
     assert_close(ours, pc_gradient(case, now.activities[1:-1]), ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_low_output_precision_is_backpropagation_with_order_one() -> None:
     """‖∇F*/λ − ∇ℒ‖ = O(λ), for a full output precision and for cross-entropy."""
     case = tanh_case(2, precision="full").replace()
@@ -321,6 +325,7 @@ def reachable_case(seed: int) -> Case:
     return case.replace(weights=tuple(np.eye(4) + 0.3 * w for w in case.weights))
 
 
+@pytest.mark.slow
 def test_target_propagation_learns_from_local_errors() -> None:
     """t_l − x̂_l with targets by NumPy; the first layer of PC tends to it as 1/ρ for Π_l = ρ^l."""
     case = reachable_case(0)
@@ -376,6 +381,7 @@ def test_inverses_learn_by_the_corrected_equation() -> None:
     assert_close(inverses[0].bias, 0.1 * missing.mean(0), ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_learned_inverses_become_the_exact_ones() -> None:
     """Square linear layers: V → W⁻¹, and with it both kinds of targets the exact targets."""
     case, problem = linear_problem(1, (3, 3, 3))
@@ -414,6 +420,7 @@ def test_an_output_step_takes_part_of_the_way() -> None:
     assert_close(rule.targets(problem, inverses)[-1], expected, ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_a_preset_of_predictive_coding() -> None:
     """∂F*/∂W by finite differences of F* where the output is a softmax."""
     case = tanh_case(7)

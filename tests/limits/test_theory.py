@@ -211,6 +211,7 @@ def test_condition_numbers_are_those_of_the_same_networks(monkeypatch: pytest.Mo
     assert not any(row.as_known for row in dynamics.condition_numbers(**settings)[:-1])
 
 
+@pytest.mark.slow
 def test_a_wrong_learning_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Theorem 3.6 integrates NumPy's −dF*/dW; pcdyn's is compared with it."""
     right = AdiabaticFlow.vector_field

@@ -42,6 +42,7 @@ def drawn(name: str, seed: int) -> Case:
     return case.replace(weights=tuple(0.3 * weight for weight in case.weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_methods_agree(name: str) -> None:
     """Two points with gradients g and g' lie within (‖g‖ + ‖g'‖) / λ_min of each other."""

@@ -221,7 +221,7 @@ def check(cells: dict[str, str], cell: str, ours: Any, theirs: Any, allowed: Any
 _FIRST = ("simulate, tsit5", "simulate, exact", "simulate, lsoda", "equilibrium, default",
           "linear_equilibrium", "stability", "rule, predictive coding, truncated",
           "rule, fixed prediction")  # fmt: skip
-_ROWS = [name if name in _FIRST else pytest.param(name, marks=pytest.mark.thorough)
+_ROWS = [name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow)
          for name in VERBS]  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def test_without_hidden_layers_and_with_a_free_input() -> None:
     np.testing.assert_allclose(jax.grad(jax.grad(f))(0.3), 0.3 / (1 - 0.09) ** 2, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_what_slides_has_no_derivative() -> None:
     """The host finds that it slides; under a transformation its status says so, by NaN."""
     net = pcdyn.mlp([5, 8, 8, 5], activation="relu", key=jr.key(0))
