@@ -64,7 +64,7 @@ def test_claims_hold_and_the_saved_data_give_the_saved_picture(name: str, tmp_pa
     save_picture(name, again, experiment_of(name).plot, data)
     first, second = (folder / f"{name}.png" for folder in (tmp_path, again))
     assert first.read_bytes() == second.read_bytes()
-    # A PDF has coordinates to ten decimals, the last of which depends on where arrays lie in memory.
+    # The last of ten decimals in a PDF depends on where arrays lie in memory.
     assert (tmp_path / f"{name}.pdf").read_bytes().rstrip().endswith(b"%%EOF")
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(name) and p != again]
 

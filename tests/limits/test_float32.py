@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import scipy.integrate
 
 from pcdyn.io.problems import save_problem
