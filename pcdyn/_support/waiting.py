@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
+import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,21 +14,29 @@ import jax
 
 _Result = TypeVar("_Result")
 _POLL_SECONDS = 0.1
+_LAST_SECONDS = 5.0
+# Computations that nobody waits for any more.
+_left: list[threading.Event] = []
 
 
-def interruptible(function: Callable[[], _Result]) -> _Result:
+def interruptible(
+    function: Callable[[], _Result], meanwhile: Callable[[], object] | None = None
+) -> _Result:
     """`function()`, which Ctrl-C ends within a second though JAX compiles or runs in it.
 
     JAX waits for XLA where no signal is handled. In the main thread, the only one that gets
     signals, the function is therefore computed by another thread, for which this one waits; what is
     interrupted goes on in the background until it is done, and its result is dropped. Where JAX has
     settings of this thread alone (`jax.enable_x64` and its like as contexts) it is computed here.
+    While it waits, `meanwhile` is called ten times a second.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
     settings = _settings()
     outcome: list[Any] = []
     declined = object()
+    # `Thread.is_alive` is wrong once Ctrl-C has interrupted `Thread.join`.
+    done = threading.Event()
 
     def compute() -> None:
         try:
@@ -33,12 +44,18 @@ def interruptible(function: Callable[[], _Result]) -> _Result:
         # It is raised again by the thread that waits.
         except BaseException as error:
             outcome.append((None, error))
+        finally:
+            done.set()
 
     context = contextvars.copy_context()
-    worker = threading.Thread(target=context.run, args=(compute,), daemon=True)
-    worker.start()
-    while worker.is_alive():
-        worker.join(_POLL_SECONDS)
+    threading.Thread(target=context.run, args=(compute,), daemon=True).start()
+    try:
+        while not done.wait(_POLL_SECONDS):
+            if meanwhile is not None:
+                meanwhile()
+    except BaseException:
+        _left.append(done)
+        raise
     ((result, error),) = outcome
     if error is not None:
         raise error
@@ -48,3 +65,20 @@ def interruptible(function: Callable[[], _Result]) -> _Result:
 def _settings() -> tuple[Any, ...]:
     """What JAX is set to in this thread."""
     return jax.config.values, jax.sharding.get_abstract_mesh()
+
+
+def _end_what_is_left() -> None:
+    """End the process where a computation that was interrupted still runs.
+
+    Python would abort it, with a message of the C++ library, once XLA returns to the interpreter
+    that has gone.
+    """
+    if not all(done.wait(_LAST_SECONDS) for done in _left):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+        os._exit(130 if interrupted else 1)
+
+
+atexit.register(_end_what_is_left)

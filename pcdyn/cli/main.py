@@ -8,10 +8,9 @@ import io
 import json
 import os
 import sys
-import threading
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +76,9 @@ def _code(arguments: list[str]) -> int:
 
 def _run(command: Command) -> str | None:
     """Execute, write and print; why it failed although there are results, if it did."""
+    from tqdm import tqdm
+
+    from pcdyn._support.waiting import interruptible
     from pcdyn.cli.commands import COMMANDS
     from pcdyn.cli.files import contents, targets, write
     from pcdyn.cli.network import settings_of
@@ -94,7 +96,9 @@ def _run(command: Command) -> str | None:
     with _float64(not settings.get("float32", False)):
         terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
         shows = terminal and not (options.json or options.quiet)
-        result, ready = _waiting_for(work, name, shows)
+        bar = tqdm(desc=name, bar_format="{desc}: {elapsed}", leave=False, disable=not shows)
+        with bar:
+            result, ready = interruptible(work, bar.refresh)
     if files:
         write(ready, options)
     if options.json:
@@ -105,33 +109,6 @@ def _run(command: Command) -> str | None:
         if files:
             print("wrote", ", ".join(map(str, files)))
     return result.failure
-
-
-def _waiting_for(work: Callable[[], Any], label: str, shows: bool) -> Any:
-    """What `work` returns or raises, while the seconds are shown.
-
-    It runs in a thread of its own: a compiled loop does not look for Ctrl-C, but this waiting does.
-    """
-    from tqdm import tqdm
-
-    outcome: list[Any] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target, name=f"pcdyn {label}", daemon=True)
-    with tqdm(desc=label, bar_format="{desc}: {elapsed}", leave=False, disable=not shows) as bar:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-            bar.refresh()
-    if errors:
-        raise errors[0]
-    return outcome[0]
 
 
 @contextlib.contextmanager
