@@ -98,7 +98,6 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     """`pcdyn equilibrium`."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
-    from pcdyn.io.problems import equilibrium_to_xarray
 
     solvers = [get_solver(name) for name in options.method]
     problem = build_problem(settings)
@@ -136,7 +135,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     return Result(
         summary=lines(summary),
         record=record,
-        dataset=lambda: _with_problem(equilibrium_to_xarray(found), problem),
+        dataset=lambda: _with_problem(found.to_xarray(), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.equilibrium(found, ax=axes[0])),
     )
 

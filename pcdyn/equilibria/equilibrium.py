@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -37,6 +37,9 @@ from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.model.energies.energy import LayerEnergies
 from pcdyn.model.problem import InferenceProblem, State, check_problem
 from pcdyn.model.stacked import StackedProblem, stacked
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class Equilibrium(LayerEnergies):
@@ -148,7 +151,23 @@ class Equilibrium(LayerEnergies):
         agrees = distance <= tolerance * displacement
         return Basin(agrees, settled, distance, displacement, rest)
 
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the activities and where the search began; see `pcdyn.plotting.equilibrium`."""
+        import pcdyn
+
+        return pcdyn.plotting.equilibrium(self, ax=ax, **options)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with named dimensions; see `pcdyn.io.equilibria`."""
+        import pcdyn
+
+        return pcdyn.io.equilibria.to_xarray(self)
+
     def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account, for all samples together."""
         if is_traced(self.energies) or np.ndim(self.energies) > 2:
             return f"Equilibrium of several networks by {self.method}"
         widths = [x.shape[-1] for x in self.activities]

@@ -1,5 +1,5 @@
 """Data sets, and files of trajectories, equilibria and problems."""
 
-from pcdyn.io import datasets, problems, trajectories
+from pcdyn.io import datasets, equilibria, problems, trajectories
 
-__all__ = ["datasets", "problems", "trajectories"]
+__all__ = ["datasets", "equilibria", "problems", "trajectories"]

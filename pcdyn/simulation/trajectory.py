@@ -242,6 +242,10 @@ class Trajectory(LayerEnergies):
         pcdyn.io.trajectories.save(self, path)
 
     def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account, for all samples together."""
         if is_traced(self.times) or np.ndim(self.times) != 1:
             return f"Trajectory of several networks with {self.integrator}: not indexed yet"
         widths = [x.shape[-1] for x in self.activities]
