@@ -294,7 +294,7 @@ def _in_sample(archive: _Archive, name: str) -> _File:
             f'no sample of {archive.name} ships with pcdyn; give source="download", or set '
             f"{FOLDER_VARIABLE} to a folder that holds {archive.name}/"
         )
-    path = importlib.resources.files("pcdyn") / "data" / f"{archive.sample}-{name}.gz"
+    path = importlib.resources.files("pcdyn.io") / "data" / f"{archive.sample}-{name}.gz"
     return _File(path, str(path), "reinstall pcdyn")
 
 

@@ -189,7 +189,7 @@ def test_sample_has_no_digit_twice():
 def test_import_leaves_pooch_alone():
     """Reading the sample by name needs no HTTP client, nor does importing the module."""
     code = (
-        "import sys, pcdyn.datasets as d; d.mnist(source='sample'); "
+        "import sys; from pcdyn import datasets as d; d.mnist(source='sample'); "
         "sys.exit('pooch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
