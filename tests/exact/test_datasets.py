@@ -465,7 +465,7 @@ def test_script_draws_the_shipped_sample(
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == 2
     for path in drawn:
-        shipped = ROOT / "pcdyn" / "data" / path.name
+        shipped = ROOT / "pcdyn" / "io" / "data" / path.name
         assert gzip.decompress(path.read_bytes()) == gzip.decompress(shipped.read_bytes())
 
 
