@@ -47,7 +47,7 @@ jaxtyping.install_import_hook("pcdyn", "beartype.beartype")
 # JAX traces by millions of small objects, of which next to none is garbage: looking for it takes a
 # fifth of the time.
 gc.freeze()
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(100_000, 10, 20)
 
 
 @pytest.fixture(autouse=True)

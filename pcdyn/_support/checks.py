@@ -37,7 +37,12 @@ _LARGEST_SHARE = 0.5
 
 def is_traced(*trees: Any) -> bool:
     """Whether any leaf is an abstract value of a JAX transformation."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in _leaves(trees))
+
+
+def _leaves(trees: Any) -> list[Any]:
+    # JAX warns of iterators, which are refused by name elsewhere.
+    return jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Iterator))
 
 
 def as_float_array(value: Any, name: str) -> Array:
@@ -92,7 +97,7 @@ def _on_automatic_axes(array: Array) -> Array:
 
 def check_sharding(*trees: Any) -> None:
     """Raise `InputError` for traced arrays whose sharding is a part of their type."""
-    for leaf in jax.tree.leaves(trees):
+    for leaf in _leaves(trees):
         if not is_traced(leaf):
             continue
         kind: Any = jax.typeof(leaf)

@@ -83,8 +83,8 @@ def test_a_batch_on_an_explicit_mesh_is_taken_as_any_other() -> None:
 
         x, y = x, y[:, :2]
         sharded = jax.device_put(x, rows), jax.device_put(y, rows)
-        # The sums of a row are in the same order on one device or two.
-        np.testing.assert_allclose(end(*sharded), end(x, y), rtol=1e-14)
+        # Ten steps of activities of order one, whose sums may be in another order.
+        np.testing.assert_allclose(end(*sharded), end(x, y), rtol=0, atol=1e-14)
         own = jax.shard_map(end, mesh=mesh, in_specs=jax.P("b"), out_specs=jax.P("b"))
         for name, mapped in (("AxisType.Auto", jax.jit(end)), ("check_vma=False", own)):
             try:
