@@ -88,10 +88,11 @@ def test_a_batch_on_an_explicit_mesh_is_taken_as_any_other() -> None:
         own = jax.shard_map(end, mesh=mesh, in_specs=jax.P("b"), out_specs=jax.P("b"))
         for name, mapped in (("AxisType.Auto", jax.jit(end)), ("check_vma=False", own)):
             try:
-                mapped(*sharded)
+                found = mapped(*sharded)
             except pcdyn.PcdynError as error:
                 assert name in str(error), error
             else:
-                raise AssertionError(name)
+                # The newest JAX can do what older ones cannot.
+                np.testing.assert_allclose(found, end(x, y), rtol=0, atol=1e-14)
     """
     run(program, 120)
