@@ -104,20 +104,11 @@ class DataError(InputError):
     """A file or a folder of data is missing, corrupt, truncated or not what it claims to be."""
 
 
-class _Outcome(enum.IntEnum):
-    """How something ended."""
-
-    @property
-    def ok(self) -> bool:
-        raise NotImplementedError
-
-    @classmethod
-    def failed(cls, codes: Any) -> Any:
-        """Which of these integers, alone or in an array of any kind, are no success."""
-        return functools.reduce(operator.and_, (codes != int(s) for s in cls if s.ok))
+def _failed(kind: Any, codes: Any) -> Any:
+    return functools.reduce(operator.and_, (codes != int(s) for s in kind if s.ok))
 
 
-class Status(_Outcome):
+class Status(enum.IntEnum):
     """How a simulation ended; `explanation` gives cause and remedy.
 
     The integer values are what `pcdyn.Trajectory.status_codes` holds under `jax.vmap` and in files.
@@ -136,6 +127,11 @@ class Status(_Outcome):
     def ok(self) -> bool:
         """Whether the trajectory is an accurate solution up to its last time."""
         return self in (Status.REACHED_T1, Status.CONVERGED)
+
+    @classmethod
+    def failed(cls, codes: Any) -> Any:
+        """Which of these integers, alone or in an array of any kind, are no success."""
+        return _failed(cls, codes)
 
     @property
     def explanation(self) -> str:
@@ -187,7 +183,7 @@ class Statuses(tuple[Any, ...]):
         return f"({len(self)} samples: {counts})"
 
 
-class EquilibriumStatus(_Outcome):
+class EquilibriumStatus(enum.IntEnum):
     """How the search for an equilibrium ended; `explanation` gives cause and remedy."""
 
     CONVERGED = 0
@@ -200,6 +196,11 @@ class EquilibriumStatus(_Outcome):
     def ok(self) -> bool:
         """Whether the point is stationary, in the generalised sense at kinks."""
         return self in (EquilibriumStatus.CONVERGED, EquilibriumStatus.SLIDING)
+
+    @classmethod
+    def failed(cls, codes: Any) -> Any:
+        """Which of these integers, alone or in an array of any kind, are no success."""
+        return _failed(cls, codes)
 
     @property
     def explanation(self) -> str:

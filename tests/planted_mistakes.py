@@ -466,8 +466,8 @@ MISTAKES = (
     Mistake(
         "status: convergence is taken for a failure",
         "pcdyn/errors.py",
-        "(codes != int(s) for s in cls if s.ok)",
-        "(codes != int(s) for s in list(cls)[:1] if s.ok)",
+        "(codes != int(s) for s in kind if s.ok)",
+        "(codes != int(s) for s in list(kind)[:1] if s.ok)",
         ("tests/failures/test_statuses.py",),
     ),
     Mistake(

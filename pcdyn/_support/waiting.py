@@ -77,8 +77,10 @@ def _end_what_is_left() -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
-        os._exit(130 if interrupted else 1)
+        if getattr(sys, "last_type", None) is KeyboardInterrupt:
+            os._exit(130)
+        os.write(2, b"pcdyn: a computation that was interrupted still ran, and was ended\n")
+        os._exit(1)
 
 
 atexit.register(_end_what_is_left)

@@ -15,8 +15,6 @@ class PatientNewton(Newton):
     have, that of optimistix gives up unless the second correction is already small.
     """
 
-    cauchy_termination: bool = False
-
     def terminate(self, *args: Any, **kwargs: Any) -> Any:
         ended, result = super().terminate(*args, **kwargs)
         # What goes on has not failed.

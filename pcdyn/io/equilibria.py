@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
 
@@ -26,12 +26,12 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     """
     import xarray
 
+    check_instance(equilibrium, "equilibrium", Equilibrium, "a pcdyn.Equilibrium")
     if is_traced(equilibrium.energies) or np.ndim(equilibrium.energies) > 2:
         raise ShapeError(
             "this equilibrium is of several networks, or inside of a JAX transformation: take one "
             "network first, such as jax.tree.map(lambda x: x[0], equilibrium)"
         )
-
     sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
     variables: dict[str, Any] = {}
 
