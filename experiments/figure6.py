@@ -95,7 +95,7 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def followed(problem: pcdyn.InferenceProblem, energies: list[pcdyn.Gaussian]) -> list[Any]:
+def followed(problem: pcdyn.InferenceProblem, energies: list[list[pcdyn.Gaussian]]) -> list[Any]:
     """Activities and prediction errors at rest, for one energy after another."""
     path = interpolation.precisions_of(energies)
     activities, residuals = eqx.filter_jit(interpolation.followed_path)(problem, path)

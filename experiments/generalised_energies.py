@@ -28,7 +28,6 @@ from pcdyn.model.energies.generalised import (
     Divisive,
     LogCosh,
     PseudoHuber,
-    Split,
     Student,
 )
 
@@ -186,7 +185,7 @@ def _learning(config: Config, energies: list[Any]) -> dict[str, Any]:
         ends = [learn(config, energy, keys, shown, raised)]
         # Of the Gaussian both are the same.
         if energy is not gaussian:
-            ends.append(learn(config, Split(gaussian, energy), keys, shown, raised))
+            ends.append(learn(config, [gaussian, energy], keys, shown, raised))
         functions.append([np.asarray(ends[i][0]) for i in (0, -1)])
         residuals.append([np.asarray(ends[i][1]) for i in (0, -1)])
     clean, _ = learn(config, gaussian, keys, shown, 0 * raised)

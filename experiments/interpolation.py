@@ -85,12 +85,12 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def precisions_of(energies: list[pcdyn.Gaussian]) -> jax.Array:
+def precisions_of(energies: list[list[pcdyn.Gaussian]]) -> jax.Array:
     """Scalar precisions, (points, layers), the smallest scaled to 1, which moves no equilibrium.
 
     So every weighted prediction error is of the order of the output error, and one tolerance fits.
     """
-    rows = jnp.stack([jnp.stack(list(e.precisions or ())) for e in energies])
+    rows = jnp.stack([jnp.stack([jnp.asarray(e.precision) for e in row]) for row in energies])
     return rows / rows.min(axis=1, keepdims=True)
 
 

@@ -120,7 +120,7 @@ def sampled(config: Config, hidden: float, output: np.ndarray) -> pcdyn.Inferenc
 
 def with_precisions(problem: pcdyn.InferenceProblem, precisions: Any) -> pcdyn.InferenceProblem:
     """The same data and weights with other precisions."""
-    energy = pcdyn.Gaussian([jnp.asarray(p) for p in precisions])
+    energy = tuple(pcdyn.Gaussian(jnp.asarray(p)) for p in precisions)
     return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 

@@ -50,7 +50,6 @@ from .model.energies import Energy as Energy
 from .model.energies import Gaussian as Gaussian
 from .model.energies import LogCosh as LogCosh
 from .model.energies import PseudoHuber as PseudoHuber
-from .model.energies import Split as Split
 from .model.energies import Student as Student
 from .model.energies import interpolation as interpolation
 from .model.energies import named_energy as named_energy

@@ -20,7 +20,7 @@ from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.errors import DataError, InputError
 from pcdyn.io.problems import load_problem
-from pcdyn.model.energies.energy import Energy, Gaussian
+from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.generalised import named_energy
 from pcdyn.model.network import Network, mlp
 from pcdyn.model.problem import InferenceProblem
@@ -66,11 +66,11 @@ def build_problem(settings: Settings) -> InferenceProblem:
     if "energy" in settings:
         energy = _named_energy(settings["energy"], settings.get("precisions"))
     elif "precisions" in settings:
-        if saved is not None and not isinstance(saved.energy, Gaussian):
+        if saved is not None and {each.name for each in saved.energy} != {"gaussian"}:
             raise InputError(
                 "the file has another energy than the Gaussian: give --energy beside --precisions"
             )
-        energy = named_energy("gaussian", precisions=_precisions(settings["precisions"]))
+        energy = named_energy("gaussian", precision=_precisions(settings["precisions"]))
     return InferenceProblem(
         network,
         input=input,
@@ -155,7 +155,7 @@ def _named_energy(text: str, precisions: Any) -> Energy:
         raise InputError(
             f"the parameter of the energy {text!r} is not a number: give one as in {name}:0.5"
         ) from error
-    return named_energy(name, precisions=_precisions(precisions), parameter=parameter)
+    return named_energy(name, precision=_precisions(precisions), parameter=parameter)
 
 
 def _precisions(given: Any) -> Any:

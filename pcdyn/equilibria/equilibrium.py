@@ -325,7 +325,7 @@ def _verdict(
 ) -> _Verdict:
     """A solver's claim to have converged is checked."""
     _, energies, residuals = observed
-    xp = np if isinstance(energies, np.ndarray) else jnp
+    xp = np if isinstance(residuals, np.ndarray) else jnp
     tolerance = xp.broadcast_to(ran.tolerance[:, None], residuals.shape)
     resting = xp.all(residuals <= tolerance, axis=-1)
     claimed = ran.solution.status == EquilibriumStatus.CONVERGED
@@ -353,7 +353,7 @@ def _build(
 ) -> Equilibrium:
     """What follows from what the solvers have found."""
     errors, energies, _ = observed
-    xp = np if isinstance(energies, np.ndarray) else jnp
+    xp = np if isinstance(errors[0], np.ndarray) else jnp
     status, residuals, tolerance = verdict.status, verdict.residuals, verdict.tolerance
     at_kink = tuple(xp.zeros(error.shape, bool) for error in errors)
     if ran.sliding:

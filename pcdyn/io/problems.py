@@ -1,8 +1,8 @@
 """Inference problems and equilibria as labelled xarray data sets and NetCDF files.
 
-A file of a problem holds the network (weights, biases, names of activations), the energy and its
-precisions, the time constants and the clamped data. The data set of a problem can be merged with
-that of a trajectory or an equilibrium, so that one file says what was computed and of what.
+A file of a problem holds the network (weights, biases, names of activations), the energies and
+their precisions, the time constants and the clamped data. The data set of a problem can be merged
+with that of a trajectory or an equilibrium, so that one file says what was computed and of what.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pcdyn._support.checks import check_instance
 from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
 from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.model.activations import Activation, get_activation
-from pcdyn.model.energies.energy import Energy, Gaussian
-from pcdyn.model.energies.generalised import Separable, name_of, named_energy
+from pcdyn.model.energies.energy import Energy
+from pcdyn.model.energies.generalised import arguments_of, named_energy
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
 
@@ -35,8 +35,8 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
     for each layer l = 0 … L, where they were given. The names of the activations are in the
-    attribute `activations`; where the energy is not Gaussian its name is in `energy_function` and
-    its parameter, if it has one, in the variable `energy_parameter`.
+    attribute `activations`; where not all energies are Gaussian their names are in the attribute
+    `energies`, and the parameters of those that have one in the variables `energy_parameter_l`.
 
     Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
     name (`pcdyn.named_energy`), and `ActivationError` for an activation that
@@ -45,17 +45,8 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     import xarray
 
     check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
-    energy = problem.energy
-    named = name_of(energy)
-    if named is None or not isinstance(energy, Gaussian | Separable):
-        raise InputError(
-            f"a file holds problems with a Gaussian or another named energy, not "
-            f"{type(energy).__name__}"
-        )
     variables: dict[str, Any] = {}
-    if named[1] is not None:
-        variables["energy_parameter"] = ((), np.asarray(named[1]))
-    names = []
+    names, energies = [], []
     for index, layer in enumerate(problem.network.layers, start=1):
         if not isinstance(layer, Dense):
             raise InputError(
@@ -67,7 +58,10 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         variables[f"weight_{index}"] = ((unit, f"unit_{index - 1}"), np.asarray(layer.weight))
         if layer.bias is not None:
             variables[f"bias_{index}"] = ((unit,), np.asarray(layer.bias))
-        precision = energy.precision(index)
+        energy, precision, parameter = arguments_of(problem.energy[index - 1])
+        energies.append(energy)
+        if parameter is not None:
+            variables[f"energy_parameter_{index}"] = ((), np.asarray(parameter))
         if precision is not None:
             dimensions = (unit, f"column_{index}")[: precision.ndim]
             variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
@@ -80,8 +74,8 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         values = np.array([np.asarray(each) for each in problem.time_constants])
         variables["time_constant"] = (("layer",), values)
     attrs = {"activations": " ".join(names)}
-    if not isinstance(energy, Gaussian):
-        attrs["energy_function"] = named[0]
+    if set(energies) != {"gaussian"}:
+        attrs["energies"] = " ".join(energies)
     return xarray.Dataset(variables, attrs=attrs)
 
 
@@ -124,20 +118,23 @@ def problem_from_xarray(
         )
         for l, name in zip(indices, names, strict=True)
     ]
-    precisions = [precision(l) for l in indices]
-    one = np.ones((), layers[0].weight.dtype)
-    known = [one if precision is None else precision for precision in precisions]
-    energy: Energy = named_energy(
-        str(dataset.attrs.get("energy_function", "gaussian")),
-        precisions=None if all(p is None for p in precisions) else known,
-        parameter=values("energy_parameter"),
-    )
+    # Files of version 0.1 have one name and one parameter for all layers.
+    shared = [str(dataset.attrs.get("energy_function", "gaussian"))] * len(names)
+    kinds = str(dataset.attrs.get("energies", " ".join(shared))).split()
+    if len(kinds) != len(names):
+        raise DataError(f"{len(kinds)} energies for {len(names)} layers in this file")
+
+    def energy(l: int, kind: str) -> Energy:
+        parameter = values(f"energy_parameter_{l}")
+        parameter = values("energy_parameter") if parameter is None else parameter
+        return named_energy(kind, precision=precision(l), parameter=parameter)
+
     constants = values("time_constant", "layer")
     return InferenceProblem(
         Network(layers),
         input=values("input", "unit_0", sample="optional"),
         output=values("output", f"unit_{len(names)}", sample="optional"),
-        energy=energy,
+        energy=[energy(l, kind) for l, kind in zip(indices, kinds, strict=True)],
         time_constants=None if constants is None else list(constants),
     )
 

@@ -149,7 +149,12 @@ def _first_of(network: Network, seeds: int | None) -> Network:
 
 
 def check_rule(
-    rule: Rule, network: Network, data: Any, energy: Energy, batch_size: int, seeds: int | None
+    rule: Rule,
+    network: Network,
+    data: Any,
+    energy: tuple[Energy, ...],
+    batch_size: int,
+    seeds: int | None,
 ) -> None:
     """Let problem and rule refuse, on the first batch, what they cannot learn from."""
     check_instance(rule, "rule", Rule, "a rule such as pcdyn.learning.PredictiveCoding()")

@@ -24,7 +24,7 @@ class Setting(eqx.Module):
 
     static: Any
     rule: Rule
-    energy: Energy
+    energy: tuple[Energy, ...]
     optimiser: Any = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     mean: bool = eqx.field(static=True)

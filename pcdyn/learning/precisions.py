@@ -22,7 +22,7 @@ from pcdyn.learning.variational import (
     check_posterior,
     variational_free_energy,
 )
-from pcdyn.linearisation.whitened import is_linear
+from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Activities
 from pcdyn.model.problem import InferenceProblem, Problem, State, check_problem
@@ -123,8 +123,7 @@ class PrecisionFlow(Problem):
 
     def problem_at(self, state: State) -> InferenceProblem:
         """The problem with the precisions of the parameters `state`."""
-        energy = Gaussian(list(self.precisions_at(state)))
-        return eqx.tree_at(lambda p: p.energy, self.problem, energy)
+        return _with_precisions(self.problem, self.precisions_at(state))
 
     def precisions_at(self, state: State) -> tuple[Array, ...]:
         """Π_1 … Π_L: numbers, diagonals or matrices, after the leading axis if there is one."""
@@ -172,7 +171,7 @@ class PrecisionFlow(Problem):
             raise InputError("no precisions move along this trajectory: simulate this flow")
 
         def at(precisions: Any, rest: State) -> Array:
-            problem = eqx.tree_at(lambda p: p.energy, self.problem, Gaussian(list(precisions)))
+            problem = _with_precisions(self.problem, precisions)
             return jnp.mean(variational_free_energy(problem, rest, posterior=self.posterior))
 
         rest = self.problem.state_of(trajectory.activities)
@@ -197,9 +196,12 @@ class PrecisionFlow(Problem):
 
     def _given(self, index: int) -> Any:
         """The precision to start from, 1 unless given."""
-        energy: Any = self.problem.energy
-        precision = energy.precision(index)
-        return jnp.ones((), self.problem.dtype) if precision is None else precision
+        values = precisions_of(self.problem, "precisions are learned from")[index - 1].values
+        return jnp.ones((), self.problem.dtype) if values is None else values
+
+
+def _with_precisions(problem: InferenceProblem, precisions: Sequence[Array]) -> InferenceProblem:
+    return eqx.tree_at(lambda p: p.energy, problem, tuple(map(Gaussian, precisions)))
 
 
 @eqx.filter_jit
@@ -291,9 +293,9 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
 
 def _output_noise_of(problem: InferenceProblem) -> Array:
     """Π_L⁻¹ as a matrix."""
-    energy: Any = problem.energy
+    *_, precision = precisions_of(problem, "the noise of the output is that of")
     width = problem.network.widths[-1]
-    return energy.unweigh(problem.network.depth, jnp.eye(width, dtype=problem.dtype))
+    return precision.unweigh(jnp.eye(width, dtype=problem.dtype))
 
 
 def _check_spanned(covariance: Array, samples: int) -> None:

@@ -20,7 +20,7 @@ from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
 from pcdyn.learning.base import Learned, Rule, check_steps
-from pcdyn.model.energies.energy import scale_output
+from pcdyn.model.energies.energy import in_dtype
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.references.algorithms import local_gradient
@@ -136,10 +136,8 @@ class LowPrecisionPredictiveCoding(Rule):
         return eqx.tree_at(lambda l: l.gradient, learned, gradient), state
 
     def _scaled(self, problem: InferenceProblem) -> InferenceProblem:
-        energy = scale_output(problem.energy, problem.network.depth, self.precision)
-        energy = jax.tree.map(
-            lambda x: x.astype(problem.dtype) if eqx.is_inexact_array(x) else x, energy
-        )
+        *hidden, output = problem.energy
+        energy = in_dtype((*hidden, output.scaled(self.precision)), problem.dtype)
         return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 

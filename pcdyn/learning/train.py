@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ from pcdyn.learning.checks import (
     number_of_seeds,
 )
 from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
-from pcdyn.model.energies.energy import Energy, Gaussian, check_energy
+from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, energies_of
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import feedforward
@@ -98,7 +98,7 @@ def train(
     epochs: int,
     batch_size: int,
     key: Any,
-    energy: Energy | None = None,
+    energy: Energy | Sequence[Energy] | None = None,
     reduction: Reduction = "mean",
     evaluate: Evaluate | None = None,
     compare: bool = False,
@@ -118,7 +118,7 @@ def train(
     - `batch_size`: an epoch is `n // batch_size` batches of samples in a new order; the rest of
       that order is left out.
     - `key`: of the order, and of what the rule draws; `(seeds,)` keys for a stack of networks.
-    - `energy`: `pcdyn.Gaussian()` unless given.
+    - `energy`: as for `pcdyn.InferenceProblem`.
     - `reduction`: the gradient that the optimiser sees is the `"mean"` or the `"sum"` over the
       batch. Inference is the same: energies are per sample.
     - `evaluate`: a function of the network that returns a dictionary of arrays, called before
@@ -148,6 +148,7 @@ def train(
         epochs, batch_size, checkpoint_every, len(data[0])
     )
     check_choice(reduction, "reduction", ("sum", "mean"))
+    energy = energies_of(energy, network.depth)
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
@@ -257,13 +258,20 @@ class Evaluation(eqx.Module):
 
     inputs: Any
     targets: Any
-    energy: Energy
+    energy: Energy | Sequence[Energy]
 
-    def __init__(self, inputs: Numbers, targets: Numbers, *, energy: Energy | None = None):
+    def __init__(
+        self,
+        inputs: Numbers,
+        targets: Numbers,
+        *,
+        energy: Energy | Sequence[Energy] | None = None,
+    ):
         self.inputs = as_float_array(inputs, "inputs")
         self.targets = as_float_array(targets, "targets")
-        self.energy = Gaussian() if energy is None else energy
-        check_energy(self.energy, "energy")
+        energy = Gaussian() if energy is None else energy
+        check_energy(energy, "energy")
+        self.energy = energy
         if (
             self.inputs.ndim != 2
             or self.targets.ndim != 2

@@ -20,8 +20,8 @@ from pcdyn._support.checks import Numbers, as_float_array, is_traced
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.linearisation.whitened import is_linear
-from pcdyn.model.energies.energy import Gaussian, asymmetry_of
+from pcdyn.linearisation.whitened import is_linear, precisions_of
+from pcdyn.model.energies.precision import Precision, asymmetry_of
 from pcdyn.model.problem import InferenceProblem, State, check_problem
 from pcdyn.references.linear import hessian
 
@@ -85,17 +85,13 @@ def _free_energy(
         curvature = _over_samples(problem, state, _log_determinant)
         return free_energy + 0.5 * (curvature - count * math.log(2 * math.pi))
     spread = _over_samples(problem, state, lambda h: jnp.sum(h.dense() * posterior))
-    entropy = _precision_log_determinant(posterior, count) + count * (1 + math.log(2 * math.pi))
+    entropy = Precision(posterior).log_determinant(count) + count * (1 + math.log(2 * math.pi))
     return free_energy + 0.5 * (spread - entropy)
 
 
 def check_gaussian(problem: InferenceProblem) -> None:
     """Raise `InputError` unless the energy is −log of a density up to a known constant."""
-    if not isinstance(problem.energy, Gaussian):
-        raise InputError(
-            f"precisions are those of Gaussian noise, but the energy is a "
-            f"{type(problem.energy).__name__}: use pcdyn.Gaussian"
-        )
+    precisions_of(problem, "densities of Gaussian noise need")
 
 
 def check_posterior(posterior: Any) -> None:
@@ -112,20 +108,11 @@ def check_posterior(posterior: Any) -> None:
 def _normalisation(problem: InferenceProblem) -> Array:
     """Σ_l ½ n_l log 2π − ½ log det Π_l."""
     total = jnp.zeros((), problem.dtype)
-    energy: Any = problem.energy
-    for index in range(1, problem.network.depth + 1):
-        width = problem.network.widths[index]
-        log_determinant = _precision_log_determinant(energy.precision(index), width)
+    precisions = precisions_of(problem, "densities of Gaussian noise need")
+    for precision, width in zip(precisions, problem.network.widths[1:], strict=True):
+        log_determinant = precision.log_determinant(width)
         total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
     return total
-
-
-def _precision_log_determinant(precision: Array | None, width: int) -> Any:
-    if precision is None:
-        return 0.0
-    if precision.ndim == 2:
-        return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(precision))))
-    return jnp.sum(jnp.log(jnp.broadcast_to(precision, (width,))))
 
 
 def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Array:

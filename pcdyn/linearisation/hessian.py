@@ -12,8 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.states import scale
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
-from pcdyn.linearisation.whitened import error_factor, is_linear
-from pcdyn.model.energies.energy import Gaussian
+from pcdyn.linearisation.whitened import error_factor, has_linear_flow
 from pcdyn.model.problem import InferenceProblem, State
 
 
@@ -87,7 +86,7 @@ def solve_hessian(problem: InferenceProblem, state: State, rhs: State) -> State:
 
     It can be differentiated and transposed, as the implicit function theorem needs.
     """
-    if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
+    if has_linear_flow(problem):
         return _solve_linear(problem, state, rhs)
 
     def one(input: Any, output: Any, state: State, rhs: State) -> State:

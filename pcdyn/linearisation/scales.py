@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import largest_norm, layer_norms
-from pcdyn.model.energies.energy import Energy, Gaussian
-from pcdyn.model.energies.generalised import Separable, output_part, residual_part
+from pcdyn.model.energies.energy import Energy
 from pcdyn.model.problem import InferenceProblem, Problem, State
-from pcdyn.model.stacked import StackedProblem, stacked
+from pcdyn.model.stacked import Run, StackedProblem, stacked
 
 _PROBES = 4
 # Solvers come to a stop within so many units in the last place, for errors pass through layers.
@@ -21,42 +20,41 @@ _PLACES = 32
 
 
 def smallest_precision(problem: Problem) -> Any:
-    """The smallest eigenvalue of any Π_l, at zero error where the energy is no Gaussian.
+    """The smallest eigenvalue of any Π_l, of the curvature at zero error where there is no Π_l.
 
-    Infinite where no precision is known.
+    Infinite where no energy has a curvature.
     """
     if isinstance(problem, StackedProblem):
-        each = [_smallest_of(run.energy, problem.dtype) for run in problem.runs]
-        return jnp.min(jnp.stack(each))
-    if not isinstance(problem, InferenceProblem):
+        each = [
+            _smallest_of_run(run, problem.widths[run.first], problem.target_of(run), problem.dtype)
+            for run in problem.runs
+        ]
+    elif isinstance(problem, InferenceProblem):
+        depth, widths = problem.network.depth, problem.network.widths
+        targets = [*[None] * (depth - 1), problem.output]
+        each = [
+            _smallest(energy, width, target, problem.dtype)
+            for energy, width, target in zip(problem.energy, widths[1:], targets, strict=True)
+        ]
+    else:
         return jnp.asarray(jnp.inf, problem.dtype)
-    depth = problem.network.depth
-    hidden = residual_part(problem.energy)
-    output, index = output_part(problem.energy, depth)
-    each = [_smallest(hidden, i, problem.dtype) for i in range(1, depth)]
-    return jnp.min(jnp.stack([*each, _smallest(output, index, problem.dtype)]))
+    return jnp.min(jnp.stack(each))
 
 
-def _smallest_of(energies: Energy, dtype: Any) -> Any:
-    """`_smallest` of the stacked energies of single layers."""
-    if not jax.tree.leaves(energies):
-        return _smallest(energies, 1, dtype)
-    return jnp.min(eqx.filter_vmap(lambda energy: _smallest(energy, 1, dtype))(energies))
+def _smallest_of_run(run: Run, width: int, target: Any, dtype: Any) -> Any:
+    """`_smallest` of the stacked energies of a run of predictions."""
+    if not jax.tree.leaves(eqx.filter(run.energy, eqx.is_array)):
+        return _smallest(run.energy, width, target, dtype)
+    return jnp.min(eqx.filter_vmap(lambda e: _smallest(e, width, target, dtype))(run.energy))
 
 
-def _smallest(energy: Energy, index: int, dtype: Any) -> Any:
-    if isinstance(energy, Separable):
-        # Their h need not be ½ε² at zero.
-        bend = energy.curvature(jnp.zeros((), dtype))
-        return bend * _smallest(energy.weighting, index, dtype)
-    if not isinstance(energy, Gaussian):
-        return jnp.asarray(jnp.inf, dtype)
-    precision = energy.precision(index)
+def _smallest(energy: Energy, width: int, target: Any, dtype: Any) -> Any:
+    precision = energy.quadratic_form
+    if precision is None and target is not None and target.ndim > 1:
+        return jnp.min(jax.vmap(lambda t: _smallest(energy, width, t, dtype))(target))
     if precision is None:
-        return jnp.ones((), dtype)
-    if precision.ndim == 2:
-        return jnp.linalg.eigvalsh(precision)[0]
-    return jnp.min(precision)
+        precision = energy.curvature(jnp.zeros(width, dtype), target)
+    return jnp.asarray(jnp.inf, dtype) if precision is None else precision.smallest(dtype)
 
 
 def gradient_scale(problem: InferenceProblem, state: State) -> Any:

@@ -8,16 +8,13 @@ definite while A is still of full rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from pcdyn.errors import NotLinearError
+from pcdyn.errors import InputError, NotLinearError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.activations import identity
-from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
@@ -27,8 +24,34 @@ def is_linear(network: Network) -> bool:
     return all(isinstance(lay, Dense) and lay.activation == identity for lay in network.layers)
 
 
-def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian]:
-    """The layers and the energy of a linear network; raises `NotLinearError` for others."""
+def has_linear_flow(problem: InferenceProblem) -> bool:
+    """Whether the network is linear and every energy quadratic, so that there are closed forms."""
+    return is_linear(problem.network) and is_quadratic(problem)
+
+
+def is_quadratic(problem: InferenceProblem) -> bool:
+    """Whether every energy is ½ εᵀ Π ε."""
+    return all(energy.quadratic_form is not None for energy in problem.energy)
+
+
+def precisions_of(
+    problem: InferenceProblem, needed_by: str, *, error: type[InputError] = InputError
+) -> tuple[Precision, ...]:
+    """Π_1 … Π_L of a problem whose energies are all ½ εᵀ Π ε; raises `error` for others."""
+    found = []
+    for index, energy in enumerate(problem.energy, start=1):
+        precision = energy.quadratic_form
+        if precision is None:
+            raise error(
+                f"{needed_by} quadratic energies such as pcdyn.Gaussian, but that of layer {index} "
+                f"is {type(energy).__name__}, which has no `quadratic_form`"
+            )
+        found.append(precision)
+    return tuple(found)
+
+
+def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], tuple[Precision, ...]]:
+    """The layers and the precisions of a linear network; raises `NotLinearError` for others."""
     check_problem(problem)
     layers = []
     for index, layer in enumerate(problem.network.layers, start=1):
@@ -42,44 +65,20 @@ def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], Gaussian
                 'for "identity" only: integrate the flow with pcdyn.simulate instead'
             )
         layers.append(layer)
-    if not isinstance(problem.energy, Gaussian):
-        raise NotLinearError(
-            f"the energy {type(problem.energy).__name__} does not give a linear flow; closed "
-            "forms need pcdyn.Gaussian"
-        )
-    return tuple(layers), problem.energy
-
-
-def whiten(precision: Any, error: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-    """Cᵀ ε for a precision Π = C Cᵀ as given: scalar, diagonal or matrix; `None` means 1."""
-    if precision is None:
-        return error
-    if precision.ndim == 2:
-        return error @ jnp.linalg.cholesky(precision)
-    return jnp.broadcast_to(jnp.sqrt(precision), error.shape) * error
-
-
-def spread(precision: Any, rows: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-    """C⁻¹ v for a precision Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π⁻¹ v."""
-    if precision is None:
-        return rows
-    if precision.ndim == 2:
-        factor = jnp.linalg.cholesky(precision)
-        return jsl.solve_triangular(factor, rows.T, lower=True).T
-    return rows / jnp.broadcast_to(jnp.sqrt(precision), rows.shape)
+    return tuple(layers), precisions_of(problem, "closed forms need", error=NotLinearError)
 
 
 def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
     """The blocks of A: for each row l = 1 … L, those of the free layers among l − 1 and l."""
-    layers, energy = linear_parts(problem)
+    layers, precisions = linear_parts(problem)
     rows = []
-    for index, layer in enumerate(layers, start=1):
-        precision, row = energy.precision(index), {}
+    for index, (layer, precision) in enumerate(zip(layers, precisions, strict=True), start=1):
+        row = {}
         if index - 1 in problem.free_layers:
-            row[index - 1] = -whiten(precision, layer.weight.T).T
+            row[index - 1] = -precision.whiten(layer.weight.T).T
         if index in problem.free_layers:
             one = jnp.eye(problem.network.widths[index], dtype=problem.network.dtype)
-            row[index] = whiten(precision, one).T
+            row[index] = precision.whiten(one).T
         rows.append(row)
     return rows
 

@@ -28,7 +28,8 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, error_gradient
+from pcdyn.model.energies.energy import Energy, energies_of, in_dtype
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import Activities, Network
 
 # Layers like those of Activities, but only the free ones.
@@ -94,8 +95,9 @@ class InferenceProblem(Problem):
       input free.
     - `output`: the target to clamp x_L to, shape `(n_L,)` or `(batch, n_L)`; `None` leaves the
       output free.
-    - `energy`: from prediction errors to energies, `pcdyn.Gaussian` with unit precision unless
-      given.
+    - `energy`: from prediction errors to energies, one for all predictions or a list with one for
+      each l = 1 … L; `pcdyn.Gaussian` with unit precision unless given. The attribute is the tuple
+      of L energies.
     - `time_constants`: one positive number τ_l for each layer l = 0 … L (those of clamped layers
       play no part); 1 unless given. Time is in units of the activity time constant.
 
@@ -113,7 +115,7 @@ class InferenceProblem(Problem):
     network: Network
     input: Float[Array, "*batch n_0"] | None
     output: Float[Array, "*batch n_L"] | None
-    energy: Energy
+    energy: tuple[Energy, ...]
     time_constants: tuple[Float[Array, ""], ...] | None
 
     def __init__(
@@ -122,7 +124,7 @@ class InferenceProblem(Problem):
         *,
         input: Numbers | None = None,
         output: Numbers | None = None,
-        energy: Energy | None = None,
+        energy: Energy | Sequence[Energy] | None = None,
         time_constants: Sequence[Numbers] | None = None,
     ):
         check_instance(network, "network", Network, "a pcdyn.Network")
@@ -132,12 +134,12 @@ class InferenceProblem(Problem):
         self.output = _clamped_layer(output, "output", network.widths[-1], network.dtype)
         if self.input is not None and self.output is not None:
             _check_same_batch(self.input, self.output)
-        energy = Gaussian() if energy is None else energy
-        check_energy(energy, "energy")
-        self.energy = jax.tree.map(
-            lambda x: x.astype(network.dtype) if eqx.is_inexact_array(x) else x, energy
-        )
-        self.energy.check(network.widths, self.output)
+        self.energy = in_dtype(energies_of(energy, network.depth), network.dtype)
+        for index, each in enumerate(self.energy, start=1):
+            try:
+                each.check(network.widths[index], self._target_of(index))
+            except InputError as error:
+                raise type(error)(f"energy of layer {index}: {error}") from error
         self.time_constants = _checked_time_constants(time_constants, network)
         if not self.free_layers:
             raise InputError(
@@ -233,11 +235,18 @@ class InferenceProblem(Problem):
 
     def layer_energy(self, index: int, error: Array) -> Array:
         """E_l of layer l = `index` for its prediction error, per sample."""
-        return self.energy.layer_energy(index, error, self._target_of(index))
+        return self.energy[index - 1].value(error, self._target_of(index))
 
     def weighted_error(self, index: int, error: Array) -> Array:
         """∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
-        return error_gradient(self.energy, index, error, self._target_of(index))
+        return self.energy[index - 1].gradient(error, self._target_of(index))
+
+    def curvature(self, index: int, error: Array) -> Precision | None:
+        """The precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
+
+        Π_l where the energy is Gaussian, `None` where it is not known.
+        """
+        return self.energy[index - 1].curvature(error, self._target_of(index))
 
     def output_error(self, prediction: Array) -> Array:
         """T − μ_L; raises `InputError` if the output is free."""

@@ -21,17 +21,13 @@ import numpy as np
 
 from pcdyn._support.checks import is_traced
 from pcdyn._support.states import layer_norms
-from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
-from pcdyn.model.energies.generalised import Separable, Split
+from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import MOST_WRITTEN_OUT, Activities, apply_layer, stack, structure_of
 from pcdyn.model.problem import InferenceProblem, Problem, State
 
 
 class Run(eqx.Module):
-    """Predictions of consecutive layers l = `first` … of one kind, their arrays stacked.
-
-    `energy` holds that of each layer as if it were the only one.
-    """
+    """Predictions of consecutive layers l = `first` … of one kind, their arrays stacked."""
 
     layer: Any
     energy: Energy
@@ -47,7 +43,7 @@ class Run(eqx.Module):
             mine, (below, x) = now
             layer, energy = eqx.combine(mine, static)
             error = x - (apply_layer(layer, below) if prediction is None else prediction)
-            return None, (error, energy.layer_energy(1, error, target))
+            return None, (error, energy.value(error, target))
 
         if self.length == 1:
             now = jax.tree.map(lambda x: x[0], (arrays, by_layer))
@@ -135,16 +131,19 @@ class StackedProblem(Problem):
             return part.reshape(*part.shape[:-1], length, width)
 
         for run in self.runs:
-            last = run.first == len(self.widths) - 1
             found = run.observe(
                 layers(run.first - 1, run.length),
                 layers(run.first, run.length),
                 first_prediction if run.first == 1 else None,
-                self.output if last else None,
+                self.target_of(run),
             )
             errors.append(found[0].reshape(*found[0].shape[:-2], -1))
             energies.append(found[1])
         return (jnp.concatenate(errors, axis=-1),), jnp.concatenate(energies, axis=-1)
+
+    def target_of(self, run: Run) -> Any:
+        """What the output is clamped to, for the run of its prediction; `None` for others."""
+        return self.output if run.first == len(self.widths) - 1 else None
 
     def free_energy(self, state: State, first_prediction: Any = None) -> Any:
         """F of each sample."""
@@ -182,12 +181,9 @@ def stacked(problem: Problem) -> Any:
     network, depth = problem.network, problem.network.depth
     if depth <= MOST_WRITTEN_OUT:
         return problem
-    energies = [_of_layer(problem.energy, index, depth) for index in range(1, depth + 1)]
-    if any(energy is None for energy in energies):
-        return problem
     # The first prediction is constant, and the output has a target: they stand alone.
     alone = {1 if problem.input is not None else 0, depth if problem.output is not None else 0}
-    each = list(enumerate(zip(network.layers, energies, strict=True), start=1))
+    each = list(enumerate(zip(network.layers, problem.energy, strict=True), start=1))
 
     def kind(item: Any) -> Any:
         index, parts = item
@@ -214,27 +210,6 @@ def _run(numbered: list[Any]) -> Run:
     """Consecutive predictions, each with its index, its layer and its energy, as one run."""
     layer, energy = stack([parts for _, parts in numbered])
     return Run(layer, energy, numbered[0][0], len(numbered))
-
-
-def _of_layer(energy: Energy, index: int, depth: int) -> Energy | None:
-    """The energy of one layer as that of a network with no other; `None` if it is not known."""
-    if isinstance(energy, Split):
-        last = index == depth
-        return _of_layer(energy.output, 1, 1) if last else _of_layer(energy.residual, index, 0)
-    if isinstance(energy, CrossEntropy):
-        return energy if index == depth else _of_layer(energy.hidden, index, 0)
-    if isinstance(energy, Separable):
-        weighting = _of_layer(energy.weighting, index, 0)
-        return eqx.tree_at(lambda e: e.weighting, energy, weighting)
-    if isinstance(energy, Gaussian):
-        precision = energy.precision(index)
-        if precision is None:
-            return Gaussian()
-        # Checked when the problem was made.
-        return eqx.tree_at(
-            lambda e: e.precisions, Gaussian(), (precision,), is_leaf=lambda x: x is None
-        )
-    return None
 
 
 def _norms(x: Any, widths: tuple[int, ...]) -> Any:

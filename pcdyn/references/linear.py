@@ -29,8 +29,8 @@ from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.linearisation.relaxation import factor_modes, relaxed, singular_modes, square
-from pcdyn.linearisation.whitened import error_factor, error_matrix, linear_parts, spread, whiten
-from pcdyn.model.energies.energy import Gaussian
+from pcdyn.linearisation.whitened import error_factor, error_matrix, linear_parts
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import Activities, Network
 from pcdyn.model.problem import InferenceProblem, State
 
@@ -44,13 +44,13 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
     lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
     """
-    layers, energy = linear_parts(problem)
+    layers, precisions = linear_parts(problem)
     jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
-    return gauss_newton_hessian(problem, energy, jacobians)
+    return gauss_newton_hessian(problem, precisions, jacobians)
 
 
 def gauss_newton_hessian(
-    problem: InferenceProblem, energy: Gaussian, jacobians: Mapping[int, Array]
+    problem: InferenceProblem, precisions: Sequence[Precision], jacobians: Mapping[int, Array]
 ) -> BlockTridiagonal:
     """`hessian` with any Jacobians J_l = ∂μ_l/∂x_{l−1}, shape (n_l, n_{l−1}), for the weights.
 
@@ -65,10 +65,10 @@ def gauss_newton_hessian(
         width = network.widths[index]
         block = jnp.zeros((width, width), network.dtype)
         if index > 0:
-            block = block + energy.matrix(index, width, network.dtype)
+            block = block + precisions[index - 1].matrix(width, network.dtype)
         if index < network.depth:
             jacobian = jacobians[index + 1]
-            weighted = energy.weigh(index + 1, jacobian.T)
+            weighted = precisions[index].weigh(jacobian.T)
             block = block + weighted @ jacobian
             if index + 1 in problem.free_layers:
                 upper.append(-weighted)
@@ -160,12 +160,12 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     """The last two approximations of the equilibrium, from the output error that is left."""
     start, target = problem.input, problem.output
     assert start is not None and target is not None, "linear_equilibrium has refused others"
-    products, energy = _products(problem)
+    products, precisions = _products(problem)
     network, depth = problem.network, problem.network.depth
     # The factor of S from its square root, which holds more digits.
-    roots = [spread(energy.precision(i), product).T for i, product in products.items()]
+    roots = [precisions[i - 1].spread(product).T for i, product in products.items()]
     factor = BlockCholesky((jnp.linalg.qr(jnp.concatenate(roots), mode="r").T,), ())
-    covariances = {i: energy.unweigh(i, product) for i, product in products.items()}
+    covariances = {i: precisions[i - 1].unweigh(product) for i, product in products.items()}
 
     def climb(weighted: Array) -> State:
         layers = [start]
@@ -178,7 +178,7 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     for _ in range(_CORRECTIONS):
         # The prediction is not yet where the weighted output error would pull it.
         left = target - network.predict(depth, state[-1])
-        weighted = weighted + factor.solve((left - energy.unweigh(depth, weighted),))[0]
+        weighted = weighted + factor.solve((left - precisions[-1].unweigh(weighted),))[0]
         before, state = state, climb(weighted)
     return before, state
 
@@ -199,10 +199,10 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
     clamped.
     """
-    products, energy = _products(problem)
+    products, precisions = _products(problem)
     if problem.input is None or problem.output is None:
         raise InputError(_CLAMP_BOTH)
-    parts = (energy.unweigh(index, product) @ product.T for index, product in products.items())
+    parts = (precisions[i - 1].unweigh(product) @ product.T for i, product in products.items())
     return sum(parts, start=jnp.zeros((), problem.dtype))
 
 
@@ -225,14 +225,14 @@ _USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="
 _CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
 
 
-def _products(problem: InferenceProblem) -> tuple[dict[int, Array], Gaussian]:
-    """P_l = W_L … W_{l+1} for each l = L … 1, and the energy."""
-    layers, energy = linear_parts(problem)
+def _products(problem: InferenceProblem) -> tuple[dict[int, Array], tuple[Precision, ...]]:
+    """P_l = W_L … W_{l+1} for each l = L … 1, and the precisions."""
+    layers, precisions = linear_parts(problem)
     depth = problem.network.depth
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
         products[index - 1] = products[index] @ layers[index - 1].weight
-    return products, energy
+    return products, precisions
 
 
 class ExactFlow(eqx.Module):
@@ -269,10 +269,10 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     closed form exists for more than one free layer; stacked, the layers are one linear ODE with
     constant coefficients. Raises `NotLinearError`.
     """
-    _, energy = linear_parts(problem)
+    _, precisions = linear_parts(problem)
     initial = problem.initial_state(initial)
     errors = problem.prediction_errors(problem.activities(initial))
-    white = [-whiten(energy.precision(i), error) for i, error in enumerate(errors, start=1)]
+    white = [-p.whiten(error) for p, error in zip(precisions, errors, strict=True)]
     scale = _root_rates(problem)
     matrix = error_matrix(problem)
     factor, residual = square(
@@ -311,7 +311,7 @@ def single_layer_flow(
     Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
     gives the start and its two neighbours the data. The flow's state has one entry.
     """
-    energy = linear_parts(problem)[1]
+    linear_parts(problem)
     network = problem.network
     if network.depth < 2:
         raise InputError("this network has no hidden layer")
@@ -320,13 +320,12 @@ def single_layer_flow(
     activities = as_sequence(activities, "activities", wanted)
     if len(activities) != network.depth + 1:
         raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
-    precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
     constants = problem.time_constants
     neighbours = InferenceProblem(
         Network(network.layers[layer - 1 : layer + 1]),
         input=activities[layer - 1],
         output=activities[layer + 1],
-        energy=Gaussian(precisions),
+        energy=problem.energy[layer - 1 : layer + 1],
         time_constants=None if constants is None else constants[layer - 1 : layer + 2],
     )
     return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_float_array, as_host_array, is_traced
 from pcdyn.errors import InputError, ShapeError, TimesError
+from pcdyn.linearisation.whitened import linear_parts
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.linear import linear_modes
 
@@ -156,10 +157,10 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
             "the output error moves by M(t) where both ends are clamped; give the problem an input "
             "and an output, or follow the flow with pcdyn.simulate"
         )
-    network, energy = problem.network, problem.energy
+    network, (*_, precision) = problem.network, linear_parts(problem)[1]
     last: Any = network.layers[-1]
     below, width = network.widths[-2:]
-    root = jnp.linalg.cholesky(energy.matrix(network.depth, width, network.dtype))  # pyright: ignore[reportAttributeAccessIssue]
+    root = jnp.linalg.cholesky(precision.matrix(width, network.dtype))
     tail = modes[-below:] * scale[-below:, None]
     return OutputErrorFlow(rates=rates, visible=root.T @ last.weight @ tail, root=root)
 

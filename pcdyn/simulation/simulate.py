@@ -295,8 +295,8 @@ def _traced_trajectory(
 
 def _without_overflow(run: Integration, observed: Observed) -> Integration:
     """A field can vanish because the energy it is of has overflowed: that is no equilibrium."""
-    module = np if isinstance(observed.energies, np.ndarray) else jnp
     last = observed.energies[-1]
+    module = jnp if isinstance(last, jax.Array) else np
     finite = module.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
     vanished = (run.status == Status.CONVERGED) & ~finite
     status = module.where(vanished, int(Status.NON_FINITE), run.status)

@@ -178,7 +178,7 @@ def _largest(flow: PrecisionFlow) -> float:
 
 
 def _with(problem: InferenceProblem, precisions: list[Any]) -> InferenceProblem:
-    energy = Gaussian([jnp.asarray(p, problem.dtype) for p in precisions])
+    energy = tuple(Gaussian(jnp.asarray(p, problem.dtype)) for p in precisions)
     return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 
@@ -200,10 +200,10 @@ def _random_problem(
 
 def _by_linear_gaussian(problem: InferenceProblem) -> np.ndarray:
     """−log p(T | d): mean and covariance propagated layer by layer, x ↦ Wx + noise."""
-    energy: Any = problem.energy
+    energies: Any = problem.energy
     mean, covariance = np.asarray(problem.input), np.zeros((problem.network.widths[0],) * 2)
-    for index, layer in enumerate(problem.network.layers, start=1):
-        weight, precision = np.asarray(layer.weight), np.asarray(energy.precision(index))
+    for layer, energy in zip(problem.network.layers, energies, strict=True):
+        weight, precision = np.asarray(layer.weight), np.asarray(energy.precision)
         if precision.ndim < 2:
             precision = np.diag(np.broadcast_to(precision, (len(weight),)))
         mean = mean @ weight.T

@@ -13,8 +13,7 @@ import numpy as np
 from pcdyn.errors import InputError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.linearisation.whitened import is_linear
-from pcdyn.model.energies.energy import Gaussian
+from pcdyn.linearisation.whitened import has_linear_flow
 from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
@@ -157,8 +156,7 @@ def _candidates(
     small = sum(x.size for x in start) <= _LARGEST_ON_HOST
     others = [host] if small else [stepping("tsit5"), host]
     methods = [stepping("dopri8"), *others]
-    linear = is_linear(problem.network) and isinstance(problem.energy, Gaussian)
-    return [("exact", Exact()), *methods] if linear else methods
+    return [("exact", Exact()), *methods] if has_linear_flow(problem) else methods
 
 
 def _first_that_arrives(

@@ -10,11 +10,10 @@ from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.equilibria.solvers.closed_form import ClosedForm
 from pcdyn.equilibria.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.equilibria.solvers.flow import FlowToRest
-from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
+from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature
 from pcdyn.equilibria.solvers.pseudo_transient import PseudoTransient
 from pcdyn.errors import InputError
-from pcdyn.linearisation.whitened import is_linear
-from pcdyn.model.energies.energy import Gaussian
+from pcdyn.linearisation.whitened import has_linear_flow
 from pcdyn.model.problem import InferenceProblem
 
 __all__ = [
@@ -68,14 +67,16 @@ def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, 
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """What to try in turn, each where the one before it did not converge.
 
-    A linear network with Gaussian energies has a closed form. Otherwise Gauss–Newton, if energies
-    are Gaussian or sums over units; where it stalls, Nesterov in error coordinates (both ends
-    clamped, Gaussian hidden layers), then pseudo-transient continuation, which any energy allows.
+    A linear network with quadratic energies has a closed form. Otherwise Gauss–Newton, if the
+    curvature of each energy is known; where it stalls, Nesterov in error coordinates (both ends
+    clamped, quadratic energies of hidden layers), then pseudo-transient continuation, which any
+    energy allows.
     """
-    if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
+    if has_linear_flow(problem):
         return (ClosedForm(),)
     both = problem.input is not None and problem.output is not None
-    middle = (ErrorDescent(),) if both and is_gaussian_below(problem) else ()
+    quadratic = all(energy.quadratic_form is not None for energy in problem.energy[:-1])
+    middle = (ErrorDescent(),) if both and quadratic else ()
     if not has_curvature(problem):
         return (*middle, PseudoTransient())
     # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.

@@ -2,8 +2,7 @@
 
 With both ends clamped the activities follow from the errors e_1 … e_{L−1} by one forward pass,
 `x_l = f_l(W_l x_{l−1} + b_l) + e_l`, and `F(e) = Σ E_l(e_l) + E_L(r)` with the output error
-`r = T − μ_L`. The energies of hidden layers are Gaussian or sums over units; that of the output can
-be another one.
+`r = T − μ_L`. The energies of hidden layers have a curvature; that of the output need not.
 
 Consecutive layers of the same kind are stacked and run in a loop that is compiled once, so that a
 deep network does not take long to compile. *Stacked* values hold one array `(layers, batch, n)` for
@@ -20,13 +19,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 
 from pcdyn._support.states import dot, largest_norm
 from pcdyn.equilibria.solvers.base import round_off
 from pcdyn.equilibria.solvers.damped import Look
-from pcdyn.model.energies.energy import Energy, Gaussian, error_gradient, weigh
-from pcdyn.model.energies.generalised import Separable, curvature, output_part, residual_part
+from pcdyn.model.energies.energy import Energy
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import apply_layer, stack, structure_of
 from pcdyn.model.problem import InferenceProblem, State
 
@@ -36,37 +34,36 @@ _WRITTEN_OUT = 4
 
 
 class Chain(eqx.Module):
-    """A problem with both ends clamped, as a function of its errors."""
+    """A problem with both ends clamped, as a function of its errors.
+
+    `energies` are those of the runs of hidden layers, stacked; `covariances` the Π⁻¹ of those that
+    are quadratic, `None` for the others.
+    """
 
     first_prediction: Any
     target: Any
     layers: tuple[Any, ...]
     output_layer: Any
-    precisions: tuple[Any, ...]
-    covariances: tuple[Any, ...]
-    energy: Energy
-    hidden: Gaussian | Separable
+    energies: tuple[Energy, ...]
+    covariances: tuple[Precision | None, ...]
+    output_energy: Energy
     lengths: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, problem: InferenceProblem):
-        network, energy = problem.network, problem.energy
-        hidden = residual_part(energy)
-        assert isinstance(hidden, Gaussian | Separable), "the solvers have checked this"
+        network, (first, *_, last) = problem.network, problem.energy
         self.first_prediction = problem.first_prediction()
         self.target = problem.output
         self.output_layer = network.layers[-1]
-        self.energy, self.hidden = energy, hidden
+        self.output_energy = last
         each = [
-            (network.layers[i - 1], hidden.precision(i), network.widths[i - 1 : i + 1])
+            (network.layers[i - 1], problem.energy[i - 1], network.widths[i - 1 : i + 1])
             for i in range(2, network.depth)
         ]
         runs = [list(run) for _, run in itertools.groupby(each, structure_of)]
         stacked = [stack(run) for run in runs]
         self.layers = tuple(layer for layer, _, _ in stacked)
-        self.precisions = (stack([hidden.precision(1)]), *(p for _, p, _ in stacked))
-        self.covariances = tuple(
-            None if p is None else jax.vmap(covariance)(p) for p in self.precisions
-        )
+        self.energies = (stack([first]), *(energy for _, energy, _ in stacked))
+        self.covariances = tuple(map(_covariances, self.energies))
         self.lengths = (1, *map(len, runs))
 
     def take(self, samples: Any) -> Chain:
@@ -134,34 +131,46 @@ class Chain(eqx.Module):
 
     def free_energy(self, errors: Stacked, output_error: Any) -> Any:
         """F from the errors of all layers."""
-        if isinstance(self.hidden, Gaussian):
+        if self.is_quadratic:
             hidden = 0.5 * dot(errors, self.weighted(errors))
         else:
-            each = _each_layer(self.precisions, jax.tree.map(self.hidden.h, errors))
-            hidden = dot(each, jax.tree.map(jnp.ones_like, each))
-        return hidden + self.energy.layer_energy(self._depth, output_error, self.target)
+            each = self._each_run(lambda energy, error: energy.value(error, None), errors)
+            hidden = sum(jnp.sum(run, axis=0) for run in each)
+        return hidden + self.output_energy.value(output_error, self.target)
 
     def output_gradient(self, output_error: Any) -> Any:
         """∂E_L/∂r: Π_L r where the output energy is Gaussian."""
-        return error_gradient(self.energy, self._depth, output_error, self.target)
+        return self.output_energy.gradient(output_error, self.target)
 
     def output_curvature(self, output_error: Any) -> Callable[[Any], Any]:
-        """Products with ∂²E_L/∂r², or a positive stand-in; Π_L where that energy is Gaussian."""
-        energy, index = output_part(self.energy, self._depth)
-        if isinstance(energy, Separable):
-            return partial(jnp.multiply, energy.precision_at(index, output_error))
-        return jax.linearize(self.output_gradient, output_error)[1]
+        """Products with the curvature of E_L, or with ∂²E_L/∂r² where that is not known."""
+        known = self._output_products(output_error, lambda curvature: curvature)
+        return known or jax.linearize(self.output_gradient, output_error)[1]
 
     def output_covariance(self, output_error: Any) -> Callable[[Any], Any]:
-        """Products with the inverse of `output_curvature`, for an energy that has one."""
-        energy, index = output_part(self.energy, self._depth)
-        if isinstance(energy, Separable):
-            return partial(jnp.multiply, 1 / energy.precision_at(index, output_error))
-        return partial(weigh, covariance(curvature(energy, index, output_error)))
+        """Products with the inverse of the curvature of E_L, for an energy that has one."""
+        known = self._output_products(output_error, Precision.inverse)
+        assert known is not None, "the solvers have checked this"
+        return known
+
+    def _output_products(
+        self, output_error: Any, form: Callable[[Precision], Precision]
+    ) -> Callable[[Any], Any] | None:
+        constant = self.output_energy.quadratic_form
+        if constant is not None:
+            return form(constant).weigh
+
+        def one(error: Any, target: Any) -> Precision | None:
+            curvature = self.output_energy.curvature(error, target)
+            return None if curvature is None else form(curvature)
+
+        each = jax.vmap(one)(output_error, self.target)
+        return None if each is None else partial(jax.vmap(Precision.weigh), each)
 
     @property
-    def _depth(self) -> int:
-        return sum(self.lengths) + 1
+    def is_quadratic(self) -> bool:
+        """Whether the energies of the hidden layers are."""
+        return all(covariance is not None for covariance in self.covariances)
 
     def round_off(self, errors: Stacked) -> Any:
         """The round-off of F."""
@@ -179,16 +188,26 @@ class Chain(eqx.Module):
 
     def weighted(self, errors: Stacked) -> Stacked:
         """∂E_l/∂e_l, l = 1 … L−1: Π_l e_l where they are Gaussian."""
-        if isinstance(self.hidden, Separable):
-            errors = jax.tree.map(self.hidden.slope, errors)
-        return _each_layer(self.precisions, errors)
+        return self._each_run(lambda energy, error: energy.gradient(error, None), errors)
 
     def unweighted(self, vectors: Stacked, errors: Stacked) -> Stacked:
         """Π_l⁻¹ v_l, l = 1 … L−1, or the inverse of the energies' curvature at `errors`."""
-        if isinstance(self.hidden, Separable):
-            bend = jax.tree.map(self.hidden.curvature, errors)
-            vectors = jax.tree.map(jnp.divide, vectors, bend)
-        return _each_layer(self.covariances, vectors)
+
+        def at_error(energy: Any, vector: Any, error: Any) -> Any:
+            return jax.vmap(lambda v, e: energy.curvature(e, None).unweigh(v))(vector, error)
+
+        each = zip(self.energies, self.covariances, vectors, errors, strict=True)
+        return tuple(
+            _each_layer(at_error, energy, vector, error)
+            if covariance is None
+            else _each_layer(Precision.weigh, covariance, vector)
+            for energy, covariance, vector, error in each
+        )
+
+    def _each_run(self, function: Callable[..., Any], errors: Stacked) -> Stacked:
+        """`function(energy, error)` of each layer, stacked."""
+        pairs = zip(self.energies, errors, strict=True)
+        return tuple(_each_layer(function, energy, error) for energy, error in pairs)
 
 
 def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:
@@ -205,15 +224,20 @@ def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:
     return jax.lax.scan(step, carry, (arrays, values), unroll=len(values) <= _WRITTEN_OUT)
 
 
-def _each_layer(precisions: tuple[Any, ...], vectors: Stacked) -> Stacked:
-    return tuple(jax.vmap(weigh)(p, v) for p, v in zip(precisions, vectors, strict=True))
+def _each_layer(function: Callable[..., Any], stacked: Any, *values: Any) -> Any:
+    """`function` of each layer of a run, of its energy or precision and its values."""
+    arrays, static = eqx.partition(stacked, eqx.is_array)
+    return jax.vmap(lambda part, *each: function(eqx.combine(part, static), *each))(arrays, *values)
 
 
-def covariance(precision: Any) -> Any:
-    """Π⁻¹ of a precision as given; `None` means 1."""
-    if precision is None:
-        return None
-    if precision.ndim < 2:
-        return 1 / precision
-    identity = jnp.eye(len(precision), dtype=precision.dtype)
-    return jsl.cho_solve(jsl.cho_factor(precision, lower=True), identity)
+def _covariances(energies: Any) -> Any:
+    """The stacked Π⁻¹ of stacked energies; `None` where they are not quadratic."""
+
+    def one(energy: Energy) -> Precision | None:
+        precision = energy.quadratic_form
+        return None if precision is None else precision.inverse()
+
+    arrays, static = eqx.partition(energies, eqx.is_array)
+    if not jax.tree.leaves(arrays):
+        return one(energies)
+    return jax.vmap(lambda part: one(eqx.combine(part, static)))(arrays)

@@ -12,7 +12,7 @@ from pcdyn._support.checks import flag, integer, number, optional
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.equilibria.solvers.chain import Chain, Stacked
-from pcdyn.equilibria.solvers.gauss_newton import gaussian_energy, is_gaussian_below
+from pcdyn.equilibria.solvers.gauss_newton import check_curvature, curvatures
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.model.problem import InferenceProblem, State
 
@@ -36,7 +36,7 @@ class GradientDescent(Solver):
         """Every problem is fine."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        def update(state: State, slope: State) -> State:
+        def update(_: InferenceProblem, state: State, slope: State) -> State:
             return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
 
         return solve_each(
@@ -48,7 +48,8 @@ class GradientDescent(Solver):
 class FixedPoint(Solver):
     """The authors' fixed-point iteration `x_l ← μ_l + Π_l⁻¹ (∂μ_{l+1}/∂x_l)ᵀ Π_{l+1} ε_{l+1}`.
 
-    All layers at once. It is gradient descent with the step Π_l⁻¹, and converges only where every
+    All layers at once. It is gradient descent with the step Π_l⁻¹, which for energies that are not
+    Gaussian is the inverse of their curvature at the errors. It converges only where every
     eigenvalue of Π⁻¹H is below 2, H being the Hessian at the equilibrium; otherwise it runs away
     and says so.
     """
@@ -62,16 +63,15 @@ class FixedPoint(Solver):
         return "fixed_point"
 
     def check(self, problem: InferenceProblem) -> None:
-        gaussian_energy(self.name, problem)
+        check_curvature(self.name, problem, of_output=problem.output is None)
         if problem.input is None:
             raise InputError("fixed_point needs a clamped input: x_0 has no prediction to go to")
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        energy = gaussian_energy(self.name, problem)
-
-        def update(state: State, slope: State) -> State:
+        def update(problem: InferenceProblem, state: State, slope: State) -> State:
+            precisions = curvatures(problem, state)
             return tuple(
-                x - energy.unweigh(index, g)
+                x - precisions[index - 1].unweigh(g)
                 for index, x, g in zip(problem.free_layers, state, slope, strict=True)
             )
 
@@ -93,7 +93,7 @@ def _iterate(
 
     def body(carry: Any) -> Any:
         state, slope, iterations = carry
-        state = update(state, slope)
+        state = update(problem, state, slope)
         return state, problem.gradient(state), iterations + 1
 
     start = (state, problem.gradient(state), jnp.asarray(0))
@@ -126,7 +126,7 @@ class _Descent(eqx.Module):
 
 
 class ErrorDescent(Solver):
-    """Gradient descent in error coordinates (ePC), preconditioned by the precisions.
+    """Gradient descent in error coordinates (ePC), preconditioned by precisions or curvatures.
 
     The signal of an output error reaches every layer in one pass, where in the activities it
     travels one layer per step. The model's Hessian `1 + Π⁻½ Jᵀ Π_L J Π⁻½` has no eigenvalue below
@@ -149,8 +149,7 @@ class ErrorDescent(Solver):
         return "nesterov" if self.nesterov else "error_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        if not is_gaussian_below(problem):
-            gaussian_energy(self.name, problem)
+        check_curvature(self.name, problem, of_output=False)
         if problem.input is None or problem.output is None:
             raise InputError(
                 f"{self.name} needs both ends clamped: only then do the errors determine the "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -24,8 +25,7 @@ from pcdyn.equilibria.solvers.chain import Chain, Stacked
 from pcdyn.equilibria.solvers.damped import Look, Model, Propose, descend
 from pcdyn.errors import InputError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
-from pcdyn.model.energies.energy import Gaussian
-from pcdyn.model.energies.generalised import Separable, curvature, output_part, residual_part
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.references.linear import gauss_newton_hessian
 
@@ -37,12 +37,12 @@ class GaussNewton(Solver):
     column by column, each by a backward and a tangent pass, and solved by Cholesky; for wider ones
     it is solved by conjugate gradients to the relative accuracy `cg_tolerance`.
 
-    It needs energies that are `pcdyn.Gaussian` or sums over units (`pcdyn.LogCosh` and others, also
-    within `pcdyn.Split`). The latter take the place of the precision by their curvature where the
-    step starts, or where that is not positive by the weight of iteratively reweighted least squares
-    (`Separable.curvature`), so that every step is one of a positive definite model. Where residuals
-    are large or energies not convex it can end at another stationary point than the gradient flow:
-    `Equilibrium.basin` looks.
+    It needs energies of which the curvature is known, `pcdyn.Gaussian`, sums over units
+    (`pcdyn.LogCosh` and others) or your own with a method `curvature`. Curvatures take the place of
+    the precision where the step starts; that of sums over units is, where h'' is not positive, the
+    weight of iteratively reweighted least squares (`Separable.bend`), so that every step is one of
+    a positive definite model. Where residuals are large or energies not convex it can end at
+    another stationary point than the gradient flow: `Equilibrium.basin` looks.
     """
 
     max_iterations: int = eqx.field(
@@ -60,11 +60,7 @@ class GaussNewton(Solver):
         return "gauss_newton"
 
     def check(self, problem: InferenceProblem) -> None:
-        if not has_curvature(problem):
-            raise InputError(
-                f"{self.name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}, "
-                "or sums over units such as pcdyn.LogCosh; use pcdyn.solvers.PseudoTransient()"
-            )
+        check_curvature(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         if problem.input is None or problem.output is None:
@@ -181,7 +177,7 @@ class InActivities(Model):
         def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
             one = self.problem.with_data(input, output)
             jacobians = layer_jacobians(one, state)
-            matrix = gauss_newton_hessian(one, reweighted(one, state), jacobians)
+            matrix = gauss_newton_hessian(one, curvatures(one, state), jacobians)
             largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
             return matrix.plus_diagonal(damping * largest).cholesky()
 
@@ -196,37 +192,48 @@ class InActivities(Model):
 
 
 def has_curvature(problem: InferenceProblem) -> bool:
-    """Whether every layer's energy is one that `reweighted` knows."""
-    parts = (residual_part(problem.energy), output_part(problem.energy, problem.network.depth)[0])
-    return all(isinstance(part, Gaussian | Separable) for part in parts)
+    """Whether the curvature of every energy is known."""
+    return _without_curvature(problem, range(1, problem.network.depth + 1)) is None
 
 
-def reweighted(problem: InferenceProblem, state: State) -> Gaussian:
-    """The Gaussian energy whose precisions are the curvatures of each layer's, of one sample."""
-    if isinstance(problem.energy, Gaussian):
-        return problem.energy
+def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = True) -> None:
+    """Raise `InputError` unless the curvatures of all energies are known, or of the hidden ones."""
     depth = problem.network.depth
-    errors = problem.prediction_errors(problem.activities(state))
-    hidden = residual_part(problem.energy)
-    each = [curvature(hidden, i, error) for i, error in enumerate(errors[:-1], start=1)]
-    each.append(curvature(*output_part(problem.energy, depth), errors[-1]))
-    one = jnp.ones((), problem.dtype)
-    return Gaussian([one if precision is None else precision for precision in each])
-
-
-def gaussian_energy(name: str, problem: InferenceProblem) -> Gaussian:
-    """The energy; raises `InputError` unless it is `pcdyn.Gaussian`."""
-    if not isinstance(problem.energy, Gaussian):
+    index = _without_curvature(problem, range(1, depth + 1 if of_output else depth))
+    if index is not None:
         raise InputError(
-            f"{name} needs pcdyn.Gaussian energies, not {type(problem.energy).__name__}; use "
-            "pcdyn.solvers.PseudoTransient()"
+            f"{name} needs the curvature of each energy, but that of layer {index}, "
+            f"{type(problem.energy[index - 1]).__name__}, has none: write its method "
+            '`curvature`, or use the method "pseudo_transient", which needs none'
         )
-    return problem.energy
 
 
-def is_gaussian_below(problem: InferenceProblem) -> bool:
-    """Whether all layers but the output have Gaussian energies."""
-    return isinstance(residual_part(problem.energy), Gaussian)
+def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int | None:
+    """The first of these predictions with an energy of unknown curvature."""
+    known = set()
+    target = problem.output if problem.output is None else jnp.atleast_2d(problem.output)[0]
+    one = problem.with_data(None, target)
+    for index in layers:
+        energy, width = problem.energy[index - 1], problem.network.widths[index]
+        kind = (jax.tree.structure(energy), width, index == problem.network.depth)
+        if energy.quadratic_form is not None or kind in known:
+            continue
+        found = eqx.filter_eval_shape(one.curvature, index, jnp.zeros(width, problem.dtype))
+        if found is None:
+            return index
+        if not isinstance(found, Precision):
+            raise InputError(
+                f"the curvature of {type(energy).__name__} must be a pcdyn.energies.Precision, "
+                f"got a {type(found).__name__}"
+            )
+        known.add(kind)
+    return None
+
+
+def curvatures(problem: InferenceProblem, state: State) -> tuple[Any, ...]:
+    """The precisions that stand for the energies at a state of one sample."""
+    errors = problem.prediction_errors(problem.activities(state))
+    return tuple(problem.curvature(index, error) for index, error in enumerate(errors, start=1))
 
 
 def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Any]:

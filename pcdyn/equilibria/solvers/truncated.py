@@ -22,10 +22,8 @@ from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
 from pcdyn.equilibria.solvers.chain import Chain, Stacked
 from pcdyn.equilibria.solvers.first_order import ErrorDescent
-from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature, is_gaussian_below
+from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, check_curvature, has_curvature
 from pcdyn.errors import InputError
-from pcdyn.model.energies.energy import Gaussian
-from pcdyn.model.energies.generalised import Separable
 from pcdyn.model.problem import InferenceProblem, State
 
 # The relative residual above which a sample counts as unsettled.
@@ -80,11 +78,12 @@ class TruncatedGaussNewton(eqx.Module):
     One step is taken for each entry of `products`, the number of conjugate-gradient steps in it.
     While the median over the batch is above `tolerance` more steps follow, at most `max_iterations`
     in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
-    solved to `tolerance` by `GaussNewton` (with cross-entropy by `ErrorDescent`), which check every
-    step. With energies that are not Gaussian F can have less curvature than the model there, so
-    that accuracy is that of the model's next step. Where activations have kinks gradients need not
-    vanish, and only the energy decides. What remains of a sample's error depends on the others of
-    its batch, by the median and by what the preconditioner has of them.
+    solved to `tolerance` by `GaussNewton` (by `ErrorDescent` where the output's energy has no
+    curvature, as cross-entropy), which check every step. With energies that are not Gaussian F can
+    have less curvature than the model there, so that accuracy is that of the model's next step.
+    Where activations have kinks gradients need not vanish, and only the energy decides. What
+    remains of a sample's error depends on the others of its batch, by the median and by what the
+    preconditioner has of them.
     """
 
     tolerance: Any = eqx.field(
@@ -99,17 +98,11 @@ class TruncatedGaussNewton(eqx.Module):
     )
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` unless both ends are clamped and the energies are known to it.
+        """Raise `InputError` unless both ends are clamped and curvatures of hidden layers known.
 
-        Those of hidden layers are Gaussian, with any energy of the output, or all layers have one
-        that `GaussNewton` takes.
+        That of the output may be any energy.
         """
-        if not (is_gaussian_below(problem) or has_curvature(problem)):
-            raise InputError(
-                "TruncatedGaussNewton needs Gaussian energies of hidden layers, or sums over units "
-                f"of all layers, not {type(problem.energy).__name__}; use "
-                'PredictiveCoding(method="pseudo_transient")'
-            )
+        check_curvature("TruncatedGaussNewton", problem, of_output=False)
         if problem.input is None or problem.output is None:
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
@@ -238,7 +231,7 @@ def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) 
         return chain.unweighted(pull(covector), errors)
 
     steepest = spread(chain.output_gradient(output_error))
-    if isinstance(chain.hidden, Separable):
+    if not chain.is_quadratic:
         # Their model is not least at zero but where its slope at the errors leads.
         own = chain.unweighted(chain.weighted(errors), errors)
         lowest = jax.tree.map(jnp.subtract, errors, own)
@@ -300,7 +293,7 @@ def _preconditioner(chain: Chain, start: Stacked) -> Any:
     more than it saves.
     """
     width, samples = chain.target.shape[-1], min(_SAMPLES, len(chain.target))
-    if width > _WIDEST or not isinstance(chain.energy, Gaussian):
+    if width > _WIDEST or chain.output_energy.quadratic_form is None:
         return None
     few = chain.take(slice(samples))
     _, push, pull = _linearised(few, jax.tree.map(lambda x: x[:, :samples], start))

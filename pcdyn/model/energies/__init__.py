@@ -1,4 +1,4 @@
-"""Energies of prediction errors: Gaussian, cross-entropy, and sums over units of any h."""
+"""Energies of prediction errors, one per prediction: Gaussian, cross-entropy, sums of any h."""
 
 from pcdyn.model.energies import interpolation
 from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
@@ -8,10 +8,10 @@ from pcdyn.model.energies.generalised import (
     LogCosh,
     PseudoHuber,
     Separable,
-    Split,
     Student,
     named_energy,
 )
+from pcdyn.model.energies.precision import Precision
 
 __all__ = [
     "CrossEntropy",
@@ -20,9 +20,9 @@ __all__ = [
     "Energy",
     "Gaussian",
     "LogCosh",
+    "Precision",
     "PseudoHuber",
     "Separable",
-    "Split",
     "Student",
     "interpolation",
     "named_energy",

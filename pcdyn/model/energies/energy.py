@@ -1,24 +1,26 @@
-"""From prediction errors to energies: Gaussian ones, and cross-entropy for the output.
+"""From prediction errors to energies: one value per prediction, Gaussian or another.
 
-`E_l = ½ ε_lᵀ Π_l ε_l`, free energy `F = Σ_l E_l`, output loss `ℒ = E_L` and residual energy
-`Ẽ = F − ℒ`. The ½ is part of the definition, and every energy is per sample: the flow of one
-sample never depends on how many others are simulated beside it.
+Free energy `F = Σ_l E_l`, output loss `ℒ = E_L` and residual energy `Ẽ = F − ℒ`, with
+`E_l = ½ ε_lᵀ Π_l ε_l` where it is Gaussian. The ½ is part of the definition, and every energy is
+per sample: the flow of one sample never depends on how many others are simulated beside it.
 """
 
 # No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
-import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, as_float_array, is_traced
-from pcdyn.errors import InputError, PrecisionError, ShapeError
+from pcdyn._support.checks import Numbers, is_traced
+from pcdyn.errors import InputError, ShapeError
+from pcdyn.model.energies.precision import Precision, checked_precision
+
+# As given: a number, one per unit or a matrix; one such for each prediction; `None` is 1.
+Precisions = Float[Array, "..."] | tuple[Float[Array, "..."], ...] | None
 
 
 class LayerEnergies(eqx.Module):
@@ -43,247 +45,306 @@ class LayerEnergies(eqx.Module):
 
 
 class Energy(eqx.Module):
-    """What a layer's prediction error costs; a new energy is one small final class."""
+    """What the error of one prediction costs; a new energy is one small class with a `value`.
+
+    A problem has one for each prediction l = 1 … L. What else there is follows from `value` or is
+    not known, and may be written by whoever knows it: a `curvature` for the solvers that build a
+    model of F (`gauss_newton`, `nesterov`, `fixed_point`, and the default of learning).
+    """
+
+    # What files and commands call it, where pcdyn knows it by a name.
+    name: ClassVar[str | None] = None
 
     @abc.abstractmethod
-    def layer_energy(
-        self,
-        index: int,
-        error: Float[Array, "*batch n"],
-        target: Float[Array, "*batch n"] | None,
+    def value(
+        self, error: Float[Array, "*batch n"], target: Float[Array, "*batch n"] | None
     ) -> Float[Array, "*batch"]:
-        """E_l of layer l = `index` for its prediction error, per sample.
+        """E of a prediction error, per sample.
 
-        `target` is what the output is clamped to if l = L, and `None` for every other layer.
+        `target` is what the output is clamped to for the prediction of the output, and `None` for
+        every other.
         """
 
-    @abc.abstractmethod
-    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
-        """Raise an `InputError` if this energy does not fit the problem.
+    def gradient(
+        self, error: Float[Array, "*batch n"], target: Float[Array, "*batch n"] | None
+    ) -> Float[Array, "*batch n"]:
+        """∂E/∂ε, which is −∂E/∂μ: by automatic differentiation unless written."""
+        return jax.grad(lambda e: jnp.sum(self.value(e, target)))(error)
 
-        `widths` are n_0 … n_L, `output` is what the output is clamped to, `None` if it is free. A
-        problem calls it once the energy's arrays have the dtype of the network.
+    def curvature(
+        self, error: Float[Array, " n"], target: Float[Array, " n"] | None
+    ) -> Precision | None:
+        """The precision that stands for ∂²E/∂ε² at the error of one sample; `None`: not known.
+
+        It must be positive definite, also where the energy is not convex.
         """
+        return None
+
+    @property
+    def quadratic_form(self) -> Precision | None:
+        """Π if the energy is ½ εᵀ Π ε for every ε, for which there are closed forms."""
+        return None
+
+    def scaled(self, factor: Any) -> "Energy":
+        """The same energy times a positive factor."""
+        return _Scaled(self, jnp.asarray(factor))
+
+    def check(self, width: int, target: Array | None) -> None:
+        """Raise an `InputError` if this energy does not fit a prediction of `width` units.
+
+        `target` is as in `value`. A problem calls it once the energy's arrays have the dtype of the
+        network.
+        """
+        leaves = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
+        dtype = leaves[0].dtype if leaves else None if target is None else target.dtype
+        batch = () if target is None else target.shape[:-1]
+        error = jnp.zeros((*batch, width), dtype)
+        shape = getattr(eqx.filter_eval_shape(self.value, error, target), "shape", None)
+        if shape != batch:
+            raise ShapeError(
+                f"value of {type(self).__name__} must sum over the units of a layer: an error of "
+                f"shape {error.shape} gave {shape} and not {batch}"
+            )
+
+    def per_prediction(self, depth: int) -> tuple["Energy", ...]:
+        """The energies of the predictions 1 … `depth` where this one is given for all of them."""
+        return (self,) * depth
 
 
-class Gaussian(Energy):
-    """`E_l = ½ ε_lᵀ Π_l ε_l` with a precision Π_l for each layer l = 1 … L.
+class Weighted(Energy):
+    """Base of energies that are multiplied by a precision.
 
-    Arguments: `precisions`, either `None` (all 1), one positive number for all layers, or a
-    sequence with one entry for each l = 1 … L: a positive number, a vector of shape `(n_l,)` (the
-    diagonal) or a symmetric positive definite matrix of shape `(n_l, n_l)`.
+    Arguments: `precision`, either `None` (1), a positive number, a vector of shape `(n,)` (the
+    diagonal) or a symmetric positive definite matrix of shape `(n, n)`. A list has one of these
+    for each prediction l = 1 … L, which a problem takes apart.
 
     Raises `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
     otherwise the flow would not be a gradient flow) and `ShapeError` where shapes do not fit.
     Under a JAX transformation the values are unknown and only shapes are checked.
     """
 
-    precisions: tuple[Float[Array, "..."], ...] | Float[Array, ""] | None
+    precision: Precisions = eqx.field(
+        default=None, kw_only=True, converter=lambda given: checked_precisions(given)
+    )
 
-    def __init__(self, precisions: Numbers | None = None):
-        if precisions is None:
-            self.precisions = None
-        elif isinstance(precisions, list | tuple):
-            self.precisions = tuple(
-                checked_precision(p, f"precision of layer {index}")
-                for index, p in enumerate(precisions, start=1)
+    @property
+    def weights(self) -> Precision:
+        """The precision, with products; raises `InputError` while there is one for each layer."""
+        if isinstance(self.precision, tuple):
+            raise InputError(
+                f"this {type(self).__name__} has a precision for each of "
+                f"{len(self.precision)} predictions: take one of problem.energy"
             )
-        else:
-            self.precisions = checked_precision(precisions, "precision")
-            if self.precisions.ndim != 0:
-                raise ShapeError(
-                    "one precision for all layers must be a number; give a list with one entry "
-                    f"per layer instead of an array of shape {self.precisions.shape}"
-                )
+        return Precision(self.precision)
 
-    def precision(self, index: int) -> Float[Array, "..."] | None:
-        """Π_l of layer l = `index`, as given: scalar, diagonal or matrix; `None` means 1."""
-        if isinstance(self.precisions, tuple):
-            return self.precisions[index - 1]
-        return self.precisions
+    def scaled(self, factor: Any) -> "Weighted":
+        return _with_precision(self, self.weights.scaled(factor).values)
 
-    def weigh(self, index: int, error: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """Π_l ε_l, the precision-weighted prediction error of layer l = `index`."""
-        return weigh(self.precision(index), error)
-
-    def unweigh(self, index: int, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """Π_l⁻¹ v, the inverse of `weigh`: a product with the covariance of layer l = `index`."""
-        precision = self.precision(index)
-        if precision is None:
-            return vector
-        if precision.ndim == 2:
-            columns = vector.reshape(-1, vector.shape[-1]).T
-            solved = jsl.cho_solve(jsl.cho_factor(precision, lower=True), columns)
-            return solved.T.reshape(vector.shape)
-        return vector / jnp.broadcast_to(precision, vector.shape)
-
-    def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
-        return 0.5 * jnp.sum(error * self.weigh(index, error), axis=-1)
-
-    def matrix(self, index: int, width: int, dtype: Any) -> Float[Array, "n n"]:
-        """Π_l of layer l = `index` as a full matrix of `width` rows."""
-        precision = self.precision(index)
-        if precision is None:
-            return jnp.eye(width, dtype=dtype)
-        if precision.ndim == 2:
-            return precision
-        return jnp.diag(jnp.broadcast_to(precision, (width,)))
-
-    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
-        # In a lower precision a small number can vanish, a matrix become singular.
-        Gaussian(self.precisions)
-        if not isinstance(self.precisions, tuple):
+    def check(self, width: int, target: Array | None) -> None:
+        given = self.weights.values
+        if given is None:
             return
-        if len(self.precisions) != len(widths) - 1:
+        # In a lower precision a small number can vanish, a matrix become singular.
+        checked_precision(given, "precision")
+        if given.ndim > 0 and given.shape[-1] != width:
             raise ShapeError(
-                f"{len(self.precisions)} precisions for a network with {len(widths) - 1} "
-                "predicted layers; give one for each l = 1 … L"
+                f"precision has shape {given.shape}, but the layer has {width} units"
+                + ("; give a list with one for each l = 1 … L" if given.ndim == 1 else "")
             )
-        for index, precision in enumerate(self.precisions, start=1):
-            if precision.ndim > 0 and precision.shape[-1] != widths[index]:
-                raise ShapeError(
-                    f"precision of layer {index} has shape {precision.shape}, but the layer has "
-                    f"{widths[index]} units"
-                )
+
+    def per_prediction(self, depth: int) -> tuple[Energy, ...]:
+        if not isinstance(self.precision, tuple):
+            return (self,) * depth
+        if len(self.precision) != depth:
+            raise ShapeError(
+                f"{len(self.precision)} precisions for {depth} predictions; give one for each "
+                "l = 1 … L"
+            )
+        return tuple(_with_precision(self, each) for each in self.precision)
+
+
+class Gaussian(Weighted):
+    """`E = ½ εᵀ Π ε` with the precision Π.
+
+    Arguments: `precision`, either `None` (1), a positive number, a vector of shape `(n,)` (the
+    diagonal) or a symmetric positive definite matrix of shape `(n, n)`. A list has one of these
+    for each prediction l = 1 … L, which a problem takes apart.
+
+    Raises `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
+    otherwise the flow would not be a gradient flow) and `ShapeError` where shapes do not fit.
+    Under a JAX transformation the values are unknown and only shapes are checked.
+    """
+
+    name: ClassVar[str | None] = "gaussian"
+    # By position as well.
+    precision: Precisions = eqx.field(
+        default=None, converter=lambda given: checked_precisions(given)
+    )
+
+    def value(self, error: Array, target: Array | None) -> Array:
+        return 0.5 * jnp.sum(error * self.weights.weigh(error), axis=-1)
+
+    def gradient(self, error: Array, target: Array | None) -> Array:
+        return self.weights.weigh(error)
+
+    def curvature(self, error: Array, target: Array | None) -> Precision:
+        return self.weights
+
+    @property
+    def quadratic_form(self) -> Precision:
+        return self.weights
 
 
 class CrossEntropy(Energy):
-    """Cross-entropy of a softmax output, `E_L = −λ Σ_k T_k log softmax(μ_L)_k`; Gaussian below.
+    """Cross-entropy of a softmax output, `E = −λ Σ_k T_k log softmax(μ_L)_k`.
 
     The prediction μ_L of the output layer are logits: give that layer the identity activation.
-    Arguments: `precisions` of the layers l = 1 … L − 1, as for `Gaussian`; `weight`, λ > 0, the
-    precision of the output so to speak: an average over a batch of B samples in place of a sum,
-    with the hidden layers as they are, is λ = 1/B.
+    Given alone for all predictions it is that of the output, with `Gaussian()` below.
 
-    The output must be clamped, and to probabilities. Raises `InputError` where it is not,
-    `PrecisionError` for a weight or a precision that is not positive.
+    Arguments: `weight`, λ > 0, the precision of the output so to speak: an average over a batch of
+    B samples in place of a sum, with the hidden layers as they are, is λ = 1/B.
+
+    The output must be clamped, and to probabilities. A problem raises `InputError` where it is not;
+    `PrecisionError` for a weight that is not positive.
     """
 
-    hidden: Gaussian
-    weight: Float[Array, ""]
+    name: ClassVar[str | None] = "cross_entropy"
+    weight: Float[Array, ""] = eqx.field(
+        default=1.0, converter=lambda given: positive_number(given, "weight of the cross-entropy")
+    )
 
-    def __init__(self, precisions: Numbers | None = None, weight: Numbers = 1.0):
-        self.hidden = Gaussian(precisions)
-        self.weight = checked_precision(weight, "weight of the cross-entropy")
-        if self.weight.ndim != 0:
-            raise ShapeError(f"weight must be one number, got shape {self.weight.shape}")
+    @property
+    def precision(self) -> Float[Array, ""]:
+        """λ."""
+        return self.weight
 
-    def precision(self, index: int) -> Float[Array, "..."] | None:
-        """Π_l of the hidden layer l = `index`."""
-        return self.hidden.precision(index)
-
-    def layer_energy(self, index: int, error: Array, target: Array | None) -> Array:
+    def value(self, error: Array, target: Array | None) -> Array:
         if target is None:
-            return self.hidden.layer_energy(index, error, None)
+            raise InputError(_NO_TARGET)
         log_probabilities = jax.nn.log_softmax(target - error, axis=-1)
         return -self.weight * jnp.sum(target * log_probabilities, axis=-1)
 
-    def check(self, widths: tuple[int, ...], output: Array | None) -> None:
-        self.hidden.check(widths[:-1], None)
-        checked_precision(self.weight, "weight of the cross-entropy")
-        if output is None:
-            raise InputError("cross-entropy compares with a target: clamp the output")
-        if is_traced(output):
+    def scaled(self, factor: Any) -> "CrossEntropy":
+        return eqx.tree_at(lambda e: e.weight, self, factor * self.weight)
+
+    def check(self, width: int, target: Array | None) -> None:
+        positive_number(self.weight, "weight of the cross-entropy")
+        if target is None:
+            raise InputError(_NO_TARGET)
+        if is_traced(target):
             return
-        target = np.asarray(output)
-        sums = target.sum(-1)
-        if np.any(target < 0) or np.any(np.abs(sums - 1) > 1e-3):
+        known = np.asarray(target)
+        sums = known.sum(-1)
+        if np.any(known < 0) or np.any(np.abs(sums - 1) > 1e-3):
             raise InputError(
                 f"cross-entropy needs probabilities as output, but entries go from "
-                f"{target.min():g} to {target.max():g} and sums from {sums.min():g} to "
+                f"{known.min():g} to {known.max():g} and sums from {sums.min():g} to "
                 f"{sums.max():g}; give one-hot labels"
             )
 
+    def per_prediction(self, depth: int) -> tuple[Energy, ...]:
+        return (*Gaussian().per_prediction(depth - 1), self)
+
+
+class _Scaled(Energy):
+    """An energy times a factor."""
+
+    energy: Energy
+    factor: Float[Array, ""]
+
+    def value(self, error: Array, target: Array | None) -> Array:
+        return self.factor * self.energy.value(error, target)
+
+    def gradient(self, error: Array, target: Array | None) -> Array:
+        return self.factor * self.energy.gradient(error, target)
+
+    def curvature(self, error: Array, target: Array | None) -> Precision | None:
+        found = self.energy.curvature(error, target)
+        return None if found is None else found.scaled(self.factor)
+
+    @property
+    def quadratic_form(self) -> Precision | None:
+        found = self.energy.quadratic_form
+        return None if found is None else found.scaled(self.factor)
+
+    def check(self, width: int, target: Array | None) -> None:
+        self.energy.check(width, target)
+
+
+_NO_TARGET = (
+    "cross-entropy compares with a target: clamp the output, and give it for that alone, with "
+    "another energy for each prediction below"
+)
+
+
+def energies_of(energy: Any, depth: int) -> tuple[Energy, ...]:
+    """One energy for each of `depth` predictions, from one for all of them, a list, or `None`.
+
+    Raises what `check_energy` raises, and `ShapeError` for another number of energies.
+    """
+    if energy is None:
+        return (Gaussian(),) * depth
+    check_energy(energy, "energy")
+    if isinstance(energy, Energy):
+        return energy.per_prediction(depth)
+    if len(energy) != depth:
+        raise ShapeError(
+            f"{len(energy)} energies for {depth} predictions; give one for each l = 1 … L, or a "
+            "single one for all"
+        )
+    return tuple(each.per_prediction(1)[0] for each in energy)
+
+
+def in_dtype(energies: tuple[Energy, ...], dtype: Any) -> tuple[Energy, ...]:
+    """The same energies with all their arrays, of NumPy as well, in one dtype of JAX."""
+
+    def convert(leaf: Any) -> Any:
+        is_array = isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating)
+        return jnp.asarray(leaf, dtype) if is_array or eqx.is_inexact_array(leaf) else leaf
+
+    return jax.tree.map(convert, energies)
+
 
 def check_energy(energy: Any, name: str) -> None:
-    """Raise `InputError` for what is no energy, such as the class of one."""
+    """Raise `InputError` for what is neither an energy nor a list of energies."""
     if isinstance(energy, Energy):
+        return
+    if isinstance(energy, list | tuple):
+        for index, each in enumerate(energy, start=1):
+            if isinstance(each, list | tuple):
+                raise InputError(f"{name} of layer {index} is a list: give one energy")
+            check_energy(each, f"{name} of layer {index}")
         return
     if isinstance(energy, type) and issubclass(energy, Energy):
         raise InputError(f"{name} is the class {energy.__name__}: call it, {energy.__name__}(…)")
     raise InputError(
-        f"{name} must be an energy such as pcdyn.Gaussian(), got a {type(energy).__name__}"
+        f"{name} must be an energy such as pcdyn.Gaussian(), or a list with one for each "
+        f"prediction, got a {type(energy).__name__}"
     )
 
 
-def error_gradient(energy: Energy, index: int, error: Array, target: Array | None) -> Array:
-    """∂E_l/∂ε_l, which is −∂E_l/∂μ_l; Π_l ε_l where the energy is Gaussian."""
-    if isinstance(energy, Gaussian):
-        return energy.weigh(index, error)
-    return jax.grad(lambda e: jnp.sum(energy.layer_energy(index, e, target)))(error)
+def positive_number(value: Numbers, name: str) -> Float[Array, ""]:
+    """`value` as one positive number; raises `PrecisionError` or `ShapeError` under that name."""
+    number = checked_precision(value, name)
+    if number.ndim != 0:
+        raise ShapeError(f"{name} must be one number, got shape {number.shape}")
+    return number
 
 
-@functools.singledispatch
-def scale_output(energy: Energy, depth: int, factor: Any) -> Energy:
-    """The same energy with that of the output layer L = `depth` multiplied by `factor`.
-
-    Raises `InputError` for an energy whose class has not registered how.
-    """
-    raise InputError(f"the output of a {type(energy).__name__} energy cannot be scaled")
-
-
-@scale_output.register(CrossEntropy)
-def _(energy: CrossEntropy, depth: int, factor: Any) -> CrossEntropy:
-    return eqx.tree_at(lambda e: e.weight, energy, factor * energy.weight)
-
-
-@scale_output.register(Gaussian)
-def _(energy: Gaussian, depth: int, factor: Any) -> Gaussian:
-    each = [energy.precision(index) for index in range(1, depth + 1)]
-    one = jnp.ones((), jnp.result_type(*[p for p in each if p is not None], factor))
-    filled = [one if precision is None else precision for precision in each]
-    return Gaussian([*filled[:-1], factor * filled[-1]])
-
-
-def weigh(
-    precision: Float[Array, "..."] | None, error: Float[Array, "*batch n"]
-) -> Float[Array, "*batch n"]:
-    """Π ε for a precision as given: scalar, diagonal or matrix; `None` means 1."""
-    if precision is None:
-        return error
-    if precision.ndim == 2:
-        return error @ precision
-    return jnp.broadcast_to(precision, error.shape) * error
-
-
-def checked_precision(value: Numbers, name: str) -> Float[Array, "..."]:
-    """`value` as a precision; raises `PrecisionError` or `ShapeError` under that name."""
-    precision = as_float_array(value, name)
-    if precision.ndim > 2 or (precision.ndim == 2 and precision.shape[0] != precision.shape[1]):
-        raise ShapeError(f"{name} must be a scalar, a vector or a square matrix, "
-                         f"got shape {precision.shape}")  # fmt: skip
-    if precision.size == 0:
-        raise ShapeError(f"{name} is empty: give a number, one per unit, or a square matrix")
-    if is_traced(precision):
-        return precision
-    if precision.ndim < 2:
-        smallest = float(np.min(np.asarray(precision)))
-        if smallest <= 0:
-            raise PrecisionError(f"{name} must be positive, but contains {smallest:g}")
-        return precision
-    return jnp.asarray(_symmetric_positive_definite(np.asarray(precision), name))
-
-
-def asymmetry_of(matrix: np.ndarray) -> float:
-    """The largest entry of M − Mᵀ over that of M; 0 where it is no more than round-off."""
-    asymmetry = np.max(np.abs(matrix - matrix.T)) / np.max(np.abs(matrix), initial=1e-300)
-    # Inverting a matrix leaves asymmetry of the order of round-off times its conditioning.
-    return float(asymmetry) if asymmetry > np.sqrt(np.finfo(matrix.dtype).eps) else 0.0
-
-
-def _symmetric_positive_definite(matrix: np.ndarray, name: str) -> np.ndarray:
-    if asymmetry := asymmetry_of(matrix):
-        raise PrecisionError(
-            f"{name} is not symmetric (relative asymmetry {asymmetry:.1e}); use (P + P.T) / 2 if "
-            "that is what you mean"
+def checked_precisions(given: Numbers | None) -> Any:
+    """A precision, or the tuple of those of a list; `None` stays."""
+    if given is None:
+        return None
+    if isinstance(given, list | tuple):
+        return tuple(
+            checked_precision(each, f"precision of layer {index}")
+            for index, each in enumerate(given, start=1)
         )
-    symmetric = (matrix + matrix.T) / 2
-    try:
-        np.linalg.cholesky(symmetric)
-    except np.linalg.LinAlgError:
-        smallest = np.linalg.eigvalsh(symmetric)[0]
-        raise PrecisionError(
-            f"{name} is not positive definite: its smallest eigenvalue is {smallest:.3g}; a "
-            "precision is the inverse of a covariance matrix and all its eigenvalues are positive"
-        ) from None
-    return symmetric
+    return checked_precision(given, "precision")
+
+
+def _with_precision(energy: Any, values: Any) -> Any:
+    """The same energy with another precision, which is known to be one."""
+    return eqx.tree_at(
+        lambda e: e.precision, energy, values, is_leaf=lambda x: x is None or x is energy.precision
+    )

@@ -16,8 +16,8 @@ from pcdyn.errors import PrecisionError, ShapeError
 from pcdyn.model.energies.energy import Gaussian
 
 
-def interpolated(weight: Numbers, depth: int) -> Gaussian:
-    """The energy `F = λ ℒ + (1 − λ) Ẽ` of Eq 48: Π_L = λ, and Π_l = 1 − λ for l < L.
+def interpolated(weight: Numbers, depth: int) -> list[Gaussian]:
+    """The energies of `F = λ ℒ + (1 − λ) Ẽ` of Eq 48: Π_L = λ, and Π_l = 1 − λ for l < L.
 
     Arguments: `weight`, λ with 0 < λ < 1; `depth`, L ≥ 2, the number of predicted layers.
 
@@ -34,11 +34,11 @@ def interpolated(weight: Numbers, depth: int) -> Gaussian:
     if not is_traced(value) and not 0 < float(value) < 1:
         reason = _ENDPOINTS.get(float(value), "elsewhere a precision is negative")
         raise PrecisionError(f"λ must lie between 0 and 1, got {float(value):g}: {reason}")
-    return Gaussian([1 - value] * (depth - 1) + [value])
+    return [*[Gaussian(1 - value)] * (depth - 1), Gaussian(value)]
 
 
-def graded(ratio: Numbers, depth: int) -> Gaussian:
-    """Precisions that grow by the factor ρ from layer to layer, `Π_l = ρ^l` for l = 1 … L.
+def graded(ratio: Numbers, depth: int) -> list[Gaussian]:
+    """Energies whose precisions grow by the factor ρ from layer to layer: `Π_l = ρ^l`.
 
     Arguments: `ratio`, ρ > 0; `depth`, L ≥ 2, the number of predicted layers.
 
@@ -60,7 +60,7 @@ def graded(ratio: Numbers, depth: int) -> Gaussian:
                 f"a ratio of {float(value):g} takes precisions of {depth} layers out of the range "
                 f"of {value.dtype}; choose one nearer to 1"
             )
-    return Gaussian(precisions)
+    return [Gaussian(precision) for precision in precisions]
 
 
 _ENDPOINTS = {
