@@ -244,7 +244,6 @@ def calls() -> dict[str, Call]:
         "PseudoHuber": lambda: (pcdyn.PseudoHuber, {}),
         "Student": lambda: (pcdyn.Student, {}),
         "Divisive": lambda: (pcdyn.Divisive, {}),
-        "Split": lambda: (pcdyn.Split, {"residual": pcdyn.Gaussian(), "output": pcdyn.Gaussian()}),
         "named_energy": lambda: (pcdyn.named_energy, {"name": "student"}),
         "Diffrax": lambda: (pcdyn.Diffrax, {}),
         "SciPy": lambda: (pcdyn.SciPy, {}),
@@ -540,10 +539,10 @@ def nonsense(result: Any) -> str:
 
 def gradient(problem: Any, activities: Any) -> list[np.ndarray] | None:
     """∂F/∂x_l of the free layers in NumPy; `None` for layers and energies not known here."""
-    layers, energy = problem.network.layers, problem.energy
+    layers, energies = problem.network.layers, problem.energy
     names = [layer.activation.name for layer in layers if isinstance(layer, pcdyn.Dense)]
     known = len(names) == len(layers) and set(names) <= set(_SLOPES)
-    if not known or not isinstance(energy, pcdyn.Gaussian):
+    if not known or not all(isinstance(energy, pcdyn.Gaussian) for energy in energies):
         return None
     x = [np.asarray(layer, float) for layer in activities]
     weighted, pulled = [], []
@@ -552,7 +551,7 @@ def gradient(problem: Any, activities: Any) -> list[np.ndarray] | None:
         weight = np.asarray(layer.weight, float)
         z = x[index - 1] @ weight.T + (0 if layer.bias is None else np.asarray(layer.bias, float))
         error = x[index] - function(z)
-        given = energy.precision(index)
+        given = energies[index - 1].precision
         precision = np.asarray(1.0 if given is None else given, float)
         weighted.append(error @ precision if precision.ndim == 2 else error * precision)
         pulled.append((weighted[-1] * slope(z)) @ weight)

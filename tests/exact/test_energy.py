@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
 from pcdyn.equilibria.equilibrium import equilibrium
-from pcdyn.model.energies.energy import CrossEntropy, Gaussian, error_gradient, scale_output
+from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
+from pcdyn.model.energies.generalised import LogCosh
 from pcdyn.model.problem import InferenceProblem
 from tests.networks import (
     EPS,
@@ -38,33 +41,47 @@ ROUND_OFF = 1e3 * EPS
 def test_every_kind_of_precision_is_its_matrix(
     seed: int, width: int, kind: str, batch: tuple[int, ...]
 ) -> None:
-    """E = ½ εᵀΠε, weigh = Πε, unweigh = Π⁻¹ε and matrix = Π for every kind of Π."""
+    """E = ½ εᵀΠε, its gradient Πε, and products with Π, Π⁻¹ and its root for every kind of Π."""
     rng = np.random.default_rng(seed)
     precision = random_precision(rng, width, kind)
     matrix = precision if kind == "full" else np.diag(np.broadcast_to(precision, (width,)))
-    energy = Gaussian([1.0, precision])
+    energy = Gaussian([1.0, precision]).per_prediction(2)[1]
+    weights = energy.quadratic_form
+    assert weights is not None
     error = rng.normal(size=(*batch, width))
     given_error = jnp.asarray(error)
     expected = 0.5 * np.einsum("...i,ij,...j", error, matrix, error)
-    assert_close(energy.layer_energy(2, given_error, None), expected, ROUND_OFF)
-    assert_close(energy.weigh(2, given_error), error @ matrix, ROUND_OFF)
+    assert_close(energy.value(given_error, None), expected, ROUND_OFF)
+    assert_close(energy.gradient(given_error, None), error @ matrix, ROUND_OFF)
     # Eigenvalues lie between 1/e and e: the condition number is below 8.
     solved = np.linalg.solve(matrix, error.reshape(-1, width).T).T.reshape(error.shape)
-    assert_close(energy.unweigh(2, given_error), solved, 8 * ROUND_OFF)
-    assert_close(energy.unweigh(2, energy.weigh(2, given_error)), error, 8 * ROUND_OFF)
-    assert_close(energy.matrix(2, width, jnp.float64), matrix, ROUND_OFF)
+    assert_close(weights.unweigh(given_error), solved, 8 * ROUND_OFF)
+    assert_close(weights.inverse().weigh(given_error), solved, 8 * ROUND_OFF)
+    assert_close(weights.unweigh(weights.weigh(given_error)), error, 8 * ROUND_OFF)
+    assert_close(weights.matrix(width, jnp.float64), matrix, ROUND_OFF)
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    assert float(weights.smallest(jnp.float64)) == pytest.approx(eigenvalues[0], rel=1e-12)
+    determinant = float(np.sum(np.log(eigenvalues)))
+    assert float(weights.log_determinant(width)) == pytest.approx(determinant, abs=1e-12)
+    rows = given_error.reshape(-1, width)
+    squares = np.sum(np.asarray(weights.whiten(rows)) ** 2, -1)
+    assert_close(0.5 * squares, expected.ravel(), ROUND_OFF)
+    inverses = np.einsum("ri,ri->r", np.asarray(rows), solved.reshape(-1, width))
+    assert_close(jnp.sum(weights.spread(rows) ** 2, -1), inverses, 8 * ROUND_OFF)
 
 
 @pytest.mark.parametrize("precision", [None, 2.5])
 def test_one_precision_serves_all_layers(precision: float | None) -> None:
     """`None` is unit precision and a number is that multiple of it, in every layer."""
-    energy, factor = Gaussian(precision), 1.0 if precision is None else precision
+    factor = 1.0 if precision is None else precision
     error = jnp.asarray([1.0, -2.0])
-    for index in (1, 7):
-        assert float(energy.layer_energy(index, error, None)) == pytest.approx(0.5 * factor * 5)
-        assert_close(energy.weigh(index, error), factor * np.array([1.0, -2.0]), ROUND_OFF)
-        assert_close(energy.unweigh(index, error), np.array([1.0, -2.0]) / factor, ROUND_OFF)
-        assert_close(energy.matrix(index, 2, jnp.float64), factor * np.eye(2), ROUND_OFF)
+    for energy in Gaussian(precision).per_prediction(7):
+        assert float(energy.value(error, None)) == pytest.approx(0.5 * factor * 5)
+        assert_close(energy.gradient(error, None), factor * np.array([1.0, -2.0]), ROUND_OFF)
+        weights = energy.quadratic_form
+        assert weights is not None
+        assert_close(weights.unweigh(error), np.array([1.0, -2.0]) / factor, ROUND_OFF)
+        assert_close(weights.matrix(2, jnp.float64), factor * np.eye(2), ROUND_OFF)
 
 
 @few(max_examples=20)
@@ -86,7 +103,7 @@ def test_round_off_asymmetry_is_symmetrised() -> None:
     rng = np.random.default_rng(3)
     precision = np.linalg.inv(np.cov(rng.normal(size=(50, 4)).T))
     precision[0, 1] += 1e-13
-    kept = np.asarray(Gaussian([precision]).matrix(1, 4, jnp.float64))
+    kept = np.asarray(Gaussian(precision).precision)
     np.testing.assert_array_equal(kept, kept.T)
     np.testing.assert_allclose(kept, precision, atol=1e-13)
 
@@ -96,33 +113,45 @@ def test_cross_entropy_is_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     logits = np.append(rng.normal(size=(5, 3)), [[50.0, -50.0, 0.0]], axis=0)
     target = np.append(rng.dirichlet(np.ones(3), 5), [[0.0, 1.0, 0.0]], axis=0)
-    energy = CrossEntropy([2.0], weight=0.5)
-    found = energy.layer_energy(2, jnp.asarray(target - logits), jnp.asarray(target))
+    energy = CrossEntropy(weight=0.5)
+    found = energy.value(jnp.asarray(target - logits), jnp.asarray(target))
     expected = -0.5 * np.sum(target * log_softmax(logits, axis=-1), -1)
     assert_close(found, expected, ROUND_OFF)
-    hidden = jnp.asarray(rng.normal(size=4))
-    assert float(energy.layer_energy(1, hidden, None)) == pytest.approx(float(hidden @ hidden))
-    slope = error_gradient(energy, 2, jnp.asarray(target - logits), jnp.asarray(target))
+    slope = energy.gradient(jnp.asarray(target - logits), jnp.asarray(target))
     assert_close(slope, 0.5 * (target - softmax(logits, axis=-1)), ROUND_OFF)
 
 
-def test_the_output_alone_is_scaled() -> None:
-    """Gaussian of every kind, cross-entropy, and no other energy."""
+def test_what_is_scaled() -> None:
+    """Value, gradient, curvature and quadratic form times a factor, of energies of every kind."""
     matrix = np.array([[2.0, 0.5], [0.5, 1.0]])
-    error = jnp.asarray([1.0, -2.0])
-    for precisions in (None, 3.0, [1.0, 2.0], [1.0, matrix]):
-        energy = Gaussian(precisions)
-        scaled = scale_output(energy, 2, 0.1)
-        for index, factor in ((1, 1.0), (2, 0.1)):
-            before = float(energy.layer_energy(index, error, None))
-            after = float(scaled.layer_energy(index, error, None))
-            assert after == pytest.approx(factor * before)
-    target = jnp.asarray([0.0, 1.0])
-    before, after = (
-        float(e.layer_energy(2, error, target))
-        for e in (CrossEntropy(), scale_output(CrossEntropy(), 2, 0.1))
-    )
-    assert after == pytest.approx(0.1 * before)
+    error, target = jnp.asarray([1.0, -2.0]), jnp.asarray([0.0, 1.0])
+
+    class Own(Energy):
+        def value(self, error: Any, target: Any) -> Any:
+            return jnp.sum(error**4, axis=-1)
+
+    for energy in (
+        Gaussian(),
+        Gaussian(3.0),
+        Gaussian(matrix),
+        LogCosh(2.0),
+        CrossEntropy(),
+        Own(),
+    ):
+        for scaled in (energy.scaled(0.1), energy.scaled(0.5).scaled(0.2)):
+            for found, expected in (
+                (scaled.value(error, target), energy.value(error, target)),
+                (scaled.gradient(error, target), energy.gradient(error, target)),
+            ):
+                assert_close(found, 0.1 * np.asarray(expected), ROUND_OFF)
+            for found, expected in (
+                (scaled.curvature(error, target), energy.curvature(error, target)),
+                (scaled.quadratic_form, energy.quadratic_form),
+            ):
+                assert (found is None) == (expected is None)
+                if found is not None and expected is not None:
+                    dense = np.asarray(expected.matrix(2, jnp.float64))
+                    assert_close(found.matrix(2, jnp.float64), 0.1 * dense, ROUND_OFF)
 
 
 def test_methods_agree_where_the_output_is_a_softmax() -> None:

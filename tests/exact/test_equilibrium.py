@@ -588,7 +588,7 @@ def of_problem(problem: InferenceProblem) -> dict[str, tuple[Any, ...]]:
     return {
         "weights": tuple(layer.weight for layer in problem.network.layers),
         "biases": tuple(layer.bias for layer in problem.network.layers),
-        "precisions": problem.energy.precisions,
+        "precisions": tuple(energy.precision for energy in problem.energy),
         "data": (problem.input, problem.output),
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,13 +26,12 @@ from pcdyn.errors import (
     PrecisionError,
     ShapeError,
 )
-from pcdyn.model.energies.energy import CrossEntropy, Gaussian, scale_output
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
 from pcdyn.model.energies.generalised import (
     CustomEnergy,
     Divisive,
     LogCosh,
     PseudoHuber,
-    Split,
     Student,
     named_energy,
 )
@@ -79,7 +79,7 @@ def test_each_energy_and_its_slope_are_those_of_numpy(name: str) -> None:
     numeric = (slope(error + step) - slope(error - step)) / (2 * step)
     # Truncation is step² h''''/6, h'''' of order 1/δ² or less; round-off is EPS / step.
     assert_close(energy.second_derivative(jnp.asarray(error)), numeric, 1e-8)
-    assert np.all(np.asarray(energy.curvature(jnp.asarray(error))) > 0)
+    assert np.all(np.asarray(energy.bend(jnp.asarray(error))) > 0)
 
 
 def test_log_cosh_neither_overflows_nor_cancels() -> None:
@@ -108,7 +108,7 @@ def test_parameters_that_the_network_cannot_hold_are_refused(kind: Any) -> None:
                            (case.network, 1e200)):  # fmt: skip
         with pytest.raises(PrecisionError, match=kind.__name__):
             pcdyn.InferenceProblem(network, input=case.input, energy=kind(value))
-    made = jax.jit(lambda value: pcdyn.InferenceProblem(single, energy=kind(value)).energy)(0.5)
+    made = jax.jit(lambda value: pcdyn.InferenceProblem(single, energy=kind(value)).energy[0])(0.5)
     assert float(jax.tree.leaves(made)[0]) == 0.5
 
 
@@ -126,22 +126,13 @@ def test_an_energy_that_overflows_is_not_at_equilibrium() -> None:
 
 
 def test_layers_are_summed_with_their_precisions() -> None:
-    """E_l = Σ_i Π_i h(ε_i), with a number, one per unit, or none; only the output is scaled."""
+    """E_l = Σ_i Π_i h(ε_i), with a number, one per unit, or none."""
     error = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
     expected = np.log(np.cosh(np.asarray(error)))
     diagonal = np.array([2.0, 0.5])
     for precisions, factor in ((None, 1.0), (3.0, 3.0), ([1.0, diagonal], diagonal)):
-        energy = LogCosh(precisions)
-        assert_close(energy.layer_energy(2, error, None), (factor * expected).sum(-1), ROUND_OFF)
-        scaled = scale_output(energy, 2, 0.1)
-        assert_close(scaled.layer_energy(2, error, None),
-                     0.1 * (factor * expected).sum(-1), ROUND_OFF)  # fmt: skip
-        assert_close(
-            scaled.layer_energy(1, error, None), energy.layer_energy(1, error, None), ROUND_OFF
-        )
-    split = scale_output(Split(LogCosh(), Gaussian([2.0])), 2, 0.1)
-    assert_close(split.layer_energy(2, error, error), 0.1 * np.sum(error**2, -1), ROUND_OFF)
-    assert_close(split.layer_energy(1, error, None), expected.sum(-1), ROUND_OFF)
+        energy = LogCosh(precisions).per_prediction(2)[1]
+        assert_close(energy.value(error, None), (factor * expected).sum(-1), ROUND_OFF)
 
 
 def test_half_the_square_is_the_gaussian() -> None:
@@ -152,7 +143,7 @@ def test_half_the_square_is_the_gaussian() -> None:
     gaussian = case.problem
     custom = pcdyn.InferenceProblem(
         case.network, input=case.input, output=case.output,
-        energy=CustomEnergy(half_square, case.precisions),
+        energy=CustomEnergy(half_square, precision=case.precisions),
     )  # fmt: skip
     for one, other in (
         (custom.layer_energies(case.state), gaussian.layer_energies(case.state)),
@@ -200,7 +191,7 @@ def numpy_free_energy(x: np.ndarray, case: Any, residual: Any, output: Any) -> f
 
 MIXED = {
     "Student": (Student(2.0), FUNCTIONS["Student"][1], FUNCTIONS["Student"][1]),
-    "split": (Split(LogCosh(), Gaussian([2.0])), FUNCTIONS["log cosh"][1], lambda e: e**2),
+    "two": ([LogCosh(), Gaussian(2.0)], FUNCTIONS["log cosh"][1], lambda e: e**2),
 }
 
 
@@ -209,8 +200,8 @@ MIXED = {
 def test_equilibrium_and_learning_agree_with_scipy(name: str) -> None:
     """The default solver, Gauss–Newton, ends at SciPy's minimum.
 
-    With the split the weight gradient is dF*/dW by differences, and the truncated steps of learning
-    agree with it.
+    With an energy for each layer the weight gradient is dF*/dW by differences, and the truncated
+    steps of learning agree with it.
     """
     energy, residual, output = MIXED[name]
     case = build_case(seed=2, widths=(3, 4, 2), activations=("tanh",), batch=1)
@@ -252,7 +243,7 @@ def test_the_weight_gradient_is_local() -> None:
     """−(f' ∘ Π h'(ε)) xᵀ in NumPy is ∂F/∂W by autodiff, away from equilibrium."""
     case = build_case(seed=3, widths=(3, 4, 2), activations=("tanh",))
     problem = case.replace(clamp="both").problem
-    energy = Student(2.0, [1.5, 0.5])
+    energy = Student(2.0, precision=[1.5, 0.5])
 
     def free_energy(network: pcdyn.Network) -> Any:
         moved = pcdyn.InferenceProblem(network, input=case.input, output=case.output, energy=energy)
@@ -347,22 +338,30 @@ def test_what_does_not_fit_is_refused() -> None:
     """Parameters, matrices, free outputs, names, and solvers that would not apply."""
     case = build_case(seed=5, widths=(2, 3, 2), activations=("tanh",), batch=2)
     network, data = case.network, {"input": case.input, "output": case.output}
-    split = Split(LogCosh(), CrossEntropy())
-    one_hot = {"input": case.input, "output": np.eye(2)}
-    soft = pcdyn.InferenceProblem(network, energy=split, **one_hot)
+    soft = pcdyn.InferenceProblem(
+        network, input=case.input, output=np.eye(2), energy=[LogCosh(), CrossEntropy()]
+    )
     robust = pcdyn.InferenceProblem(network, energy=Student(), **data)
     for call, error, words in (
         (lambda: PseudoHuber(0.0), PrecisionError, "delta of PseudoHuber must be positive"),
         (lambda: Student([1.0, 2.0]), ShapeError, "one number"),
         (lambda: LogCosh([1.0, np.eye(2)]), ShapeError, "layer 2 is a matrix"),
         (lambda: LogCosh(-1.0), PrecisionError, "positive"),
-        (lambda: pcdyn.InferenceProblem(network, input=case.input, energy=split),
-         InputError, "clamp"),
+        (lambda: pcdyn.InferenceProblem(network, input=case.input, energy=CrossEntropy()),
+         InputError, "energy of layer 2: cross-entropy .* clamp the output"),
+        (lambda: pcdyn.InferenceProblem(network, energy=[CrossEntropy(), LogCosh()], **data),
+         InputError, "energy of layer 1: cross-entropy .* for that alone"),
+        (lambda: pcdyn.InferenceProblem(network, energy=[LogCosh()], **data),
+         ShapeError, "1 energies for 2 predictions"),
+        (lambda: pcdyn.InferenceProblem(network, energy=[LogCosh([1.0, 2.0]), Student()], **data),
+         ShapeError, "2 precisions for 1 prediction"),
+        (lambda: pcdyn.InferenceProblem(network, energy=[LogCosh(), PseudoHuber], **data),
+         InputError, "energy of layer 2 is the class PseudoHuber: call it"),
+        (lambda: LogCosh([1.0, 2.0]).value(jnp.ones(2), None), InputError, "of 2 predictions"),
         (lambda: named_energy("cauchy"), InputError, "known are gaussian, log_cosh"),
         (lambda: named_energy("log_cosh", parameter=2.0), InputError, "no parameter"),
-        (lambda: pcdyn.equilibrium(soft, method="gauss_newton"), InputError, "not Split"),
-        (lambda: pcdyn.equilibrium(robust, method="nesterov"), InputError, "not Student"),
-        (lambda: learning.PredictiveCoding().check(soft), InputError, "pseudo_transient"),
+        (lambda: pcdyn.equilibrium(soft, method="gauss_newton"), InputError,
+         "layer 2, CrossEntropy, has none"),
         (lambda: learning.ZeroDivergence().check(robust), InputError, "unit precision"),
         (lambda: build_problem({"energy": "student:x"}), InputError, "not a number"),
     ):  # fmt: skip
@@ -386,9 +385,10 @@ def look(interaction: Any = lambda x, mu: x - mu, x: Any = (0.1, 0.2, 0.3)) -> A
     (lambda: CustomEnergy(lambda e: [e]), IllPosedEnergyError, "returned a list"),
     (lambda: CustomEnergy(lambda e: np.asarray(e) ** 2), IllPosedEnergyError, "jax.numpy"),
     (lambda: CustomEnergy(lambda e: e**2 if e > 0 else e), IllPosedEnergyError, "jnp.where"),
-    (lambda: Split(LogCosh(), None), InputError, "output of Split must be an energy"),
-    (lambda: Split(LogCosh, pcdyn.Gaussian), InputError, r"residual .* LogCosh: call it"),
-    (lambda: Split(CrossEntropy(), pcdyn.Gaussian()), InputError, "compares with a target"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy=[LogCosh(), None]), InputError,
+     "energy of layer 2 must be an energy .* NoneType"),
+    (lambda: pcdyn.InferenceProblem(SMALL, energy=[LogCosh(), [LogCosh()]]), InputError,
+     "energy of layer 2 is a list"),
     (lambda: pcdyn.InferenceProblem(SMALL, energy=LogCosh), InputError, r"call it, LogCosh"),
     (lambda: pcdyn.InferenceProblem(SMALL, energy="log_cosh"), InputError, "got a str"),
     (lambda: named_energy(["x"]), InputError, r"got \['x'\]"),
@@ -418,13 +418,12 @@ def test_a_named_energy_goes_to_a_file_and_back(tmp_path: Path) -> None:
     file = tmp_path / "problem.nc"
     pcdyn.save_problem(problem, file)
     again = pcdyn.load_problem(file).energy
-    assert isinstance(again, Student)
-    assert float(again.scale) == 0.5
-    assert [float(again.precision(l)) for l in (1, 2)] == [2.0, 3.0]
+    assert [type(energy) for energy in again] == [Student, Student]
+    assert eqx.tree_equal(again, problem.energy)
     with pytest.raises(InputError, match="--energy beside"):
         build_problem({"network": file, "precisions": (1.0, 1.0)})
     own = pcdyn.InferenceProblem(
         problem.network, input=[1.0, 2.0], energy=CustomEnergy(half_square)
     )
-    with pytest.raises(InputError, match="not CustomEnergy"):
+    with pytest.raises(InputError, match="CustomEnergy is no energy that pcdyn knows by name"):
         pcdyn.save_problem(own, tmp_path / "own.nc")

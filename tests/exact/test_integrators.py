@@ -290,12 +290,8 @@ tick.defvjp(lambda error: (error, None), _backward)
 class Counted(pcdyn.Energy):
     """½ ‖ε‖², each gradient of which counts itself once while it runs."""
 
-    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
-        error = tick(error) if index == 1 else error
-        return 0.5 * jnp.sum(error**2, axis=-1)
-
-    def check(self, widths: tuple[int, ...], output: Any) -> None:
-        pass
+    def value(self, error: Any, target: Any) -> Any:
+        return 0.5 * jnp.sum(tick(error) ** 2, axis=-1)
 
 
 def counted_run(integrator: Any, until: UntilEquilibrium | None) -> tuple[int, Any]:
@@ -304,7 +300,8 @@ def counted_run(integrator: Any, until: UntilEquilibrium | None) -> tuple[int, A
     `simulate` itself evaluates it at the two saved rows and at the end, to report the norms, and
     at the start, to look whether a fixed step is stable.
     """
-    problem = InferenceProblem(CASE.network, input=CASE.input, output=CASE.output, energy=Counted())
+    energy = [Counted(), *[pcdyn.Gaussian()] * (CASE.depth - 1)]
+    problem = InferenceProblem(CASE.network, input=CASE.input, output=CASE.output, energy=energy)
     CALLS.clear()
     run = simulate(problem, t1=T1, times=np.array([0.97, T1]), initial=CASE.state,
                    integrator=integrator, until=until)  # fmt: skip

@@ -24,7 +24,11 @@ CASE = RANDOM.replace(weights=tuple(np.eye(3) + 0.2 * w for w in RANDOM.weights)
 SOLVED = 1e6 * EPS
 
 
-def with_energy(case: Case, energy: Gaussian) -> InferenceProblem:
+def precisions_of(energies: list[Gaussian]) -> Any:
+    return jnp.stack([jnp.asarray(energy.precision) for energy in energies])
+
+
+def with_energy(case: Case, energy: Any) -> InferenceProblem:
     return InferenceProblem(case.network, input=case.input, output=case.output, energy=energy)
 
 
@@ -62,7 +66,7 @@ def test_the_free_energy_is_that_of_eq_48() -> None:
 def test_equilibria_have_the_weighted_errors_of_the_closed_form(weight: float) -> None:
     """At every λ, and at the graded precisions of the same number."""
     for energy in (interpolated(weight, 3), graded(weight, 3)):
-        precisions = jnp.stack(energy.precisions)
+        precisions = precisions_of(energy)
         expected = weighted_errors(np.asarray(precisions))
         # Errors are differences of activities, of which a high precision magnifies the round-off.
         assert_close(rest(precisions)[1], expected, SOLVED)
@@ -71,10 +75,10 @@ def test_equilibria_have_the_weighted_errors_of_the_closed_form(weight: float) -
 def test_with_one_hidden_layer_both_are_the_same() -> None:
     """λ = ρ/(1 + ρ): the precisions have the same ratio, and no equilibrium sees their scale."""
     for ratio in (0.1, 7.0):
-        first = jnp.stack(graded(ratio, 2).precisions)
-        second = jnp.stack(interpolated(ratio / (1 + ratio), 2).precisions)
+        first = precisions_of(graded(ratio, 2))
+        second = precisions_of(interpolated(ratio / (1 + ratio), 2))
         assert float(first[1] / first[0]) == pytest.approx(float(second[1] / second[0]), rel=1e-14)
-    precisions = jnp.stack(graded(2.0, 3).precisions)
+    precisions = precisions_of(graded(2.0, 3))
     assert_close(rest(precisions)[0], rest(4 * precisions)[0], SOLVED)
 
 
@@ -84,14 +88,14 @@ def test_the_ends_of_the_path() -> None:
     deltas = [np.asarray(e) for e in weighted_errors(np.array([1e12, 1e12, 1.0]))]
     gaps: dict[str, list[float]] = {"bp": [], "last": [], "first": [], "graded": []}
     for small in (1e-4, 1e-5):
-        low, high = (jnp.stack(interpolated(w, 3).precisions) for w in (small, 1 - small))
+        low, high = (precisions_of(interpolated(w, 3)) for w in (small, 1 - small))
         scaled = [e / small for e in rest(low)[1]]
         gaps["bp"].append(max(np.linalg.norm(a - b) for a, b in zip(scaled, deltas, strict=True)))
         near = rest(high)[0]
         gaps["last"].append(float(np.linalg.norm(near[2] - targets[2])))
         gaps["first"].append(float(np.linalg.norm(near[1] - targets[1])))
         # Of the graded ones the square root, or round-off would be all.
-        steep = rest(jnp.stack(graded(small**-0.5, 3).precisions))[0]
+        steep = rest(precisions_of(graded(small**-0.5, 3)))[0]
         gaps["graded"].append(float(np.linalg.norm(steep[1] - targets[1])))
     ratios = {name: first / second for name, (first, second) in gaps.items()}
     # Second-order terms are below 1e-4 times the condition of the weights squared.
@@ -109,7 +113,7 @@ def test_the_least_energy_changes_by_the_difference_of_its_parts() -> None:
         return problem.free_energy(problem.state_of(linear_equilibrium(problem)))
 
     slope = jax.jit(jax.grad(least))(jnp.asarray(0.4))
-    precisions = jnp.stack(interpolated(0.4, 3).precisions)
+    precisions = precisions_of(interpolated(0.4, 3))
     energies = np.asarray(rest(precisions)[2]) / np.asarray(precisions)
     assert_close(slope, energies[-1] - energies[:-1].sum(), SOLVED)
 

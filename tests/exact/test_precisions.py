@@ -242,7 +242,7 @@ def test_the_field_vanishes_at_the_closed_form(posterior: Any) -> None:
 def test_the_flow_ends_at_the_closed_form() -> None:
     """From unit precision to the maximum of the likelihood, F_var falling to its minimum."""
     case = noisy(10, 100.0, samples=8)
-    problem = eqx.tree_at(lambda p: p.energy, case.problem, Gaussian([100.0, 1.0]))
+    problem = eqx.tree_at(lambda p: p.energy, case.problem, (Gaussian(100.0), Gaussian(1.0)))
     flow = PrecisionFlow(problem, ("fixed", "full"))
     run = simulate(flow, t1=60.0, times=[1.0, 20.0, 60.0], integrator=SciPy("LSODA", rtol=1e-9))
     expected = np.linalg.inv(output_noise(problem).covariance)
@@ -274,7 +274,7 @@ def test_a_delta_posterior_has_no_minimum() -> None:
 def test_optax_descends_to_the_closed_form() -> None:
     """Scalar chain with one free precision: 1/π = ĉ − v, by gradient descent."""
     case = build_case(seed=12, widths=(1, 1, 1), batch=30)
-    problem = eqx.tree_at(lambda p: p.energy, case.problem, Gaussian([20.0, 1.0]))
+    problem = eqx.tree_at(lambda p: p.energy, case.problem, (Gaussian(20.0), Gaussian(1.0)))
     flow = PrecisionFlow(problem, ("fixed", "scalar"))
     descent = optax.sgd(1.0)
 

@@ -33,7 +33,8 @@ def test_a_saved_problem_is_the_same_problem(tmp_path: Path, options: dict[str, 
     assert found.free_layers == expected.free_layers
     for index in range(1, 4):
         np.testing.assert_array_equal(
-            found.energy.matrix(index, case.widths[index], jnp.float64), case.precision(index)
+            found.energy[index - 1].weights.matrix(case.widths[index], jnp.float64),
+            case.precision(index),
         )
     ours, theirs = (
         jax.tree.leaves((p.network, p.input, p.output, p.time_constants)) for p in (found, expected)
@@ -57,9 +58,9 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
         pcdyn.save_problem(pcdyn.InferenceProblem(network, input=[1.0, 2.0]), file)
     network = pcdyn.Network([pcdyn.Dense(weight), pcdyn.Dense(weight)])
     problem = pcdyn.InferenceProblem(
-        network, input=[1.0, 2.0], output=[0.0, 1.0], energy=pcdyn.CrossEntropy()
+        network, input=[1.0, 2.0], output=[0.0, 1.0], energy=pcdyn.CustomEnergy(jnp.square)
     )
-    with pytest.raises(InputError, match="not CrossEntropy"):
+    with pytest.raises(InputError, match="CustomEnergy is no energy that pcdyn knows by name"):
         pcdyn.save_problem(problem, file)
     assert not any(tmp_path.iterdir())
 

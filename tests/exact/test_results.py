@@ -37,7 +37,7 @@ def test_an_equilibrium_as_a_data_set(found: Equilibrium) -> None:
 
 def _matrix(case: Case, l: int) -> np.ndarray:
     width = case.network.widths[l]
-    precision = case.problem.energy.precision(l)
+    precision = case.problem.energy[l - 1].precision
     value = np.eye(width) if precision is None else np.asarray(precision)
     return value if value.ndim == 2 else value * np.eye(width)
 

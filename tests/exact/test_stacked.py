@@ -16,8 +16,8 @@ import pytest
 from pcdyn import mlp
 from pcdyn.integrators.structured import PaddedChain
 from pcdyn.model import network, stacked
-from pcdyn.model.energies.energy import CrossEntropy
-from pcdyn.model.energies.generalised import LogCosh, Split, Student
+from pcdyn.model.energies.energy import CrossEntropy, Gaussian
+from pcdyn.model.energies.generalised import LogCosh, Student
 from pcdyn.model.problem import InferenceProblem
 from tests.networks import EPS, assert_close, build_case
 
@@ -64,8 +64,8 @@ def test_the_field_is_that_of_numpy(clamp: str, precision: str, batch: int | Non
     "energy",
     [
         LogCosh(2.0),
-        Split(Student(precisions=[1.0, 2.0, 3.0, 4.0]), LogCosh()),
-        CrossEntropy([0.5] * 4),
+        [*(Student(precision=float(p)) for p in range(1, 5)), LogCosh()],
+        [*[Gaussian(0.5)] * 4, CrossEntropy()],
     ],
 )
 def test_other_energies_are_those_of_the_problem(energy: Any) -> None:

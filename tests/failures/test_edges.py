@@ -151,11 +151,8 @@ class Scaled(Energy):
 
     scale: float = 0.5
 
-    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
+    def value(self, error: Any, target: Any) -> Any:
         return self.scale * jnp.sum(error**2, axis=-1)
-
-    def check(self, widths: tuple[int, ...], output: Any) -> None:
-        """It fits every network."""
 
 
 def test_an_energy_may_hold_plain_numbers() -> None:

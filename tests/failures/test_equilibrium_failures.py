@@ -53,13 +53,10 @@ LINEAR, CURVED = (
 
 
 class Quartic(Energy):
-    """Σ ε⁴, which is not Gaussian."""
+    """Σ ε⁴, without a curvature."""
 
-    def layer_energy(self, index: int, error: Any, target: Any) -> Any:
+    def value(self, error: Any, target: Any) -> Any:
         return jnp.sum(error**4, axis=-1)
-
-    def check(self, widths: tuple[int, ...], output: Any) -> None:
-        """It fits every network."""
 
 
 def solve(method: Any = None, *, network: Network = CURVED, **options: Any) -> Any:
@@ -96,11 +93,11 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
      lambda: solve(ClosedForm("output_space"), network=LINEAR, output=None), InputError,
      "both ends clamped"),
     ("Gauss–Newton of another energy", lambda: solve("gauss_newton", energy=Quartic()), InputError,
-     "gauss_newton needs pcdyn.Gaussian energies, not Quartic"),
+     "gauss_newton needs the curvature .* layer 1, Quartic, has none: .* `curvature`"),
     ("Nesterov of another energy", lambda: solve("nesterov", energy=Quartic()), InputError,
-     "nesterov needs pcdyn.Gaussian"),
+     "nesterov needs the curvature"),
     ("fixed point of another energy", lambda: solve("fixed_point", energy=Quartic()), InputError,
-     "fixed_point needs pcdyn.Gaussian"),
+     "fixed_point needs the curvature"),
     ("Nesterov with a free output", lambda: solve("nesterov", output=None), InputError,
      "nesterov needs both ends clamped"),
     ("Nesterov with a free input",

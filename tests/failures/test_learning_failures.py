@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "Gauss–Newton with cross-entropy": (
         lambda: equilibrium(InferenceProblem(
             build(), input=INPUTS, output=np.eye(3)[LABELS], energy=CrossEntropy()),
-            method="gauss_newton"), InputError, "Gaussian"),
+            method="gauss_newton"), InputError, "layer 2, CrossEntropy, has none"),
     "truncation with a free output": (
         lambda: learning.PredictiveCoding().check(InferenceProblem(build(), input=INPUTS)),
         InputError, "both ends"),

@@ -425,7 +425,7 @@ def test_cross_entropy_is_a_preset_of_predictive_coding() -> None:
     """∂F*/∂W by finite differences of F* where the output is a softmax."""
     case = tanh_case(7)
     labels = np.eye(2)[[0, 1, 1, 0, 1]]
-    energy = CrossEntropy([1.0, 2.0], weight=0.7)
+    energy = [Gaussian(1.0), Gaussian(2.0), CrossEntropy(0.7)]
 
     def problem(weight: Any) -> InferenceProblem:
         weights = (case.weights[0], weight, case.weights[2])
@@ -471,5 +471,5 @@ def test_the_oracle_agrees_with_automatic_differentiation() -> None:
     expected = jax.grad(energy)(tuple(jnp.asarray(w) for w in case.weights))
     batch = case.replace(activities=tuple(x[None] for x in case.activities))
     assert_close(pc_gradient(batch, batch.activities[1:-1]), expected, ROUND_OFF)
-    assert isinstance(batch.problem.energy, Gaussian)
+    assert isinstance(batch.problem.energy[0], Gaussian)
     assert isinstance(batch.network, Network)

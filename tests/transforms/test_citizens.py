@@ -78,7 +78,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "problem": problem,
     "problem, batch": lambda: BATCH,
     "problem, custom energy": lambda: problem(energy=pcdyn.CustomEnergy(square)),
-    "problem, split energy": lambda: problem(energy=pcdyn.Split(pcdyn.LogCosh(), pcdyn.Student())),
+    "problem, two energies": lambda: problem(energy=[pcdyn.LogCosh(), pcdyn.Student()]),
     "integrator, named": Diffrax,
     "integrator, euler": lambda: Euler(dt=0.1),
     "integrator, exact": Exact,
