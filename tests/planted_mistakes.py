@@ -85,22 +85,22 @@ MISTAKES = (
     Mistake(
         "energy: the half is dropped",
         "pcdyn/model/energies/energy.py",
-        "return 0.5 * jnp.sum(error * self.weigh(index, error), axis=-1)",
-        "return jnp.sum(error * self.weigh(index, error), axis=-1)",
+        "return 0.5 * jnp.sum(error * self.weights.weigh(error), axis=-1)",
+        "return jnp.sum(error * self.weights.weigh(error), axis=-1)",
         ("tests/exact/test_energy.py::test_every_kind_of_precision_is_its_matrix",),
     ),
     Mistake(
         "energy: the precision of the layer below",
-        "pcdyn/model/energies/energy.py",
-        "return self.precisions[index - 1]",
-        "return self.precisions[max(index - 2, 0)]",
-        ("tests/exact/test_energy.py::test_every_kind_of_precision_is_its_matrix",),
+        "pcdyn/model/problem.py",
+        "return self.energy[index - 1].value(error, self._target_of(index))",
+        "return self.energy[max(index - 2, 0)].value(error, self._target_of(index))",
+        ("tests/exact/test_energy.py::test_free_energy_is_the_sum_of_layers",),
     ),
     Mistake(
         "energy: the precision is not inverted",
-        "pcdyn/model/energies/energy.py",
-        "return vector / jnp.broadcast_to(precision, vector.shape)",
-        "return vector * jnp.broadcast_to(precision, vector.shape)",
+        "pcdyn/model/energies/precision.py",
+        "return vector / jnp.broadcast_to(self.values, vector.shape)",
+        "return vector * jnp.broadcast_to(self.values, vector.shape)",
         (
             "tests/exact/test_linear.py::test_s_matrix_identities",
             "tests/exact/test_linear.py::test_equilibrium_is_the_dense_solve",
@@ -108,7 +108,7 @@ MISTAKES = (
     ),
     Mistake(
         "energy: a precision of zero passes",
-        "pcdyn/model/energies/energy.py",
+        "pcdyn/model/energies/precision.py",
         "if smallest <= 0:",
         "if smallest < 0:",
         ("tests/failures/test_inputs.py::test_bad_input_raises_its_error",),
@@ -121,11 +121,11 @@ MISTAKES = (
         ("tests/exact/test_energy.py::test_cross_entropy_is_that_of_scipy",),
     ),
     Mistake(
-        "energy: the first layer is scaled for the output",
+        "energy: a scaled energy keeps its gradient",
         "pcdyn/model/energies/energy.py",
-        "return Gaussian([*filled[:-1], factor * filled[-1]])",
-        "return Gaussian([factor * filled[0], *filled[1:]])",
-        ("tests/exact/test_energy.py::test_the_output_alone_is_scaled",),
+        "return self.factor * self.energy.gradient(error, target)",
+        "return self.energy.gradient(error, target)",
+        ("tests/exact/test_energy.py::test_what_is_scaled",),
     ),
     Mistake(
         "energy: the residual energy leaves out the wrong layer",
@@ -148,8 +148,8 @@ MISTAKES = (
     Mistake(
         "interpolation: the ends are swapped",
         "pcdyn/model/energies/interpolation.py",
-        "return Gaussian([1 - value] * (depth - 1) + [value])",
-        "return Gaussian([value] * (depth - 1) + [1 - value])",
+        "return [*[Gaussian(1 - value)] * (depth - 1), Gaussian(value)]",
+        "return [*[Gaussian(value)] * (depth - 1), Gaussian(1 - value)]",
         ("tests/exact/test_interpolation.py::test_the_free_energy_is_that_of_eq_48",),
     ),
     Mistake(
@@ -296,8 +296,8 @@ MISTAKES = (
     Mistake(
         "solvers: the fixed point weighs for unweighs",
         "pcdyn/equilibria/solvers/first_order.py",
-        "x - energy.unweigh(index, g)",
-        "x - energy.weigh(index, g)",
+        "x - precisions[index - 1].unweigh(g)",
+        "x - precisions[index - 1].weigh(g)",
         (
             "tests/failures/test_equilibrium_failures.py::test_the_fixed_point_iteration_converges_below_two",
         ),
@@ -325,9 +325,9 @@ MISTAKES = (
     ),
     Mistake(
         "solvers: a covariance that is the precision",
-        "pcdyn/equilibria/solvers/chain.py",
-        "return 1 / precision",
-        "return precision",
+        "pcdyn/model/energies/precision.py",
+        "return Precision(1 / self.values)",
+        "return self",
         (
             "tests/exact/test_chain.py",
             "tests/limits/test_rules.py::test_where_all_samples_have_the_same_jacobian_one_product_is_exact",
@@ -666,8 +666,8 @@ MISTAKES = (
     Mistake(
         "learning: the precision of the output is not inverted",
         "pcdyn/learning/precisions.py",
-        "return energy.unweigh(problem.network.depth,",
-        "return energy.weigh(problem.network.depth,",
+        "return precision.unweigh(jnp.eye(",
+        "return precision.weigh(jnp.eye(",
         ("tests/exact/test_precisions.py::test_the_output_noise_maximises_the_likelihood",),
     ),
     Mistake(

@@ -118,7 +118,7 @@ def problem_from_xarray(
         )
         for l, name in zip(indices, names, strict=True)
     ]
-    # Files of version 0.1 have one name and one parameter for all layers.
+    # Older files have one name and one parameter for all layers.
     shared = [str(dataset.attrs.get("energy_function", "gaussian"))] * len(names)
     kinds = str(dataset.attrs.get("energies", " ".join(shared))).split()
     if len(kinds) != len(names):

@@ -211,14 +211,16 @@ def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = T
 def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int | None:
     """The first of these predictions with an energy of unknown curvature."""
     known = set()
-    target = problem.output if problem.output is None else jnp.atleast_2d(problem.output)[0]
-    one = problem.with_data(None, target)
     for index in layers:
         energy, width = problem.energy[index - 1], problem.network.widths[index]
-        kind = (jax.tree.structure(energy), width, index == problem.network.depth)
+        output = problem.output if index == problem.network.depth else None
+        kind = (jax.tree.structure(energy), width, output is None)
         if energy.quadratic_form is not None or kind in known:
             continue
-        found = eqx.filter_eval_shape(one.curvature, index, jnp.zeros(width, problem.dtype))
+        # Of one sample.
+        error = jnp.zeros(width, problem.dtype)
+        target = None if output is None else jnp.atleast_2d(output)[0]
+        found = eqx.filter_eval_shape(energy.curvature, error, target)
         if found is None:
             return index
         if not isinstance(found, Precision):

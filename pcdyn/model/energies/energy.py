@@ -15,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, is_traced
+from pcdyn._support.checks import is_traced
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.model.energies.precision import Precision, checked_precision
+from pcdyn.model.energies.precision import (
+    Precision,
+    checked_precision,
+    checked_precisions,
+    positive,
+)
 
 # As given: a number, one per unit or a matrix; one such for each prediction; `None` is 1.
 Precisions = Float[Array, "..."] | tuple[Float[Array, "..."], ...] | None
@@ -78,7 +83,7 @@ class Energy(eqx.Module):
 
         It must be positive definite, also where the energy is not convex.
         """
-        return None
+        return self.quadratic_form
 
     @property
     def quadratic_form(self) -> Precision | None:
@@ -123,9 +128,7 @@ class Weighted(Energy):
     Under a JAX transformation the values are unknown and only shapes are checked.
     """
 
-    precision: Precisions = eqx.field(
-        default=None, kw_only=True, converter=lambda given: checked_precisions(given)
-    )
+    precision: Precisions = eqx.field(default=None, kw_only=True, converter=checked_precisions)
 
     @property
     def weights(self) -> Precision:
@@ -177,18 +180,13 @@ class Gaussian(Weighted):
 
     name: ClassVar[str | None] = "gaussian"
     # By position as well.
-    precision: Precisions = eqx.field(
-        default=None, converter=lambda given: checked_precisions(given)
-    )
+    precision: Precisions = eqx.field(default=None, converter=checked_precisions)
 
     def value(self, error: Array, target: Array | None) -> Array:
         return 0.5 * jnp.sum(error * self.weights.weigh(error), axis=-1)
 
     def gradient(self, error: Array, target: Array | None) -> Array:
         return self.weights.weigh(error)
-
-    def curvature(self, error: Array, target: Array | None) -> Precision:
-        return self.weights
 
     @property
     def quadratic_form(self) -> Precision:
@@ -210,7 +208,7 @@ class CrossEntropy(Energy):
 
     name: ClassVar[str | None] = "cross_entropy"
     weight: Float[Array, ""] = eqx.field(
-        default=1.0, converter=lambda given: positive_number(given, "weight of the cross-entropy")
+        default=1.0, converter=positive("weight of the cross-entropy")
     )
 
     @property
@@ -228,7 +226,7 @@ class CrossEntropy(Energy):
         return eqx.tree_at(lambda e: e.weight, self, factor * self.weight)
 
     def check(self, width: int, target: Array | None) -> None:
-        positive_number(self.weight, "weight of the cross-entropy")
+        positive("weight of the cross-entropy")(self.weight)
         if target is None:
             raise InputError(_NO_TARGET)
         if is_traced(target):
@@ -321,26 +319,6 @@ def check_energy(energy: Any, name: str) -> None:
         f"{name} must be an energy such as pcdyn.Gaussian(), or a list with one for each "
         f"prediction, got a {type(energy).__name__}"
     )
-
-
-def positive_number(value: Numbers, name: str) -> Float[Array, ""]:
-    """`value` as one positive number; raises `PrecisionError` or `ShapeError` under that name."""
-    number = checked_precision(value, name)
-    if number.ndim != 0:
-        raise ShapeError(f"{name} must be one number, got shape {number.shape}")
-    return number
-
-
-def checked_precisions(given: Numbers | None) -> Any:
-    """A precision, or the tuple of those of a list; `None` stays."""
-    if given is None:
-        return None
-    if isinstance(given, list | tuple):
-        return tuple(
-            checked_precision(each, f"precision of layer {index}")
-            for index, each in enumerate(given, start=1)
-        )
-    return checked_precision(given, "precision")
 
 
 def _with_precision(energy: Any, values: Any) -> Any:

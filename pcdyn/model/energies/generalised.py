@@ -9,6 +9,7 @@ unit can say: its influence, in the words of robust statistics.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -33,10 +34,8 @@ from pcdyn.model.energies.energy import (
     Gaussian,
     Precisions,
     Weighted,
-    checked_precisions,
-    positive_number,
 )
-from pcdyn.model.energies.precision import Precision
+from pcdyn.model.energies.precision import Precision, checked_precisions, positive
 from pcdyn.model.energies.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -113,9 +112,10 @@ class _WithParameter(Separable):
     """Base of those with a parameter, the one field beside the precision."""
 
     @property
-    @abc.abstractmethod
     def parameter(self) -> Float[Array, ""]:
         """What is given first, and what files hold."""
+        (name,) = (f.name for f in dataclasses.fields(self) if f.name != "precision")
+        return getattr(self, name)
 
     def check(self, width: int, target: Array | None) -> None:
         """Refuse parameters of which the square or its inverse is no number.
@@ -125,18 +125,13 @@ class _WithParameter(Separable):
         """
         super().check(width, target)
         value, name = self.parameter, f"the parameter of {type(self).__name__}"
-        positive_number(value, name)
+        positive(name)(value)
         least = float(jnp.finfo(value.dtype).tiny) ** 0.5
         if not is_traced(value) and not least <= float(value) <= 1 / least:
             raise PrecisionError(
                 f"{name} is {float(value):g}, whose square or its inverse is out of the range of "
                 f"{value.dtype}: take one between {least:.1e} and {1 / least:.1e}, or other units"
             )
-
-
-def _positive(name: str) -> Any:
-    """A field for one positive number, 1 unless given."""
-    return eqx.field(default=1.0, converter=lambda given: positive_number(given, name))
 
 
 class PseudoHuber(_WithParameter):
@@ -146,11 +141,7 @@ class PseudoHuber(_WithParameter):
     """
 
     name: ClassVar[str | None] = "pseudo_huber"
-    delta: Float[Array, ""] = _positive("delta of PseudoHuber")
-
-    @property
-    def parameter(self) -> Float[Array, ""]:
-        return self.delta
+    delta: Float[Array, ""] = eqx.field(default=1.0, converter=positive("delta of PseudoHuber"))
 
     def h(self, error: Array) -> Array:
         # The root minus 1, without the cancellation. Far out, where 1 is nothing beside the square,
@@ -172,11 +163,7 @@ class Student(_WithParameter):
     """
 
     name: ClassVar[str | None] = "student"
-    scale: Float[Array, ""] = _positive("scale of Student")
-
-    @property
-    def parameter(self) -> Float[Array, ""]:
-        return self.scale
+    scale: Float[Array, ""] = eqx.field(default=1.0, converter=positive("scale of Student"))
 
     def h(self, error: Array) -> Array:
         return jnp.log1p((error / self.scale) ** 2)
@@ -194,11 +181,7 @@ class Divisive(_WithParameter):
     """
 
     name: ClassVar[str | None] = "divisive"
-    delta: Float[Array, ""] = _positive("delta of Divisive")
-
-    @property
-    def parameter(self) -> Float[Array, ""]:
-        return self.delta
+    delta: Float[Array, ""] = eqx.field(default=1.0, converter=positive("delta of Divisive"))
 
     def h(self, error: Array) -> Array:
         return 0.5 * jnp.log1p(error**2 / self.delta)
