@@ -19,7 +19,7 @@ from pcdyn._support.checks import check_instance
 from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
 from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.model.activations import Activation, get_activation
-from pcdyn.model.energies.energy import Energy
+from pcdyn.model.energies.energy import Energy, naming_layer
 from pcdyn.model.energies.generalised import arguments_of, named_energy
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
@@ -127,7 +127,8 @@ def problem_from_xarray(
     def energy(l: int, kind: str) -> Energy:
         parameter = values(f"energy_parameter_{l}")
         parameter = values("energy_parameter") if parameter is None else parameter
-        return named_energy(kind, precision=precision(l), parameter=parameter)
+        with naming_layer(l):
+            return named_energy(kind, precision=precision(l), parameter=parameter)
 
     constants = values("time_constant", "layer")
     return InferenceProblem(

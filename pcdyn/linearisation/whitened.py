@@ -26,12 +26,8 @@ def is_linear(network: Network) -> bool:
 
 def has_linear_flow(problem: InferenceProblem) -> bool:
     """Whether the network is linear and every energy quadratic, so that there are closed forms."""
-    return is_linear(problem.network) and is_quadratic(problem)
-
-
-def is_quadratic(problem: InferenceProblem) -> bool:
-    """Whether every energy is ½ εᵀ Π ε."""
-    return all(energy.quadratic_form is not None for energy in problem.energy)
+    quadratic = all(energy.quadratic_form is not None for energy in problem.energy)
+    return quadratic and is_linear(problem.network)
 
 
 def precisions_of(

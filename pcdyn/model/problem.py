@@ -28,7 +28,7 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.model.energies.energy import Energy, energies_of, in_dtype
+from pcdyn.model.energies.energy import Energy, energies_of, in_dtype, naming_layer
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import Activities, Network
 
@@ -135,11 +135,10 @@ class InferenceProblem(Problem):
         if self.input is not None and self.output is not None:
             _check_same_batch(self.input, self.output)
         self.energy = in_dtype(energies_of(energy, network.depth), network.dtype)
-        for index, each in enumerate(self.energy, start=1):
-            try:
-                each.check(network.widths[index], self._target_of(index))
-            except InputError as error:
-                raise type(error)(f"energy of layer {index}: {error}") from error
+        targets = [*[None] * (network.depth - 1), self.output]
+        for index, (each, target) in enumerate(zip(self.energy, targets, strict=True), start=1):
+            with naming_layer(index):
+                each.check(network.widths[index], target)
         self.time_constants = _checked_time_constants(time_constants, network)
         if not self.free_layers:
             raise InputError(

@@ -7,6 +7,8 @@ per sample: the flow of one sample never depends on how many others are simulate
 
 # No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -290,7 +292,20 @@ def energies_of(energy: Any, depth: int) -> tuple[Energy, ...]:
             f"{len(energy)} energies for {depth} predictions; give one for each l = 1 … L, or a "
             "single one for all"
         )
-    return tuple(each.per_prediction(1)[0] for each in energy)
+    found = []
+    for index, each in enumerate(energy, start=1):
+        with naming_layer(index):
+            found.extend(each.per_prediction(1))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def naming_layer(index: int) -> Iterator[None]:
+    """Say in an `InputError` raised inside of which layer the energy is."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"energy of layer {index}: {error}") from error
 
 
 def in_dtype(energies: tuple[Energy, ...], dtype: Any) -> tuple[Energy, ...]:
