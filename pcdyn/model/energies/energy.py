@@ -119,16 +119,7 @@ class Energy(eqx.Module):
 
 
 class Weighted(Energy):
-    """Base of energies that are multiplied by a precision.
-
-    Arguments: `precision`, either `None` (1), a positive number, a vector of shape `(n,)` (the
-    diagonal) or a symmetric positive definite matrix of shape `(n, n)`. A list has one of these
-    for each prediction l = 1 … L, which a problem takes apart.
-
-    Raises `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
-    otherwise the flow would not be a gradient flow) and `ShapeError` where shapes do not fit.
-    Under a JAX transformation the values are unknown and only shapes are checked.
-    """
+    """Base of energies that are multiplied by a precision, as `pcdyn.Gaussian` says."""
 
     precision: Precisions = eqx.field(default=None, kw_only=True, converter=checked_precisions)
 
