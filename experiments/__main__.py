@@ -13,6 +13,6 @@ if __name__ == "__main__":
 
     import tyro
 
-    from experiments.command import Options, main
+    from experiments.shared.command import Options, main
 
     sys.exit(main(tyro.cli(Options, prog="python -m experiments")))

@@ -856,14 +856,14 @@ MISTAKES = (
     ),
     Mistake(
         "experiments: a finding that holds passes",
-        "experiments/command.py",
+        "experiments/shared/command.py",
         "claim.holds != claim.expected_to_hold for claim",
         "not claim.holds and claim.expected_to_hold for claim",
         ("tests/figures/test_experiments.py::test_a_failed_claim_makes_the_run_fail",),
     ),
     Mistake(
         "experiments: the cosine without its root",
-        "experiments/base.py",
+        "experiments/shared/base.py",
         "return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))",
         "return (a * b).sum(-1) / ((a**2).sum(-1) * (b**2).sum(-1))",
         (

@@ -13,8 +13,8 @@ import scipy.integrate
 import scipy.linalg
 from scipy.optimize import minimize
 
-from experiments.learning_limits import SAMPLES, reduced_energy
-from experiments.loss_along_inference import worst_target
+from experiments.beyond.learning_limits import SAMPLES, reduced_energy
+from experiments.beyond.loss_along_inference import worst_target
 from pcdyn.equilibria.solvers import ClosedForm
 from pcdyn.errors import InputError, NotLinearError, TimesError
 from pcdyn.learning import AdiabaticFlow

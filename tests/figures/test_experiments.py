@@ -19,8 +19,8 @@ import xarray
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from experiments.base import Claim, Experiment, save_picture, values_hash
-from experiments.command import EXTRA, NAMES, Options, main, run_experiment
+from experiments.shared.base import Claim, Experiment, save_picture, values_hash
+from experiments.shared.command import EXTRA, NAMES, Options, main, run_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +29,12 @@ ROOT = Path(__file__).parents[2]
 def _the_shipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast settings are made for the sample, whatever data there are."""
     monkeypatch.delenv("PCDYN_DATA", raising=False)
-    monkeypatch.setattr("experiments.command.configure", lambda: None)
+    monkeypatch.setattr("experiments.shared.command.configure", lambda: None)
 
 
 def experiment_of(name: str) -> Experiment:
-    return importlib.import_module(f"experiments.{name}").EXPERIMENT
+    folder = "paper" if name in NAMES else "beyond"
+    return importlib.import_module(f"experiments.{folder}.{name}").EXPERIMENT
 
 
 _QUICK = (
@@ -81,7 +82,7 @@ def _replaced(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> Non
         summary=lambda data: "a summary",
     )
     changed = dataclasses.replace(small, **changes)
-    monkeypatch.setattr(f"experiments.{name}.EXPERIMENT", changed)
+    monkeypatch.setattr(f"experiments.paper.{name}.EXPERIMENT", changed)
 
 
 def test_a_failed_claim_makes_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
