@@ -25,7 +25,7 @@ import tyro
 
 import pcdyn
 from experiments.benchmarks import equilibrium, learning
-from experiments.shared.base import save_text
+from experiments.shared.saving import save_text
 from experiments.shared.timing import Row
 
 TARGET = 1e-6
@@ -168,7 +168,7 @@ def _write_page(name: str, table: list[Row]) -> None:
         f"| {row.what} | {row.measured:.3g} | {row.bound} | {row.verdict} | {row.note} |"
         for row in table
     ]
-    save_text(Path("paper_figures") / f"benchmark_{name}.md", "\n".join(lines) + "\n")
+    save_text(Path("paper_figures") / "benchmarks" / f"{name}.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

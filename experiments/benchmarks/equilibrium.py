@@ -16,10 +16,10 @@ import jax.random as jr
 import numpy as np
 
 import pcdyn
-from experiments.beyond.inference_speed import (
+from experiments.shared.solver_races import (
     ITERATIVE,
     RUNGS,
-    Config,
+    Race,
     compiled,
     deep_problem,
     exact_equilibrium,
@@ -30,7 +30,7 @@ from experiments.beyond.inference_speed import (
 from experiments.shared.timing import Row, best_times
 from pcdyn import solvers
 
-_CONFIG = Config(precisions=(1.0, 100.0), deep=())
+_CONFIG = Race(precisions=(1.0, 100.0), deep=())
 _TOLERANCE = 1e-4
 _TSIT5 = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=1000.0)
 _FAST = ("Gauss–Newton", "matrix-free Gauss–Newton", "Nesterov")

@@ -16,9 +16,8 @@ import numpy as np
 import optax
 
 import pcdyn
-from experiments.beyond.inference_speed import exact_equilibrium
-from experiments.paper.figure4_training import classifier, load
-from experiments.shared.base import trained_classifier
+from experiments.shared.networks import classifier, load, trained_classifier
+from experiments.shared.solver_races import exact_equilibrium
 from experiments.shared.timing import Row, best_times
 from pcdyn import learning
 

@@ -12,8 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, network_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.networks import network_of
 from pcdyn import plotting, solvers
+from pcdyn.theory import Evidence
 
 METHODS = {
     "gauss_newton": (solvers.GaussNewton(), solvers.PseudoTransient()),
@@ -35,7 +37,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"networks": 2, "samples": 10, "stds": (0.1, 0.5), "t1": 500.0}
 
 
@@ -93,31 +94,23 @@ def shares(data: xarray.Dataset) -> xarray.DataArray:
     return (data.agrees & counted).sum("sample") / counted.sum("sample")
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Everything converges; small weights leave no choice, large ones do."""
     agreement = shares(data).mean("network")
     small, large = agreement.isel(weight_std=0), agreement.isel(weight_std=-1)
-    text = ", ".join(f"{name} {float(large.sel(solver=name)):.0%}" for name in METHODS)
     return [
-        Claim(
-            "basins: every method converges on every sample",
-            f"{float(data.converged.mean()):.2%} (the flow: {float(data.flow_settled.mean()):.2%})",
-            "100 %",
-            bool(data.converged.all()),
+        Evidence("basins", "every method converges on every sample (share)",
+                 float(data.converged.mean()), "equal", 1.0,
+                 note=f"the flow: {float(data.flow_settled.mean()):.2%}"),
+        Evidence("basins", f"at weight std {float(data.weight_std[0]):g} all end where the flow "
+                 "ends (least share)", float(small.min()), "equal", 1.0),
+        Evidence(
+            "basins", f"at weight std {float(data.weight_std[-1]):g} Gauss–Newton can end "
+            "elsewhere (share that ends with the flow)",
+            float(large.sel(solver="gauss_newton")), "below", 1.0,
+            note=", ".join(f"{name} {float(large.sel(solver=name)):.0%}" for name in METHODS),
         ),
-        Claim(
-            f"basins: at weight std {float(data.weight_std[0]):g} all end where the flow ends",
-            f"{float(small.min()):.1%} at least",
-            "100 %",
-            bool((small == 1).all()),
-        ),
-        Claim(
-            f"basins: at weight std {float(data.weight_std[-1]):g} fast solvers can end elsewhere",
-            text,
-            "below 100 % for Gauss–Newton",
-            float(large.sel(solver="gauss_newton")) < 1,
-        ),
-    ]
+    ]  # fmt: skip
 
 
 def plot(data: xarray.Dataset) -> Figure:
@@ -135,4 +128,6 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("extra: basins", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "equilibrium_basins", "extra: basins", {"paper": Config()}, FAST, run, check, plot
+)

@@ -22,11 +22,14 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, gaussian_weights, network_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import EquilibriumStatus, plotting
 from pcdyn.equilibria.solvers import FixedPoint
 from pcdyn.linearisation.hessian import free_energy_hessian
+from pcdyn.theory import Evidence
 
+NAME = "fixed point"
 KINDS = ("identity", "tanh")
 SOLVERS = {"identity": "closed_form", "tanh": "gauss_newton"}
 RACE = {
@@ -56,7 +59,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "width": 6, "stds": (0.05, 0.1, 0.2, 0.4), "networks": 8, "race_stds": (0.1, 0.4),
     "iterations": 1000, "race_iterations": 60, "horizons": (4.0, 32.0),
@@ -189,27 +191,23 @@ def race_of(config: Config, activation: str, std: float, data: Any) -> dict[str,
     return {name: np.asarray(value, float) for name, value in found.items()}
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """What the iteration is, when it converges, how fast, and what the flow does instead."""
     linear, tanh = (data.sel(kind=kind) for kind in KINDS)
-    oracle = float(abs(linear.radius / data.numpy_radius - 1).max())
-    unlike = float(data.unlike_euler.max())
-    claims = [
-        Claim(
-            "the fixed-point iteration is explicit Euler with step 1",
-            f"relative difference {unlike:.1e} after {COMPARED} updates", "≤ 1e-12",
-            unlike <= 1e-12,
+    return [
+        Evidence(
+            NAME, f"it is explicit Euler with step 1 (relative difference after {COMPARED} "
+            "updates)", float(data.unlike_euler.max()), "at most", 1e-12,
         ),
-        Claim(
-            "linear: its matrix is I − H",
-            f"relative difference of the spectral radii {oracle:.1e} from NumPy's", "≤ 1e-10",
-            oracle <= 1e-10,
+        Evidence(
+            NAME, "linear: its matrix is I − H (relative difference of the spectral radii)",
+            float(abs(linear.radius / data.numpy_radius - 1).max()), "at most", 1e-10,
+            oracle="the eigenvalues of the matrix in NumPy",
         ),
+        *_prediction("linear", linear, data.attrs),
+        *_prediction("tanh", tanh, data.attrs),
+        _at_paper_std(data), _bounded(tanh), _rate(data), _flow(data),
     ]  # fmt: skip
-    for name, here in (("linear", linear), ("tanh", tanh)):
-        claims.append(_prediction(name, here, data.attrs))
-    claims += [_at_paper_std(data), _bounded(tanh), _rate(data), _flow(data)]
-    return claims
 
 
 def decidable(here: xarray.Dataset, iterations: int) -> Any:
@@ -220,46 +218,47 @@ def decidable(here: xarray.Dataset, iterations: int) -> Any:
     return (abs(np.log(here.radius)) * iterations > np.log(1e13)) & here.resting
 
 
-def _prediction(name: str, here: xarray.Dataset, attrs: dict[str, Any]) -> Claim:
-    told = decidable(here, attrs["iterations"])
-    agree = ((here.radius < 1) == here.converged) & told
-    apart = float(here.distance.where(here.converged).max())
-    return Claim(
-        f"{name}: it converges in the draws whose spectral radius is below 1, and in no other",
-        f"as predicted in {int(agree.sum())} of {int(told.sum())} draws; radius below 1 in "
-        f"{int((here.radius < 1).sum())} of {here.radius.size}, converged in "
-        f"{int(here.converged.sum())}; {int((~told).sum())} too near 1 to tell; "
-        f"at most {apart:.0e} from the equilibrium",
-        "all, and ≤ 1e-6", bool(agree.sum() == told.sum()) and apart <= 1e-6,
-    )  # fmt: skip
+def _prediction(name: str, here: xarray.Dataset, attrs: dict[str, Any]) -> list[Evidence]:
+    clear = decidable(here, attrs["iterations"])
+    agree = ((here.radius < 1) == here.converged) & clear
+    return [
+        Evidence(
+            NAME, f"{name}: it converges in the draws whose spectral radius is below 1, and in no "
+            "other (share)", float(agree.sum() / clear.sum()), "equal", 1.0,
+            note=f"of {int(clear.sum())} draws; radius below 1 in {int((here.radius < 1).sum())} "
+            f"of {here.radius.size}, converged in {int(here.converged.sum())}; "
+            f"{int((~clear).sum())} too near 1 to tell",
+        ),
+        Evidence(NAME, f"{name}: where it converges it is at the equilibrium (largest distance)",
+                 float(here.distance.where(here.converged).max()), "at most", 1e-6),
+    ]  # fmt: skip
 
 
-def _at_paper_std(data: xarray.Dataset) -> Claim:
+def _at_paper_std(data: xarray.Dataset) -> Evidence:
     shares = data.converged.mean("network")
     parts = [
         f"{std:.3g}: {float(each[0]):.0%} and {float(each[1]):.0%}"
         for std, each in zip(data.weight_std.values, shares.values.T, strict=True)
     ]
     largest = shares.sel(weight_std=data.race_std.values[-1], method="nearest")
-    return Claim(
-        "it converges at the paper's weights",
-        "linear and tanh by std " + "; ".join(parts), f"all at {float(largest.weight_std):.3g}",
-        bool((largest == 1).all()), expected_to_hold=False,
+    return Evidence(
+        NAME, f"it converges at the paper's weights (share at {float(largest.weight_std):.3g})",
+        float(largest.min()), "equal", 1.0, expected_to_hold=False,
+        note="linear and tanh by std " + "; ".join(parts),
     )  # fmt: skip
 
 
-def _bounded(tanh: xarray.Dataset) -> Claim:
+def _bounded(tanh: xarray.Dataset) -> Evidence:
     failed = ~tanh.converged
     stays = failed & tanh.finite
-    share = float(stays.sum() / max(int(failed.sum()), 1))
-    return Claim(
-        "tanh: where it does not converge it stays finite",
-        f"{share:.1%} of {int(failed.sum())} draws", "all: tanh and a clamped output bound it",
-        bool(stays.sum() == failed.sum()),
+    return Evidence(
+        NAME, "tanh: where it does not converge it stays finite (draws in which it does not)",
+        int(failed.sum() - stays.sum()), "equal", 0,
+        note=f"of {int(failed.sum())}: tanh and a clamped output bound it",
     )  # fmt: skip
 
 
-def _rate(data: xarray.Dataset) -> Claim:
+def _rate(data: xarray.Dataset) -> Evidence:
     errors = data.iterated.isel(race_std=0).values
     radius = (
         data.radius.sel(weight_std=data.race_std.values[0], method="nearest").isel(network=0).values
@@ -269,20 +268,19 @@ def _rate(data: xarray.Dataset) -> Claim:
         clear = np.flatnonzero(row > 1e-10 * row[0])[-1]
         ratios.append((row[clear] / row[clear // 2]) ** (1 / (clear - clear // 2)))
     excess = np.abs(np.log(ratios) / np.log(radius) - 1)
-    return Claim(
-        "its error shrinks by the spectral radius with each update",
-        ", ".join(f"{a:.4f} (radius {b:.4f})" for a, b in zip(ratios, radius, strict=True)),
-        "the logarithms agree within 5 %", bool((excess <= 0.05).all()),
+    return Evidence(
+        NAME, "its error shrinks by the spectral radius with each update (relative difference of "
+        "the logarithms)", float(excess.max()), "at most", 0.05,
+        note=", ".join(f"{a:.4f} (radius {b:.4f})" for a, b in zip(ratios, radius, strict=True)),
     )  # fmt: skip
 
 
-def _flow(data: xarray.Dataset) -> Claim:
+def _flow(data: xarray.Dataset) -> Evidence:
     left = data.adaptive.isel(horizon=-1) / data.iterated.isel(step=0)
-    return Claim(
-        "the flow comes to rest at the equilibrium where the iteration does not",
-        f"relative distances at most {float(left.max()):.1e} after "
-        f"{int(data.adaptive_evaluations.max())} evaluations or fewer", "≤ 1e-4",
-        bool((left <= 1e-4).all()),
+    return Evidence(
+        NAME, "the flow comes to rest at the equilibrium where the iteration does not (relative "
+        "distance)", float(left.max()), "at most", 1e-4,
+        note=f"after {int(data.adaptive_evaluations.max())} evaluations or fewer",
     )  # fmt: skip
 
 
@@ -332,4 +330,6 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("extra: fixed-point iteration", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "fixed_point", "extra: fixed-point iteration", {"paper": Config()}, FAST, run, check, plot
+)

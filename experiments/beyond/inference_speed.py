@@ -6,14 +6,7 @@ few; compare them with each other, not with those of another machine.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import xarray
 from matplotlib import pyplot as plt
@@ -21,55 +14,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, trained_classifier
+from experiments.shared.experiment import Experiment
+from experiments.shared.solver_races import (
+    ITERATIVE,
+    RUNGS,
+    Race,
+    compiled,
+    deep_problem,
+    exact_equilibrium,
+    ladder,
+    problems,
+    to_rest,
+)
 from experiments.shared.timing import best_time
-from pcdyn import plotting, solvers
+from pcdyn import plotting
+from pcdyn.theory import Evidence
 
-# Work by which each method is let run further and further: iterations, or time constants.
-RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
-
-ITERATIVE = {
-    "Gauss–Newton": solvers.GaussNewton(),
-    "matrix-free Gauss–Newton": solvers.GaussNewton(explicit_width=0, cg_tolerance=1e-2),
-    "Nesterov": solvers.ErrorDescent(),
-    "error descent": solvers.ErrorDescent(nesterov=False),
-    "pseudo-transient": solvers.PseudoTransient(),
-    "fixed point": solvers.FixedPoint(),
-}
 # Shown against depth and width, timed to a residual rather than to an error.
 _SCALED = ("Gauss–Newton", "Nesterov")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Networks with both ends clamped, a batch of 64, float32; references in float64."""
-
-    batch: int = 64
-    mnist: bool = True
-    epochs: int = 3
-    precisions: tuple[float, ...] = (0.01, 1.0, 100.0, 1000.0)
-    depths: tuple[int, ...] = (8, 16, 32, 64)
-    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
-    width: int = 128
-    deep: tuple[tuple[int, str], ...] = (
-        (8, "orthogonal"), (64, "orthogonal"), (32, "fan_in"),
-    )  # fmt: skip
-    solvers: tuple[str, ...] = (
-        "Gauss–Newton", "Nesterov", "error descent", "pseudo-transient", "fixed point", "Tsit5",
-        "Euler",
-    )  # fmt: skip
-    seconds: float = 1.0
-    seed: int = 0
-
-
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "batch": 8, "mnist": False, "depths": (2,), "widths": (8,), "width": 16,
     "deep": ((4, "orthogonal"),), "solvers": ("Gauss–Newton", "Euler"), "seconds": 0.05,
 }  # fmt: skip
 
 
-def run(config: Config) -> xarray.Dataset:
+def run(config: Race) -> xarray.Dataset:
     """Run every method on every problem with more and more work; time it and measure its error."""
     cases, source = problems(config)
     dims = ("case", "solver", "rung")
@@ -102,147 +73,7 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def problems(config: Config) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
-    """The problems by name, and where the digits come from."""
-    keys = jr.split(jr.key(config.seed), 8)
-    cases = {}
-    for name, widths, activation in (
-        ("5-5-5 linear", (5, 5, 5), "identity"),
-        ("20-20-20-20 tanh", (20, 20, 20, 20), "tanh"),
-    ):
-        network = pcdyn.mlp(
-            widths, activation=activation, std=0.05**0.5, key=keys[0], dtype=jnp.float32
-        )
-        cases[name] = pcdyn.InferenceProblem(
-            network,
-            input=1 + jr.normal(keys[1], (config.batch, widths[0])),
-            output=jnp.tanh(jr.normal(keys[2], (config.batch, widths[-1]))),
-        )
-    digits, source = digit_problems(config, keys[3:]) if config.mnist else ({}, "none")
-    cases |= digits
-    for depth, initialisation in config.deep:
-        name = f"{depth} × {config.width} {initialisation.replace('_', ' ')}"
-        cases[name] = deep_problem(config, depth, config.width, initialisation)
-    return cases, source
-
-
-def digit_problems(
-    config: Config, keys: jax.Array
-) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
-    """A random and a trained classifier of digits, and where the digits come from."""
-    digits = pcdyn.datasets.mnist("train", limits=(0.0, 1.0), dtype=np.float32)
-    random = pcdyn.mlp(
-        (784, 128, 64, 10), activation="tanh", output_activation="identity", bias=True,
-        key=keys[0], dtype=jnp.float32,
-    )  # fmt: skip
-    trained = trained_classifier(random, digits, epochs=config.epochs, key=keys[1])
-    chosen = np.random.default_rng(config.seed).choice(len(digits.labels), config.batch, False)
-    images, targets = digits.images[chosen], digits.one_hot[chosen]
-    cases = {"MNIST random": pcdyn.InferenceProblem(random, input=images, output=targets)}
-    for precision in config.precisions:
-        cases[f"MNIST trained, Π = {precision:g}"] = pcdyn.InferenceProblem(
-            trained, input=images, output=targets, energy=pcdyn.Gaussian([1.0, 1.0, precision])
-        )
-    return cases, digits.source
-
-
-def deep_problem(
-    config: Config, depth: int, width: int, initialisation: Any = "orthogonal"
-) -> pcdyn.InferenceProblem:
-    """`depth` tanh layers of equal width below 10 linear outputs; Gaussian inputs, one-hot targets.
-
-    The batch and the seed are those of `config`.
-    """
-    keys = jr.split(jr.fold_in(jr.key(config.seed), depth), 3)
-    network = pcdyn.mlp(
-        [width] * depth + [10], activation="tanh", output_activation="identity",
-        initialisation=initialisation, key=keys[0], dtype=jnp.float32,
-    )  # fmt: skip
-    labels = jr.randint(keys[2], (config.batch,), 0, 10)
-    return pcdyn.InferenceProblem(
-        network,
-        input=jr.normal(keys[1], (config.batch, width)),
-        output=jax.nn.one_hot(labels, 10),
-    )
-
-
-def exact_equilibrium(problem: pcdyn.InferenceProblem) -> np.ndarray:
-    """The equilibrium in float64 to a residual of 1e-10, all layers side by side."""
-    double = jax.tree.map(
-        lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, problem
-    )
-    methods = (solvers.GaussNewton(), solvers.ErrorDescent(), solvers.PseudoTransient())
-    return _rows(pcdyn.equilibrium(double, method=methods, tolerance=1e-10).state)
-
-
-def ladder(
-    problem: pcdyn.InferenceProblem, name: str, reference: np.ndarray, budget: float
-) -> list[tuple[float, np.ndarray]]:
-    """Seconds and relative errors, rung by rung, until it arrives, diverges or takes too long.
-
-    Errors are relative to the displacement between the feedforward pass and the equilibrium.
-    """
-    solve = compiled(problem, name)
-    way = np.linalg.norm(_rows(problem.feedforward_state()) - reference, axis=1)
-    results: list[tuple[float, np.ndarray]] = []
-    for rung in RUNGS:
-        state, seconds = best_time(solve, problem, jnp.asarray(rung))
-        results.append((seconds, np.linalg.norm(_rows(state) - reference, axis=1) / way))
-        medians = [float(np.median(errors)) for _, errors in results]
-        diverges = not medians[-1] < 2
-        arrived = medians[-1] < 1e-3 and len(medians) > 2 and medians[-1] > 0.8 * medians[-3]
-        if seconds > budget or diverges or arrived:
-            break
-    return results
-
-
-def compiled(problem: pcdyn.InferenceProblem, name: str) -> Callable[..., Any]:
-    """A compiled function from the problem and the amount of work to the state."""
-    if name == "Euler":
-        step = min(0.1, 1 / float(largest_curvature(problem)))
-        return eqx.filter_jit(lambda problem, steps: euler(problem, step, steps))
-    # What it has found after so much work, not when it would stop.
-    options: dict[str, Any] = {"tolerance": 1e-30, "throw": False}
-
-    def solve(problem: pcdyn.InferenceProblem, work: Any) -> Any:
-        if name == "Tsit5":
-            solver = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=work)
-        else:
-            solver = eqx.tree_at(lambda s: s.max_iterations, ITERATIVE[name], work)
-        return pcdyn.equilibrium(problem, method=solver, **options).state
-
-    return eqx.filter_jit(solve)
-
-
-def euler(problem: pcdyn.InferenceProblem, step: float, steps: Any) -> Any:
-    """A bare loop of Euler steps, without any check: the least that an update can cost."""
-    first = problem.first_prediction()
-
-    def update(_: Any, state: Any) -> Any:
-        slope = problem.gradient(state, first)
-        return jax.tree.map(lambda x, g: x - step * g, state, slope)
-
-    return jax.lax.fori_loop(0, steps, update, problem.feedforward_state())
-
-
-@eqx.filter_jit
-def largest_curvature(problem: pcdyn.InferenceProblem) -> Any:
-    """The largest eigenvalue of the Hessian at the feedforward pass, by power iteration."""
-    state = problem.feedforward_state()
-    _, product = jax.linearize(problem.gradient, state)
-
-    def iterate(_: Any, carry: Any) -> Any:
-        direction, _ = carry
-        image = product(direction)
-        size = jnp.sqrt(sum(jnp.sum(x**2, -1) for x in image))
-        return jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1)[:, None], image), size
-
-    start = problem.random_state(jr.key(0))
-    sizes = jnp.zeros(len(start[0]), start[0].dtype)
-    return jnp.max(jax.lax.fori_loop(0, 50, iterate, (start, sizes))[1])
-
-
-def costs(config: Config, axis: str) -> np.ndarray:
+def costs(config: Race, axis: str) -> np.ndarray:
     """Seconds to a residual of 1e-4 in every sample, and of 40 Euler steps, by depth or width.
 
     NaN where some sample does not get there.
@@ -260,54 +91,31 @@ def costs(config: Config, axis: str) -> np.ndarray:
     return np.transpose(table)
 
 
-def to_rest(solver: pcdyn.solvers.Solver, tolerance: float = 1e-4) -> Callable[..., Any]:
-    """A compiled function from a problem to the status of each sample."""
-
-    def solve(problem: pcdyn.InferenceProblem) -> Any:
-        found = pcdyn.equilibrium(problem, method=solver, tolerance=tolerance, throw=False)
-        return found.status_codes
-
-    return eqx.filter_jit(solve)
-
-
-def _rows(state: Any) -> np.ndarray:
-    return np.concatenate([np.asarray(x, np.float64) for x in state], axis=-1)
-
-
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """What does not depend on the machine: where methods end."""
     newton = data.sel(solver="Gauss–Newton")
     ends = np.array([row[np.isfinite(row)][-1] for row in newton.median_error.values])
     gain = data.median_error.sel(solver="Euler", rung=20) / newton.median_error.sel(rung=1)
     chained = [str(name) for name in data.case[~data.without_fallback].values]
     return [
-        Claim(
-            "speed: by default every sample of every problem converges",
-            f"{int(data.default_converged.sum())} of {data.sizes['case']} problems; a fallback "
-            f"was needed in {', '.join(chained) or 'none'}",
-            "all",
-            bool(data.default_converged.all()),
+        Evidence(
+            "speed", "by default every sample of every problem converges (share of problems)",
+            float(data.default_converged.mean()), "equal", 1.0,
+            note=f"of {data.sizes['case']}; a fallback was needed in "
+            f"{', '.join(chained) or 'none'}",
         ),
-        Claim(
-            "speed: the median error of Gauss–Newton in float32 ends below 1 %",
-            f"{float(ends.max()):.1e} at most",
-            "< 1e-2",
-            bool(ends.max() < 1e-2),
-        ),
-        Claim(
-            "speed: one step of Gauss–Newton is nearer than twenty Euler steps",
-            f"{float(gain.min()):.1f} to {float(gain.max()):.0f} times",
-            "> 1",
-            bool((gain > 1).all()),
-        ),
-    ]
+        Evidence("speed", "the median error of Gauss–Newton in float32 ends below 1 % (largest)",
+                 float(ends.max()), "below", 1e-2),
+        Evidence("speed", "one step of Gauss–Newton is nearer than twenty Euler steps (times, at "
+                 "least)", float(gain.min()), "above", 1.0, note=f"to {float(gain.max()):.0f}"),
+    ]  # fmt: skip
 
 
 def plot(data: xarray.Dataset) -> Figure:
     """Median error against milliseconds, one panel for each problem; cost by depth and width."""
     names = list(data.case.values)
     # The same in every picture, however many methods are run.
-    colors = {name: f"C{i}" for i, name in enumerate(Config().solvers)}
+    colors = {name: f"C{i}" for i, name in enumerate(Race().solvers)}
     columns = 4
     rows = -(-(len(names) + 2) // columns)
     with plotting.style():
@@ -344,4 +152,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("extra: speed of inference", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "inference_speed", "extra: speed of inference", {"paper": Race()},
+    FAST, run, check, plot, timed=True,
+)  # fmt: skip

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -22,9 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, trained_classifier
+from experiments.shared.experiment import Experiment
+from experiments.shared.networks import in_float64, trained_classifier
 from pcdyn import plotting
+from pcdyn.theory import Evidence
 
+NAME = "choices"
 ONE, EACH = "one step size", "one per sample"
 METHODS = ("tsit5", "dopri5", "RK45")
 
@@ -46,7 +47,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "width": 4, "batch": 4, "digits": False, "t1": 5.0, "saves": 6, "tolerances": (1e-3, 1e-5),
     "coarse": (1e-3,), "repeats": 1,
@@ -113,8 +113,7 @@ def in_both(
 ) -> tuple[pcdyn.InferenceProblem, pcdyn.InferenceProblem]:
     """The float32 problem in float64, and itself."""
     single = pcdyn.InferenceProblem(network, input=inputs, output=outputs)
-    double = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, single)
-    return double, single
+    return in_float64(single), single
 
 
 def rows(data: xarray.Dataset, problem: str, **labels: str) -> xarray.Dataset:
@@ -131,82 +130,71 @@ def problem_names(data: xarray.Dataset) -> list[str]:
     return list(dict.fromkeys(str(name) for name in data.problem.values))
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
-    """Steps and errors are what decides; the seconds are told."""
-    return [_one_or_each(data), _precision(data), _backends(data)]
+def check(data: xarray.Dataset) -> list[Evidence]:
+    """Steps and errors are what decides; the seconds are in the notes."""
+    names = problem_names(data)
+    found = (_one_or_each, _precision, _backends)
+    return [claim for name in names for claims in found for claim in claims(data, name)]
 
 
-def _one_or_each(data: xarray.Dataset) -> Claim:
-    told, held = [], True
-    for problem in problem_names(data):
-        one, each = (rows(data, problem, control=control) for control in (ONE, EACH))
-        steps = (_steps(each) / _steps(one)).values
-        seconds = each.run_seconds.values / one.run_seconds.values
-        worse = one.maximum_error.values / each.maximum_error.values
+def _one_or_each(data: xarray.Dataset, problem: str) -> list[Evidence]:
+    one, each = (rows(data, problem, control=control) for control in (ONE, EACH))
+    steps = (_steps(each) / _steps(one)).values
+    seconds = each.run_seconds.values / one.run_seconds.values
+    worse = one.maximum_error.values / each.maximum_error.values
+    text = f"{problem}: one step size serves a batch of {data.batch}; a sample alone"
+    return [
         # Sharing takes the smallest step that any sample needs: never fewer steps than one alone.
-        held &= bool((steps <= 1.05).all() and (worse <= 2).all())
-        told.append(
-            f"{problem}: alone a sample takes {steps.min():.2f} to {steps.max():.2f} of the shared "
-            f"steps and {seconds.min():.2g} to {seconds.max():.2g} of the seconds; sharing has "
-            f"{worse.min():.2g} to {worse.max():.2g} of the largest error"
+        Evidence(
+            NAME, f"{text} takes fewer steps (share of the shared ones, at most)",
+            float(steps.max()), "at most", 1.05,
+            note=f"{steps.min():.2f} at least, in {_range(seconds)} of the seconds",
+        ),
+        Evidence(NAME, f"{text} is no more accurate (largest error of sharing over its own)",
+                 float(worse.max()), "at most", 2.0, note=f"{worse.min():.2g} at least"),
+    ]  # fmt: skip
+
+
+def _precision(data: xarray.Dataset, problem: str) -> list[Evidence]:
+    single, double = rows(data, problem, dtype="float32"), rows(data, problem)
+    double = double.isel(run=np.isin(double.value, single.value))
+    seconds = single.run_seconds.values / double.run_seconds.values
+    errors = single.maximum_error.values / double.maximum_error.values
+    # Down to where round-off, 1e-6 of the activities, is no longer small beside the tolerance.
+    coarse = single.value.values >= 1e-4
+    return [
+        Evidence(
+            NAME, f"{problem}: float32 is as accurate as float64 down to rtol 1e-4 (binary "
+            "logarithm of the ratio of their errors, at most)",
+            float(abs(np.log2(errors[coarse])).max()), "at most", 1.0,
+            note=f"{_range(errors)} of the error of float64 in {_range(seconds)} of its time; "
+            f"least error {float(single.maximum_error.min()):.1e}",
         )
-    return Claim(
-        f"choices: one step size serves a batch of {data.batch}; a sample alone takes fewer steps, "
-        "and is no more accurate",
-        "; ".join(told),
-        "steps ≤ 1.05, error ≤ 2 times",
-        held,
-    )
+    ]  # fmt: skip
 
 
-def _precision(data: xarray.Dataset) -> Claim:
-    told, held = [], True
-    for problem in problem_names(data):
-        single = rows(data, problem, dtype="float32")
-        double = rows(data, problem)
-        double = double.isel(run=np.isin(double.value, single.value))
-        seconds = single.run_seconds.values / double.run_seconds.values
-        errors = single.maximum_error.values / double.maximum_error.values
-        # Down to where round-off, 1e-6 of the activities, is no longer small beside the tolerance.
-        coarse = single.value.values >= 1e-4
-        held &= bool((abs(np.log(errors[coarse])) <= np.log(2)).all())
-        told.append(
-            f"{problem}: {errors.min():.2g} to {errors.max():.2g} of the error of float64 in "
-            f"{seconds.min():.2g} to {seconds.max():.2g} of its time; least error "
-            f"{float(single.maximum_error.min()):.1e}"
-        )
-    return Claim(
-        "choices: float32 is as accurate as float64 down to rtol 1e-4",
-        "; ".join(told),
-        "errors within a factor of 2",
-        held,
-    )
-
-
-def _backends(data: xarray.Dataset) -> Claim:
-    told, held = [], True
-    for problem in problem_names(data):
-        ours, theirs = (rows(data, problem, integrator=name) for name in METHODS[1:])
-        evaluations = theirs.vector_field_evaluations.values / ours.vector_field_evaluations.values
-        seconds = theirs.run_seconds.values / ours.run_seconds.values
-        # Two solutions are no further apart than the sum of their errors. SciPy controls the root
-        # mean square over the batch: one sample can have √batch times as much.
-        errors = (ours.maximum_error.values + theirs.maximum_error.values) * ours.unit.values
-        apart = errors / (ours.value.values * data.batch**0.5)
-        held &= bool((apart <= 10).all())
-        worse = theirs.maximum_error.values / ours.maximum_error.values
-        told.append(
-            f"{problem}: apart by at most {apart.max():.2g} √batch rtol; SciPy's worst sample has "
-            f"{worse.min():.2g} to {worse.max():.2g} of the error; it takes "
+def _backends(data: xarray.Dataset, problem: str) -> list[Evidence]:
+    ours, theirs = (rows(data, problem, integrator=name) for name in METHODS[1:])
+    evaluations = theirs.vector_field_evaluations.values / ours.vector_field_evaluations.values
+    seconds = theirs.run_seconds.values / ours.run_seconds.values
+    worse = theirs.maximum_error.values / ours.maximum_error.values
+    # Two solutions are no further apart than the sum of their errors. SciPy controls the root mean
+    # square over the batch: one sample can have √batch times as much.
+    errors = (ours.maximum_error.values + theirs.maximum_error.values) * ours.unit.values
+    apart = errors / (ours.value.values * data.batch**0.5)
+    return [
+        Evidence(
+            NAME, f"{problem}: diffrax's Dopri5 and SciPy's RK45 agree to the tolerance (√batch "
+            "rtol apart, root mean square over units)", float(apart.max()), "at most", 10.0,
+            note=f"SciPy's worst sample has {_range(worse)} of the error; it takes "
             f"{evaluations.min():.2f} to {evaluations.max():.2f} of the evaluations and "
-            f"{seconds.min():.2g} to {seconds.max():.2g} of the time"
+            f"{_range(seconds)} of the time",
         )
-    return Claim(
-        "choices: diffrax's Dopri5 and SciPy's RK45 agree to the tolerance",
-        "; ".join(told),
-        "≤ 10 √batch rtol, root mean square over units",
-        held,
-    )
+    ]  # fmt: skip
+
+
+def _range(values: Any) -> str:
+    return f"{values.min():.2g} to {values.max():.2g}"
 
 
 def _steps(data: xarray.Dataset) -> xarray.DataArray:
@@ -245,4 +233,7 @@ def _draw(axes: Any, data: xarray.Dataset, line: str, label: str) -> None:
     axes.plot(data.run_seconds, data.maximum_error, line, label=label, markersize=4)
 
 
-EXPERIMENT = Experiment("extra: choices beside the method", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "integrator_choices", "extra: choices beside the method", {"paper": Config()},
+    FAST, run, check, plot, timed=True,
+)  # fmt: skip

@@ -20,15 +20,25 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.beyond import _interpolation_drawing as drawing
-from experiments.shared.base import Claim, Experiment, gaussian_weights, network_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.measures import vector_cosine
+from experiments.shared.networks import gaussian_weights, network_of
+from experiments.shared.precision_paths import (
+    TOLERANCE,
+    followed_path,
+    largest_slope,
+    precisions_of,
+    with_precisions,
+)
 from pcdyn import plotting
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.references.algorithms import local_gradient
+from pcdyn.theory import Evidence
 
+NAME = "BP to TP"
 FAMILIES = ("lambda", "graded")
 KINDS = ("linear", "tanh")
 DEPTH = 3
-TOLERANCE = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +55,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"networks": 8, "points": 13}
 
 
@@ -85,15 +94,6 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def precisions_of(energies: list[pcdyn.Gaussian]) -> jax.Array:
-    """Scalar precisions, (points, layers), the smallest scaled to 1, which moves no equilibrium.
-
-    So every weighted prediction error is of the order of the output error, and one tolerance fits.
-    """
-    rows = jnp.stack([jnp.stack(list(e.precisions or ())) for e in energies])
-    return rows / rows.min(axis=1, keepdims=True)
-
-
 def measure(kind: str, path: Any, weights: Any, inputs: Any, sources: Any) -> dict[str, Any]:
     """Equilibria of all networks along a path, and how near they are to both ends."""
     found = _MEASURE[kind](path, weights, inputs, sources)
@@ -119,14 +119,6 @@ def _measure(kind: str) -> Any:
 _MEASURE = {kind: _measure(kind) for kind in KINDS}
 
 
-def with_precisions(problem: pcdyn.InferenceProblem, row: Any) -> pcdyn.InferenceProblem:
-    """The same problem with these scalar precisions."""
-    return pcdyn.InferenceProblem(
-        problem.network, input=problem.input, output=problem.output,
-        energy=pcdyn.Gaussian(list(row)),
-    )  # fmt: skip
-
-
 def linear_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
     """Closed-form activities at each point, and their residuals."""
 
@@ -136,25 +128,6 @@ def linear_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
         return activities, largest_slope(here, activities)
 
     return jax.vmap(at)(path)
-
-
-def followed_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
-    """Each equilibrium is looked for from the one before, the first from the feedforward pass."""
-
-    def at(state: Any, row: Any) -> Any:
-        here = with_precisions(problem, row)
-        found = pcdyn.equilibrium(
-            here, method="gauss_newton", initial=state, tolerance=TOLERANCE, throw=False
-        )
-        return found.state, (found.activities, largest_slope(here, found.activities))
-
-    return jax.lax.scan(at, problem.feedforward_state(), path)[1]
-
-
-def largest_slope(problem: pcdyn.InferenceProblem, activities: Any) -> Any:
-    """The largest ‖∂F/∂x_l‖."""
-    slope = problem.gradient(problem.state_of(activities))
-    return jnp.max(jnp.stack([jnp.linalg.norm(g) for g in slope]))
 
 
 def compare(
@@ -171,8 +144,8 @@ def compare(
     by_bp = weight_vectors(bp.weight_gradient)
     hidden = activities[1:-1]
     return {
-        "activity_cosine_feedforward": each(cosines, hidden, bp.activities[1:-1]),
-        "activity_cosine_tp": each(cosines, hidden, targets[1:-1]),
+        "activity_cosine_feedforward": each(vector_cosine, hidden, bp.activities[1:-1]),
+        "activity_cosine_tp": each(vector_cosine, hidden, targets[1:-1]),
         "activity_distance_feedforward": each(distances, hidden, bp.activities[1:-1]),
         "activity_distance_tp": each(distances, hidden, targets[1:-1]),
         # Where the way from the feedforward pass to the targets is 1 long.
@@ -180,12 +153,12 @@ def compare(
         "way_to_tp": each(
             lengths, [x - t for x, t in zip(hidden, targets[1:-1], strict=True)], local[:-1]
         ),
-        "error_cosine_bp": each(cosines, scaled, bp.deltas),
+        "error_cosine_bp": each(vector_cosine, scaled, bp.deltas),
         "error_distance_bp": each(distances, scaled, bp.deltas),
-        "error_cosine_tp": each(cosines, scaled, local),
-        "gradient_cosine_bp": each(cosines, learned, by_bp),
+        "error_cosine_tp": each(vector_cosine, scaled, local),
+        "gradient_cosine_bp": each(vector_cosine, learned, by_bp),
         "gradient_distance_bp": each(distances, learned, by_bp),
-        "gradient_cosine_tp": each(cosines, learned, by_tp),
+        "gradient_cosine_tp": each(vector_cosine, learned, by_tp),
     }
 
 
@@ -197,11 +170,6 @@ def weight_vectors(gradient: pcdyn.Network) -> list[Any]:
 def each(function: Any, a: Any, b: Any) -> Any:
     """A function of two vectors for every layer, stacked."""
     return jnp.stack([function(x, y) for x, y in zip(a, b, strict=True)])
-
-
-def cosines(a: Any, b: Any) -> Any:
-    """Cosine similarity of two vectors."""
-    return a @ b / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
 
 
 def lengths(a: Any, b: Any) -> Any:
@@ -268,27 +236,25 @@ def limits(problem: pcdyn.InferenceProblem, path: Any, name: str) -> dict[str, A
     }
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Orders at both ends, what the path ends in, and what it does not."""
     graded_, weighted = data.sel(family="graded"), data.sel(family="lambda")
     last = DEPTH - 1
     claims = [
-        _residual(data),
-        _order("λ → 0: Π_l ε_l / Π_L is BP's delta in every layer, error O(λ)",
-               weighted.error_distance_bp, weighted.path, low=True),
-        _order("λ → 1: layer L − 1 is at its TP target, error O(1 − λ)",
-               weighted.way_to_tp.sel(hidden=last), weighted.path),
+        *_residual(data),
+        *_order("λ → 0: Π_l ε_l / Π_L is BP's delta in every layer, error O(λ)",
+                weighted.error_distance_bp, weighted.path, low=True),
+        *_order("λ → 1: layer L − 1 is at its TP target, error O(1 − λ)",
+                weighted.way_to_tp.sel(hidden=last), weighted.path),
         _end("λ → 1: the layers below L − 1 are at their TP targets",
              weighted.way_to_tp.isel(point=-1, hidden=slice(None, -1)), "the way left, over the "
              "way from the feedforward pass", 1e-2, holds=False),
-        _order("ρ → 0: Π_l ε_l / Π_L is BP's delta in every layer, error O(ρ)",
-               graded_.error_distance_bp, graded_.path, low=True),
+        *_order("ρ → 0: Π_l ε_l / Π_L is BP's delta in every layer, error O(ρ)",
+                graded_.error_distance_bp, graded_.path, low=True),
     ]  # fmt: skip
-    claims += [
-        _order(f"ρ → ∞: layer {layer} is at its TP target, error O(ρ^−{layer})",
-               graded_.way_to_tp.sel(hidden=layer), graded_.path, order=layer)
-        for layer in range(1, DEPTH)
-    ]  # fmt: skip
+    for layer in range(1, DEPTH):
+        text = f"ρ → ∞: layer {layer} is at its TP target, error O(ρ^−{layer})"
+        claims += _order(text, graded_.way_to_tp.sel(hidden=layer), graded_.path, order=layer)
     gradients = 1 - graded_.gradient_cosine_tp.isel(point=-1)
     claims += [
         _end("ρ → ∞: the weight gradient of layer 1 has the direction of TP's",
@@ -299,16 +265,15 @@ def check(data: xarray.Dataset) -> list[Claim]:
     return claims + _towards(data) + _wide(data)
 
 
-def _residual(data: xarray.Dataset) -> Claim:
+def _residual(data: xarray.Dataset) -> list[Evidence]:
     tanh = data.sel(kind="tanh")
-    largest = float(tanh.residual.max())
-    return Claim(
-        "tanh: every equilibrium on the path is found, and every target can be reached",
-        f"largest residual {largest:.1e} in {tanh.residual.size} equilibria; targets exist in "
-        f"{int(tanh.exists[0].sum())} of {tanh.exists[0].size} networks",
-        f"≤ {data.attrs['tolerance']:g}; all",
-        largest <= data.attrs["tolerance"] and bool(tanh.exists.all()),
-    )
+    return [
+        Evidence(NAME, "tanh: every equilibrium on the path is found (largest residual)",
+                 float(tanh.residual.max()), "at most", float(data.attrs["tolerance"]),
+                 note=f"in {tanh.residual.size} equilibria"),
+        Evidence(NAME, "tanh: every target can be reached (share of networks)",
+                 float(tanh.exists.mean()), "equal", 1.0, note=f"of {tanh.exists[0].size}"),
+    ]  # fmt: skip
 
 
 def _slopes(values: Any, path: Any, low: bool) -> np.ndarray:
@@ -321,80 +286,71 @@ def _slopes(values: Any, path: Any, low: bool) -> np.ndarray:
     return np.asarray((np.log10(ends[1]) - np.log10(ends[0])) / (decades[j] - decades[i]))
 
 
-def _order(text: str, values: Any, path: Any, *, low: bool = False, order: int = 1) -> Claim:
+def _order(
+    text: str, values: Any, path: Any, *, low: bool = False, order: int = 1
+) -> list[Evidence]:
     slopes = _slopes(values, path, low) * (1 if low else -1)
-    medians = {kind: np.median(slopes[i]) for i, kind in enumerate(KINDS)}
-    near = abs(slopes - order) <= 0.1 * order
+    medians = [float(np.median(each)) for each in slopes]
     size = float(values.isel(point=0 if low else -1).median())
-    return Claim(
-        text,
-        "median order " + ", ".join(f"{v:.3f} ({k})" for k, v in medians.items())
-        + f", from {slopes.min():.3f} to {slopes.max():.3f}; median error at the end {size:.1e}",
-        f"{order} ± {0.1 * order:g} in 95 % of networks and layers, medians ± {0.02 * order:g}",
-        near.mean() >= 0.95 and all(abs(v - order) <= 0.02 * order for v in medians.values()),
-    )  # fmt: skip
+    return [
+        *(
+            Evidence(NAME, f"{text} ({kind}: median order)", median, "equal", order, 0.02 * order,
+                     note=f"median error at the end {size:.1e}")
+            for kind, median in zip(KINDS, medians, strict=True)
+        ),
+        Evidence(
+            NAME, f"{text} (share of networks and layers with this order up to a tenth)",
+            float((abs(slopes - order) <= 0.1 * order).mean()), "at least", 0.95,
+            note=f"orders from {slopes.min():.3f} to {slopes.max():.3f}",
+        ),
+    ]  # fmt: skip
 
 
-def _end(text: str, values: Any, what: str, bound: float, *, holds: bool) -> Claim:
+def _end(text: str, values: Any, what: str, bound: float, *, holds: bool) -> Evidence:
     medians = ", ".join(f"{float(values.sel(kind=k).median()):.2g} ({k})" for k in KINDS)
-    return Claim(
-        text, f"{what}: median {medians}, at most {float(values.max()):.2g}",
-        f"median ≤ {bound:g}", float(values.median()) <= bound, expected_to_hold=holds,
+    return Evidence(
+        NAME, f"{text} ({what}: median)", float(values.median()), "at most", bound,
+        expected_to_hold=holds, note=f"{medians}, at most {float(values.max()):.2g}",
     )  # fmt: skip
 
 
-def _towards(data: xarray.Dataset) -> list[Claim]:
+def _towards(data: xarray.Dataset) -> list[Evidence]:
     """Whether every step of the path leads away from the feedforward pass and nearer to TP."""
     claims = []
     for name, sign, words in (
         ("way_to_tp", -1, "nearer to its TP target"),
         ("way_from_feedforward", 1, "further from the feedforward pass"),
     ):
-        steps = sign * data[name].sel(hidden=DEPTH - 1).diff("point")
+        back = -sign * data[name].sel(hidden=DEPTH - 1).diff("point")
         # Equilibria are known to about the tolerance of their residuals.
-        always = (steps >= -10 * data.attrs["tolerance"]).all("point")
-        shares = ", ".join(
-            f"{int(always.sel(kind=k).sum())} of {always.sel(kind=k).size} {k} paths" for k in KINDS
-        )
         claims.append(
-            Claim(
-                f"each step up the path takes layer L − 1 {words}",
-                f"in {shares}; largest step back {max(0.0, -float(steps.min())):.1e}",
-                "all, up to what the residuals allow",
-                bool(always.all()),
-            )
+            Evidence(NAME, f"each step up the path takes layer L − 1 {words} (largest step back)",
+                     float(back.max()), "at most", 0.0, float(10 * data.attrs["tolerance"]),
+                     note="up to what the residuals allow")
         )  # fmt: skip
     return claims
 
 
-def _wide(data: xarray.Dataset) -> list[Claim]:
+def _wide(data: xarray.Dataset) -> list[Evidence]:
     """What layer L − 1 tends to where W_L has fewer rows than columns."""
     decades = float(np.log10(data.path.sel(family="lambda").values[-1]))
-
-    def at_end(name: str) -> float:
-        return float(data[name].isel(point=-1).median())
-
-    claims = []
-    for hidden, name, holds in (
-        ("one", "difference", True),
-        ("two", "difference", False),
-        ("two", "weighted", True),
-        ("one", "inverse", False),
-    ):
-        text = {
-            "difference": "x_ff + W⁺(T − W x_ff)",
-            "inverse": "W⁺T",
-            "weighted": "x_ff + CWᵀ(WCWᵀ)⁻¹(T − W x_ff)",
-        }[name]
-        end = at_end(f"wide_{hidden}_{name}")
-        claims.append(
-            Claim(
-                f"wide W, {hidden} hidden layer{'s' * (hidden == 'two')}: x_{{L−1}} → {text}",
-                f"median relative distance {end:.1e} at λ/(1 − λ) = 10^{decades:g}",
-                "≤ 1e-3", end <= 1e-3, expected_to_hold=holds,
-            )
-        )  # fmt: skip
-    return claims
+    texts = {
+        "difference": "x_ff + W⁺(T − W x_ff)",
+        "inverse": "W⁺T",
+        "weighted": "x_ff + CWᵀ(WCWᵀ)⁻¹(T − W x_ff)",
+    }
+    return [
+        Evidence(
+            NAME, f"wide W, {hidden} hidden layer{'s' * (hidden == 'two')}: x_{{L−1}} → "
+            f"{texts[name]} (median relative distance at λ/(1 − λ) = 10^{decades:g})",
+            float(data[f"wide_{hidden}_{name}"].isel(point=-1).median()), "at most", 1e-3,
+            expected_to_hold=holds,
+        )
+        for hidden, name, holds in (
+            ("one", "difference", True), ("two", "difference", False), ("two", "weighted", True),
+            ("one", "inverse", False),
+        )
+    ]  # fmt: skip
 
 
 def plot(data: xarray.Dataset) -> Figure:
@@ -415,4 +371,6 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("extra: the path from BP to TP", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "interpolation", "extra: the path from BP to TP", {"paper": Config()}, FAST, run, check, plot
+)

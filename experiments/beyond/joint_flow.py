@@ -17,8 +17,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment
+from experiments.shared.experiment import Experiment
 from pcdyn import learning, plotting
+from pcdyn.theory import Evidence
 
 STARTS = ("equilibrium", "feedforward")
 
@@ -37,7 +38,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"ratios": (1e-1, 1e-2), "saves": 3}
 
 
@@ -98,7 +98,7 @@ def weight_distance(a: pcdyn.Network, b: pcdyn.Network) -> np.ndarray:
     return np.sqrt(sum(squares))
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """The distance is in proportion to ε, whatever integrates the flow."""
     largest = data.distance.max("slow_time")
     ends = largest.isel(ratio=[-2, -1])
@@ -109,20 +109,19 @@ def check(data: xarray.Dataset) -> list[Claim]:
     numbers = ", ".join(f"{float(v):.1e}" for v in largest.isel(start=0, integrator=0))
     smallest = data.steps.sel(start=STARTS[0]).isel(ratio=-1)
     return [
-        Claim(
-            "joint flow: the distance to the adiabatic weights is O(ε)",
-            f"order {float(order.min()):.3f} to {float(order.max()):.3f} between the two smallest "
+        Evidence(
+            "joint flow", "the distance to the adiabatic weights is O(ε) (order that is furthest "
+            "from 1)", float(order.values.flat[abs(order.values - 1).argmax()]), "equal", 1.0, 0.1,
+            note=f"{float(order.min()):.3f} to {float(order.max()):.3f} between the two smallest "
             f"ε; {numbers} for ε = {', '.join(f'{r:g}' for r in data.ratio.values)}",
-            "1 ± .1",
-            bool((abs(order - 1) < 0.1).all()),
         ),
-        Claim(
-            "joint flow: explicit and implicit integrators agree",
-            f"relative difference of the distances {float(apart.max()):.1e}; at the smallest ε "
-            + ", ".join(f"{n} {int(s)} steps" for n, s in zip(
-                data.integrator.values, smallest, strict=True)),
-            "≤ 1e-3",
-            bool(apart.max() <= 1e-3),
+        Evidence(
+            "joint flow", "explicit and implicit integrators agree (relative difference of the "
+            "distances)", float(apart.max()), "at most", 1e-3,
+            note="at the smallest ε " + ", ".join(
+                f"{n} {int(s)} steps"
+                for n, s in zip(data.integrator.values, smallest, strict=True)
+            ),
         ),
     ]  # fmt: skip
 
@@ -156,5 +155,6 @@ def plot(data: xarray.Dataset) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "extra: the joint flow of activities and weights", PRESETS, FAST, run, check, plot
-)
+    "joint_flow", "extra: the joint flow of activities and weights", {"paper": Config()},
+    FAST, run, check, plot,
+)  # fmt: skip

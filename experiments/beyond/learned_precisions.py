@@ -21,10 +21,13 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment
+from experiments.shared.experiment import Experiment
+from experiments.shared.measures import vector_cosine
 from pcdyn import learning, linear, plotting
 from pcdyn.references.algorithms import local_gradient
+from pcdyn.theory import Evidence
 
+NAME = "learned precisions"
 NAMES = ("hidden", "output 1", "output 2")
 STARTS = {"hidden layer more precise": (2.0, 1.0), "output more precise": (0.1, 10.0)}
 # Growth at the boundary is slower: a factor of time in which Π_L grows to 10³ as well.
@@ -47,7 +50,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"samples": 100, "saves": 9}
 
 
@@ -158,19 +160,15 @@ def compared(problem: pcdyn.InferenceProblem, precisions: Any) -> Any:
             deltas = [one.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
             ours = local_gradient(one.network, rest, deltas)
             theirs = pcdyn.backpropagation(one).weight_gradient
-            return _cosine(*(
+            return vector_cosine(*(
                 jnp.concatenate([w.ravel() for w in jax.tree.leaves(g)]) for g in (ours, theirs)
             ))  # fmt: skip
 
         bp = jax.vmap(angle)(now.input, now.output, activities)
-        tp = jax.vmap(_cosine)(activities[1] - before[1], target)
+        tp = jax.vmap(vector_cosine)(activities[1] - before[1], target)
         return jnp.mean(bp), jnp.mean(tp), jnp.mean(linear.negative_log_likelihood(now))
 
     return jax.vmap(at)(tuple(jnp.asarray(p) for p in precisions))
-
-
-def _cosine(a: Any, b: Any) -> Any:
-    return a @ b / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
 
 
 def table(found: dict[str, Any]) -> np.ndarray:
@@ -224,61 +222,86 @@ def by_scipy(problem: pcdyn.InferenceProblem) -> np.ndarray:
     return np.exp(minimize(cost, np.zeros(3), method="Nelder-Mead", options=options).x)
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Laplace recovers the noise; delta collapses, one layer or the other."""
+    return [*_laplace(data), *_delta(data), *_full(data)]
+
+
+def _laplace(data: xarray.Dataset) -> list[Evidence]:
     end = data.variance.isel(time=-1)
-    gap = float(abs(data.likelihood_gap).max())
-    apart = float(abs(end / data.closed_form - 1).max())
-    other = float(abs(end / data.scipy - 1).max())
     scores = abs(end - data.true_variance) / data.standard_error
-    hidden = data.precision.sel(start=next(iter(STARTS)))
+    optimum = "with a Laplace posterior the flow ends at the maximum of the likelihood"
+    between = "with a Laplace posterior the network stays between BP and TP"
+    return [
+        Evidence(NAME, "F with a Laplace posterior is −log p(T | d) along the flow (largest "
+                 "difference)", float(abs(data.likelihood_gap).max()), "below", 1e-11),
+        *(
+            Evidence(NAME, f"{optimum} (relative distance)", float(abs(end / there - 1).max()),
+                     "below", bound, oracle=oracle)
+            for there, bound, oracle in (
+                (data.closed_form, 1e-6, "its closed form"),
+                (data.scipy, 1e-5, "SciPy's Nelder–Mead"),
+            )
+        ),
+        Evidence(
+            NAME, "with a Laplace posterior they are the inverse noise variances (standard errors "
+            "apart)", float(scores.max()), "at most", 3.0,
+            note=f"variances {numbers(end)} for {numbers(data.true_variance)} "
+            f"({data.attrs['samples']} samples)",
+        ),
+        *(
+            Evidence(NAME, f"{between} (cosine to {name} at the end)", float(cosine[-1]), "below",
+                     0.999, note=f"from {float(cosine[0]):.4f}")
+            for name, cosine in (("BP", data.cosine_bp), ("TP", data.cosine_tp))
+        ),
+    ]  # fmt: skip
+
+
+def _delta(data: xarray.Dataset) -> list[Evidence]:
+    first = next(iter(STARTS))
+    hidden = data.precision.sel(start=first)
     growth = rates(np.log(hidden.sel(parameter="hidden")))
-    fall = rates(data.delta_free_energy.sel(start=next(iter(STARTS))))
-    residual = float(abs(hidden.isel(delta_time=-1) / data.residual_precision - 1)[1:].max())
-    noise = float(abs(hidden.isel(delta_time=-1)[1:] * data.true_variance[1:] - 1).max())
-    delta_bp, delta_tp = data.delta_cosine_bp[:, -1].values, data.delta_cosine_tp[:, -1].values
+    fall = rates(data.delta_free_energy.sel(start=first))
+    ends = hidden.isel(delta_time=-1)[1:]
+    residual = float(abs(ends / data.residual_precision[1:] - 1).max())
+    bp, tp = data.delta_cosine_bp[:, -1].values, data.delta_cosine_tp[:, -1].values
+    collapse = "the start decides which layer collapses: "
+    return [
+        Evidence(
+            NAME, "with the delta posterior of the paper F has a minimum (rate at which it falls "
+            "in the end)", -fall, "equal", 0.0, 1e-3, expected_to_hold=False,
+            note=f"log Π_1 grows at {growth:.4f}, without end (n/2 = 1.5, its square 2.25)",
+        ),
+        Evidence(NAME, "a collapsing layer's log Π grows at n/2", growth, "equal", 1.5, 1e-2),
+        Evidence(NAME, "a collapsing layer's F falls at n²/4", -fall, "equal", 2.25, 1e-2),
+        Evidence(
+            NAME, f"{collapse}the hidden one leaves BP (cosine to its weight gradient)",
+            float(bp[0]), "above", 0.999, note=f"{bp[1]:.4f} where the output collapses",
+        ),
+        Evidence(
+            NAME, f"{collapse}the output leaves TP (cosine to its targets)", float(tp[1]), "above",
+            0.999, note=f"{tp[0]:.4f} where the hidden one collapses",
+        ),
+        Evidence(
+            NAME, "after a hidden collapse the output precision is the inverse noise variance "
+            "(relative difference)", float(abs(ends * data.true_variance[1:] - 1).max()), "below",
+            0.1, expected_to_hold=False,
+            note=f"{residual:.1e} from the inverse of the residuals' variance",
+        ),
+    ]  # fmt: skip
+
+
+def _full(data: xarray.Dataset) -> list[Evidence]:
     full = data.noise.sel(noise_of="flow") - data.noise.sel(noise_of="closed form")
     late = data.edge_precision.isel(edge_time=[-3, -1]).max("direction")
-    order = float((np.diff(np.log(late)) / np.diff(np.log(late.edge_time))).item())
     return [
-        Claim("learned precisions: F with a Laplace posterior is −log p(T | d) along the flow",
-              f"largest difference {gap:.1e}", "< 1e-11", gap < 1e-11),
-        Claim("learned precisions: with a Laplace posterior the flow ends at the maximum of the "
-              "likelihood",
-              f"relative distance to the closed form {apart:.1e}, to SciPy's optimum {other:.1e}",
-              "< 1e-6 and < 1e-5", apart < 1e-6 and other < 1e-5),
-        Claim("learned precisions: with a Laplace posterior they are the inverse noise variances",
-              f"variances {numbers(end)} for {numbers(data.true_variance)}; at most "
-              f"{float(scores.max()):.2f} standard errors apart ({data.attrs['samples']} samples)",
-              "≤ 3 standard errors", bool(scores.max() <= 3)),
-        Claim("learned precisions: with the delta posterior of the paper F has a minimum",
-              f"F falls at {-fall:.4f} and log Π_1 grows at {growth:.4f} per unit of time, without "
-              "end (n/2 = 1.5, its square 2.25)",
-              "F and Π come to rest", bool(abs(fall) < 1e-3), expected_to_hold=False),
-        Claim("learned precisions: a collapsing layer's log Π grows at n/2, F falls at n²/4",
-              f"{growth:.4f} and {-fall:.4f}", "1.5 and 2.25, ± 1e-2",
-              abs(growth - 1.5) < 1e-2 and abs(fall + 2.25) < 1e-2),
-        Claim("learned precisions: the start decides which layer collapses: the hidden one leaves "
-              "BP, the output TP",
-              f"cosine to BP's weight gradient {delta_bp[0]:.4f} (hidden collapses), "
-              f"{delta_bp[1]:.4f} (output); to TP {delta_tp[0]:.4f}, {delta_tp[1]:.4f}",
-              "BP > .999 for one, TP > .999 for the other",
-              bool(delta_bp[0] > 0.999 and delta_tp[1] > 0.999)),
-        Claim("learned precisions: with a Laplace posterior the network stays between BP and TP",
-              f"cosine to BP {float(data.cosine_bp[0]):.4f} → {float(data.cosine_bp[-1]):.4f}, "
-              f"to TP {float(data.cosine_tp[0]):.4f} → {float(data.cosine_tp[-1]):.4f}",
-              "both below .999 at the end",
-              bool(data.cosine_bp[-1] < 0.999 and data.cosine_tp[-1] < 0.999)),
-        Claim("learned precisions: after a hidden collapse the output precision is the inverse "
-              "noise variance",
-              f"off by {noise:.0%}; {residual:.1e} from the inverse of the residuals' variance",
-              "within 10 %", noise < 0.1, expected_to_hold=False),
-        Claim("learned precisions: a full output precision is the inverse of Ĉ − V",
-              f"largest difference of covariances {float(abs(full).max()):.1e}", "< 1e-6",
-              bool(abs(full).max() < 1e-6)),
-        Claim("learned precisions: where Ĉ − V is not positive definite Π grows like t, F bounded",
-              f"order {order:.3f}; covariance {float(data.edge_distance[-1]):.1e} from that of the "
-              "boundary", "1 ± .02", abs(order - 1) < 0.02),
+        Evidence(NAME, "a full output precision is the inverse of Ĉ − V (largest difference of "
+                 "covariances)", float(abs(full).max()), "below", 1e-6),
+        Evidence(
+            NAME, "where Ĉ − V is not positive definite Π grows like t, F bounded (order)",
+            float((np.diff(np.log(late)) / np.diff(np.log(late.edge_time))).item()), "equal", 1.0,
+            0.02, note=f"covariance {float(data.edge_distance[-1]):.1e} from that of the boundary",
+        ),
     ]  # fmt: skip
 
 
@@ -380,4 +403,6 @@ def draw_cosines(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     ax.legend(loc="lower right")
 
 
-EXPERIMENT = Experiment("extra: learned precisions", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "learned_precisions", "extra: learned precisions", {"paper": Config()}, FAST, run, check, plot
+)

@@ -11,17 +11,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment
+from experiments.shared.experiment import Experiment
+from experiments.shared.portraits import as_data, portrait_of
 from pcdyn import plotting
+from pcdyn.theory import Evidence
 
+NAME = "two free units"
 CASES = {
     "slow": "linear 1-1-1-1, precisions $Π_l = {low:g}^l$",
     "fast": "linear 1-1-1-1, precisions $Π_l = {high:g}^l$",
@@ -31,7 +32,6 @@ CASES = {
     "free": "tanh 1-1-1, input free",
 }
 SMOOTH_AND_COERCIVE = ("slow", "fast", "chain", "pair")
-_MOST_CURVE_POINTS = 1500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Config:
     seeds: int = 60
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"cases": ("slow", "chain"), "resolution": 13, "seeds": 30}
 
 
@@ -120,128 +119,41 @@ def slides(problem: pcdyn.InferenceProblem) -> bool:
     return found.status is pcdyn.EquilibriumStatus.SLIDING
 
 
-def as_data(case: str, seed: int, portrait: pcdyn.PhasePortrait) -> xarray.Dataset:
-    """The arrays of a portrait with the name of its panel, and the oracles of its claims."""
-    problem = portrait.problem
-    assert problem is not None
-    curves = np.full((len(portrait.separatrices), _MOST_CURVE_POINTS, 2), np.nan)
-    for row, curve in zip(curves, portrait.separatrices, strict=True):
-        stride = -(-len(curve) // _MOST_CURVE_POINTS)
-        row[: len(curve[::stride])] = curve[::stride]
-    point, path = (f"equilibrium_{case}", "xy"), (f"start_{case}", f"time_{case}", "xy")
-    grid = (f"y_{case}", f"x_{case}")
-    data = {
-        "free_energy": (grid, portrait.free_energy),
-        "velocity": ((*grid, "xy"), portrait.velocity),
-        "basin": (grid, portrait.basin),
-        "equilibria": (point, portrait.equilibria),
-        "kinds": (point[0], list(portrait.kinds)),
-        "equilibrium_energies": (point[0], portrait.equilibrium_energies),
-        "rates": ((point[0], "rate"), portrait.rates),
-        "modes": ((point[0], "rate", "xy"), portrait.modes),
-        "residuals": (point[0], portrait.residuals),
-        "separatrices": ((f"curve_{case}", f"along_{case}", "xy"), curves),
-        "trajectories": (path, portrait.trajectories),
-        "ends": (path[0], portrait.ends),
-        "coordinates": (("coordinate", "place"), np.array(portrait.coordinates)),
-        "seed": ((), seed),
-        "index_sum": ((), portrait.index_sum),
-        "differenced_rates": ((point[0], "rate"), differenced_rates(problem, portrait)),
-        "distances": (path[0], distances_by_lsoda(problem, portrait)),
-    }
-    return xarray.Dataset(
-        {f"{name}_{case}": values for name, values in data.items()},
-        {grid[0]: portrait.y, grid[1]: portrait.x, path[1]: portrait.times},
-    )
-
-
-def state_at(problem: pcdyn.InferenceProblem, points: Any) -> tuple[Any, ...]:
-    """The state at points (…, 2)."""
-    points = jnp.asarray(points)
-    return (points,) if len(problem.free_layers) == 1 else (points[..., :1], points[..., 1:])
-
-
-def differenced_rates(
-    problem: pcdyn.InferenceProblem, portrait: pcdyn.PhasePortrait, step: float = 1e-4
-) -> np.ndarray:
-    """Eigenvalues of the Hessian of F by central differences, NaN at a kink."""
-    energy = jax.jit(jax.vmap(lambda x: problem.free_energy(state_at(problem, x))))
-    units = step * np.eye(2)
-    corners = np.array([[[a + b, a - b, b - a, -a - b] for b in units] for a in units])
-    rates = np.full(portrait.rates.shape, np.nan)
-    for row, point, kind in zip(rates, portrait.equilibria, portrait.kinds, strict=True):
-        if kind != "at a kink":
-            values = np.asarray(energy((point + corners).reshape(-1, 2))).reshape(2, 2, 4)
-            row[:] = np.linalg.eigvalsh(values @ np.array([1, -1, -1, 1]) / (4 * step**2))
-    return rates
-
-
-def distances_by_lsoda(
-    problem: pcdyn.InferenceProblem, portrait: pcdyn.PhasePortrait
-) -> np.ndarray:
-    """From where SciPy's LSODA ends each trajectory to the equilibrium of the start's basin.
-
-    NaN at kinks, along which no solver of smooth equations can go, and where there is no basin.
-    """
-    starts = portrait.trajectories[:, 0]
-    if "at a kink" in portrait.kinds:
-        return np.full(len(starts), np.nan)
-    column = np.abs(starts[:, None, 0] - portrait.x).argmin(axis=1)
-    row = np.abs(starts[:, None, 1] - portrait.y).argmin(axis=1)
-    basins = portrait.basin[row, column]
-    batch = [
-        None if x is None else jnp.broadcast_to(x, (len(starts), x.shape[-1]))
-        for x in (problem.input, problem.output)
-    ]
-    many = problem.with_data(batch[0], batch[1])
-    run = pcdyn.simulate(
-        many, t1=float(portrait.times[-1]), times=[float(portrait.times[-1])],
-        initial=state_at(many, starts), integrator=pcdyn.SciPy("LSODA", rtol=1e-8, atol=1e-10),
-    )  # fmt: skip
-    ends = np.concatenate(many.state_of(run.final), axis=-1)
-    found = np.linalg.norm(ends - portrait.equilibria[basins], axis=-1)
-    return np.where(basins >= 0, found, np.nan)
-
-
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Residuals, the sum of the indices, curvatures and the ends of trajectories."""
     cases = list(data.attrs["cases"])
-    worst = max(float(data[f"residuals_{case}"].max()) for case in cases)
     whole = [case for case in cases if case in SMOOTH_AND_COERCIVE]
     sums = [int(data[f"index_sum_{case}"]) for case in whole]
     smooth = [case for case in cases if case != "kink"]
-    gaps = [_relative_gap(data, case) for case in smooth]
-    ends = np.concatenate([data[f"ends_{case}"].values for case in cases])
     kinds = {case: data[f"kinds_{case}"].values for case in cases}
-    rests = np.concatenate(
-        [np.isin(kinds[case][data[f"ends_{case}"]], ("minimum", "at a kink")) for case in cases]
-    )
-    far = [float(np.nanmax(data[f"distances_{case}"])) for case in smooth if case != "free"]
+    ends = {case: data[f"ends_{case}"].values for case in cases}
+    stable = np.concatenate([
+        (ends[case] >= 0) & np.isin(kinds[case][ends[case]], ("minimum", "at a kink"))
+        for case in cases
+    ])  # fmt: skip
     counts = ", ".join(
         f"{case} {list(kinds[case]).count('minimum')}−{list(kinds[case]).count('saddle')}"
         f"+{list(kinds[case]).count('maximum')}" for case in whole
     )  # fmt: skip
     return [
-        Claim(
-            "two free units: every equilibrium found is stationary",
-            f"largest residual {worst:.1e}", "≤ 1e-9", worst <= 1e-9,
+        Evidence(NAME, "every equilibrium found is stationary (largest residual)",
+                 max(float(data[f"residuals_{case}"].max()) for case in cases), "at most", 1e-9),
+        Evidence(
+            NAME, "Poincaré–Hopf: minima − saddles + maxima = 1 where F grows in all directions "
+            "(panels in which it is)", sums.count(1), "equal", len(whole), note=counts,
         ),
-        Claim(
-            "Poincaré–Hopf: minima − saddles + maxima = 1 where F grows in all directions",
-            counts, "1 in each", all(s == 1 for s in sums),
+        Evidence(
+            NAME, "rates at equilibria are the eigenvalues of the Hessian of F (largest relative "
+            "difference)", max(_relative_gap(data, case) for case in smooth), "at most", 1e-4,
+            oracle="finite differences of F",
         ),
-        Claim(
-            "rates at equilibria are the eigenvalues of the Hessian of F by finite differences",
-            f"largest relative difference {max(gaps):.1e}", "≤ 1e-4", max(gaps) <= 1e-4,
-        ),
-        Claim(
-            "every trajectory of the portraits ends at a stable equilibrium",
-            f"{int(np.sum((ends >= 0) & rests))} of {len(ends)}", "all",
-            bool(np.all((ends >= 0) & rests)),
-        ),
-        Claim(
-            "LSODA ends at the minimum in whose basin it starts",
-            f"largest distance {max(far):.1e}", "≤ 1e-3", max(far) <= 1e-3,
+        Evidence(NAME, "every trajectory of the portraits ends at a stable equilibrium (share)",
+                 float(stable.mean()), "equal", 1.0, note=f"of {len(stable)}"),
+        Evidence(
+            NAME, "every trajectory ends at the minimum in whose basin it starts (largest "
+            "distance)",
+            max(float(np.nanmax(data[f"distances_{c}"])) for c in smooth if c != "free"), "at most",
+            1e-3, oracle="SciPy's LSODA",
         ),
     ]  # fmt: skip
 
@@ -287,22 +199,7 @@ def _general(label: str) -> str:
     return "first activity at rest" if horizontal else "second activity at rest"
 
 
-def portrait_of(data: xarray.Dataset, case: str) -> pcdyn.PhasePortrait:
-    """The portrait of a panel from its arrays."""
-
-    def array(name: str) -> np.ndarray:
-        return data[f"{name}_{case}"].values
-
-    curves = [curve[~np.isnan(curve[:, 0])] for curve in array("separatrices")]
-    return pcdyn.PhasePortrait(
-        problem=None, coordinates=tuple((int(l), int(u)) for l, u in array("coordinates")),
-        kinds=tuple(str(kind) for kind in array("kinds")), separatrices=tuple(curves),
-        x=array("x"), y=array("y"), times=array("time"),
-        **{name: array(name) for name in (
-            "free_energy", "velocity", "basin", "equilibria", "equilibrium_energies", "rates",
-            "modes", "residuals", "trajectories", "ends",
-        )},
-    )  # fmt: skip
-
-
-EXPERIMENT = Experiment("extra: phase portraits of two free units", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "phase_portraits", "extra: phase portraits of two free units", {"paper": Config()},
+    FAST, run, check, plot,
+)  # fmt: skip

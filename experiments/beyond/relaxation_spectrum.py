@@ -18,8 +18,9 @@ import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.shared.base import Claim, Experiment
+from experiments.shared.experiment import Experiment
 from pcdyn import plotting
+from pcdyn.theory import Evidence
 from pcdyn.theory.dynamics import (
     condition_numbers,
     linear_spectra,
@@ -43,7 +44,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {
     "depths": (2, 4), "widths": (3, 10), "scales": (0.5, 1.0), "networks": 60, "wide": 60,
     "ratios": (1e-3, 1e-2, 1.0, 100.0),
@@ -146,42 +146,36 @@ def marchenko_pastur_shares(edges: Sequence[float] | np.ndarray, ratio: float) -
     return values.mean(axis=1) * np.diff(edges)
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """The evidence of the theory, the shape of the spectrum, and the effect of precisions."""
-    claims = [
-        Claim(
-            str(text), f"{measured:.4g}",
-            f"at most {expected:g}" if not known else f"{expected:.4g} ± {tolerance:.2g}",
-            bool(holds), bool(known),
-        )
-        for text, measured, expected, tolerance, holds, known in zip(
-            data.evidence.values, data.evidence_measured.values, data.evidence_expected.values,
-            data.evidence_tolerance.values, data.evidence_holds.values,
-            data.evidence_known.values, strict=True,
-        )
-    ]  # fmt: skip
-    gap = float(np.max(np.abs(np.cumsum(data.wide_share - data.wide_share_expected))))
+    rows = zip(
+        data.evidence.values, data.evidence_measured.values, data.evidence_expected.values,
+        data.evidence_tolerance.values, data.evidence_known.values, strict=True,
+    )  # fmt: skip
     medians = data.condition_by_ratio.sel(quartile=0.5)
-    numbers = ", ".join(
-        f"{float(m):.3g} at {r:g}" for r, m in zip(data.ratio.values, medians, strict=True)
-    )
-    ends = medians.values
-    slope = np.log(ends[0] / ends[1]) / np.log(data.ratio.values[0] / data.ratio.values[1])
+    ratios, ends = data.ratio.values, medians.values
     return [
-        *claims,
-        Claim(
-            "the rates of a wide layer have the density of Marchenko and Pastur",
-            f"largest distance of the distributions {gap:.2e}",
-            f"≤ {2 / data.attrs['wide']:.1e} (2/n)", gap <= 2 / data.attrs["wide"],
+        *(
+            Evidence("Eq 28", str(text), float(measured), "equal" if known else "at most",
+                     float(expected), float(tolerance), expected_to_hold=bool(known))
+            for text, measured, expected, tolerance, known in rows
         ),
-        Claim(
-            "graded precisions Π_l = ρ^l: no ρ has a smaller condition number than 1",
-            numbers, "least at ρ = 1", bool(data.ratio.values[np.argmin(medians.values)] == 1),
+        Evidence(
+            "Eq 28", "the rates of a wide layer have the density of Marchenko and Pastur (largest "
+            "distance of the distributions)",
+            float(abs(np.cumsum(data.wide_share - data.wide_share_expected)).max()), "at most",
+            float(2 / data.attrs["wide"]), note="2/n",
         ),
-        Claim(
-            "as ρ → 0 the condition number grows like ρ^−(L−2), here with L = 4",
-            f"exponent {slope:.3f} between {data.ratio.values[1]:g} and {data.ratio.values[0]:g}",
-            "−2 ± .1", bool(abs(slope + 2) <= 0.1),
+        Evidence(
+            "Eq 28", "graded precisions Π_l = ρ^l: no ρ has a smaller condition number than 1 (ρ "
+            "that has the least)", float(ratios[np.argmin(ends)]), "equal", 1.0,
+            note=", ".join(f"{m:.3g} at {r:g}" for r, m in zip(ratios, ends, strict=True)),
+        ),
+        Evidence(
+            "Eq 28", "as ρ → 0 the condition number grows like ρ^−(L−2), here with L = 4 "
+            "(exponent)",
+            float(np.log(ends[0] / ends[1]) / np.log(ratios[0] / ratios[1])), "equal", -2.0, 0.1,
+            note=f"between {ratios[1]:g} and {ratios[0]:g}",
         ),
     ]  # fmt: skip
 
@@ -238,4 +232,7 @@ def _with_quartiles(ax: Any, x: Any, values: Any, label: str | None) -> None:
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment("extra: relaxation spectrum of inference", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "relaxation_spectrum", "extra: relaxation spectrum of inference", {"paper": Config()},
+    FAST, run, check, plot,
+)  # fmt: skip

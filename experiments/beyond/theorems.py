@@ -1,7 +1,7 @@
 """Every numbered statement of the paper over random networks: its verdict and its evidence.
 
 `python -m experiments theorems` measures them, draws the margins and the orders of convergence, and
-writes the page `theorems.md`. `pcdyn verify` does the same on fewer networks, as a table.
+writes a page. `pcdyn verify` does the same on fewer networks, as a table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.shared.base import Claim, Experiment
+from experiments.shared.experiment import Experiment
 from pcdyn import plotting
 from pcdyn.theory import STATEMENTS, Evidence, Statement, expectation, verify
 from pcdyn.theory.pictures import margins, orders
@@ -32,7 +32,6 @@ class Config:
 
 
 ROOT = Path(__file__).parents[2]
-PRESETS = {"paper": Config(), "code": Config()}
 FAST = {"networks": 4, "statements": ("3.4", "Eq 21", "A.3", "Eq 48")}
 
 
@@ -42,18 +41,7 @@ def run(config: Config) -> xarray.Dataset:
     return found.to_xarray().assign_attrs(source="random numbers")
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
-    """One claim for each piece of evidence."""
-    return [
-        Claim(
-            f"{e.statement}: {e.claim}", f"{e.measured:.3g}", expectation(e), e.holds,
-            e.expected_to_hold,
-        )
-        for e in evidence_of(data)
-    ]  # fmt: skip
-
-
-def evidence_of(data: xarray.Dataset) -> list[Evidence]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """The evidence in a data set."""
     rows = []
     for i in range(data.sizes["claim"]):
@@ -66,7 +54,7 @@ def evidence_of(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Margins of all claims, and the curves behind the orders."""
-    evidence = evidence_of(data)
+    evidence = check(data)
     with plotting.style():
         figure = plt.figure(figsize=(12, 7), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
@@ -93,7 +81,7 @@ NOTATION = (
 
 def page(data: xarray.Dataset, folder: Path) -> str:
     """The statements as a page: words, verdict, the form that holds, numbers, source."""
-    evidence = evidence_of(data)
+    evidence = check(data)
     lines = [
         "# The statements of the paper, measured",
         "",
@@ -105,7 +93,7 @@ def page(data: xarray.Dataset, folder: Path) -> str:
         "",
         *NOTATION,
         "",
-        "![theorems](theorems.png)",
+        "![theorems](figure.png)",
         "",
         "| statement | | as printed |",
         "|---|---|---|",
@@ -119,17 +107,17 @@ def page(data: xarray.Dataset, folder: Path) -> str:
 
 def summary(data: xarray.Dataset) -> str:
     """The statements for the index of all figures: verdicts, what holds, links to the evidence."""
-    evidence = evidence_of(data)
+    evidence = check(data)
     unexpected = sum(not e.as_known for e in evidence)
     lines = [
         f"{len(evidence)} claims, {sum(e.holds for e in evidence)} of which hold; {unexpected} "
-        "verdicts differ from those on record. [Numbers, oracles and code](theorems.md).",
+        "verdicts differ from those on record. [Numbers, oracles and code](theorems/page.md).",
         "",
         "| statement | | as printed | what holds |",
         "|---|---|---|---|",
     ]
     lines += [
-        f"| [{s.number}](theorems.md#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} | "
+        f"| [{s.number}](theorems/page.md#{_anchor(s)}) | {_cell(s.title)} | {s.as_printed} | "
         f"{_cell(s.form)} |"
         for s in _shown(evidence)
     ]
@@ -147,7 +135,7 @@ def _anchor(statement: Statement) -> str:
 
 
 def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> list[str]:
-    file, line = statement.source
+    file, function = statement.source
     link = Path(os.path.relpath(ROOT / file, folder)).as_posix()
     lines = [
         "",
@@ -168,7 +156,7 @@ def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> li
             )  # fmt: skip
             cells = (e.claim, f"{e.measured:.3g}", expectation(e), e.verdict, e.oracle, settings)
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    return [*lines, "", f"Source: [{file}]({link}#L{line}). To reproduce:", "", "```python",
+    return [*lines, "", f"Source: `{function}` in [{file}]({link}). To reproduce:", "", "```python",
             statement.snippet, "```"]  # fmt: skip
 
 
@@ -181,5 +169,6 @@ def _cell(text: str) -> str:
 
 
 EXPERIMENT = Experiment(
-    "extra: every numbered statement, measured", PRESETS, FAST, run, check, plot, summary, page
-)
+    "theorems", "extra: every numbered statement, measured", {"paper": Config()},
+    FAST, run, check, plot, summary, page,
+)  # fmt: skip

@@ -15,8 +15,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, cosine, linear_problems, network_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.measures import cosine
+from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
+from pcdyn.theory import Evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config(weight_std=0.05)}
 FAST = {"networks": 20, "ratios": 13}
 
 
@@ -96,7 +98,7 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Monotone in the ratio, ends at one; the crossing; where Euler is unstable and diverges."""
     n = data.sizes["network"]
     claims = []
@@ -104,41 +106,29 @@ def check(data: xarray.Dataset) -> list[Claim]:
         values = data[f"cosine_to_{name}"]
         steps = sign * values.diff("ratio")
         excess = float((steps.mean("network") + 2 * steps.std("network", ddof=1) / n**0.5).min())
-        extreme = float(values[end].mean())
         word = "falls" if name == "tp" else "rises"
-        claims.append(
-            Claim(
-                f"2 left: cosine to {name.upper()} {word} as the ratio falls",
-                f"smallest step + 2 s.e. {excess:.1e}",
-                "≥ 0 (up to round-off)",
-                excess >= -1e-12,
-            )
-        )
-        claims.append(
-            Claim(
-                f"2 left: cosine to {name.upper()} ends near 1",
-                f"{extreme:.6f}",
-                "> 0.99",
-                extreme > 0.99,
-            )
-        )
-    claims.append(_crossing(data))
+        claims += [
+            Evidence(
+                "2 left", f"cosine to {name.upper()} {word} as the ratio falls (smallest step + "
+                "2 s.e.)", excess, "at least", 0.0, 1e-12, note="up to round-off",
+            ),
+            Evidence("2 left", f"cosine to {name.upper()} ends near 1", float(values[end].mean()),
+                     "above", 0.99),
+        ]  # fmt: skip
     share = data.euler_unstable.mean("network")
-    claims.append(
-        Claim(
-            "2 left: the authors' Euler step is stable at every ratio",
-            f"unstable in {float(share.max()):.0%} of draws at the highest ratio, in "
-            f"{float(share.mean()):.0%} overall",
-            "0 %",
-            float(share.max()) == 0,
-            expected_to_hold=False,
-        )
-    )
-    claims.append(_divergence(data))
-    return claims
+    return [
+        *claims,
+        _crossing(data),
+        Evidence(
+            "2 left", "the authors' Euler step is stable at every ratio (largest share of draws in "
+            "which it is not)", float(share.max()), "equal", 0.0, expected_to_hold=False,
+            note=f"{float(share.mean()):.0%} overall",
+        ),
+        _divergence(data),
+    ]  # fmt: skip
 
 
-def _divergence(data: xarray.Dataset) -> Claim:
+def _divergence(data: xarray.Dataset) -> Evidence:
     """Whether the draws that diverge are those whose largest stable step is exceeded."""
     excess = data.attrs["euler_step"] / data.largest_euler_step
     agree = (excess > 1) == data.euler_diverged
@@ -146,24 +136,22 @@ def _divergence(data: xarray.Dataset) -> Claim:
     # short to show it.
     growth = (2 * excess - 1) ** data.attrs["euler_steps"]
     too_short = (excess > 1) & (growth < 1e4)
-    return Claim(
-        "2 left: Euler diverges in the draws whose largest stable step it exceeds",
-        f"above it in {float((excess > 1).mean()):.1%} of draws, diverges in "
+    return Evidence(
+        "2 left", "Euler diverges in the draws whose largest stable step it exceeds (share of "
+        "those that can tell)", float((agree | too_short).mean()), "equal", 1.0,
+        note=f"above it in {float((excess > 1).mean()):.1%} of draws, diverges in "
         f"{float(data.euler_diverged.mean()):.1%}; the same in {int(agree.sum())} of {agree.size}",
-        "the same, but where the run is too short to tell",
-        bool((agree | too_short).all()),
-    )
+    )  # fmt: skip
 
 
-def _crossing(data: xarray.Dataset) -> Claim:
+def _crossing(data: xarray.Dataset) -> Evidence:
     gap = (data.cosine_to_tp - data.cosine_to_bp).mean("network").values
     logs = np.log10(data.ratio.values)
     signs = np.flatnonzero(np.diff(np.sign(gap)) != 0)
     where = [logs[i] - gap[i] * (logs[i + 1] - logs[i]) / (gap[i + 1] - gap[i]) for i in signs]
-    text = ", ".join(f"10^{w:.2f}" for w in where) or "none"
-    return Claim(
-        "2 left: the two mean curves cross once", f"at ratio {text}", "one crossing",
-        len(where) == 1,
+    return Evidence(
+        "2 left", "the two mean curves cross once (crossings)", len(where), "equal", 1,
+        note=f"at ratio {', '.join(f'10^{w:.2f}' for w in where) or 'none'}",
     )  # fmt: skip
 
 
@@ -206,4 +194,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("2 left", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "figure2_interpolation", "2 left", {"paper": Config(), "code": Config(weight_std=0.05)},
+    FAST, run, check, plot,
+)  # fmt: skip

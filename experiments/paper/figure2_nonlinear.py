@@ -15,8 +15,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.shared.base import Claim, Experiment, cosine, gaussian_weights, network_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.measures import cosine
+from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
+from pcdyn.theory import Evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,6 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"paper": Config(), "code": Config(t1=5.0)}
 FAST = {"networks": 8}
 
 
@@ -66,7 +68,7 @@ def run(config: Config) -> xarray.Dataset:
     )
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """Away from the feedforward pass, towards the targets, in every draw."""
     claims = []
     for panel, name, sign, start, end in (
@@ -78,22 +80,15 @@ def check(data: xarray.Dataset) -> list[Claim]:
         word = "falls" if sign < 0 else "rises"
         first, last = float(values[:, 0].mean()), float(values[:, -1].mean())
         error = float(values[:, -1].std(ddof=1)) / data.sizes["network"] ** 0.5
-        claims.append(
-            Claim(
-                f"2 right {panel}: cosine to {name} {word} in every draw",
-                f"in {int((change > 0).sum())} of {change.size}",
-                "all",
-                bool((change > 0).all()),
-            )
-        )
-        claims.append(
-            Claim(
-                f"2 right {panel}: mean cosine to {name} goes {start:g} → {end:g}",
-                f"{first:.2f} → {last:.2f} ± {error:.2f} (s.e.)",
-                f"end within 4 s.e. or 0.1 of {end:g}",
-                abs(last - end) < max(4 * error, 0.1),
-            )
-        )
+        claims += [
+            Evidence(f"2 right {panel}", f"cosine to {name} {word} in every draw (share)",
+                     float((change > 0).mean()), "equal", 1.0, note=f"of {change.size} draws"),
+            Evidence(
+                f"2 right {panel}", f"mean cosine to {name} goes {start:g} → {end:g} (at the end)",
+                last, "equal", end, max(4 * error, 0.1),
+                note=f"from {first:.2f}; ± {error:.2f} (s.e.); within 4 s.e. or .1",
+            ),
+        ]  # fmt: skip
     return claims
 
 
@@ -110,4 +105,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("2 right A, 2 right B", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "figure2_nonlinear", "2 right A, 2 right B", {"paper": Config(), "code": Config(t1=5.0)},
+    FAST, run, check, plot,
+)  # fmt: skip

@@ -21,13 +21,16 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import pcdyn
-from experiments.beyond import interpolation
-from experiments.paper import figure5
-from experiments.shared.base import Claim, Experiment, cosine, network_of
+from experiments.shared.example import COLORS, Example, problem_of
+from experiments.shared.experiment import Experiment
+from experiments.shared.measures import cosine
+from experiments.shared.networks import network_of
+from experiments.shared.precision_paths import TOLERANCE, followed_path, precisions_of
 from pcdyn import learning, plotting
 from pcdyn._support.states import step
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.plotting import schematic
+from pcdyn.theory import Evidence
 
 BOXES = ("low precision", "fixed prediction", "first update", "input free", "high precision ratio",
          "neither")  # fmt: skip
@@ -37,20 +40,16 @@ BOXES = ("low precision", "fixed prediction", "first update", "input free", "hig
 class Config:
     """The network of Figure 5, odds λ/(1 − λ), ratios ρ and times."""
 
-    example: figure5.Config = dataclasses.field(default_factory=figure5.Config)
+    example: Example = dataclasses.field(default_factory=Example)
     lowest_odds: float = 1e-4
     highest_ratio: float = 1e4
     points: int = 13
     free_time: float = 1000.0
 
 
-PRESETS = {"paper": Config(), "code": Config()}
-FAST: dict[str, Any] = {}
-
-
 def run(config: Config) -> xarray.Dataset:
     """Distances to BP's deltas in three boxes, to TP's targets in two, and cosines in the last."""
-    problem = figure5.problem_of(config.example)
+    problem = problem_of(config.example)
     depth = problem.network.depth
     bp, tp = pcdyn.backpropagation(problem), pcdyn.target_propagation(problem)
     targets = tp.targets
@@ -98,9 +97,9 @@ def run(config: Config) -> xarray.Dataset:
 
 def followed(problem: pcdyn.InferenceProblem, energies: list[pcdyn.Gaussian]) -> list[Any]:
     """Activities and prediction errors at rest, for one energy after another."""
-    path = interpolation.precisions_of(energies)
-    activities, residuals = eqx.filter_jit(interpolation.followed_path)(problem, path)
-    if float(residuals.max()) > interpolation.TOLERANCE:
+    path = precisions_of(energies)
+    activities, residuals = eqx.filter_jit(followed_path)(problem, path)
+    if float(residuals.max()) > TOLERANCE:
         raise pcdyn.PcdynError(f"an equilibrium was not found: residual {residuals.max():.1e}")
     errors = problem.prediction_errors(activities)
     return [
@@ -190,11 +189,8 @@ def neither(problem: pcdyn.InferenceProblem, rest: Any, bp: Any, targets: Any) -
     return np.stack([cosine(np.stack(rest[1]), np.stack(each)) for each in (bp.deltas, local)])
 
 
-def check(data: xarray.Dataset) -> list[Claim]:
+def check(data: xarray.Dataset) -> list[Evidence]:
     """The numbers in the boxes."""
-
-    def claim(text: str, value: Any, bound: float) -> Claim:
-        return Claim(f"6: {text}", f"{float(value):.1e}", f"≤ {bound:g}", float(value) <= bound)
 
     def order(values: xarray.DataArray, axis: str) -> np.ndarray:
         ends = values.isel({axis: slice(-2, None)}) if axis == "ratio" else values[:2]
@@ -205,20 +201,23 @@ def check(data: xarray.Dataset) -> list[Claim]:
         order(data.low, "odds"), order(data.first, "early"), -order(data.high[:, :1], "ratio"),
         -order(data.high[:, 1:2], "ratio") / 2,
     ])  # fmt: skip
+    distances = (
+        ("low precision: weighted errors at BP's deltas, at the lowest odds", data.low[0].max(),
+         1e-3),
+        ("fixed prediction: weight gradient at BP's", data.fixed_gradient, 1e-10),
+        ("fixed prediction: errors follow (1 − e^{−t}) δ and (1 − (1 + t)e^{−t}) δ",
+         _against_closed_form(data), 1e-8),
+        ("first update: weight gradient of Z-IL at BP's", data.first_gradient, 1e-12),
+        ("input free: activities at TP's targets", data.free[-1].max(), 1e-6),
+        ("high precision ratio: activities at TP's targets, at the highest ratio",
+         data.high[-1].max(), 1e-2),
+    )  # fmt: skip
     return [
-        claim("low precision: weighted errors at BP's deltas, at the lowest odds",
-              data.low[0].max(), 1e-3),
-        claim("fixed prediction: weight gradient at BP's", data.fixed_gradient, 1e-10),
-        claim("fixed prediction: errors follow (1 − e^{−t}) δ and (1 − (1 + t)e^{−t}) δ",
-              _against_closed_form(data), 1e-8),
-        claim("first update: weight gradient of Z-IL at BP's", data.first_gradient, 1e-12),
-        claim("input free: activities at TP's targets", data.free[-1].max(), 1e-6),
-        claim("high precision ratio: activities at TP's targets, at the highest ratio",
-              data.high[-1].max(), 1e-2),
-        Claim(
-            "6: orders in λ, t and 1/ρ (2 in the second hidden layer) at the ends",
-            ", ".join(f"{s:.3f}" for s in slopes), "1 ± .05, in units of those",
-            bool((abs(slopes - 1) <= 0.05).all()),
+        *(Evidence("6", text, float(value), "at most", bound) for text, value, bound in distances),
+        Evidence(
+            "6", "orders in λ, t and 1/ρ at the ends are 1, in the second hidden layer 2 in 1/ρ "
+            "(largest relative difference)", float(abs(slopes - 1).max()), "at most", 0.05,
+            note="over what is expected: " + ", ".join(f"{s:.3f}" for s in slopes),
         ),
     ]  # fmt: skip
 
@@ -230,7 +229,7 @@ def _against_closed_form(data: xarray.Dataset) -> float:
     return float(np.max(np.abs(data.fixed.values - expected)))
 
 
-_BP, _TP, _PC = (figure5.COLORS[rule] for rule in ("BP", "TP", "PC"))
+_BP, _TP, _PC = (COLORS[rule] for rule in ("BP", "TP", "PC"))
 _TITLES = {
     "low precision": ("≈ BP: low output precision", _BP),
     "fixed prediction": ("= BP: predictions fixed", _BP),
@@ -328,4 +327,4 @@ def _draw_curve(ax: Axes, data: xarray.Dataset, name: str) -> None:
     ax.legend(fontsize=8)
 
 
-EXPERIMENT = Experiment("6", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment("figure6", "6", {"paper": Config()}, {}, run, check, plot)

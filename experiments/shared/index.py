@@ -7,42 +7,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.base import Claim, save_text
+from experiments.shared.saving import save_text
+from pcdyn.theory import Evidence, expectation
 
 
-def table(claims: Sequence[Claim]) -> str:
+def table(claims: Sequence[Evidence]) -> str:
     """The claims as plain text, one line each."""
-    width = max((len(claim.text) for claim in claims), default=0)
+    texts = [_text(e) for e in claims]
+    width = max(map(len, texts), default=0)
     return "\n".join(
-        f"{claim.text:<{width}}  {claim.verdict:<24}  {claim.measured} (expected {claim.expected})"
-        for claim in claims
+        f"{text:<{width}}  {e.verdict:<24}  {e.measured:.3g} (expected {expectation(e)})"
+        + f"; {e.note}" * bool(e.note)
+        for text, e in zip(texts, claims, strict=True)
     )
 
 
-def write_index(folder: Path, names: Sequence[str]) -> None:
-    """Write `index.md` from the manifests in `folder`: every panel with its claims and verdicts."""
+def _text(e: Evidence) -> str:
+    return f"{e.statement}: {e.claim}"
+
+
+def write_index(folder: Path) -> None:
+    """Write `index.md` from the manifests below `folder`: every panel with its claims."""
+    manifests = [json.loads(path.read_text("utf-8")) for path in folder.glob("*/manifest.json")]
     lines = [
         "# Figures of the paper, regenerated",
         "",
-        "Written by `python -m experiments`. Each figure has its data (`.nc`), picture (`.png`, "
-        "`.pdf`) and manifest (`.json`: settings, seed, versions, time, hash) beside it.",
+        "Written by `python -m experiments`. Each figure has its data (`data.nc`), picture "
+        "(`figure.png`, `figure.pdf`) and manifest (`manifest.json`: settings, versions, hash, and "
+        "each claim with its numbers) in a folder of its own.",
     ]
-    for name in names:
-        path = folder / f"{name}.json"
-        if path.is_file():
-            lines += _section(name, json.loads(path.read_text("utf-8")))
+    for manifest in sorted(manifests, key=lambda m: (m["panels"], m["experiment"])):
+        lines += _section(manifest)
     save_text(folder / "index.md", "\n".join(lines) + "\n")
 
 
-def _section(name: str, manifest: dict[str, Any]) -> list[str]:
+def _section(manifest: dict[str, Any]) -> list[str]:
+    name = manifest["experiment"]
     settings = f"preset `{manifest['preset']}`{', fast' if manifest['fast'] else ''}"
-    lines = ["", f"## {manifest['panels']}", "", f"![{name}]({name}.png)", ""]
-    lines += [f"`{name}`, {settings}, {manifest['time'][:10]}.", ""]
-    if summary := manifest.get("summary"):
+    lines = ["", f"## {manifest['panels']}", "", f"![{name}]({name}/figure.png)", ""]
+    lines += [f"`{name}`, {settings}.", ""]
+    if summary := manifest["summary"]:
         return [*lines, summary]
-    lines += ["| claim | measured | expected | verdict |", "|---|---|---|---|"]
+    lines += ["| claim | measured | expected | verdict | |", "|---|---|---|---|---|"]
     for fields in manifest["claims"]:
-        claim = Claim(**fields)
-        cells = (claim.text, claim.measured, claim.expected, claim.verdict)
+        e = Evidence(**fields)
+        cells = (_text(e), f"{e.measured:.3g}", expectation(e), e.verdict, e.note)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
