@@ -1,8 +1,8 @@
-"""The paper's figures, one module each: settings, run, claims, picture.
+"""The paper's figures, questions beyond it, and benchmarks, one module each.
 
-Each module has `PRESETS`, two `Config` values: `paper` is the paper's Appendix A.9 with its errors
-corrected; `code` has the settings of the authors' published code where they differ. Quirks of
-that code:
+Each figure is an `Experiment` (`shared/experiment.py`): settings, run, claims, picture. Its preset
+`paper` is the paper's Appendix A.9 with its errors corrected; `code`, where there is one, has the
+settings of the authors' published code. Quirks of that code:
 
 - It takes A.9's variance 0.05 of the weights as a standard deviation; so does `code`.
 - Its panels of "Euclidean distance" show the squared distance; so do ours, and say so.

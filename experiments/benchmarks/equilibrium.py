@@ -27,8 +27,9 @@ from experiments.shared.solver_races import (
     problems,
     to_rest,
 )
-from experiments.shared.timing import Row, best_times
+from experiments.shared.timing import best_times, row
 from pcdyn import solvers
+from pcdyn.theory import Evidence
 
 _CONFIG = Race(precisions=(1.0, 100.0), deep=())
 _TOLERANCE = 1e-4
@@ -36,7 +37,7 @@ _TSIT5 = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=1000.0)
 _FAST = ("Gauss–Newton", "matrix-free Gauss–Newton", "Nesterov")
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[Evidence]:
     """Every measurement with its limit."""
     cases, _ = problems(_CONFIG)
     for precision, limit in ((1, 25), (100, 200)):
@@ -48,7 +49,9 @@ def rows() -> Iterator[Row]:
         yield _ill_conditioned(depth)
 
 
-def _against_tsit5(problem: pcdyn.InferenceProblem, precision: int, limit: float) -> Iterator[Row]:
+def _against_tsit5(
+    problem: pcdyn.InferenceProblem, precision: int, limit: float
+) -> Iterator[Evidence]:
     what = f"MNIST trained, output precision {precision}, residual 1e-4: Tsit5 /"
     calls, unsolved = _calls(
         problem, {**{name: ITERATIVE[name] for name in _FAST}, "Tsit5": _TSIT5}
@@ -56,8 +59,8 @@ def _against_tsit5(problem: pcdyn.InferenceProblem, precision: int, limit: float
     times = best_times(calls, seconds=20.0)
     note = _notes(times, unsolved)
     for name in _FAST:
-        bound = None if name == "Nesterov" else limit
-        yield Row(f"{what} {name}", times["Tsit5"] / times[name], bound, True, note)
+        bound = np.inf if name == "Nesterov" else limit
+        yield row(f"{what} {name}", times["Tsit5"] / times[name], bound, True, note)
         note = ""
     whole = best_times(
         {
@@ -68,10 +71,12 @@ def _against_tsit5(problem: pcdyn.InferenceProblem, precision: int, limit: float
             )
         }
     )["whole"]
-    yield Row(f"{what} whole call of Gauss–Newton", times["Tsit5"] / whole, None, True, _ms(whole))
+    yield row(
+        f"{what} whole call of Gauss–Newton", times["Tsit5"] / whole, at_least=True, note=_ms(whole)
+    )
 
 
-def _against_twenty_steps(problem: pcdyn.InferenceProblem) -> Iterator[Row]:
+def _against_twenty_steps(problem: pcdyn.InferenceProblem) -> Iterator[Evidence]:
     reference = exact_equilibrium(problem)
     euler = compiled(problem, "Euler")
     calls: dict[str, Callable[[], Any]] = {"Euler": lambda: euler(problem, jnp.asarray(20))}
@@ -86,15 +91,15 @@ def _against_twenty_steps(problem: pcdyn.InferenceProblem) -> Iterator[Row]:
         calls[name] = lambda f=solve, k=needed[name]: f(problem, jnp.asarray(k))
     times = best_times(calls)
     for name, count in needed.items():
-        yield Row(
+        yield row(
             f"MNIST trained to 1 % median error: {name} / 20 bare Euler steps",
             times[name] / times["Euler"],
-            None if name == "Nesterov" else 1.0,
+            np.inf if name == "Nesterov" else 1.0,
             note=f"{name} {_ms(times[name])}, {count} iterations; Euler {_ms(times['Euler'])}",
         )
 
 
-def _linear() -> Iterator[Row]:
+def _linear() -> Iterator[Evidence]:
     keys = jr.split(jr.key(0), 3)
     network = pcdyn.mlp([128] * 16 + [10], activation="identity", key=keys[0], dtype=jnp.float64)
     problem = pcdyn.InferenceProblem(
@@ -107,7 +112,7 @@ def _linear() -> Iterator[Row]:
     }
     times = best_times({name: (lambda f=f: f(problem)) for name, f in functions.items()})
     for name, limit in (("block Cholesky", 5), ("dense solve", 50)):
-        yield Row(
+        yield row(
             f"linear 16 × 128, output 10, float64: {name} / S-matrix",
             times[name] / times["S-matrix"], limit, True,
             f"S-matrix {_ms(times['S-matrix'])}, {name} {_ms(times[name])}",
@@ -119,7 +124,7 @@ def _dense_solve(problem: pcdyn.InferenceProblem) -> jax.Array:
     return jnp.linalg.solve(pcdyn.linear.hessian(problem).dense(), forcing.T).T
 
 
-def _orthogonal() -> Iterator[Row]:
+def _orthogonal() -> Iterator[Evidence]:
     per_layer = {}
     for depth in (8, 16, 32, 64):
         problem = deep_problem(_CONFIG, depth, 128)
@@ -128,18 +133,18 @@ def _orthogonal() -> Iterator[Row]:
         calls["Euler"] = lambda f=euler, p=problem: f(p, jnp.asarray(40))
         times = best_times(calls)
         per_layer[depth] = times["Gauss–Newton"] / depth
-        yield Row(
+        yield row(
             f"orthogonal {depth} × 128 tanh, residual 1e-4: Gauss–Newton / 40 bare Euler steps",
-            times["Gauss–Newton"] / times["Euler"], 3 if depth == 64 else None,
+            times["Gauss–Newton"] / times["Euler"], 3 if depth == 64 else np.inf,
             note=_notes(times, unsolved),
         )  # fmt: skip
-    yield Row(
+    yield row(
         "the same: time per layer, 64 layers / 8 layers", per_layer[64] / per_layer[8],
         note="1 is linear in depth",
     )  # fmt: skip
 
 
-def _ill_conditioned(depth: int) -> Row:
+def _ill_conditioned(depth: int) -> Evidence:
     problem = deep_problem(_CONFIG, depth, 128, "fan_in")
     first_order = ("Nesterov", "error descent")
     calls, unsolved = _calls(
@@ -148,7 +153,7 @@ def _ill_conditioned(depth: int) -> Row:
     times = best_times(calls)
     solved = [name for name in first_order if not unsolved[name]]
     best = min(times[name] for name in solved) if solved else np.inf
-    return Row(
+    return row(
         f"N(0, 1/128) {depth} × 128 tanh, residual 1e-4: best first-order method / default",
         best / times["default"] if not unsolved["default"] else 0.0, 1.0, True,
         _notes(times, unsolved),

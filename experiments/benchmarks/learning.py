@@ -18,8 +18,9 @@ import optax
 import pcdyn
 from experiments.shared.networks import classifier, load, trained_classifier
 from experiments.shared.solver_races import exact_equilibrium
-from experiments.shared.timing import Row, best_times
+from experiments.shared.timing import best_times, row
 from pcdyn import learning
+from pcdyn.theory import Evidence
 
 _WIDTHS = (784, 128, 64, 10)
 _BATCH = 64
@@ -33,7 +34,7 @@ _RULES = {
 _FUNCTIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[Evidence]:
     """Every measurement with its limit."""
     train, _ = load("mnist")
     train_keys = jr.split(jr.key(0), 2)
@@ -49,7 +50,7 @@ def rows() -> Iterator[Row]:
     yield from _seeds(train)
 
 
-def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> Iterator[Row]:
+def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> Iterator[Evidence]:
     what = f"{which}: time of a step,"
     data = (jnp.asarray(train.images), jnp.asarray(train.one_hot))
     calls: dict[str, Callable[[], Any]] = {
@@ -65,10 +66,10 @@ def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> I
     steps = len(data[0]) // _BATCH
     note = ", ".join(f"{name} {1e6 * t / steps:.0f} µs" for name, t in times.items())
     median, most = _errors(network, train)
-    yield Row(f"{what} BP / plain JAX", times["BP"] / times["plain"], 1.1, note=note)
-    yield Row(f"{what} PC to equilibrium / BP", times["PC"] / times["BP"], 2.0)
-    yield Row(f"{what} PC by 20 Euler steps / BP", times["PC, 20 Euler steps"] / times["BP"])
-    yield Row(
+    yield row(f"{what} BP / plain JAX", times["BP"] / times["plain"], 1.1, note=note)
+    yield row(f"{what} PC to equilibrium / BP", times["PC"] / times["BP"], 2.0)
+    yield row(f"{what} PC by 20 Euler steps / BP", times["PC, 20 Euler steps"] / times["BP"])
+    yield row(
         f"{which}: share of the displacement that PC misses, median", median, 0.01,
         note=f"90 % miss less than {most:.1e}",
     )  # fmt: skip
@@ -129,7 +130,7 @@ def _errors(network: pcdyn.Network, train: Any, batches: int = 8) -> tuple[float
     return float(np.median(errors)), float(np.quantile(errors, 0.9))
 
 
-def _seeds(train: Any) -> Iterator[Row]:
+def _seeds(train: Any) -> Iterator[Evidence]:
     keys = jr.split(jr.key(0), _SEEDS)
     stack = eqx.filter_vmap(lambda key: classifier(_WIDTHS, "tanh", key))(keys)
     one = classifier(_WIDTHS, "tanh", keys[0])
@@ -140,7 +141,7 @@ def _seeds(train: Any) -> Iterator[Row]:
             "five": _call(stack, data, _RULES[name], keys, 1),
         }
         times = best_times(calls, seconds=20.0)
-        yield Row(
+        yield row(
             f"{name}, first epoch of tanh: five seeds / one", times["five"] / times["one"], 5.0,
             note=f"one {times['one']:.2f} s, five {times['five']:.2f} s",
         )  # fmt: skip

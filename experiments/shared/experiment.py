@@ -73,7 +73,10 @@ class Experiment(Generic[Config]):
 
 
 def names(part: str) -> tuple[str, ...]:
-    """Of the experiments of `"paper"` or `"beyond"`; other modules there begin with _."""
+    """Of the modules of `"paper"`, `"beyond"` or `"benchmarks"`, each of which is one of them.
+
+    Other modules there begin with an underscore.
+    """
     found = pkgutil.iter_modules([str(Path(__file__).parents[1] / part)])
     return tuple(module.name for module in found if not module.name.startswith("_"))
 

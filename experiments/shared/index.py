@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.shared.saving import save_text
 from pcdyn.theory import Evidence, expectation
@@ -13,17 +13,29 @@ from pcdyn.theory import Evidence, expectation
 
 def table(claims: Sequence[Evidence]) -> str:
     """The claims as plain text, one line each."""
-    texts = [_text(e) for e in claims]
-    width = max(map(len, texts), default=0)
+    rows = [_row(e) for e in claims]
+    width = max((len(row[0]) for row in rows), default=0)
     return "\n".join(
-        f"{text:<{width}}  {e.verdict:<24}  {e.measured:.3g} (expected {expectation(e)})"
-        + f"; {e.note}" * bool(e.note)
-        for text, e in zip(texts, claims, strict=True)
+        f"{text:<{width}}  {verdict:<24}  {measured} (expected {expected})"
+        + f"; {note}" * bool(note)
+        for text, measured, expected, verdict, note in rows
     )
 
 
-def _text(e: Evidence) -> str:
-    return f"{e.statement}: {e.claim}"
+def cells(claims: Sequence[Evidence]) -> list[str]:
+    """The claims as the lines of a table of a page."""
+    lines = ["| claim | measured | expected | verdict | |", "|---|---|---|---|---|"]
+    for e in claims:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in _row(e)) + " |")
+    return lines
+
+
+def _row(e: Evidence) -> tuple[str, str, str, str, str]:
+    text = f"{e.statement}: {e.claim}" if e.statement else e.claim
+    limited = math.isfinite(e.expected)
+    return (
+        text, f"{e.measured:.3g}", expectation(e) if limited else "–", e.verdict * limited, e.note
+    )  # fmt: skip
 
 
 def write_index(folder: Path) -> None:
@@ -37,20 +49,9 @@ def write_index(folder: Path) -> None:
         "each claim with its numbers) in a folder of its own.",
     ]
     for manifest in sorted(manifests, key=lambda m: (m["panels"], m["experiment"])):
-        lines += _section(manifest)
+        name, fast = manifest["experiment"], ", fast" * manifest["fast"]
+        lines += ["", f"## {manifest['panels']}", "", f"![{name}]({name}/figure.png)", "",
+                  f"`{name}`, preset `{manifest['preset']}`{fast}.", ""]  # fmt: skip
+        claims = [Evidence(**fields) for fields in manifest["claims"]]
+        lines += [manifest["summary"]] if manifest["summary"] else cells(claims)
     save_text(folder / "index.md", "\n".join(lines) + "\n")
-
-
-def _section(manifest: dict[str, Any]) -> list[str]:
-    name = manifest["experiment"]
-    settings = f"preset `{manifest['preset']}`{', fast' if manifest['fast'] else ''}"
-    lines = ["", f"## {manifest['panels']}", "", f"![{name}]({name}/figure.png)", ""]
-    lines += [f"`{name}`, {settings}.", ""]
-    if summary := manifest["summary"]:
-        return [*lines, summary]
-    lines += ["| claim | measured | expected | verdict | |", "|---|---|---|---|---|"]
-    for fields in manifest["claims"]:
-        e = Evidence(**fields)
-        cells = (_text(e), f"{e.measured:.3g}", expectation(e), e.verdict, e.note)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines

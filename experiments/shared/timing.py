@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,31 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from pcdyn.theory import Evidence
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+
+def row(
+    what: str, measured: float, limit: float = np.inf, at_least: bool = False, note: str = ""
+) -> Evidence:
     """One measurement beside its limit, if it has one."""
-
-    what: str
-    measured: float
-    limit: float | None = None
-    at_least: bool = False
-    note: str = ""
-
-    @property
-    def bound(self) -> str:
-        """The limit in words."""
-        if self.limit is None:
-            return ""
-        return f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
-
-    @property
-    def verdict(self) -> str:
-        """Whether the limit is met."""
-        if self.limit is None:
-            return ""
-        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
-        return "met" if met else "MISSED"
+    relation = "at least" if at_least and np.isfinite(limit) else "at most"
+    return Evidence("", what, float(measured), relation, limit, note=note, timed=True)
 
 
 def best_time(function: Callable[..., Any], *arguments: Any, repeats: int = 4) -> tuple[Any, float]:

@@ -29,9 +29,9 @@ class Evidence:
 
     statement: str
     claim: str
-    measured: float
+    measured: float | int
     relation: Literal["equal", "at most", "at least", "below", "above"]
-    expected: float
+    expected: float | int
     tolerance: float = 0.0
     oracle: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
