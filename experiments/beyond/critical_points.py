@@ -23,6 +23,7 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from pcdyn import learning, plotting
 from pcdyn.theory import Evidence
+from pcdyn.theory.convergence import noisy_problem
 
 CASES = ("interpolable", "not interpolable")
 
@@ -79,18 +80,9 @@ def interpolable(config: Config) -> pcdyn.InferenceProblem:
 
 
 def noisy(key: Any, precision: float) -> pcdyn.InferenceProblem:
-    """Linear 1-1-2 with targets (x, 3ξ), where ξ has mean square 1 and no correlation with x.
-
-    ℒ is least, 4.5 per sample, where the first output is fitted: the second cannot be. Where the
-    weights predict nothing, 5.0, it has a saddle.
-    """
-    x = jnp.asarray([1.0, 1.0, -1.0, -1.0])
-    noise = jnp.asarray([1.0, -1.0, 1.0, -1.0])
+    """Linear 1-1-2 with random weights; ℒ has a saddle at 5.0 per sample and is least at 4.5."""
     network = pcdyn.mlp((1, 1, 2), activation="identity", key=key)
-    return pcdyn.InferenceProblem(
-        network, input=x[:, None], output=jnp.stack([x, 3 * noise], axis=-1),
-        energy=pcdyn.Gaussian([1.0, precision]),
-    )  # fmt: skip
+    return noisy_problem([layer.weight for layer in network.layers], noise=3.0, precision=precision)
 
 
 def follow(problem: pcdyn.InferenceProblem, t1: float, times: Any) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from matplotlib.ticker import NullFormatter
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.networks import in_float64, trained_classifier
+from experiments.shared.networks import classifier, in_float64, trained_classifier
 from pcdyn import plotting
 from pcdyn.theory import Evidence
 
@@ -98,10 +98,7 @@ def problems(
     if not config.digits:
         return cases, "random numbers"
     digits = pcdyn.datasets.mnist("train", limits=(0.0, 1.0), dtype=np.float32)
-    random = pcdyn.mlp(
-        (784, *config.hidden, 10), activation="tanh", output_activation="identity", bias=True,
-        key=keys[3], dtype=jnp.float32,
-    )  # fmt: skip
+    random = classifier((784, *config.hidden, 10), "tanh", keys[3])
     trained = trained_classifier(random, digits, epochs=config.epochs, key=keys[4])
     chosen = np.random.default_rng(config.seed).choice(len(digits.labels), config.batch, False)
     cases["MNIST, trained"] = in_both(trained, digits.images[chosen], digits.one_hot[chosen])

@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import vector_cosine
+from experiments.shared.precision_paths import with_precisions
 from pcdyn import learning, linear, plotting
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -118,12 +119,6 @@ def sampled(config: Config, hidden: float, output: np.ndarray) -> pcdyn.Inferenc
     top = jr.normal(keys[3], (config.samples, 2)) @ factor.T
     targets = network.predict(2, network.predict(1, inputs) + noise) + top
     return pcdyn.InferenceProblem(network, input=inputs, output=targets)
-
-
-def with_precisions(problem: pcdyn.InferenceProblem, precisions: Any) -> pcdyn.InferenceProblem:
-    """The same data and weights with other precisions."""
-    energy = pcdyn.Gaussian([jnp.asarray(p) for p in precisions])
-    return eqx.tree_at(lambda p: p.energy, problem, energy)
 
 
 def follow(

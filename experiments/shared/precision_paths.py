@@ -23,10 +23,10 @@ def precisions_of(energies: list[pcdyn.Gaussian]) -> jax.Array:
 
 
 def with_precisions(problem: pcdyn.InferenceProblem, row: Any) -> pcdyn.InferenceProblem:
-    """The same problem with these scalar precisions."""
+    """The same problem with these precisions."""
     return pcdyn.InferenceProblem(
         problem.network, input=problem.input, output=problem.output,
-        energy=pcdyn.Gaussian(list(row)),
+        energy=pcdyn.Gaussian([jnp.asarray(p) for p in row]),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import jax.random as jr
 import numpy as np
 
 import pcdyn
-from experiments.shared.networks import in_float64, trained_classifier
+from experiments.shared.networks import classifier, in_float64, trained_classifier
 from experiments.shared.timing import best_time
 from pcdyn import solvers
 
@@ -79,10 +79,7 @@ def problems(config: Race) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
 def digit_problems(config: Race, keys: jax.Array) -> tuple[dict[str, pcdyn.InferenceProblem], str]:
     """A random and a trained classifier of digits, and where the digits come from."""
     digits = pcdyn.datasets.mnist("train", limits=(0.0, 1.0), dtype=np.float32)
-    random = pcdyn.mlp(
-        (784, 128, 64, 10), activation="tanh", output_activation="identity", bias=True,
-        key=keys[0], dtype=jnp.float32,
-    )  # fmt: skip
+    random = classifier((784, 128, 64, 10), "tanh", keys[0])
     trained = trained_classifier(random, digits, epochs=config.epochs, key=keys[1])
     chosen = np.random.default_rng(config.seed).choice(len(digits.labels), config.batch, False)
     images, targets = digits.images[chosen], digits.one_hot[chosen]
