@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from pcdyn import learning, plotting
+from pcdyn import learning
 from pcdyn.theory import Evidence
 from pcdyn.theory.convergence import noisy_problem
 
@@ -37,9 +37,6 @@ class Config:
     starts: int = 12
     precisions: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001)
     seed: int = 0
-
-
-FAST = {"t1": 100.0, "saves": 5, "starts": 1, "precisions": (1.0, 0.001)}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -145,29 +142,26 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Gradient norms in time for both cases, and the losses at the end by precision."""
-    with plotting.style():
-        figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
-        for ax, case in zip(axes, CASES, strict=False):
-            part = data.sel(case=case).isel(time=slice(1, None))
-            ax.loglog(part.time, part.learning_gradient, label="∇F*, which learning follows")
-            ax.loglog(part.time, part.loss_gradient, label="∇ℒ, the gradient of BP")
-            ax.loglog(part.time, part.loss, "k:", lw=1, label="ℒ")
-            ax.set(xlabel="time (weight time constants)", title=case)
-        axes[1].legend(loc="lower left")  # for the first panel too, which has no room
-        axes[0].set_ylabel("norm, per sample")
-        for i, precision in enumerate(data.precision.values):
-            values = data.final_loss.sel(precision=precision)
-            axes[2].plot(np.full(len(values), i), values, "o", alpha=0.5)
-        axes[2].set_xticks(
-            range(data.sizes["precision"]), [f"{p:g}" for p in data.precision.values]
-        )
-        axes[2].axhline(5.0, color="0.6", lw=0.8, ls=":")
-        axes[2].axhline(4.5, color="0.6", lw=0.8, ls="--")
-        axes[2].set(xlabel="output precision λ", ylabel="final ℒ", title="saddle 5.0, least 4.5")
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    for ax, case in zip(axes, CASES, strict=False):
+        part = data.sel(case=case).isel(time=slice(1, None))
+        ax.loglog(part.time, part.learning_gradient, label="∇F*, which learning follows")
+        ax.loglog(part.time, part.loss_gradient, label="∇ℒ, the gradient of BP")
+        ax.loglog(part.time, part.loss, "k:", lw=1, label="ℒ")
+        ax.set(xlabel="time (weight time constants)", title=case)
+    axes[1].legend(loc="lower left")  # for the first panel too, which has no room
+    axes[0].set_ylabel("norm, per sample")
+    for i, precision in enumerate(data.precision.values):
+        values = data.final_loss.sel(precision=precision)
+        axes[2].plot(np.full(len(values), i), values, "o", alpha=0.5)
+    axes[2].set_xticks(range(data.sizes["precision"]), [f"{p:g}" for p in data.precision.values])
+    axes[2].axhline(5.0, color="0.6", lw=0.8, ls=":")
+    axes[2].axhline(4.5, color="0.6", lw=0.8, ls="--")
+    axes[2].set(xlabel="output precision λ", ylabel="final ℒ", title="saddle 5.0, least 4.5")
     return figure
 
 
 EXPERIMENT = Experiment(
     "critical_points", "extra: critical points of learning", {"paper": Config()},
-    FAST, run, check, plot,
+    {"t1": 100.0, "saves": 5, "starts": 1, "precisions": (1.0, 0.001)}, run, check, plot,
 )  # fmt: skip

@@ -46,9 +46,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"depth": 3, "width": 2, "resolution": 21, "saves": 21}
-
-
 def run(config: Config) -> xarray.Dataset:
     """The plane, F on it, the three ways down and the energies along the flow."""
     parts = [case_data(case, config) for case in CASES]
@@ -231,21 +228,20 @@ def plot(data: xarray.Dataset) -> Figure:
         "tanh": ("towards the feedforward state", "slowest mode (orthogonal part)"),
         "linear": ("slowest mode", "fastest mode"),
     }
-    with plotting.style():
-        figure, axes = plt.subplots(
-            1, 3, figsize=(12, 4.1), layout="constrained", width_ratios=(1, 1, 0.9)
-        )
-        for ax, case in zip(axes, CASES, strict=False):
-            _plane(ax, data.sel(case=case))
-            ax.set(xlabel=labels[case][0], ylabel=labels[case][1], title=titles[case])
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(handles))
-        part = data.sel(case="tanh").isel(time=slice(1, None))
-        axes[2].semilogx(part.times, part.F, label="free energy $F$")
-        axes[2].semilogx(part.times, part.loss, label=r"output loss $\mathcal{L}$")
-        axes[2].semilogx(part.times, part.residual_energy, label=r"residual $\widetilde{E}$")
-        axes[2].set(xlabel=plotting.TIME_LABEL, ylabel="energy", title="tanh: along the flow")
-        axes[2].legend()
+    figure, axes = plt.subplots(
+        1, 3, figsize=(12, 4.1), layout="constrained", width_ratios=(1, 1, 0.9)
+    )
+    for ax, case in zip(axes, CASES, strict=False):
+        _plane(ax, data.sel(case=case))
+        ax.set(xlabel=labels[case][0], ylabel=labels[case][1], title=titles[case])
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(handles))
+    part = data.sel(case="tanh").isel(time=slice(1, None))
+    axes[2].semilogx(part.times, part.F, label="free energy $F$")
+    axes[2].semilogx(part.times, part.loss, label=r"output loss $\mathcal{L}$")
+    axes[2].semilogx(part.times, part.residual_energy, label=r"residual $\widetilde{E}$")
+    axes[2].set(xlabel=plotting.TIME_LABEL, ylabel="energy", title="tanh: along the flow")
+    axes[2].legend()
     return figure
 
 
@@ -273,5 +269,5 @@ def _plane(ax: Any, part: xarray.Dataset) -> None:
 
 EXPERIMENT = Experiment(
     "energy_landscape", "extra: energy landscape along the flow", {"paper": Config()},
-    FAST, run, check, plot,
+    {"depth": 3, "width": 2, "resolution": 21, "saves": 21}, run, check, plot,
 )  # fmt: skip

@@ -37,9 +37,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"networks": 2, "samples": 10, "stds": (0.1, 0.5), "t1": 500.0}
-
-
 def run(config: Config) -> xarray.Dataset:
     """Solve each problem by each method and by the flow; compare where they end."""
     shape = (len(config.stds), config.networks, len(METHODS), config.samples)
@@ -115,19 +112,19 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Share of agreement against the size of the weights, mean ± std over networks."""
-    with plotting.style():
-        figure, ax = plt.subplots(figsize=(5, 3.4))
-        agreement = shares(data)
-        for name in METHODS:
-            values = agreement.sel(solver=name).transpose("network", "weight_std").values
-            plotting.mean_band(data.weight_std.values, values, ax=ax, label=name.replace("_", " "))
-        ax.set(xlabel="standard deviation of the weights", ylabel="share that ends with the flow")
-        ax.set_ylim(0, 1.05)
-        ax.set_title("Solvers that end where the gradient flow ends")
-        ax.legend(loc="lower left")
+    figure, ax = plt.subplots(figsize=(5, 3.4))
+    agreement = shares(data)
+    for name in METHODS:
+        values = agreement.sel(solver=name).transpose("network", "weight_std").values
+        plotting.mean_band(data.weight_std.values, values, ax=ax, label=name.replace("_", " "))
+    ax.set(xlabel="standard deviation of the weights", ylabel="share that ends with the flow")
+    ax.set_ylim(0, 1.05)
+    ax.set_title("Solvers that end where the gradient flow ends")
+    ax.legend(loc="lower left")
     return figure
 
 
 EXPERIMENT = Experiment(
-    "equilibrium_basins", "extra: basins", {"paper": Config()}, FAST, run, check, plot
-)
+    "equilibrium_basins", "extra: basins", {"paper": Config()},
+    {"networks": 2, "samples": 10, "stds": (0.1, 0.5), "t1": 500.0}, run, check, plot,
+)  # fmt: skip

@@ -59,12 +59,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {
-    "width": 6, "stds": (0.05, 0.1, 0.2, 0.4), "networks": 8, "race_stds": (0.1, 0.4),
-    "iterations": 1000, "race_iterations": 60, "horizons": (4.0, 32.0),
-}  # fmt: skip
-
-
 def run(config: Config) -> xarray.Dataset:
     """The condition over random draws, then error against evaluations for one network."""
     keys = jr.split(jr.key(config.seed), 3)
@@ -287,49 +281,53 @@ def _flow(data: xarray.Dataset) -> Evidence:
 def plot(data: xarray.Dataset) -> Figure:
     """Error against evaluations, radius and share that converges against the weights."""
     names = dict(zip(KINDS, ("linear", "tanh"), strict=True))
-    with plotting.style():
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-        for ax, std in zip(axes[0], data.race_std.values, strict=True):
-            for kind, dashes in zip(KINDS, ("-", "--"), strict=True):
-                here = data.sel(kind=kind, race_std=std)
-                start = float(here.iterated[0])
-                methods = (
-                    ("C1", dashes, here.step, here.iterated, "iteration (Euler, step 1)"),
-                    ("C2", dashes, here.step, here.euler,
-                     f"Euler, step {data.attrs['euler_step']:g}"),
-                    ("C0", "o" + dashes, here.adaptive_evaluations, here.adaptive, "flow, Tsit5"),
-                )  # fmt: skip
-                for color, look, evaluations, distance, label in methods:
-                    ax.plot(evaluations, distance / start, look, ms=3, color=color,
-                            label=label if kind == KINDS[0] else None)  # fmt: skip
-            ax.set(xscale="log", yscale="log", ylim=(1e-12, 1e4), xlim=(1, None),
-                   xlabel="evaluations of ∂F/∂x", ylabel="relative distance to equilibrium",
-                   title=f"weights of std {std:.3g} (solid: linear, dashed: tanh)")  # fmt: skip
-            ax.legend(fontsize=8, loc="lower left")
-        for kind, shade in zip(KINDS, ("C0", "C1"), strict=True):
-            here = data.sel(kind=kind)
-            for ax, values, words in (
-                (axes[1, 0], here.radius, "at the equilibrium"),
-                (axes[1, 1], here.converged, "converges"),
-            ):
-                if ax is axes[1, 0]:
-                    plotting.mean_band(data.weight_std.values, values.values.T, ax=ax, color=shade,
-                                       label=f"{names[kind]}, {words}")  # fmt: skip
-                else:
-                    ax.plot(data.weight_std, values.mean("network"), "o", color=shade,
-                            mfc="none" if kind == "tanh" else None, ms=8 if kind == "tanh" else 4,
-                            label=f"{names[kind]}, {words}")  # fmt: skip
-            axes[1, 1].plot(data.weight_std, (here.radius < 1).mean("network"), color=shade,
-                            label=f"{names[kind]}, radius below 1")  # fmt: skip
-        axes[1, 0].axhline(1, color="k", ls=":", lw=1)
-        axes[1, 0].set(xlabel="std of the weights", ylabel="spectral radius of I − H",
-                       title="condition, mean ± std")  # fmt: skip
-        axes[1, 1].set(xlabel="std of the weights", ylabel="share of draws",
-                       title="predicted (lines) and measured")  # fmt: skip
-        axes[1, 1].legend(fontsize=8)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for ax, std in zip(axes[0], data.race_std.values, strict=True):
+        for kind, dashes in zip(KINDS, ("-", "--"), strict=True):
+            here = data.sel(kind=kind, race_std=std)
+            start = float(here.iterated[0])
+            methods = (
+                ("C1", dashes, here.step, here.iterated, "iteration (Euler, step 1)"),
+                ("C2", dashes, here.step, here.euler,
+                 f"Euler, step {data.attrs['euler_step']:g}"),
+                ("C0", "o" + dashes, here.adaptive_evaluations, here.adaptive, "flow, Tsit5"),
+            )  # fmt: skip
+            for color, look, evaluations, distance, label in methods:
+                ax.plot(evaluations, distance / start, look, ms=3, color=color,
+                        label=label if kind == KINDS[0] else None)  # fmt: skip
+        ax.set(xscale="log", yscale="log", ylim=(1e-12, 1e4), xlim=(1, None),
+               xlabel="evaluations of ∂F/∂x", ylabel="relative distance to equilibrium",
+               title=f"weights of std {std:.3g} (solid: linear, dashed: tanh)")  # fmt: skip
+        ax.legend(fontsize=8, loc="lower left")
+    for kind, shade in zip(KINDS, ("C0", "C1"), strict=True):
+        here = data.sel(kind=kind)
+        for ax, values, words in (
+            (axes[1, 0], here.radius, "at the equilibrium"),
+            (axes[1, 1], here.converged, "converges"),
+        ):
+            if ax is axes[1, 0]:
+                plotting.mean_band(data.weight_std.values, values.values.T, ax=ax, color=shade,
+                                   label=f"{names[kind]}, {words}")  # fmt: skip
+            else:
+                ax.plot(data.weight_std, values.mean("network"), "o", color=shade,
+                        mfc="none" if kind == "tanh" else None, ms=8 if kind == "tanh" else 4,
+                        label=f"{names[kind]}, {words}")  # fmt: skip
+        axes[1, 1].plot(data.weight_std, (here.radius < 1).mean("network"), color=shade,
+                        label=f"{names[kind]}, radius below 1")  # fmt: skip
+    axes[1, 0].axhline(1, color="k", ls=":", lw=1)
+    axes[1, 0].set(xlabel="std of the weights", ylabel="spectral radius of I − H",
+                   title="condition, mean ± std")  # fmt: skip
+    axes[1, 1].set(xlabel="std of the weights", ylabel="share of draws",
+                   title="predicted (lines) and measured")  # fmt: skip
+    axes[1, 1].legend(fontsize=8)
     return figure
 
 
 EXPERIMENT = Experiment(
-    "fixed_point", "extra: fixed-point iteration", {"paper": Config()}, FAST, run, check, plot
-)
+    "fixed_point", "extra: fixed-point iteration", {"paper": Config()},
+    {
+        "width": 6, "stds": (0.05, 0.1, 0.2, 0.4), "networks": 8, "race_stds": (0.1, 0.4),
+        "iterations": 1000, "race_iterations": 60, "horizons": (4.0, 32.0),
+    },
+    run, check, plot,
+)  # fmt: skip

@@ -74,12 +74,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {
-    "energies": ("Gaussian", "Student, s = 1"), "fractions": (0.0, 0.2), "samples": 20,
-    "starts": 9, "resolution": 9, "seeds": 2, "updates": 600,
-}  # fmt: skip
-
-
 def run(config: Config) -> xarray.Dataset:
     """The shapes of h, the Student chains, outliers in inference and learning, and relaxation."""
     error = np.linspace(-4, 4, 401)
@@ -363,47 +357,44 @@ def _falls(data: xarray.Dataset) -> Evidence:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Shapes, landscapes of the Student chains, robustness and relaxation."""
-    with plotting.style():
-        figure, grid = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained")
-        (shape, slope, well, phase), (inferred, fitted, errors, relax) = grid
-        for name in data.energy.values:
-            part = data.sel(energy=name)
-            shape.plot(data.error, part.h, label=name)
-            slope.plot(data.error, part.slope)
-            median = part.inference_error.median("sample")
-            (line,) = inferred.plot(100 * data.fraction, median, "o-")
-            low, high = (part.inference_error.quantile(q, "sample") for q in (0.25, 0.75))
-            inferred.fill_between(
-                100 * data.fraction, low, high, color=line.get_color(), alpha=0.15
-            )
-            relax.semilogy(data.time, part.excess.clip(1e-12))
-        shape.set(ylim=(0, 4), xlabel="error ε", title="h(ε)")
-        shape.legend(loc="upper center", fontsize=7)
-        slope.set(ylim=(-2, 2), xlabel="error ε", title="h′(ε), the influence of an error")
-        inferred.set_yscale("log")
-        inferred.set(xlabel="outliers (%)", ylabel="‖x* − x‖", title="Causes inferred (quartiles)")
-        relax.set(xlabel=plotting.TIME_LABEL, ylabel="(F − F*) / (F(0) − F*)", ylim=(1e-8, 1.5),
-                  title="Relaxation, tanh 3-5-2")  # fmt: skip
-        _draw_wells(well, data)
-        portrait_of(data, "pair").plot(phase, legend=False)
-        phase.set_title(f"Chain 0 → x₁ → x₂ → {data.target:g}")
-        _draw_fits(fitted, data)
-        learned = learning_errors(data)
-        colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-        for i, name in enumerate(data.energy.values):
-            for where, place, marker in zip(WHERE, (i - 0.15, i + 0.15), "os", strict=True):
-                values = learned.sel(energy=name, where=where).values
-                errors.plot(np.full(len(values), place), values, marker, alpha=0.4,
-                            color=colours[i], label=where if i == 0 else None)  # fmt: skip
-                errors.plot([place - 0.12, place + 0.12], [values.mean()] * 2, color=colours[i])
-        clean = float(_distance(data.learned_clean, data.x).mean())
-        errors.axhline(clean, color="k", ls=":", lw=1, label="Gaussian, no outliers")
-        errors.legend(loc="lower left", fontsize=7)
-        errors.set_xticks(
-            range(len(data.energy)), [str(n).split(",")[0] for n in data.energy.values], rotation=25
-        )
-        errors.set(ylabel="root mean square error", title="Learned with outliers, by seed")
-        errors.set_ylim(bottom=0)
+    figure, grid = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained")
+    (shape, slope, well, phase), (inferred, fitted, errors, relax) = grid
+    for name in data.energy.values:
+        part = data.sel(energy=name)
+        shape.plot(data.error, part.h, label=name)
+        slope.plot(data.error, part.slope)
+        median = part.inference_error.median("sample")
+        (line,) = inferred.plot(100 * data.fraction, median, "o-")
+        low, high = (part.inference_error.quantile(q, "sample") for q in (0.25, 0.75))
+        inferred.fill_between(100 * data.fraction, low, high, color=line.get_color(), alpha=0.15)
+        relax.semilogy(data.time, part.excess.clip(1e-12))
+    shape.set(ylim=(0, 4), xlabel="error ε", title="h(ε)")
+    shape.legend(loc="upper center", fontsize=7)
+    slope.set(ylim=(-2, 2), xlabel="error ε", title="h′(ε), the influence of an error")
+    inferred.set_yscale("log")
+    inferred.set(xlabel="outliers (%)", ylabel="‖x* − x‖", title="Causes inferred (quartiles)")
+    relax.set(xlabel=plotting.TIME_LABEL, ylabel="(F − F*) / (F(0) − F*)", ylim=(1e-8, 1.5),
+              title="Relaxation, tanh 3-5-2")  # fmt: skip
+    _draw_wells(well, data)
+    portrait_of(data, "pair").plot(phase, legend=False)
+    phase.set_title(f"Chain 0 → x₁ → x₂ → {data.target:g}")
+    _draw_fits(fitted, data)
+    learned = learning_errors(data)
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for i, name in enumerate(data.energy.values):
+        for where, place, marker in zip(WHERE, (i - 0.15, i + 0.15), "os", strict=True):
+            values = learned.sel(energy=name, where=where).values
+            errors.plot(np.full(len(values), place), values, marker, alpha=0.4,
+                        color=colours[i], label=where if i == 0 else None)  # fmt: skip
+            errors.plot([place - 0.12, place + 0.12], [values.mean()] * 2, color=colours[i])
+    clean = float(_distance(data.learned_clean, data.x).mean())
+    errors.axhline(clean, color="k", ls=":", lw=1, label="Gaussian, no outliers")
+    errors.legend(loc="lower left", fontsize=7)
+    errors.set_xticks(
+        range(len(data.energy)), [str(n).split(",")[0] for n in data.energy.values], rotation=25
+    )
+    errors.set(ylabel="root mean square error", title="Learned with outliers, by seed")
+    errors.set_ylim(bottom=0)
     return figure
 
 
@@ -433,5 +424,9 @@ def _draw_fits(ax: Any, data: xarray.Dataset) -> None:
 
 EXPERIMENT = Experiment(
     "generalised_energies", "extra: generalised energies (A.8)", {"paper": Config()},
-    FAST, run, check, plot,
+    {
+        "energies": ("Gaussian", "Student, s = 1"), "fractions": (0.0, 0.2), "samples": 20,
+        "starts": 9, "resolution": 9, "seeds": 2, "updates": 600,
+    },
+    run, check, plot,
 )  # fmt: skip

@@ -27,17 +27,10 @@ from experiments.shared.solver_races import (
     to_rest,
 )
 from experiments.shared.timing import best_time
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 # Shown against depth and width, timed to a residual rather than to an error.
 _SCALED = ("Gauss–Newton", "Nesterov")
-
-
-FAST = {
-    "batch": 8, "mnist": False, "depths": (2,), "widths": (8,), "width": 16,
-    "deep": ((4, "orthogonal"),), "solvers": ("Gauss–Newton", "Euler"), "seconds": 0.05,
-}  # fmt: skip
 
 
 def run(config: Race) -> xarray.Dataset:
@@ -118,41 +111,44 @@ def plot(data: xarray.Dataset) -> Figure:
     colors = {name: f"C{i}" for i, name in enumerate(Race().solvers)}
     columns = 4
     rows = -(-(len(names) + 2) // columns)
-    with plotting.style():
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(3.1 * columns, 2.7 * rows), squeeze=False, layout="constrained"
-        )
-        flat = list(axes.flat)
-        for ax, name in zip(flat, names, strict=False):
-            for solver in data.solver.values:
-                line = data.sel(case=name, solver=solver)
-                ax.loglog(
-                    1e3 * line.seconds, line.median_error.clip(1e-8, 10), "o-",
-                    markersize=3, color=colors[solver], label=solver,
-                )  # fmt: skip
-            ax.set(title=name, ylim=(5e-9, 20))
-        for ax in axes[:, 0]:
-            ax.set_ylabel("median relative error")
-        for ax, axis in zip(flat[len(names) :], ("depth", "width"), strict=False):
-            for name in data.scaled.values:
-                values = 1e3 * data[f"seconds_by_{axis}"].sel(scaled=name)
-                color = colors[name.removeprefix("40 ").removesuffix(" steps")]
-                ax.loglog(data[axis], values, "o-", markersize=3, color=color, label=name)
-            ax.set(xlabel=axis, ylabel="ms to residual 1e-4", title=f"Cost against {axis}")
-            ax.set_xticks(data[axis].values, [str(size) for size in data[axis].values])
-            for direction in (ax.xaxis, ax.yaxis):
-                direction.set_minor_formatter(NullFormatter())
-            ax.legend(fontsize="x-small")
-        for ax in flat[len(names) + 2 :]:
-            ax.remove()
-        for ax in flat[: len(names)]:
-            ax.set_xlabel("ms")
-        handles, labels = flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.1 * columns, 2.7 * rows), squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for ax, name in zip(flat, names, strict=False):
+        for solver in data.solver.values:
+            line = data.sel(case=name, solver=solver)
+            ax.loglog(
+                1e3 * line.seconds, line.median_error.clip(1e-8, 10), "o-",
+                markersize=3, color=colors[solver], label=solver,
+            )  # fmt: skip
+        ax.set(title=name, ylim=(5e-9, 20))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("median relative error")
+    for ax, axis in zip(flat[len(names) :], ("depth", "width"), strict=False):
+        for name in data.scaled.values:
+            values = 1e3 * data[f"seconds_by_{axis}"].sel(scaled=name)
+            color = colors[name.removeprefix("40 ").removesuffix(" steps")]
+            ax.loglog(data[axis], values, "o-", markersize=3, color=color, label=name)
+        ax.set(xlabel=axis, ylabel="ms to residual 1e-4", title=f"Cost against {axis}")
+        ax.set_xticks(data[axis].values, [str(size) for size in data[axis].values])
+        for direction in (ax.xaxis, ax.yaxis):
+            direction.set_minor_formatter(NullFormatter())
+        ax.legend(fontsize="x-small")
+    for ax in flat[len(names) + 2 :]:
+        ax.remove()
+    for ax in flat[: len(names)]:
+        ax.set_xlabel("ms")
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
 
 
 EXPERIMENT = Experiment(
     "inference_speed", "extra: speed of inference", {"paper": Race()},
-    FAST, run, check, plot, timed=True,
+    {
+        "batch": 8, "mnist": False, "depths": (2,), "widths": (8,), "width": 16,
+        "deep": ((4, "orthogonal"),), "solvers": ("Gauss–Newton", "Euler"), "seconds": 0.05,
+    },
+    run, check, plot, timed=True,
 )  # fmt: skip

@@ -22,7 +22,6 @@ from matplotlib.ticker import NullFormatter
 import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.networks import classifier, in_float64, trained_classifier
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 NAME = "choices"
@@ -45,12 +44,6 @@ class Config:
     coarse: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
     repeats: int = 3
     seed: int = 0
-
-
-FAST = {
-    "width": 4, "batch": 4, "digits": False, "t1": 5.0, "saves": 6, "tolerances": (1e-3, 1e-5),
-    "coarse": (1e-3,), "repeats": 1,
-}  # fmt: skip
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -201,28 +194,27 @@ def _steps(data: xarray.Dataset) -> xarray.DataArray:
 def plot(data: xarray.Dataset) -> Figure:
     """Error against seconds for each choice, one row for each problem."""
     names = problem_names(data)
-    with plotting.style():
-        figure, axes = plt.subplots(
-            len(names), 3, figsize=(10.5, 3.1 * len(names)), squeeze=False, layout="constrained",
-            sharex="row", sharey="row",
-        )  # fmt: skip
-        for panels, problem in zip(axes, names, strict=True):
-            first, second, third = panels
-            for control, line in ((ONE, "o-"), (EACH, "s--")):
-                _draw(first, rows(data, problem, control=control), line, control)
-            for dtype, line in (("float64", "o-"), ("float32", "s--")):
-                _draw(second, rows(data, problem, dtype=dtype), line, dtype)
-            for name, label, line in (
-                ("dopri5", "diffrax Dopri5", "o-"), ("RK45", "SciPy RK45", "s--"),
-            ):  # fmt: skip
-                _draw(third, rows(data, problem, integrator=name), line, label)
-            first.set(ylabel="largest error (displacement)", title=f"{problem}: Tsit5")
-            second.set(title="Tsit5")
-            third.set(title="one method, two libraries")
-            for panel in panels:
-                panel.set(xscale="log", yscale="log", xlabel="seconds for the batch")
-                panel.xaxis.set_minor_formatter(NullFormatter())
-                panel.legend()
+    figure, axes = plt.subplots(
+        len(names), 3, figsize=(10.5, 3.1 * len(names)), squeeze=False, layout="constrained",
+        sharex="row", sharey="row",
+    )  # fmt: skip
+    for panels, problem in zip(axes, names, strict=True):
+        first, second, third = panels
+        for control, line in ((ONE, "o-"), (EACH, "s--")):
+            _draw(first, rows(data, problem, control=control), line, control)
+        for dtype, line in (("float64", "o-"), ("float32", "s--")):
+            _draw(second, rows(data, problem, dtype=dtype), line, dtype)
+        for name, label, line in (
+            ("dopri5", "diffrax Dopri5", "o-"), ("RK45", "SciPy RK45", "s--"),
+        ):  # fmt: skip
+            _draw(third, rows(data, problem, integrator=name), line, label)
+        first.set(ylabel="largest error (displacement)", title=f"{problem}: Tsit5")
+        second.set(title="Tsit5")
+        third.set(title="one method, two libraries")
+        for panel in panels:
+            panel.set(xscale="log", yscale="log", xlabel="seconds for the batch")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.legend()
     return figure
 
 
@@ -232,5 +224,9 @@ def _draw(axes: Any, data: xarray.Dataset, line: str, label: str) -> None:
 
 EXPERIMENT = Experiment(
     "integrator_choices", "extra: choices beside the method", {"paper": Config()},
-    FAST, run, check, plot, timed=True,
+    {
+        "width": 4, "batch": 4, "digits": False, "t1": 5.0, "saves": 6, "tolerances": (1e-3, 1e-5),
+        "coarse": (1e-3,), "repeats": 1,
+    },
+    run, check, plot, timed=True,
 )  # fmt: skip

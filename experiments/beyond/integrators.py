@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.networks import gaussian_weights, linear_problems, network_of
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 NAME = "integrators"
@@ -61,13 +60,6 @@ class Config:
     orders: tuple[str, ...] = tuple(ORDERS)
     repeats: int = 2
     seed: int = 0
-
-
-FAST = {
-    "problems": ("tanh",), "batches": (2,), "ends": (5.0,), "repeats": 1,
-    "integrators": ("euler", "tsit5"), "tolerances": (1e-4, 1e-7), "shares": (0.3, 0.03),
-    "errors": (1e-2, 1e-3), "orders": ("heun",),
-}  # fmt: skip
 
 
 def problem(name: str, config: Config, batch: int) -> pcdyn.InferenceProblem:
@@ -277,39 +269,36 @@ def plot(data: xarray.Dataset) -> Figure:
         "fixed step": STEPPED, "explicit": EXPLICIT, "implicit": (*IMPLICIT, DENSE), "SciPy": HOST,
     }  # fmt: skip
     maps = {"fixed step": "Greys", "explicit": "Blues", "implicit": "Reds", "SciPy": "Greens"}
-    with plotting.style():
-        figure, axes = plt.subplots(
-            2, len(names), figsize=(3.1 * len(names) + 1.8, 5.6), layout="constrained",
-            sharey=True, squeeze=False,
-        )  # fmt: skip
-        for column, name in zip(axes.T, names, strict=True):
-            for ax, metric in zip(column, ("run_seconds", "vector_field_evaluations"), strict=True):
-                for kind, methods in kinds.items():
-                    for index, method in enumerate(methods):
-                        part = data.isel(
-                            run=np.flatnonzero(
-                                (data.problem == name)
-                                & (data.integrator == method)
-                                & data.status.isin(["REACHED_T1", "CONVERGED"])
-                            )
-                        ).sortby("maximum_error")
-                        shade = 0.35 + 0.6 * (index + 1) / len(methods)
-                        ax.loglog(
-                            part[metric], part.maximum_error, "os^Dv<>"[index] + "-", ms=3, lw=0.9,
-                            color=plt.get_cmap(maps[kind])(shade), label=method,
-                        )  # fmt: skip
-                ax.set_ylim(1e-12, 10)
-            fastest_rate = float(data.fastest_rate.sel(problem_name=name))
-            stiffness = fastest_rate / float(data.slowest_rate.sel(problem_name=name))
-            column[0].set_title(
-                f"{name}\nfastest rate {fastest_rate:.2g}, stiffness {stiffness:.1g}"
-            )
-            column[0].set_xlabel("seconds")
-            column[1].set_xlabel("vector-field evaluations")
-        for row in axes:
-            row[0].set_ylabel("largest error / displacement")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", fontsize=7)
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(3.1 * len(names) + 1.8, 5.6), layout="constrained",
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    for column, name in zip(axes.T, names, strict=True):
+        for ax, metric in zip(column, ("run_seconds", "vector_field_evaluations"), strict=True):
+            for kind, methods in kinds.items():
+                for index, method in enumerate(methods):
+                    part = data.isel(
+                        run=np.flatnonzero(
+                            (data.problem == name)
+                            & (data.integrator == method)
+                            & data.status.isin(["REACHED_T1", "CONVERGED"])
+                        )
+                    ).sortby("maximum_error")
+                    shade = 0.35 + 0.6 * (index + 1) / len(methods)
+                    ax.loglog(
+                        part[metric], part.maximum_error, "os^Dv<>"[index] + "-", ms=3, lw=0.9,
+                        color=plt.get_cmap(maps[kind])(shade), label=method,
+                    )  # fmt: skip
+            ax.set_ylim(1e-12, 10)
+        fastest_rate = float(data.fastest_rate.sel(problem_name=name))
+        stiffness = fastest_rate / float(data.slowest_rate.sel(problem_name=name))
+        column[0].set_title(f"{name}\nfastest rate {fastest_rate:.2g}, stiffness {stiffness:.1g}")
+        column[0].set_xlabel("seconds")
+        column[1].set_xlabel("vector-field evaluations")
+    for row in axes:
+        row[0].set_ylabel("largest error / displacement")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7)
     return figure
 
 
@@ -363,5 +352,10 @@ def page(data: xarray.Dataset, folder: Path) -> str:
 
 EXPERIMENT = Experiment(
     "integrators", "extra: integrators", {"paper": Config()},
-    FAST, run, check, plot, page=page, timed=True,
+    {
+        "problems": ("tanh",), "batches": (2,), "ends": (5.0,), "repeats": 1,
+        "integrators": ("euler", "tsit5"), "tolerances": (1e-4, 1e-7), "shares": (0.3, 0.03),
+        "errors": (1e-2, 1e-3), "orders": ("heun",),
+    },
+    run, check, plot, page=page, timed=True,
 )  # fmt: skip

@@ -30,7 +30,6 @@ from experiments.shared.precision_paths import (
     precisions_of,
     with_precisions,
 )
-from pcdyn import plotting
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -53,9 +52,6 @@ class Config:
     points: int = 49
     wide: tuple[int, ...] = (6, 5, 4, 3)
     seed: int = 0
-
-
-FAST = {"networks": 8, "points": 13}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -355,22 +351,22 @@ def _wide(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """For each family cosines of activities and of weight gradients, and distances to both ends."""
-    with plotting.style():
-        figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
-        for row, family in zip(axes[:2], FAMILIES, strict=True):
-            here = data.sel(family=family)
-            drawing.cosines(row[0], here, "activity", "hidden", "feedforward")
-            drawing.cosines(row[1], here, "gradient", "layer", "bp")
-            drawing.distances(row[2], here)
-            label = "λ/(1 − λ)" if family == "lambda" else "ratio ρ, $Π_l = ρ^l$"
-            for ax in row:
-                ax.set(xscale="log", xlabel=label)
-        drawing.ways(axes[2, 0], data)
-        drawing.wide(axes[2, 1], data)
-        drawing.residuals(axes[2, 2], data)
+    figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
+    for row, family in zip(axes[:2], FAMILIES, strict=True):
+        here = data.sel(family=family)
+        drawing.cosines(row[0], here, "activity", "hidden", "feedforward")
+        drawing.cosines(row[1], here, "gradient", "layer", "bp")
+        drawing.distances(row[2], here)
+        label = "λ/(1 − λ)" if family == "lambda" else "ratio ρ, $Π_l = ρ^l$"
+        for ax in row:
+            ax.set(xscale="log", xlabel=label)
+    drawing.ways(axes[2, 0], data)
+    drawing.wide(axes[2, 1], data)
+    drawing.residuals(axes[2, 2], data)
     return figure
 
 
 EXPERIMENT = Experiment(
-    "interpolation", "extra: the path from BP to TP", {"paper": Config()}, FAST, run, check, plot
-)
+    "interpolation", "extra: the path from BP to TP", {"paper": Config()},
+    {"networks": 8, "points": 13}, run, check, plot,
+)  # fmt: skip

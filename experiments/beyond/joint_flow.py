@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from pcdyn import learning, plotting
+from pcdyn import learning
 from pcdyn.theory import Evidence
 
 STARTS = ("equilibrium", "feedforward")
@@ -36,9 +36,6 @@ class Config:
     integrators: tuple[str, ...] = ("tsit5", "kvaerno5")
     rtol: float = 1e-8
     seed: int = 0
-
-
-FAST = {"ratios": (1e-1, 1e-2), "saves": 3}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -128,33 +125,28 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Distance in time and against ε, F in slow time, and the steps that it costs."""
-    with plotting.style():
-        figure, (first, second, third) = plt.subplots(
-            1, 3, figsize=(10.5, 3.2), layout="constrained"
-        )
-        first.plot(data.slow_time, data.adiabatic_free_energy, "k--", lw=1, label="adiabatic")
-        for ratio in data.ratio.values:
-            values = data.free_energy.sel(ratio=ratio)
-            first.plot(data.slow_time, values, label=f"ε = {ratio:g}")
-        first.set(xlabel="slow time εt", ylabel="free energy $F$", title="energy while learning")
-        first.legend()
-        largest = data.distance.max("slow_time").isel(integrator=0)
-        for start in data.start.values:
-            second.loglog(data.ratio, largest.sel(start=start), "o-", label=f"from {start}")
-        guide = float(largest.isel(start=0, ratio=0)) * data.ratio / data.ratio[0]
-        second.loglog(data.ratio, guide, "k:", lw=1, label="∝ ε")
-        second.set(xlabel="ε", ylabel="largest distance of weights", title="to the adiabatic limit")
-        second.legend()
-        for name in data.integrator.values:
-            third.loglog(
-                data.ratio, data.steps.sel(integrator=name).isel(start=0), "o-", label=name
-            )
-        third.set(xlabel="ε", ylabel="accepted steps", title=f"cost (rtol {data.attrs['rtol']:g})")
-        third.legend()
+    figure, (first, second, third) = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    first.plot(data.slow_time, data.adiabatic_free_energy, "k--", lw=1, label="adiabatic")
+    for ratio in data.ratio.values:
+        values = data.free_energy.sel(ratio=ratio)
+        first.plot(data.slow_time, values, label=f"ε = {ratio:g}")
+    first.set(xlabel="slow time εt", ylabel="free energy $F$", title="energy while learning")
+    first.legend()
+    largest = data.distance.max("slow_time").isel(integrator=0)
+    for start in data.start.values:
+        second.loglog(data.ratio, largest.sel(start=start), "o-", label=f"from {start}")
+    guide = float(largest.isel(start=0, ratio=0)) * data.ratio / data.ratio[0]
+    second.loglog(data.ratio, guide, "k:", lw=1, label="∝ ε")
+    second.set(xlabel="ε", ylabel="largest distance of weights", title="to the adiabatic limit")
+    second.legend()
+    for name in data.integrator.values:
+        third.loglog(data.ratio, data.steps.sel(integrator=name).isel(start=0), "o-", label=name)
+    third.set(xlabel="ε", ylabel="accepted steps", title=f"cost (rtol {data.attrs['rtol']:g})")
+    third.legend()
     return figure
 
 
 EXPERIMENT = Experiment(
     "joint_flow", "extra: the joint flow of activities and weights", {"paper": Config()},
-    FAST, run, check, plot,
+    {"ratios": (1e-1, 1e-2), "saves": 3}, run, check, plot,
 )  # fmt: skip

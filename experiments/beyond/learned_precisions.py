@@ -24,7 +24,7 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import vector_cosine
 from experiments.shared.precision_paths import with_precisions
-from pcdyn import learning, linear, plotting
+from pcdyn import learning, linear
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
 
@@ -49,9 +49,6 @@ class Config:
     saves: int = 41
     rtol: float = 1e-8
     seed: int = 0
-
-
-FAST = {"samples": 100, "saves": 9}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -313,41 +310,40 @@ def numbers(values: Any) -> str:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Variances and precisions in time, F, the recovered noise, the boundary, BP and TP."""
-    with plotting.style():
-        colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-        figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.6), layout="constrained")
-        late, edge = data.isel(time=slice(1, None)), data.isel(edge_time=slice(1, None))
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.6), layout="constrained")
+    late, edge = data.isel(time=slice(1, None)), data.isel(edge_time=slice(1, None))
+    for i, name in enumerate(NAMES):
+        axes[0, 0].semilogx(late.time, late.variance.sel(parameter=name), label=name)
+        axes[0, 0].axhline(float(data.closed_form[i]), color=colors[i], ls="--", lw=1)
+        axes[0, 0].axhline(float(data.true_variance[i]), color=colors[i], ls=":", lw=1)
+    axes[0, 0].set(xlabel=TIME, ylabel="variance (1 / precision)",
+                   title="Laplace posterior: noise recovered\n"
+                   "(dashed: closed form, dotted: true)")  # fmt: skip
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].legend(loc="lower left", ncols=3, columnspacing=1, handlelength=1.5)
+    for ls, start in zip(("-", "--"), STARTS, strict=True):
         for i, name in enumerate(NAMES):
-            axes[0, 0].semilogx(late.time, late.variance.sel(parameter=name), label=name)
-            axes[0, 0].axhline(float(data.closed_form[i]), color=colors[i], ls="--", lw=1)
-            axes[0, 0].axhline(float(data.true_variance[i]), color=colors[i], ls=":", lw=1)
-        axes[0, 0].set(xlabel=TIME, ylabel="variance (1 / precision)",
-                       title="Laplace posterior: noise recovered\n"
-                       "(dashed: closed form, dotted: true)")  # fmt: skip
-        axes[0, 0].set_ylim(bottom=0)
-        axes[0, 0].legend(loc="lower left", ncols=3, columnspacing=1, handlelength=1.5)
-        for ls, start in zip(("-", "--"), STARTS, strict=True):
-            for i, name in enumerate(NAMES):
-                axes[0, 1].semilogy(
-                    data.delta_time, data.precision.sel(start=start, parameter=name), ls,
-                    color=colors[i], label=name if ls == "-" else None,
-                )  # fmt: skip
-        axes[0, 1].set(xlabel=TIME, ylabel="precision",
-                       title="delta posterior: one layer collapses\n"
-                       "(dashed: output more precise at first)")  # fmt: skip
-        axes[0, 1].legend(loc="upper left")
-        draw_free_energy(axes[0, 2], data, colors)
-        draw_noises(axes[1, 0], data, colors)
-        for i, direction in enumerate(("larger", "smaller")):
-            axes[1, 1].loglog(edge.edge_time, edge.edge_precision[:, 1 - i],
-                              label=f"{direction} eigenvalue")  # fmt: skip
-        guide = edge.edge_precision[-1, 1] * edge.edge_time / edge.edge_time[-1]
-        axes[1, 1].loglog(edge.edge_time, guide, "k:", lw=1, label="∝ t")
-        axes[1, 1].set(xlabel=TIME, ylabel="output precision",
-                       title="Laplace posterior, hidden noise\n"
-                       "held larger than the data allow")  # fmt: skip
-        axes[1, 1].legend()
-        draw_cosines(axes[1, 2], data, colors)
+            axes[0, 1].semilogy(
+                data.delta_time, data.precision.sel(start=start, parameter=name), ls,
+                color=colors[i], label=name if ls == "-" else None,
+            )  # fmt: skip
+    axes[0, 1].set(xlabel=TIME, ylabel="precision",
+                   title="delta posterior: one layer collapses\n"
+                   "(dashed: output more precise at first)")  # fmt: skip
+    axes[0, 1].legend(loc="upper left")
+    draw_free_energy(axes[0, 2], data, colors)
+    draw_noises(axes[1, 0], data, colors)
+    for i, direction in enumerate(("larger", "smaller")):
+        axes[1, 1].loglog(edge.edge_time, edge.edge_precision[:, 1 - i],
+                          label=f"{direction} eigenvalue")  # fmt: skip
+    guide = edge.edge_precision[-1, 1] * edge.edge_time / edge.edge_time[-1]
+    axes[1, 1].loglog(edge.edge_time, guide, "k:", lw=1, label="∝ t")
+    axes[1, 1].set(xlabel=TIME, ylabel="output precision",
+                   title="Laplace posterior, hidden noise\n"
+                   "held larger than the data allow")  # fmt: skip
+    axes[1, 1].legend()
+    draw_cosines(axes[1, 2], data, colors)
     return figure
 
 
@@ -399,5 +395,6 @@ def draw_cosines(ax: Any, data: xarray.Dataset, colors: Any) -> None:
 
 
 EXPERIMENT = Experiment(
-    "learned_precisions", "extra: learned precisions", {"paper": Config()}, FAST, run, check, plot
-)
+    "learned_precisions", "extra: learned precisions", {"paper": Config()},
+    {"samples": 100, "saves": 9}, run, check, plot,
+)  # fmt: skip

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from pcdyn import learning, plotting
+from pcdyn import learning
 from pcdyn.theory import Evidence
 from pcdyn.theory.convergence import growing_weight, noisy_problem
 
@@ -49,13 +49,6 @@ class Config:
     norms: tuple[float, ...] = tuple(10.0**x for x in np.arange(-1, 1.51, 0.125).tolist())
     order_precisions: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
     seed: int = 0
-
-
-FAST = {
-    "t1": 1e4, "saves": 9, "precisions": (1e-3, 1.0), "noises": (0.5, 3.0), "starts": 2,
-    "remedy_precisions": (1.0, 0.01), "decays": (1e-3, 1e-2, 1.0), "norms": (0.3, 1.0, 10.0),
-    "order_precisions": (1e-2, 1e-3),
-}  # fmt: skip
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -320,48 +313,47 @@ def _order_claim(data: xarray.Dataset) -> Evidence:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Growth, the plane of λ and c, both remedies, the order in λ."""
-    with plotting.style():
-        figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.2), layout="constrained")
-        (grows, plane, order_), (decay, norm, slope) = axes
-        later = data.isel(time=slice(1, None))
-        grows.loglog(later.time, later.weight_norm, label=r"$\|W_2\|$")
-        grows.loglog(later.time, later.reduced_weight_norm, "k:", lw=1, label="reduced ODE")
-        grows.loglog(later.time, later.growing_loss, label=r"$\mathcal{L}$")
-        grows.loglog(later.time, later.learning_energy, label="$F^*$")
-        grows.set(xlabel="time (weight time constants)", title=r"at the saddle: $\propto t^{1/4}$")
-        grows.legend()
-        shares = 100 * (excess(data.plane_weights) > 0.25).mean("start")
-        columns = np.arange(data.sizes["noise"] + 1)
-        rows = np.arange(data.sizes["precision"] + 1)
-        mesh = plane.pcolormesh(columns, rows, shares.values, cmap="cividis", vmin=0, vmax=100)
-        figure.colorbar(mesh, ax=plane, label="at the saddle (% of starts)")
-        plane.set_xticks(columns[:-1] + 0.5, [f"{c:g}" for c in data.noise.values])
-        every = slice(None, None, 2 if data.sizes["precision"] > 4 else 1)
-        plane.set_yticks((rows[:-1] + 0.5)[every], [f"{p:g}" for p in data.precision.values[every]])
-        plane.set(xlabel="noise $c$", ylabel="output precision $λ$", title="where learning ends")
-        order_.loglog(data.order_precision, data.gradient_gap, "o-")
-        order_.set(xlabel="output precision $λ$", ylabel="relative gap",
-                   title=r"$\nabla F^*/λ$ against $\nabla\mathcal{L}$")  # fmt: skip
-        for ax, name, coordinate in (
-            (decay, "weight_decay", "decay"), (norm, "fixed_norm", "norm")
-        ):  # fmt: skip
-            values = excess(data[f"{name}_weights"]).mean("start")
-            for i, precision in enumerate(data.remedy_precision.values):
-                ax.semilogx(data[coordinate], values[i], "o-", ms=3, label=f"λ = {precision:g}")
-                if name == "fixed_norm":
-                    limit = (precision * (data.attrs["remedy_noise"] ** 2 - 1)) ** -0.5
-                    ax.axvline(limit, color=f"C{i}", ls=":", lw=1)
-            ax.axhline(0.5, color="0.6", lw=0.8, ls=":")
-            ax.set(ylabel=r"mean $\mathcal{L}$ above the least", ylim=(-0.02, 0.55))
-        decay.legend()  # for the norm too, which has no room
-        decay.set(xlabel="weight decay ω (of F*/λ)", title="remedy: weight decay")
-        norm.set(xlabel="norm of $W_2$", title="remedy: fixed norm (dotted: limit)")
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.2), layout="constrained")
+    (grows, plane, order_), (decay, norm, slope) = axes
+    later = data.isel(time=slice(1, None))
+    grows.loglog(later.time, later.weight_norm, label=r"$\|W_2\|$")
+    grows.loglog(later.time, later.reduced_weight_norm, "k:", lw=1, label="reduced ODE")
+    grows.loglog(later.time, later.growing_loss, label=r"$\mathcal{L}$")
+    grows.loglog(later.time, later.learning_energy, label="$F^*$")
+    grows.set(xlabel="time (weight time constants)", title=r"at the saddle: $\propto t^{1/4}$")
+    grows.legend()
+    shares = 100 * (excess(data.plane_weights) > 0.25).mean("start")
+    columns = np.arange(data.sizes["noise"] + 1)
+    rows = np.arange(data.sizes["precision"] + 1)
+    mesh = plane.pcolormesh(columns, rows, shares.values, cmap="cividis", vmin=0, vmax=100)
+    figure.colorbar(mesh, ax=plane, label="at the saddle (% of starts)")
+    plane.set_xticks(columns[:-1] + 0.5, [f"{c:g}" for c in data.noise.values])
+    every = slice(None, None, 2 if data.sizes["precision"] > 4 else 1)
+    plane.set_yticks((rows[:-1] + 0.5)[every], [f"{p:g}" for p in data.precision.values[every]])
+    plane.set(xlabel="noise $c$", ylabel="output precision $λ$", title="where learning ends")
+    order_.loglog(data.order_precision, data.gradient_gap, "o-")
+    order_.set(xlabel="output precision $λ$", ylabel="relative gap",
+               title=r"$\nabla F^*/λ$ against $\nabla\mathcal{L}$")  # fmt: skip
+    for ax, name, coordinate in (
+        (decay, "weight_decay", "decay"), (norm, "fixed_norm", "norm")
+    ):  # fmt: skip
+        values = excess(data[f"{name}_weights"]).mean("start")
         for i, precision in enumerate(data.remedy_precision.values):
-            values = loss_gradient(data.weight_decay_weights[i].values).mean(-1)
-            slope.loglog(data.decay, values, "o-", ms=3, label=f"λ = {precision:g}")
-        slope.set(xlabel="weight decay ω (of F*/λ)", ylabel=r"mean $\|\nabla\mathcal{L}\|$",
-                  title="decay: how far from critical it ends", ylim=(1e-20, 10))  # fmt: skip
-        slope.legend()
+            ax.semilogx(data[coordinate], values[i], "o-", ms=3, label=f"λ = {precision:g}")
+            if name == "fixed_norm":
+                limit = (precision * (data.attrs["remedy_noise"] ** 2 - 1)) ** -0.5
+                ax.axvline(limit, color=f"C{i}", ls=":", lw=1)
+        ax.axhline(0.5, color="0.6", lw=0.8, ls=":")
+        ax.set(ylabel=r"mean $\mathcal{L}$ above the least", ylim=(-0.02, 0.55))
+    decay.legend()  # for the norm too, which has no room
+    decay.set(xlabel="weight decay ω (of F*/λ)", title="remedy: weight decay")
+    norm.set(xlabel="norm of $W_2$", title="remedy: fixed norm (dotted: limit)")
+    for i, precision in enumerate(data.remedy_precision.values):
+        values = loss_gradient(data.weight_decay_weights[i].values).mean(-1)
+        slope.loglog(data.decay, values, "o-", ms=3, label=f"λ = {precision:g}")
+    slope.set(xlabel="weight decay ω (of F*/λ)", ylabel=r"mean $\|\nabla\mathcal{L}\|$",
+              title="decay: how far from critical it ends", ylim=(1e-20, 10))  # fmt: skip
+    slope.legend()
     return figure
 
 
@@ -429,5 +421,10 @@ the noise, and in deeper networks S = Σ P Π⁻¹Pᵀ still varies at fixed nor
 
 EXPERIMENT = Experiment(
     "learning_limits", "extra: limits of learning", {"paper": Config()},
-    FAST, run, check, plot, page=page,
+    {
+        "t1": 1e4, "saves": 9, "precisions": (1e-3, 1.0), "noises": (0.5, 3.0), "starts": 2,
+        "remedy_precisions": (1.0, 0.01), "decays": (1e-3, 1e-2, 1.0), "norms": (0.3, 1.0, 10.0),
+        "order_precisions": (1e-2, 1e-3),
+    },
+    run, check, plot, page=page,
 )  # fmt: skip

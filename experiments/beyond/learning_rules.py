@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
 from experiments.shared.networks import classifier, load
-from pcdyn import learning, plotting
+from pcdyn import learning
 from pcdyn.theory import Evidence
 
 RULES = {
@@ -46,11 +46,6 @@ class Config:
     learning_rate: float = 0.02
     momentum: float = 0.9
     seed: int = 0
-
-
-FAST = {
-    "rules": ("BP", "fixed prediction", "Z-IL"), "widths": (784, 16, 10), "seeds": 2, "epochs": 1,
-}  # fmt: skip
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -127,35 +122,38 @@ def plot(data: xarray.Dataset) -> Figure:
     """Accuracy in training, final accuracy, cosines, and seconds."""
     names = list(data.rule.values)
     places = np.arange(len(names))
-    with plotting.style():
-        figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-        first, second, third = axes
-        for i, name in enumerate(names):
-            values = 100 * data.accuracy.sel(rule=name).mean("seed")
-            first.plot(
-                data.epochs_done if "epochs_done" in data.coords else range(len(values)), values,
-                "-" if i < 8 else "--", color=f"C{i % 8}", label=name,
-            )  # fmt: skip
-        first.set(xlabel="epochs", ylabel="test accuracy (%)", ylim=(0, 100), title="learning")
-        for layer in data.layer.values:
-            values = data.cosine.sel(layer=layer)
-            second.plot(values.mean("seed"), places, "o", label=f"$W_{layer}$")
-        second.set_yticks(places, names)
-        second.set(xlabel="cosine with BP, mean over training", title="direction")
-        second.legend()
-        third.barh(places, data.seconds_per_epoch / data.seconds_per_epoch.sel(rule="BP"))
-        third.set_yticks(places, [])
-        # The rows of both panels are the same rules.
-        second.set_ylim(third.get_ylim()[::-1])
-        third.set_ylim(second.get_ylim())
-        third.set(xlabel="time of an epoch / BP's", title="cost")
-        where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
-        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        figure.suptitle(f"Learning rules on {where}, {data.sizes['seed']} seeds")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    first, second, third = axes
+    for i, name in enumerate(names):
+        values = 100 * data.accuracy.sel(rule=name).mean("seed")
+        first.plot(
+            data.epochs_done if "epochs_done" in data.coords else range(len(values)), values,
+            "-" if i < 8 else "--", color=f"C{i % 8}", label=name,
+        )  # fmt: skip
+    first.set(xlabel="epochs", ylabel="test accuracy (%)", ylim=(0, 100), title="learning")
+    for layer in data.layer.values:
+        values = data.cosine.sel(layer=layer)
+        second.plot(values.mean("seed"), places, "o", label=f"$W_{layer}$")
+    second.set_yticks(places, names)
+    second.set(xlabel="cosine with BP, mean over training", title="direction")
+    second.legend()
+    third.barh(places, data.seconds_per_epoch / data.seconds_per_epoch.sel(rule="BP"))
+    third.set_yticks(places, [])
+    # The rows of both panels are the same rules.
+    second.set_ylim(third.get_ylim()[::-1])
+    third.set_ylim(second.get_ylim())
+    third.set(xlabel="time of an epoch / BP's", title="cost")
+    where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"Learning rules on {where}, {data.sizes['seed']} seeds")
     return figure
 
 
 EXPERIMENT = Experiment(
     "learning_rules", "extra: learning rules", {"paper": Config()},
-    FAST, run, check, plot, timed=True,
+    {
+        "rules": ("BP", "fixed prediction", "Z-IL"), "widths": (784, 16, 10), "seeds": 2,
+        "epochs": 1,
+    },
+    run, check, plot, timed=True,
 )  # fmt: skip

@@ -63,12 +63,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {
-    "depths": (2, 3), "gains": (1.0, 2.0), "widths": (1,), "ratios": (1.0, 10.0), "networks": 100,
-    "tanh_networks": 20, "tanh_gains": (1.0,), "tanh_time": 30.0, "searched": ("2-2-2-2",),
-    "search_starts": 2,
-}  # fmt: skip
-
 MEASURES = ("rise", "final_rise", "worst_target", "rising_share")
 
 
@@ -317,64 +311,61 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """The counterexample, its bound, the share of draws that rise, and by how much."""
-    with plotting.style():
-        figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.2), layout="constrained")
-        (loss, bound, worst), (depth, width, amount) = axes
-        loss.semilogx(data.time, data.squared_error, label=r"$\|\varepsilon_L\|^2$, closed form")
-        loss.semilogx(
-            data.time[::6], data.solved_squared_error[::6], "o", ms=3.5, label="ODE solver"
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.2), layout="constrained")
+    (loss, bound, worst), (depth, width, amount) = axes
+    loss.semilogx(data.time, data.squared_error, label=r"$\|\varepsilon_L\|^2$, closed form")
+    loss.semilogx(data.time[::6], data.solved_squared_error[::6], "o", ms=3.5, label="ODE solver")
+    loss.semilogx(data.time, 2 * data.free_energy, "k--", lw=1, label="$2F$")
+    loss.set(xlabel=plotting.TIME_LABEL, ylabel="energy", ylim=(0, 1.05),
+             title="falls, then rises: linear 2-2-2-2")  # fmt: skip
+    loss.legend()
+    bound.semilogx(data.time, data.bound - 1)
+    bound.axhline(0, color="0.4", lw=1, ls=":")
+    bound.set_yscale("symlog", linthresh=1e-3)
+    bound.set(xlabel=plotting.TIME_LABEL, yticks=[-1, -1e-1, -1e-2, -1e-3, 0, 1e-3, 1e-2],
+              ylabel=r"$-g\cdot\partial\widetilde{E}/\partial x\;/\;\|g\|^2-1$",
+              title=r"the bound: below 0 $\mathcal{L}$ falls")  # fmt: skip
+    for i, name in enumerate(data.searched.values):
+        values = 100 * np.sort(data.worst_rise.sel(searched=name))
+        worst.plot(np.full(len(values), i), values, "o", alpha=0.5)
+    worst.axhline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
+    worst.set_xticks(range(data.sizes["searched"]), data.searched.values)
+    worst.set(xlim=(-0.5, data.sizes["searched"] - 0.5), ylim=(0, None),
+              ylabel=r"largest rise (% of $\mathcal{L}$ at the start)",
+              title=r"worst case found; limit $(\sqrt{5}-2)/4$")  # fmt: skip
+    for value in data.depth.values:
+        shares = share(data.depth_rise.sel(depth=value))
+        (line,) = depth.semilogx(data.gain, 100 * shares, "o-", label=f"L = {value}")
+        depth.plot(data.gain, 100 * data.depth_rising_share.sel(depth=value).mean("network"),
+                   ":", color=line.get_color(), lw=1)  # fmt: skip
+    tanh = (data.tanh_rise.sel(output=data.attrs["width_of_all"]) > RISES).mean("tanh_network")
+    depth.plot(data.tanh_gain, 100 * tanh, "ks--", ms=4, lw=1,
+               label=f"tanh, L = {data.attrs['depth_of_widths']}")  # fmt: skip
+    depth.set_xticks(data.gain.values, [f"{g:g}" for g in data.gain.values])
+    depth.xaxis.set_minor_formatter(NullFormatter())
+    depth.set(xlabel="gain of the weights (std × √width)", ylabel="draws that rise (%)",
+              title="by depth (dotted: mean of θ/π)")  # fmt: skip
+    for value in data.width.values:
+        shares = share(data.width_rise.sel(width=value))
+        width.semilogx(
+            data.ratio,
+            100 * shares,
+            "o-",
+            label="scalar output" if value == 1 else f"{value} outputs",
         )
-        loss.semilogx(data.time, 2 * data.free_energy, "k--", lw=1, label="$2F$")
-        loss.set(xlabel=plotting.TIME_LABEL, ylabel="energy", ylim=(0, 1.05),
-                 title="falls, then rises: linear 2-2-2-2")  # fmt: skip
-        loss.legend()
-        bound.semilogx(data.time, data.bound - 1)
-        bound.axhline(0, color="0.4", lw=1, ls=":")
-        bound.set_yscale("symlog", linthresh=1e-3)
-        bound.set(xlabel=plotting.TIME_LABEL, yticks=[-1, -1e-1, -1e-2, -1e-3, 0, 1e-3, 1e-2],
-                  ylabel=r"$-g\cdot\partial\widetilde{E}/\partial x\;/\;\|g\|^2-1$",
-                  title=r"the bound: below 0 $\mathcal{L}$ falls")  # fmt: skip
-        for i, name in enumerate(data.searched.values):
-            values = 100 * np.sort(data.worst_rise.sel(searched=name))
-            worst.plot(np.full(len(values), i), values, "o", alpha=0.5)
-        worst.axhline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
-        worst.set_xticks(range(data.sizes["searched"]), data.searched.values)
-        worst.set(xlim=(-0.5, data.sizes["searched"] - 0.5), ylim=(0, None),
-                  ylabel=r"largest rise (% of $\mathcal{L}$ at the start)",
-                  title=r"worst case found; limit $(\sqrt{5}-2)/4$")  # fmt: skip
-        for value in data.depth.values:
-            shares = share(data.depth_rise.sel(depth=value))
-            (line,) = depth.semilogx(data.gain, 100 * shares, "o-", label=f"L = {value}")
-            depth.plot(data.gain, 100 * data.depth_rising_share.sel(depth=value).mean("network"),
-                       ":", color=line.get_color(), lw=1)  # fmt: skip
-        tanh = (data.tanh_rise.sel(output=data.attrs["width_of_all"]) > RISES).mean("tanh_network")
-        depth.plot(data.tanh_gain, 100 * tanh, "ks--", ms=4, lw=1,
-                   label=f"tanh, L = {data.attrs['depth_of_widths']}")  # fmt: skip
-        depth.set_xticks(data.gain.values, [f"{g:g}" for g in data.gain.values])
-        depth.xaxis.set_minor_formatter(NullFormatter())
-        depth.set(xlabel="gain of the weights (std × √width)", ylabel="draws that rise (%)",
-                  title="by depth (dotted: mean of θ/π)")  # fmt: skip
-        for value in data.width.values:
-            shares = share(data.width_rise.sel(width=value))
-            width.semilogx(
-                data.ratio,
-                100 * shares,
-                "o-",
-                label="scalar output" if value == 1 else f"{value} outputs",
-            )
-        width.set(xlabel="precision ratio", ylabel="draws that rise (%)",
-                  title=f"by output width, L = {data.attrs['depth_of_widths']}")  # fmt: skip
-        for value in data.depth.values[data.depth.values > 2]:
-            rises = data.depth_rise.sel(depth=value).values.ravel()
-            rises = np.sort(rises[rises > RISES])[::-1]
-            total = data.sizes["gain"] * data.sizes["network"]
-            amount.loglog(100 * rises, 100 * np.arange(1, len(rises) + 1) / total,
-                          label=f"L = {value}")  # fmt: skip
-        amount.axvline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
-        amount.set(xlabel=r"rise (% of $\mathcal{L}$ at the start)",
-                   ylabel="draws that rise by more (%)", title="by how much")  # fmt: skip
-        for axis in (depth, width, amount):
-            axis.legend()
+    width.set(xlabel="precision ratio", ylabel="draws that rise (%)",
+              title=f"by output width, L = {data.attrs['depth_of_widths']}")  # fmt: skip
+    for value in data.depth.values[data.depth.values > 2]:
+        rises = data.depth_rise.sel(depth=value).values.ravel()
+        rises = np.sort(rises[rises > RISES])[::-1]
+        total = data.sizes["gain"] * data.sizes["network"]
+        amount.loglog(100 * rises, 100 * np.arange(1, len(rises) + 1) / total,
+                      label=f"L = {value}")  # fmt: skip
+    amount.axvline(100 * LARGEST_RISE, color="0.4", lw=1, ls=":")
+    amount.set(xlabel=r"rise (% of $\mathcal{L}$ at the start)",
+               ylabel="draws that rise by more (%)", title="by how much")  # fmt: skip
+    for axis in (depth, width, amount):
+        axis.legend()
     return figure
 
 
@@ -460,5 +451,10 @@ each inference ends is no larger than that of the feedforward pass.
 
 EXPERIMENT = Experiment(
     "loss_along_inference", "extra: output loss along inference", {"paper": Config()},
-    FAST, run, check, plot, page=page,
+    {
+        "depths": (2, 3), "gains": (1.0, 2.0), "widths": (1,), "ratios": (1.0, 10.0),
+        "networks": 100, "tanh_networks": 20, "tanh_gains": (1.0,), "tanh_time": 30.0,
+        "searched": ("2-2-2-2",), "search_starts": 2,
+    },
+    run, check, plot, page=page,
 )  # fmt: skip

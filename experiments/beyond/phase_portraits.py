@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.portraits import as_data, portrait_of
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 NAME = "two free units"
@@ -45,9 +44,6 @@ class Config:
     std: float = 3.0
     free_extent: tuple[float, float, float, float] = (-2.5, 2.5, -1.5, 1.5)
     seeds: int = 60
-
-
-FAST = {"cases": ("slow", "chain"), "resolution": 13, "seeds": 30}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -167,27 +163,26 @@ def plot(data: xarray.Dataset) -> Figure:
     """A panel for each portrait, and one legend for all."""
     cases = list(data.attrs["cases"])
     columns = min(3, len(cases))
-    with plotting.style():
-        figure, axes = plt.subplots(
-            -(-len(cases) // columns), columns, squeeze=False, layout="constrained",
-            figsize=(3.6 * columns, 3.4 * -(-len(cases) // columns) + 0.5),
-        )  # fmt: skip
-        handles: dict[str, Any] = {}
-        for ax, case in zip(axes.flat, cases, strict=False):
-            portrait_of(data, case).plot(ax)
-            legend = ax.get_legend()
-            for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
-                handles.setdefault(_general(text.get_text()), handle)
-            legend.remove()
-            seed = int(data[f"seed_{case}"])
-            ax.set_title(data.attrs[f"title_{case}"] + (f" (seed {seed})" if seed >= 0 else ""),
-                         fontsize=10)  # fmt: skip
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=-(-len(handles) // 2),
-        )
+    figure, axes = plt.subplots(
+        -(-len(cases) // columns), columns, squeeze=False, layout="constrained",
+        figsize=(3.6 * columns, 3.4 * -(-len(cases) // columns) + 0.5),
+    )  # fmt: skip
+    handles: dict[str, Any] = {}
+    for ax, case in zip(axes.flat, cases, strict=False):
+        portrait_of(data, case).plot(ax)
+        legend = ax.get_legend()
+        for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+            handles.setdefault(_general(text.get_text()), handle)
+        legend.remove()
+        seed = int(data[f"seed_{case}"])
+        ax.set_title(data.attrs[f"title_{case}"] + (f" (seed {seed})" if seed >= 0 else ""),
+                     fontsize=10)  # fmt: skip
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=-(-len(handles) // 2),
+    )
     return figure
 
 
@@ -201,5 +196,5 @@ def _general(label: str) -> str:
 
 EXPERIMENT = Experiment(
     "phase_portraits", "extra: phase portraits of two free units", {"paper": Config()},
-    FAST, run, check, plot,
+    {"cases": ("slow", "chain"), "resolution": 13, "seeds": 30}, run, check, plot,
 )  # fmt: skip

@@ -19,7 +19,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 from pcdyn.theory.dynamics import (
     condition_numbers,
@@ -42,12 +41,6 @@ class Config:
     wide_networks: int = 20
     bins: int = 40
     seed: int = 0
-
-
-FAST = {
-    "depths": (2, 4), "widths": (3, 10), "scales": (0.5, 1.0), "networks": 60, "wide": 60,
-    "ratios": (1e-3, 1e-2, 1.0, 100.0),
-}  # fmt: skip
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -182,44 +175,43 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Spectra by depth, condition numbers and times along the axes, and the wide layer."""
-    with plotting.style():
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
-        first, second, third, fourth, fifth, sixth = axes.flat
-        colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, data.sizes["depth"]))
-        for color, depth in zip(colors, data.depth.values, strict=True):
-            values = data.density.sel(depth=depth)
-            first.fill_between(data.rate, values, step="mid", color=color, alpha=0.18, lw=0)
-            first.step(data.rate, values, where="mid", color=color, label=f"depth {depth}")
-        first.set(
-            xscale="log", xlabel="decay rate", ylabel="density per decade",
-            title="spectrum, width 10", ylim=(0, None),
-        )  # fmt: skip
-        first.legend(loc="upper left")
-        for width in data.width.values:
-            part = data.condition_by_depth.sel(width=width)
-            _with_quartiles(second, data.depth, part, f"width {width}")
-            third.plot(data.depth, data.slowest_time.sel(width=width), "o-", label=f"width {width}")
-        for ax, label, title in (
-            (second, "condition number of H", "deeper is stiffer"),
-            (third, "time (activity time constants)", "slowest relaxation time, median"),
-        ):
-            ax.set(xscale="log", yscale="log", xlabel="depth L", ylabel=label, title=title)
-            ax.set_xticks(data.depth.values, [str(d) for d in data.depth.values], minor=False)
-            ax.set_xticks([], minor=True)
-            ax.legend()
-        _with_quartiles(fourth, data.scale, data.condition_by_scale, None)
-        fourth.set(xscale="log", yscale="log", xlabel="weight scale g, W ~ N(0, g²/width)",
-                   ylabel="condition number of H", title="stronger weights (depth 4)")  # fmt: skip
-        _with_quartiles(fifth, data.ratio, data.condition_by_ratio, None)
-        fifth.set(xscale="log", yscale="log", xlabel=r"precision ratio $ρ$, $Π_l = ρ^l$",
-                  ylabel="condition number of H", title="graded precisions (depth 4)")  # fmt: skip
-        step = float(data.wide_rate[1] - data.wide_rate[0])
-        sixth.bar(data.wide_rate, data.wide_share / step, width=step, color="#56B4E9", alpha=0.6,
-                  label=f"{data.attrs['wide_networks']} networks")  # fmt: skip
-        sixth.plot(data.wide_rate, data.wide_density_expected, "k", label="Marchenko–Pastur")
-        sixth.set(xlabel="decay rate", ylabel="density",
-                  title=f"one hidden layer of {data.attrs['wide']}")  # fmt: skip
-        sixth.legend()
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
+    first, second, third, fourth, fifth, sixth = axes.flat
+    colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, data.sizes["depth"]))
+    for color, depth in zip(colors, data.depth.values, strict=True):
+        values = data.density.sel(depth=depth)
+        first.fill_between(data.rate, values, step="mid", color=color, alpha=0.18, lw=0)
+        first.step(data.rate, values, where="mid", color=color, label=f"depth {depth}")
+    first.set(
+        xscale="log", xlabel="decay rate", ylabel="density per decade",
+        title="spectrum, width 10", ylim=(0, None),
+    )  # fmt: skip
+    first.legend(loc="upper left")
+    for width in data.width.values:
+        part = data.condition_by_depth.sel(width=width)
+        _with_quartiles(second, data.depth, part, f"width {width}")
+        third.plot(data.depth, data.slowest_time.sel(width=width), "o-", label=f"width {width}")
+    for ax, label, title in (
+        (second, "condition number of H", "deeper is stiffer"),
+        (third, "time (activity time constants)", "slowest relaxation time, median"),
+    ):
+        ax.set(xscale="log", yscale="log", xlabel="depth L", ylabel=label, title=title)
+        ax.set_xticks(data.depth.values, [str(d) for d in data.depth.values], minor=False)
+        ax.set_xticks([], minor=True)
+        ax.legend()
+    _with_quartiles(fourth, data.scale, data.condition_by_scale, None)
+    fourth.set(xscale="log", yscale="log", xlabel="weight scale g, W ~ N(0, g²/width)",
+               ylabel="condition number of H", title="stronger weights (depth 4)")  # fmt: skip
+    _with_quartiles(fifth, data.ratio, data.condition_by_ratio, None)
+    fifth.set(xscale="log", yscale="log", xlabel=r"precision ratio $ρ$, $Π_l = ρ^l$",
+              ylabel="condition number of H", title="graded precisions (depth 4)")  # fmt: skip
+    step = float(data.wide_rate[1] - data.wide_rate[0])
+    sixth.bar(data.wide_rate, data.wide_share / step, width=step, color="#56B4E9", alpha=0.6,
+              label=f"{data.attrs['wide_networks']} networks")  # fmt: skip
+    sixth.plot(data.wide_rate, data.wide_density_expected, "k", label="Marchenko–Pastur")
+    sixth.set(xlabel="decay rate", ylabel="density",
+              title=f"one hidden layer of {data.attrs['wide']}")  # fmt: skip
+    sixth.legend()
     return figure
 
 
@@ -234,5 +226,9 @@ def _with_quartiles(ax: Any, x: Any, values: Any, label: str | None) -> None:
 
 EXPERIMENT = Experiment(
     "relaxation_spectrum", "extra: relaxation spectrum of inference", {"paper": Config()},
-    FAST, run, check, plot,
+    {
+        "depths": (2, 4), "widths": (3, 10), "scales": (0.5, 1.0), "networks": 60, "wide": 60,
+        "ratios": (1e-3, 1e-2, 1.0, 100.0),
+    },
+    run, check, plot,
 )  # fmt: skip

@@ -34,9 +34,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"networks": 8}
-
-
 def run(config: Config) -> xarray.Dataset:
     """The exact, the adaptive and the Euler trajectory of each network at the Euler times."""
     keys = jr.split(jr.key(config.seed), 3)
@@ -104,29 +101,28 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Panel C: activities of one network; panel D: mean distance of each integrator."""
-    with plotting.style():
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-        exact = data.activity.sel(integrator="exact")[0]
-        euler = data.activity.sel(integrator="euler")[0]
-        for unit in range(data.sizes["unit"]):
-            (line,) = axes[0].plot(data.time, exact[:, unit])
-            color = line.get_color()
-            axes[0].plot(data.time[::8], euler[::8, unit], "o", ms=2.5, color=color)
-            axes[0].axhline(float(data.equilibrium[0, unit]), color=color, ls="--", lw=0.8)
-        axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
-        axes[0].set_title("C  exact (lines), Euler (dots), equilibrium (dashed)")
-        for name, style in (("exact", "-"), ("tsit5", "--"), ("euler", "-")):
-            squared = data.distance.sel(integrator=name) ** 2
-            plotting.mean_band(data.time.values, squared.values, ax=axes[1], label=name)
-            axes[1].lines[-1].set_linestyle(style)
-        axes[1].set_yscale("log")
-        axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
-        axes[1].set_title("D  distance to equilibrium (mean ± std)")
-        axes[1].legend()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    exact = data.activity.sel(integrator="exact")[0]
+    euler = data.activity.sel(integrator="euler")[0]
+    for unit in range(data.sizes["unit"]):
+        (line,) = axes[0].plot(data.time, exact[:, unit])
+        color = line.get_color()
+        axes[0].plot(data.time[::8], euler[::8, unit], "o", ms=2.5, color=color)
+        axes[0].axhline(float(data.equilibrium[0, unit]), color=color, ls="--", lw=0.8)
+    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set_title("C  exact (lines), Euler (dots), equilibrium (dashed)")
+    for name, style in (("exact", "-"), ("tsit5", "--"), ("euler", "-")):
+        squared = data.distance.sel(integrator=name) ** 2
+        plotting.mean_band(data.time.values, squared.values, ax=axes[1], label=name)
+        axes[1].lines[-1].set_linestyle(style)
+    axes[1].set_yscale("log")
+    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set_title("D  distance to equilibrium (mean ± std)")
+    axes[1].legend()
     return figure
 
 
 EXPERIMENT = Experiment(
     "figure1_linear_equilibrium", "1C, 1D", {"paper": Config(), "code": Config(weight_std=0.05)},
-    FAST, run, check, plot,
+    {"networks": 8}, run, check, plot,
 )  # fmt: skip

@@ -17,7 +17,6 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import gaussian_weights, network_of
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 
@@ -32,9 +31,6 @@ class Config:
     t1: float = 20_000.0  # the slowest mode of these networks decays at a rate of 0.002
     shown: float = 30.0
     seed: int = 0
-
-
-FAST = {"networks": 8}
 
 
 def run(config: Config) -> xarray.Dataset:
@@ -95,31 +91,31 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Panel A: activities of one network; panel B: distance of each layer, all networks."""
-    with plotting.style():
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-        width = data.sizes["unit"] // 2
-        shown = data.time <= data.attrs["shown"]
-        hidden = data.activity[0].isel(unit=slice(width, None))
-        for unit in range(width):
-            (line,) = axes[0].plot(data.time[shown], hidden[shown, unit])
-            axes[0].axhline(float(data.target[0, width + unit]), color=line.get_color(), ls="--")
-        axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
-        axes[0].set_title("A  activities and TP targets (dashed)")
-        squared = (data.activity - data.target) ** 2
-        for index, label in ((1, "hidden layer $x_1$"), (0, "input layer $x_0$")):
-            part = squared.isel(unit=slice(index * width, (index + 1) * width)).sum("unit")
-            middle = part.median("network")
-            (line,) = axes[1].loglog(data.time[1:], middle[1:], label=label)
-            low, high = part.quantile([0.1, 0.9], dim="network").values
-            axes[1].fill_between(
-                data.time[1:], low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0
-            )
-        axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
-        axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
-        axes[1].legend()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    width = data.sizes["unit"] // 2
+    shown = data.time <= data.attrs["shown"]
+    hidden = data.activity[0].isel(unit=slice(width, None))
+    for unit in range(width):
+        (line,) = axes[0].plot(data.time[shown], hidden[shown, unit])
+        axes[0].axhline(float(data.target[0, width + unit]), color=line.get_color(), ls="--")
+    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set_title("A  activities and TP targets (dashed)")
+    squared = (data.activity - data.target) ** 2
+    for index, label in ((1, "hidden layer $x_1$"), (0, "input layer $x_0$")):
+        part = squared.isel(unit=slice(index * width, (index + 1) * width)).sum("unit")
+        middle = part.median("network")
+        (line,) = axes[1].loglog(data.time[1:], middle[1:], label=label)
+        low, high = part.quantile([0.1, 0.9], dim="network").values
+        axes[1].fill_between(
+            data.time[1:], low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0
+        )
+    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
+    axes[1].legend()
     return figure
 
 
 EXPERIMENT = Experiment(
-    "figure1_target_propagation", "1A, 1B", {"paper": Config()}, FAST, run, check, plot
-)
+    "figure1_target_propagation", "1A, 1B", {"paper": Config()}, {"networks": 8},
+    run, check, plot,
+)  # fmt: skip

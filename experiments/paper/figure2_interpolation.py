@@ -37,9 +37,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"networks": 20, "ratios": 13}
-
-
 def run(config: Config) -> xarray.Dataset:
     """Exact equilibria and the authors' Euler iteration for each network and ratio."""
     keys = jr.split(jr.key(config.seed), 3)
@@ -157,44 +154,43 @@ def _crossing(data: xarray.Dataset) -> Evidence:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Cosines against the precision ratio, with Euler beside the exact equilibrium."""
-    with plotting.style():
-        figure, axes = plt.subplots(
-            2, 1, figsize=(5.5, 5), sharex=True, height_ratios=(3, 1), squeeze=True
-        )
-        for name in ("tp", "bp"):
-            values = data[f"cosine_to_{name}"].values.T
-            label = f"equilibrium to {name.upper()}"
-            plotting.mean_band(data.ratio.values, values, ax=axes[0], label=label)
-            color = axes[0].lines[-1].get_color()
-            stable = data[f"euler_cosine_to_{name}"].mean("network")
-            axes[0].plot(
-                data.ratio, stable, "x", ms=4, color=color,
-                label=f"Euler, stable draws, to {name.upper()}",
-            )  # fmt: skip
+    figure, axes = plt.subplots(
+        2, 1, figsize=(5.5, 5), sharex=True, height_ratios=(3, 1), squeeze=True
+    )
+    for name in ("tp", "bp"):
+        values = data[f"cosine_to_{name}"].values.T
+        label = f"equilibrium to {name.upper()}"
+        plotting.mean_band(data.ratio.values, values, ax=axes[0], label=label)
+        color = axes[0].lines[-1].get_color()
+        stable = data[f"euler_cosine_to_{name}"].mean("network")
         axes[0].plot(
-            data.ratio, data.euler_published_to_tp.mean("network"), ":", color="gray",
-            label="Euler as published (NaN → 1), to TP",
+            data.ratio, stable, "x", ms=4, color=color,
+            label=f"Euler, stable draws, to {name.upper()}",
         )  # fmt: skip
-        axes[0].set(ylabel="cosine similarity")
-        axes[0].legend(loc="lower right", fontsize=8)
-        axes[0].set_ylim(-0.75, 1.1)
-        axes[0].set_title(f"Exact equilibria and Euler (η = {data.attrs['euler_step']:g})")
-        axes[1].plot(
-            data.ratio, (data.attrs["euler_step"] > data.largest_euler_step).mean("network"),
-            color="black", label="step above the largest stable one",
-        )  # fmt: skip
-        axes[1].plot(
-            data.ratio, data.euler_diverged.mean("network"), "x", ms=4, color="black",
-            label="simulation diverges",
-        )  # fmt: skip
-        axes[1].legend(loc="lower right", fontsize=8)
-        axes[1].set(ylabel="share of draws\nEuler diverges", xlabel="precision ratio $Π_2/Π_1$")
-        axes[1].set_xscale("log")
-        axes[1].set_ylim(-0.05, 1.05)
+    axes[0].plot(
+        data.ratio, data.euler_published_to_tp.mean("network"), ":", color="gray",
+        label="Euler as published (NaN → 1), to TP",
+    )  # fmt: skip
+    axes[0].set(ylabel="cosine similarity")
+    axes[0].legend(loc="lower right", fontsize=8)
+    axes[0].set_ylim(-0.75, 1.1)
+    axes[0].set_title(f"Exact equilibria and Euler (η = {data.attrs['euler_step']:g})")
+    axes[1].plot(
+        data.ratio, (data.attrs["euler_step"] > data.largest_euler_step).mean("network"),
+        color="black", label="step above the largest stable one",
+    )  # fmt: skip
+    axes[1].plot(
+        data.ratio, data.euler_diverged.mean("network"), "x", ms=4, color="black",
+        label="simulation diverges",
+    )  # fmt: skip
+    axes[1].legend(loc="lower right", fontsize=8)
+    axes[1].set(ylabel="share of draws\nEuler diverges", xlabel="precision ratio $Π_2/Π_1$")
+    axes[1].set_xscale("log")
+    axes[1].set_ylim(-0.05, 1.05)
     return figure
 
 
 EXPERIMENT = Experiment(
     "figure2_interpolation", "2 left", {"paper": Config(), "code": Config(weight_std=0.05)},
-    FAST, run, check, plot,
+    {"networks": 20, "ratios": 13}, run, check, plot,
 )  # fmt: skip

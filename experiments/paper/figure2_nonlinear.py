@@ -33,9 +33,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"networks": 8}
-
-
 def run(config: Config) -> xarray.Dataset:
     """Integrate from the feedforward pass and compare the hidden layer with both references."""
     keys = jr.split(jr.key(config.seed), 3)
@@ -94,18 +91,17 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Mean ± std of both cosines over time."""
-    with plotting.style():
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-        panels = (("A", "feedforward", "feedforward pass"), ("B", "tp", "TP targets"))
-        for ax, (panel, name, text) in zip(axes, panels, strict=True):
-            values = data[f"cosine_to_{name}"].values
-            plotting.mean_band(data.time.values, values, ax=ax, label="mean ± std")
-            ax.set(xlabel="time (activity time constants)", ylabel="cosine similarity")
-            ax.set_title(f"{panel}  hidden layer and {text}")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    panels = (("A", "feedforward", "feedforward pass"), ("B", "tp", "TP targets"))
+    for ax, (panel, name, text) in zip(axes, panels, strict=True):
+        values = data[f"cosine_to_{name}"].values
+        plotting.mean_band(data.time.values, values, ax=ax, label="mean ± std")
+        ax.set(xlabel="time (activity time constants)", ylabel="cosine similarity")
+        ax.set_title(f"{panel}  hidden layer and {text}")
     return figure
 
 
 EXPERIMENT = Experiment(
     "figure2_nonlinear", "2 right A, 2 right B", {"paper": Config(), "code": Config(t1=5.0)},
-    FAST, run, check, plot,
+    {"networks": 8}, run, check, plot,
 )  # fmt: skip

@@ -18,7 +18,6 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
-from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 
@@ -33,9 +32,6 @@ class Config:
     covariance_std: float = 0.1**0.5
     t1: float = 60.0
     seed: int = 0
-
-
-FAST = {"networks": 8}
 
 
 def random_covariances(key: jax.Array, config: Config) -> tuple[np.ndarray, int]:
@@ -109,25 +105,24 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Panel A: activities of one network; panel B: distance, all networks."""
-    with plotting.style():
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-        shown = data.time <= 15
-        for unit in range(data.sizes["unit"]):
-            (line,) = axes[0].plot(data.time[shown], data.activity[0, shown, unit])
-            axes[0].axhline(float(data.equilibrium[0, unit]), color=line.get_color(), ls="--")
-        axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
-        axes[0].set_title("A  activities and equilibrium (dashed)")
-        squared = data.distance**2
-        axes[1].semilogy(data.time, squared.median("network"), label="median")
-        low, high = squared.quantile([0.1, 0.9], dim="network").values
-        axes[1].fill_between(data.time, low, high, alpha=0.2, lw=0, label="10–90 %")
-        axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
-        axes[1].set_title("B  distance to the precision equilibrium")
-        axes[1].legend()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    shown = data.time <= 15
+    for unit in range(data.sizes["unit"]):
+        (line,) = axes[0].plot(data.time[shown], data.activity[0, shown, unit])
+        axes[0].axhline(float(data.equilibrium[0, unit]), color=line.get_color(), ls="--")
+    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set_title("A  activities and equilibrium (dashed)")
+    squared = data.distance**2
+    axes[1].semilogy(data.time, squared.median("network"), label="median")
+    low, high = squared.quantile([0.1, 0.9], dim="network").values
+    axes[1].fill_between(data.time, low, high, alpha=0.2, lw=0, label="10–90 %")
+    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set_title("B  distance to the precision equilibrium")
+    axes[1].legend()
     return figure
 
 
 EXPERIMENT = Experiment(
     "figure3_precision", "3A, 3B", {"paper": Config(), "code": Config(weight_std=0.05)},
-    FAST, run, check, plot,
+    {"networks": 8}, run, check, plot,
 )  # fmt: skip

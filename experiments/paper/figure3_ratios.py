@@ -36,7 +36,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"networks": 20}
 # The floor and the final cosines depend on the size of the weights; these belong to the paper's.
 PAPER_STD = Config().weight_std
 PAPER_FLOOR = 3.5e-3
@@ -136,34 +135,33 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """Panels C to F."""
-    with plotting.style():
-        figure, axes = plt.subplots(2, 2, figsize=(8, 6))
-        time = data.time.values[1:]
-        c, d, e, f = axes.flat
-        plotting.mean_band(time, (data.error_to_bp[0] ** 2).values[:, 1:], ax=c, label="mean ± std")
-        c.set(xscale="log", yscale="log", ylabel=r"$\|Πε-δ\|^2/\|δ\|^2$")
-        c.set_title(f"C  distance to BP, ratio {float(data.ratio[0]):g}")
-        for unit in range(data.sizes["unit"]):
-            (line,) = d.plot(time, data.activity[1, 1:, unit])
-            d.axhline(float(data.equilibrium[1, unit]), color=line.get_color(), ls="--")
-        d.set(xscale="log", ylabel="hidden activity $x_1$")
-        d.set_title(f"D  activities, ratio {float(data.ratio[1]):g}")
-        for ax, name, title in (
-            (e, "cosine_to_feedforward", "E  cosine to feedforward pass"),
-            (f, "cosine_to_tp", "F  cosine to TP targets"),
-        ):
-            for index in (1, 2):
-                label = f"ratio {float(data.ratio[index]):g}"
-                plotting.mean_band(time, data[name][index].values[:, 1:], ax=ax, label=label)
-            ax.set(xscale="log", ylabel="cosine similarity")
-            ax.set_title(title)
-            ax.legend()
-        for ax in axes.flat:
-            ax.set_xlabel("time (activity time constants)")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 6))
+    time = data.time.values[1:]
+    c, d, e, f = axes.flat
+    plotting.mean_band(time, (data.error_to_bp[0] ** 2).values[:, 1:], ax=c, label="mean ± std")
+    c.set(xscale="log", yscale="log", ylabel=r"$\|Πε-δ\|^2/\|δ\|^2$")
+    c.set_title(f"C  distance to BP, ratio {float(data.ratio[0]):g}")
+    for unit in range(data.sizes["unit"]):
+        (line,) = d.plot(time, data.activity[1, 1:, unit])
+        d.axhline(float(data.equilibrium[1, unit]), color=line.get_color(), ls="--")
+    d.set(xscale="log", ylabel="hidden activity $x_1$")
+    d.set_title(f"D  activities, ratio {float(data.ratio[1]):g}")
+    for ax, name, title in (
+        (e, "cosine_to_feedforward", "E  cosine to feedforward pass"),
+        (f, "cosine_to_tp", "F  cosine to TP targets"),
+    ):
+        for index in (1, 2):
+            label = f"ratio {float(data.ratio[index]):g}"
+            plotting.mean_band(time, data[name][index].values[:, 1:], ax=ax, label=label)
+        ax.set(xscale="log", ylabel="cosine similarity")
+        ax.set_title(title)
+        ax.legend()
+    for ax in axes.flat:
+        ax.set_xlabel("time (activity time constants)")
     return figure
 
 
 EXPERIMENT = Experiment(
     "figure3_ratios", "3C, 3D, 3E, 3F", {"paper": Config(), "code": Config(weight_std=0.05)},
-    FAST, run, check, plot,
+    {"networks": 20}, run, check, plot,
 )  # fmt: skip

@@ -29,9 +29,6 @@ class Config:
     seed: int = 0
 
 
-FAST = {"images": 8}
-
-
 def run(config: Config) -> xarray.Dataset:
     """Clamp images and one-hot labels; integrate the flow from the feedforward pass."""
     digits = pcdyn.datasets.mnist("train", limits=(config.lowest, 1.0), dtype=np.float64)
@@ -96,22 +93,21 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 def plot(data: xarray.Dataset) -> Figure:
     """The three energies, mean ± std over images."""
-    with plotting.style():
-        figure, ax = plt.subplots(figsize=(5, 3.4))
-        for name, label in (
-            ("output_loss", "output loss ℒ"),
-            ("residual_energy", "residual energy $\\tilde{E}$"),
-            ("free_energy", "free energy $F$"),
-        ):
-            plotting.mean_band(data.time.values, data[name].values.T, ax=ax, label=label)
-        ax.set(xlabel="time (activity time constants)", ylabel="energy per image")
-        where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
-        ax.set_title(f"A  energies during inference ({data.sizes['image']} images, {where})")
-        ax.legend()
+    figure, ax = plt.subplots(figsize=(5, 3.4))
+    for name, label in (
+        ("output_loss", "output loss ℒ"),
+        ("residual_energy", "residual energy $\\tilde{E}$"),
+        ("free_energy", "free energy $F$"),
+    ):
+        plotting.mean_band(data.time.values, data[name].values.T, ax=ax, label=label)
+    ax.set(xlabel="time (activity time constants)", ylabel="energy per image")
+    where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
+    ax.set_title(f"A  energies during inference ({data.sizes['image']} images, {where})")
+    ax.legend()
     return figure
 
 
 EXPERIMENT = Experiment(
-    "figure4_energies", "4A", {"paper": Config(), "code": Config(lowest=-1.0)},
-    FAST, run, check, plot,
+    "figure4_energies", "4A", {"paper": Config(), "code": Config(lowest=-1.0)}, {"images": 8},
+    run, check, plot,
 )  # fmt: skip

@@ -59,7 +59,6 @@ PRESETS = {
     # Log-softmax and a loss averaged over the batch: an output precision of 1/64.
     "code": Config(learning_rate=0.003, nesterov=False, cross_entropy=True, lowest=-1.0),
 }
-FAST = {"datasets": ("mnist",), "seeds": 2, "epochs": 2, "gradient_samples": 200, "chunk": 100}
 
 
 class Observed(eqx.Module):
@@ -200,28 +199,27 @@ def _spread(values: xarray.DataArray) -> str:
 def plot(data: xarray.Dataset) -> Figure:
     """Test accuracy, cosines, loss change during inference and gradient norms; a row a data set."""
     names = list(data.dataset.values)
-    with plotting.style():
-        figure, axes = plt.subplots(
-            len(names), 4, figsize=(13, 3 * len(names)), squeeze=False, layout="constrained"
-        )
-        for row, name in zip(axes, names, strict=True):
-            part = data.sel(dataset=name)
-            _accuracy(row[0], part)
-            _cosines(row[1], part)
-            _loss_change(row[2], part)
-            _norms(row[3], part)
-            row[0].set_ylabel(f"{name}\ntest accuracy (%)")
-        for letter, ax, title in zip(
-            ("B", "C", "", ""), axes[0],
-            ("accuracy", "cosine of PC and BP updates", "ℒ during inference", "gradient norms"),
-            strict=True,
-        ):  # fmt: skip
-            ax.set_title(f"{letter}  {title}".strip())
-        for ax in axes[-1]:
-            ax.set_xlabel("epochs")
-        seeds = f"mean ± std over {data.sizes['seed']} seeds"
-        where = ", shipped sample of MNIST" if data.attrs["source"] == "sample" else ""
-        figure.suptitle(f"Predictive coding and backpropagation, {seeds}{where}")
+    figure, axes = plt.subplots(
+        len(names), 4, figsize=(13, 3 * len(names)), squeeze=False, layout="constrained"
+    )
+    for row, name in zip(axes, names, strict=True):
+        part = data.sel(dataset=name)
+        _accuracy(row[0], part)
+        _cosines(row[1], part)
+        _loss_change(row[2], part)
+        _norms(row[3], part)
+        row[0].set_ylabel(f"{name}\ntest accuracy (%)")
+    for letter, ax, title in zip(
+        ("B", "C", "", ""), axes[0],
+        ("accuracy", "cosine of PC and BP updates", "ℒ during inference", "gradient norms"),
+        strict=True,
+    ):  # fmt: skip
+        ax.set_title(f"{letter}  {title}".strip())
+    for ax in axes[-1]:
+        ax.set_xlabel("epochs")
+    seeds = f"mean ± std over {data.sizes['seed']} seeds"
+    where = ", shipped sample of MNIST" if data.attrs["source"] == "sample" else ""
+    figure.suptitle(f"Predictive coding and backpropagation, {seeds}{where}")
     return figure
 
 
@@ -273,4 +271,8 @@ def _norms(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(fontsize="x-small", loc="upper right")
 
 
-EXPERIMENT = Experiment("figure4_training", "4B, 4C", PRESETS, FAST, run, check, plot)
+EXPERIMENT = Experiment(
+    "figure4_training", "4B, 4C", PRESETS,
+    {"datasets": ("mnist",), "seeds": 2, "epochs": 2, "gradient_samples": 200, "chunk": 100},
+    run, check, plot,
+)  # fmt: skip

@@ -22,7 +22,6 @@ from experiments.shared.example import COLORS, Example, problem_of
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
-from pcdyn import plotting
 from pcdyn.plotting import schematic
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -140,14 +139,13 @@ _LOW = -2.9
 def plot(data: xarray.Dataset) -> Figure:
     """One row for each rule: the network, what is passed back, and how near the others are."""
     network = network_of(jnp.asarray(data.weight.values), "tanh")
-    with plotting.style():
-        figure, axes = plt.subplots(
-            3, 2, figsize=(10, 10.5), width_ratios=(3.3, 1), layout="constrained"
-        )
-        for rule, (ax, bars) in zip(RULES, axes, strict=True):
-            _draw_rule(ax, data, rule, network)
-            _draw_cosines(bars, data, rule)
-        figure.supxlabel(LEGEND, fontsize=9)
+    figure, axes = plt.subplots(
+        3, 2, figsize=(10, 10.5), width_ratios=(3.3, 1), layout="constrained"
+    )
+    for rule, (ax, bars) in zip(RULES, axes, strict=True):
+        _draw_rule(ax, data, rule, network)
+        _draw_cosines(bars, data, rule)
+    figure.supxlabel(LEGEND, fontsize=9)
     return figure
 
 

@@ -26,7 +26,7 @@ from experiments.shared.experiment import Experiment
 from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
 from experiments.shared.precision_paths import TOLERANCE, followed_path, precisions_of
-from pcdyn import learning, plotting
+from pcdyn import learning
 from pcdyn._support.states import step
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.plotting import schematic
@@ -250,21 +250,20 @@ _FOOT = (
 def plot(data: xarray.Dataset) -> Figure:
     """One box for each condition: the network and errors there, and the distance measured."""
     network = network_of(jnp.asarray(data.weight.values), "tanh")
-    with plotting.style():
-        figure = plt.figure(figsize=(11, 8.6), layout="constrained")
-        parts = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 0.08), hspace=0.03)
-        *rows, foot = parts[:, 0]
-        foot.text(0.5, 0.5, _FOOT, ha="center", va="center", fontsize=9)
-        boxes = [box for row in rows for box in row.subfigures(1, 3, wspace=0.03)]
-        for box, name in zip(boxes, BOXES, strict=True):
-            title, color = _TITLES[name]
-            box.set_facecolor((*to_rgb(color), 0.07))
-            top, bottom = box.subplots(2, 1, height_ratios=(1, 1.25))
-            top.set_title(title, color=color, weight="bold")
-            _draw_network(top, data, name, network, color)
-            _draw_curve(bottom, data, name)
-            for ax in (top, bottom):
-                ax.set_facecolor("none")
+    figure = plt.figure(figsize=(11, 8.6), layout="constrained")
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 0.08), hspace=0.03)
+    *rows, foot = parts[:, 0]
+    foot.text(0.5, 0.5, _FOOT, ha="center", va="center", fontsize=9)
+    boxes = [box for row in rows for box in row.subfigures(1, 3, wspace=0.03)]
+    for box, name in zip(boxes, BOXES, strict=True):
+        title, color = _TITLES[name]
+        box.set_facecolor((*to_rgb(color), 0.07))
+        top, bottom = box.subplots(2, 1, height_ratios=(1, 1.25))
+        top.set_title(title, color=color, weight="bold")
+        _draw_network(top, data, name, network, color)
+        _draw_curve(bottom, data, name)
+        for ax in (top, bottom):
+            ax.set_facecolor("none")
     return figure
 
 

@@ -38,7 +38,7 @@ class Experiment(Generic[Config]):
     - `presets`: settings by name, all different; `"paper"` is among them.
     - `fast`: which settings a quick version has instead.
     - `run`: makes the data of some settings.
-    - `check`, `plot`: the claims and the picture of these data alone.
+    - `check`, `plot`: the claims and the picture, in the style of all, of these data alone.
     - `summary`: the text of the index in place of the table of claims.
     - `page`: a page of its own, given the folder it will be in.
     - `timed`: whether the data hold measured seconds, which no two runs share.

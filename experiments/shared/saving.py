@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Settings
+from pcdyn import plotting
 from pcdyn._support.files import write_atomically
 from pcdyn.io.netcdf import write_dataset
 
@@ -39,7 +40,8 @@ def save_picture(
     folder: Path, plot: Callable[[xarray.Dataset], Figure], data: xarray.Dataset
 ) -> None:
     """Draw the data of an experiment as PNG and PDF."""
-    figure = plot(data)
+    with plotting.style():
+        figure = plot(data)
     # Dates and program versions would make equal pictures differ.
     options: dict[str, dict[str, Any]] = {
         "png": {"dpi": 150, "metadata": {"Software": None}},
