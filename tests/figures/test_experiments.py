@@ -22,6 +22,7 @@ from experiments.shared.command import main, parse
 from experiments.shared.experiment import Experiment, check_settings, find, names
 from experiments.shared.saving import values_hash
 from pcdyn.errors import InputError
+from pcdyn.io.netcdf import read_dataset
 from pcdyn.theory import Evidence
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,35 @@ def test_every_experiment_is_found_by_the_name_of_its_module() -> None:
     five = find("figure5")
     with pytest.raises(InputError, match="two presets of figure5 are equal"):
         dataclasses.replace(five, presets={"paper": five.settings(), "code": five.settings()})
+
+
+@pytest.mark.slow
+def test_what_is_committed_follows_from_the_committed_data() -> None:
+    """Verdicts, pages and the index are those that today's code makes of the data beside them."""
+    figures = ROOT / "paper_figures"
+    index = (figures / "index.md").read_text("utf-8")
+    for name in EVERY:
+        experiment, folder = find(name), figures / name
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        data = read_dataset(folder / "data.nc")
+        assert manifest["values_sha256"] == values_hash(data)
+        recorded = [Evidence(**fields) for fields in manifest["claims"]]
+        found = experiment.check(data)
+        assert [(e.claim, e.verdict) for e in found] == [(e.claim, e.verdict) for e in recorded]
+        assert f"({name}/figure.png)" in index
+        if experiment.page is not None:
+            assert experiment.page(data, folder) == (folder / "page.md").read_text("utf-8")
+
+
+def test_sentences_follow_from_the_data() -> None:
+    """Where the energy gradient bound is kept, the page does not say that it is not."""
+    experiment = find("loss_along_inference")
+    folder = ROOT / "paper_figures" / "loss_along_inference"
+    data = read_dataset(folder / "data.nc")
+    assert experiment.page is not None
+    assert "**It is not preserved, and the loss can rise.**" in experiment.page(data, folder)
+    kept = data.assign(bound=data.bound.clip(max=0.9), squared_error=data.squared_error.clip(0.5))
+    assert "**It is preserved, and the loss did not rise.**" in experiment.page(kept, folder)
 
 
 def _replaced(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> list[Any]:
