@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import tyro
 
+import pcdyn
 from experiments.shared.experiment import names
 from experiments.shared.index import cells, table
 from experiments.shared.saving import save_text
@@ -53,10 +54,11 @@ def main(parts: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
 
 
 def _machine() -> str:
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("pcdyn", "jax", "diffrax"))
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "diffrax"))
     return (
         f"{os.cpu_count()} cores ({platform.machine()}), {jax.devices()[0]}, Python "
-        f"{platform.python_version()}, {libraries}, {time.strftime('%Y-%m-%d', time.gmtime())}"
+        f"{platform.python_version()}, pcdyn {pcdyn.__version__}, {libraries}, "
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}"
     )
 
 

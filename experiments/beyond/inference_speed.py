@@ -1,7 +1,7 @@
 """How fast can inference be? Error against time for every solver, and cost against depth and width.
 
-Times are of compiled calls in one process on the machine that the manifest names, the best of a
-few; compare them with each other, not with those of another machine.
+Times are of compiled calls in one process, the best of a few; compare them with each other, not
+with those of another machine.
 """
 
 from __future__ import annotations

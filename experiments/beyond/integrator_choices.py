@@ -3,7 +3,7 @@
 The same flows are integrated with one step size for the batch and with one per sample, in float32
 and float64, and by two implementations of one method (diffrax's Dopri5 and SciPy's RK45). Errors
 are the largest over time and samples, against a float64 solution at 1e-12. Times are the median of
-repeats on the machine that the manifest names.
+repeats on one machine.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+import pcdyn
 from experiments.shared.experiment import Settings
 from pcdyn import plotting
 from pcdyn._support.files import write_atomically
@@ -58,10 +59,11 @@ def save_picture(
 
 def facts(settings: Settings, data: xarray.Dataset) -> dict[str, Any]:
     """What the data come from: settings, versions, device; and their hash and attributes."""
-    packages = ("pcdyn", "jax", "diffrax", "equinox", "numpy", "scipy")
+    packages = ("jax", "diffrax", "equinox", "numpy", "scipy")
+    versions = {"python": platform.python_version(), "pcdyn": pcdyn.__version__}
     return {
         "settings": dataclasses.asdict(settings),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": versions | {package: version(package) for package in packages},
         "device": str(jax.devices()[0]),
         "float64": jnp.zeros(()).dtype == jnp.float64,
         "values_sha256": values_hash(data),
