@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcdyn._support.products import matmul
 from pcdyn._support.states import layer_norms
 from pcdyn.equilibria.multiple import multiple_equilibria
 from pcdyn.errors import EquilibriumStatus
@@ -137,7 +138,7 @@ def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
 
     def one(point: Any) -> Any:
         # Of several solutions, where the Jacobian is singular, the shortest.
-        step = -jnp.linalg.pinv(jax.jacfwd(velocity)(point)) @ velocity(point)
+        step = -matmul(jnp.linalg.pinv(jax.jacfwd(velocity)(point)), velocity(point))
         length = jnp.linalg.norm(step)
         return point + step * jnp.minimum(1, longest / jnp.maximum(length, longest))
 

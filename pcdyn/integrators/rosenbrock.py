@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
+from pcdyn._support.products import tensordot
 from pcdyn.integrators.structured import (
     PaddedChain,
     factorise,
@@ -169,5 +170,5 @@ def _square(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
 def _plus(start: Any, weights: Any, increments: Any) -> Any:
     """start + Σ weight · increment, the increments along the leading axis."""
     return jax.tree.map(
-        lambda x, k: x + jnp.tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments
+        lambda x, k: x + tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments
     )

@@ -11,6 +11,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
+from pcdyn._support.products import einsum, matmul
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem, State
@@ -81,11 +82,11 @@ def factorise(matrix: BlockTridiagonal) -> StepFactors:
     couplings: list[Array] = []
     for i, block in enumerate(matrix.diagonal):
         if i > 0:
-            coupling = inverses[-1] @ matrix.upper[i - 1]
-            block = block - jnp.matrix_transpose(matrix.upper[i - 1]) @ coupling
+            coupling = matmul(inverses[-1], matrix.upper[i - 1])
+            block = block - matmul(jnp.matrix_transpose(matrix.upper[i - 1]), coupling)
             couplings.append(coupling)
         inverse = _triangular_inverse(jnp.linalg.cholesky(block))
-        inverses.append(jnp.matrix_transpose(inverse) @ inverse)
+        inverses.append(matmul(jnp.matrix_transpose(inverse), inverse))
     return StepFactors(tuple(inverses), tuple(couplings))
 
 
@@ -105,7 +106,7 @@ def _identity_like(matrix: Array) -> Array:
 
 
 def _times(matrix: Array, vector: Array) -> Array:
-    return jnp.einsum("...ij,...j->...i", matrix, vector)
+    return einsum("...ij,...j->...i", matrix, vector)
 
 
 def chain_blocks(product: Any, like: State) -> BlockTridiagonal:
@@ -239,11 +240,11 @@ class PaddedChain:
 
         def eliminate(below: Array, now: Any) -> tuple[Array, Any]:
             block, above = now
-            coupling = below @ above
+            coupling = matmul(below, above)
             inverse = _triangular_inverse(
-                jnp.linalg.cholesky(block - jnp.matrix_transpose(above) @ coupling)
+                jnp.linalg.cholesky(block - matmul(jnp.matrix_transpose(above), coupling))
             )
-            inverse = jnp.matrix_transpose(inverse) @ inverse
+            inverse = matmul(jnp.matrix_transpose(inverse), inverse)
             return inverse, (inverse, coupling)
 
         _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))

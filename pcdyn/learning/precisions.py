@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
+from pcdyn._support.products import matmul
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.joint import activities_at_rest, as_jax
@@ -228,7 +229,7 @@ def _precision(parameters: Array, structure: Structure, width: int) -> Array:
         return jnp.exp(parameters)
     factor = jnp.diag(jnp.exp(parameters[:width]))
     factor = factor.at[np.tril_indices(width, -1)].set(parameters[width:])
-    return factor @ factor.T
+    return matmul(factor, factor.T)
 
 
 class OutputNoise(eqx.Module):
@@ -272,7 +273,7 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
     explained = output_covariance(problem) - _output_noise_of(problem)
     errors = problem.output_error(feedforward(problem)[-1])
     errors = jnp.atleast_2d(errors)
-    measured = errors.T @ errors / len(errors)
+    measured = matmul(errors.T, errors) / len(errors)
     root = jnp.linalg.cholesky(measured)
     half = jsl.solve_triangular(root, explained, lower=True)
     white = jsl.solve_triangular(root, half.T, lower=True)
@@ -285,8 +286,8 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
         interior = share <= 0.25
         beneath: Any = jnp.where(interior, 1 - 4 * share, 0)
         left = 0.5 * (1 - 2 * share + jnp.sqrt(beneath))
-    factor = root @ modes * jnp.sqrt(jnp.where(interior, left, 0))[None]
-    return OutputNoise(factor @ factor.T, jnp.all(interior)), measured
+    factor = matmul(root, modes) * jnp.sqrt(jnp.where(interior, left, 0))[None]
+    return OutputNoise(matmul(factor, factor.T), jnp.all(interior)), measured
 
 
 def _output_noise_of(problem: InferenceProblem) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
+from pcdyn._support.products import matmul
 from pcdyn.errors import NotLinearError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.activations import identity
@@ -55,7 +56,7 @@ def whiten(precision: Any, error: Float[Array, "*rows n"]) -> Float[Array, "*row
     if precision is None:
         return error
     if precision.ndim == 2:
-        return error @ jnp.linalg.cholesky(precision)
+        return matmul(error, jnp.linalg.cholesky(precision))
     return jnp.broadcast_to(jnp.sqrt(precision), error.shape) * error
 
 

@@ -25,6 +25,7 @@ from pcdyn._support.checks import (
     checked_integer,
     is_traced,
 )
+from pcdyn._support.products import matmul
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.hessian import with_derivatives
@@ -69,7 +70,7 @@ def gauss_newton_hessian(
         if index < network.depth:
             jacobian = jacobians[index + 1]
             weighted = energy.weigh(index + 1, jacobian.T)
-            block = block + weighted @ jacobian
+            block = block + matmul(weighted, jacobian)
             if index + 1 in problem.free_layers:
                 upper.append(-weighted)
         diagonal.append(block)
@@ -170,7 +171,7 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     def climb(weighted: Array) -> State:
         layers = [start]
         for index in range(1, depth):
-            layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
+            layers.append(network.predict(index, layers[-1]) + matmul(weighted, covariances[index]))
         return tuple(layers[1:])
 
     weighted = jnp.zeros_like(target)
@@ -202,7 +203,9 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     products, energy = _products(problem)
     if problem.input is None or problem.output is None:
         raise InputError(_CLAMP_BOTH)
-    parts = (energy.unweigh(index, product) @ product.T for index, product in products.items())
+    parts = (
+        matmul(energy.unweigh(index, product), product.T) for index, product in products.items()
+    )
     return sum(parts, start=jnp.zeros((), problem.dtype))
 
 
@@ -231,7 +234,7 @@ def _products(problem: InferenceProblem) -> tuple[dict[int, Array], Gaussian]:
     depth = problem.network.depth
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
-        products[index - 1] = products[index] @ layers[index - 1].weight
+        products[index - 1] = matmul(products[index], layers[index - 1].weight)
     return products, energy
 
 
@@ -284,7 +287,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
         # Round-off in a flat direction would grow with time; neither rate nor drive is there.
         sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
     known = jnp.where(sizes > 0, sizes, jnp.inf)
-    way = jnp.abs(jax.lax.stop_gradient(residual) @ left)
+    way = jnp.abs(matmul(jax.lax.stop_gradient(residual), left))
     size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
     lost = 2 * largest * way / jnp.broadcast_to(known, way.shape) + size
     start = jnp.concatenate(initial, axis=-1)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_float_array, is_traced
+from pcdyn._support.products import matmul
 from pcdyn.errors import InputError, PrecisionError, ShapeError
 
 
@@ -242,7 +243,7 @@ def weigh(
     if precision is None:
         return error
     if precision.ndim == 2:
-        return error @ precision
+        return matmul(error, precision)
     return jnp.broadcast_to(precision, error.shape) * error
 
 
