@@ -65,7 +65,7 @@ def noisy(seed: int, hidden: float, samples: int = 40) -> Case:
 @eqx.filter_jit
 def field(flow: PrecisionFlow) -> Any:
     """dθ/dt at the start."""
-    return flow.vector_field(flow.initial_state())
+    return flow.vector_field(0.0, flow.initial_state())
 
 
 @pytest.mark.parametrize("batch", [None, 4])
