@@ -369,6 +369,7 @@ def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
     matrices = np.asarray(_jacobians(flow, np.asarray(times, flow.dtype), states))
     if not np.isfinite(matrices).all():
         raise SpectrumError(f"the Jacobian of the {name} at {where} is not finite")
+    rates: Any
     rates, modes = np.linalg.eig(-matrices)
     order = np.lexsort((rates.imag, rates.real), axis=-1)
     rates = np.take_along_axis(rates, order, -1).astype(np.result_type(matrices, np.complex64))

@@ -172,9 +172,10 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
 
 
 def largest_activity(request: Request) -> Array:
-    """The largest absolute activity at the start, clamped ones included."""
+    """The largest absolute activity at the start, clamped ones included; 1 where all vanish."""
     activities = request.problem.activities(request.state)
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+    return jnp.where(largest > 0, largest, 1)
 
 
 def check_step(name: str, dt: Any) -> None:

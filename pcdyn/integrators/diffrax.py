@@ -217,13 +217,12 @@ class Diffrax(Integrator):
         dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
-        event = None
-        if until is not None:
 
-            def at_rest(t: Any, y: Any) -> Any:
-                return until.reached(t, flow.norms(flow.vector_field(t, y)))
+        def at_rest(t: Any, y: State, args: Any = None, **_: Any) -> Any:
+            assert until is not None, "watched for only where it is"
+            return until.reached(t, flow.norms(flow.vector_field(t, y)))
 
-            event = diffrax.Event(lambda t, y, args, **_: at_rest(t, y))
+        event = None if until is None else diffrax.Event(at_rest)
         saveat = diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,

@@ -18,7 +18,7 @@ from pcdyn.integrators.structured import (
     shifted,
 )
 from pcdyn.model.flow import depends_on_time
-from pcdyn.model.problem import InferenceFlow
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 from pcdyn.model.stacked import StackedProblem
 
 
@@ -166,7 +166,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             _, product = jax.linearize(lambda x: field((x,))[0], x)
             factors = chain.factorise(chain.blocks(lambda v: tau * (v / scaled_dt - product(v)), x))
             return lambda rhs: factors.solve((tau * rhs[0],))
-        if self.problem is not None:
+        if isinstance(self.problem, InferenceProblem):
             taus = self.problem.state_time_constants
             matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)
             factors = factorise(matrix)

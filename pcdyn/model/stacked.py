@@ -82,8 +82,8 @@ class StackedProblem(InferenceFlow):
         """n_l of the layers that make up the state."""
         return tuple(self.widths[index] for index in self.free)
 
-    def initial_state(self, initial: Any) -> State:
-        """The state of activities of the free layers."""
+    def initial_state(self, initial: Any = "feedforward") -> State:
+        """The state of activities of the free layers, which need to be given."""
         return self.pack(initial)
 
     @property
