@@ -619,8 +619,8 @@ MISTAKES = (
     Mistake(
         "learning: inference climbs",
         "pcdyn/learning/predictive_coding.py",
-        "return step(x, -self.dt, problem.gradient(x, first))",
-        "return step(x, self.dt, problem.gradient(x, first))",
+        "return step(x, -self.dt, prepared.gradient(x))",
+        "return step(x, self.dt, prepared.gradient(x))",
         ("tests/limits/test_rules.py::test_euler_steps_are_the_updates_of_the_paper",),
     ),
     Mistake(
