@@ -38,8 +38,8 @@ class Flow(eqx.Module):
     the flows of `pcdyn.learning` are some.
 
     The state is a tuple of arrays of one dtype, float32 or float64. Their last axis is over units
-    and is summed over in norms; an axis before it is over the samples of a batch. Time is in units
-    of the activity time constant.
+    and is summed over in norms; an axis before it, which all have or none, is over the samples of
+    a batch. Time is in units of the activity time constant.
     """
 
     @abc.abstractmethod
@@ -137,8 +137,12 @@ def check_contract(flow: Flow, state: State) -> None:
         raise DtypeError(
             f"{name}.dtype is {flow.dtype}, but its initial_state has {[x.dtype for x in state]}"
         )
-    if not state or any(x.ndim == 0 for x in state):
-        raise ShapeError(f"{name}.initial_state must be a tuple of arrays with an axis of units")
+    shapes = [x.shape for x in state]
+    if len({shape[:-1] for shape in shapes}) != 1 or not all(0 < len(s) < 3 for s in shapes):
+        raise ShapeError(
+            f"{name}.initial_state must be a tuple of arrays with an axis of units, and before it "
+            f"one of the same samples or none, got shapes {shapes}"
+        )
     now, rate = jax.eval_shape(lambda s: (s, flow.vector_field(_time(flow), s)), state)
     if now != rate:
         raise ShapeError(

@@ -275,7 +275,8 @@ class Wrong(pcdyn.Flow):
 
     def initial_state(self, initial: Any = "feedforward") -> Any:
         dtype = jnp.float32 if self.fault == "dtype" else jnp.float64
-        return (jnp.zeros(() if self.fault == "no units" else 2, dtype),)
+        state = (jnp.zeros(() if self.fault == "no units" else 2, dtype),)
+        return (*state, jnp.zeros((3, 2))) if self.fault == "batch" else state
 
     def vector_field(self, t: Any, state: Any) -> Any:
         return state[0] if self.fault == "field" else state
@@ -291,6 +292,7 @@ def run(flow: Any = DRIVEN, **options: Any) -> pcdyn.Trajectory:
 REFUSED: dict[str, tuple[Callable[[], Any], type[PcdynError], str]] = {
     "a dtype": (lambda: run(Wrong("dtype")), DtypeError, r"float64.*initial_state.*float32"),
     "no units": (lambda: run(Wrong("no units")), ShapeError, "axis of units"),
+    "other samples": (lambda: run(Wrong("batch")), ShapeError, r"same samples.*\(3, 2\)"),
     "a field": (lambda: run(Wrong("field")), ShapeError, r"Wrong.vector_field must return"),
     "layers": (lambda: run(Wrong("layers")), ShapeError, r"activities.*\(0, 1\).*free_layers"),
     "no flow": (lambda: run(3), InputError, "another pcdyn.Flow"),
