@@ -253,9 +253,9 @@ def test_the_flow_ends_at_the_closed_form() -> None:
     assert np.all(np.diff(along) < 1e-9)
     assert along[-1] == pytest.approx(-log_likelihood(known).mean(), abs=1e-10)
     assert run.precisions[0].shape == (3,)
-    with pytest.raises(ShapeError, match="precisions move"):
+    with pytest.raises(ShapeError, match="holds its precisions"):
         run.to_xarray()
-    with pytest.raises(ValueError, match="precisions move"):
+    with pytest.raises(ValueError, match="holds its precisions"):
         stability(problem, at=run)
 
 
