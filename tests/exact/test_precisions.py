@@ -255,7 +255,7 @@ def test_the_flow_ends_at_the_closed_form() -> None:
     assert run.precisions[0].shape == (3,)
     with pytest.raises(ShapeError, match="holds its precisions"):
         run.to_xarray()
-    with pytest.raises(ValueError, match="holds its precisions"):
+    with pytest.raises(ValueError, match="precisions moved"):
         stability(problem, at=run)
 
 
