@@ -196,7 +196,7 @@ def order(config: Config) -> dict[str, Any]:
             network, input=inputs, output=outputs, energy=pcdyn.Gaussian([1.0, precision])
         )
         flow = learning.AdiabaticFlow(problem, tolerance=1e-12)
-        slope = -jnp.concatenate(flow.vector_field(flow.initial_state())) / precision
+        slope = -jnp.concatenate(flow.vector_field(0.0, flow.initial_state())) / precision
         return jnp.linalg.norm(slope - expected) / jnp.linalg.norm(expected)
 
     values = [float(gap(jnp.asarray(p))) for p in config.order_precisions]

@@ -155,7 +155,7 @@ def first_updates(problem: pcdyn.InferenceProblem, times: Any) -> tuple[list[Any
     state, errors = problem.feedforward_state(), []
     for index in range(depth, 0, -1):
         errors.insert(0, problem.prediction_errors(problem.activities(state))[index - 1])
-        state = step(state, 1.0, problem.vector_field(state))
+        state = step(state, 1.0, problem.vector_field(0.0, state))
     return early, errors
 
 

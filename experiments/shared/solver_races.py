@@ -158,10 +158,10 @@ def compiled(problem: pcdyn.InferenceProblem, name: str) -> Callable[..., Any]:
 
 def euler(problem: pcdyn.InferenceProblem, step: float, steps: Any) -> Any:
     """A bare loop of Euler steps, without any check: the least that an update can cost."""
-    first = problem.first_prediction()
+    prepared = problem.prepared()
 
     def update(_: Any, state: Any) -> Any:
-        slope = problem.gradient(state, first)
+        slope = prepared.gradient(state)
         return jax.tree.map(lambda x, g: x - step * g, state, slope)
 
     return jax.lax.fori_loop(0, steps, update, problem.feedforward_state())

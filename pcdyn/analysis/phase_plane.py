@@ -69,9 +69,8 @@ def _linearised(problem: InferenceProblem, points: Any) -> tuple[Any, Any, Any, 
     def one(point: Any) -> tuple[Any, Any, Any, Any]:
         state = state_at(problem, point)
         rates, modes = jnp.linalg.eigh(decay_matrix(problem, state).dense())
-        if problem.time_constants is not None:
-            roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
-            modes = modes / jnp.stack(roots)[:, None]
+        roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
+        modes = modes / jnp.stack(roots)[:, None]
         modes = (modes / jnp.linalg.norm(modes, axis=0, keepdims=True)).T
         residual = jnp.max(layer_norms(problem.gradient(state)))
         return problem.free_energy(state), residual, rates, modes
@@ -89,7 +88,7 @@ def local_flow(problem: InferenceProblem, points: np.ndarray) -> tuple[np.ndarra
 def _field(problem: InferenceProblem, points: Any) -> tuple[Any, Any]:
     def one(point: Any) -> tuple[Any, Any]:
         state = state_at(problem, point)
-        return problem.free_energy(state), jnp.concatenate(problem.vector_field(state))
+        return problem.free_energy(state), jnp.concatenate(problem.vector_field(0.0, state))
 
     return jax.vmap(one)(points)
 
@@ -134,7 +133,7 @@ def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
     """Where Newton's method for ∂F/∂x = 0 leads to, which stops at saddles and maxima as well."""
 
     def velocity(point: Any) -> Any:
-        return jnp.concatenate(problem.vector_field(state_at(problem, point)))
+        return jnp.concatenate(problem.vector_field(0.0, state_at(problem, point)))
 
     def one(point: Any) -> Any:
         # Of several solutions, where the Jacobian is singular, the shortest.

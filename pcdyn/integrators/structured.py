@@ -15,7 +15,6 @@ from pcdyn._support.products import einsum, matmul
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem, State
-from pcdyn.model.stacked import StackedProblem
 
 # Layers whose indices differ by this much do not share a neighbour.
 _COLOURS = 3
@@ -25,21 +24,7 @@ def sample_hessians(problem: InferenceProblem, state: State) -> BlockTridiagonal
     """∂²F/∂x² of one sample, or of each sample of a batch with the sample as leading axis."""
     if state[0].ndim == 1:
         return free_energy_hessian(problem, state)
-
-    def one(input: Any, output: Any, state: State) -> BlockTridiagonal:
-        return free_energy_hessian(problem.with_data(input, output), state)
-
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
-
-
-def free_time_constants(problem: InferenceProblem | StackedProblem) -> tuple[Array, ...]:
-    """τ for every array of a state."""
-    if isinstance(problem, StackedProblem):
-        tau = problem.time_constants
-        return (jnp.ones(sum(problem.free_widths), problem.dtype) if tau is None else tau,)
-    if problem.time_constants is None:
-        return tuple(jnp.ones((), problem.dtype) for _ in problem.free_layers)
-    return tuple(problem.time_constants[index] for index in problem.free_layers)
+    return problem.map_samples(free_energy_hessian, state)
 
 
 def shifted(

@@ -12,7 +12,8 @@ import numpy as np
 from pcdyn._support.states import largest_norm, layer_norms
 from pcdyn.model.energies.energy import Energy, Gaussian
 from pcdyn.model.energies.generalised import Separable, output_part, residual_part
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.flow import Flow
+from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.model.stacked import StackedProblem, stacked
 
 _PROBES = 4
@@ -20,7 +21,7 @@ _PROBES = 4
 _PLACES = 32
 
 
-def smallest_precision(problem: Problem) -> Any:
+def smallest_precision(problem: Flow) -> Any:
     """The smallest eigenvalue of any Π_l, at zero error where the energy is no Gaussian.
 
     Infinite where no precision is known.
@@ -70,7 +71,7 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Any:
     if isinstance(deep, StackedProblem):
         together = deep.pack(state)
         field = jnp.max(deep.norms(deep.gradient(together)), axis=-1)
-        largest = jnp.max(deep.error_norms(deep.observe(together)[0]), axis=-1)
+        largest = jnp.max(deep.error_norms(deep.observe(0.0, together)[0]), axis=-1)
     else:
         field = largest_norm(problem.gradient(state))
         largest = largest_norm(problem.prediction_errors(problem.activities(state)))

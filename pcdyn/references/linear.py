@@ -107,8 +107,7 @@ def linear_equilibrium(
     """
     check_choice(method, "method", ("cholesky", "output_space"))
     linear_parts(problem)
-    both = problem.input is not None and problem.output is not None
-    if method == "output_space" and not both:
+    if method == "output_space" and not problem.both_ends_clamped:
         raise InputError(_USE_CHOLESKY)
     arrays, rest = eqx.partition(problem, eqx.is_array)
     fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
@@ -201,7 +200,7 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     clamped.
     """
     products, energy = _products(problem)
-    if problem.input is None or problem.output is None:
+    if not problem.both_ends_clamped:
         raise InputError(_CLAMP_BOTH)
     parts = (
         matmul(energy.unweigh(index, product), product.T) for index, product in products.items()
@@ -324,13 +323,12 @@ def single_layer_flow(
     if len(activities) != network.depth + 1:
         raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
     precisions = [energy.matrix(i, network.widths[i], network.dtype) for i in (layer, layer + 1)]
-    constants = problem.time_constants
     neighbours = InferenceProblem(
         Network(network.layers[layer - 1 : layer + 1]),
         input=activities[layer - 1],
         output=activities[layer + 1],
         energy=Gaussian(precisions),
-        time_constants=None if constants is None else constants[layer - 1 : layer + 2],
+        time_constants=problem.time_constants[layer - 1 : layer + 2],
     )
     return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
 
@@ -373,10 +371,7 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
     """τ^{-½} of each free unit."""
     widths = [problem.network.widths[index] for index in problem.free_layers]
-    constants = problem.time_constants
-    if constants is None:
-        return jnp.ones(sum(widths), problem.dtype)
-    each = [constants[index] for index in problem.free_layers]
+    each = problem.state_time_constants
     return jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, each, strict=True)])
 
 

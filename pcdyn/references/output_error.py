@@ -152,7 +152,7 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
     Raises `NotLinearError` for other networks and energies, `InputError` if an end is free.
     """
     rates, modes, scale = linear_modes(problem)
-    if problem.input is None or problem.output is None:
+    if not problem.both_ends_clamped:
         raise InputError(
             "the output error moves by M(t) where both ends are clamped; give the problem an input "
             "and an output, or follow the flow with pcdyn.simulate"
@@ -184,6 +184,6 @@ def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array
     check_problem(problem)
     state = problem.initial_state(state)
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
-    field = problem.vector_field(state, None)
+    field = problem.vector_field(0.0, state)
     parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]
     return -jnp.sum(jnp.stack(parts), axis=0)

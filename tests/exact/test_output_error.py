@@ -174,7 +174,7 @@ def test_the_reduced_energy_is_that_of_the_network() -> None:
         [weights[:1, None], weights[1:, None]], noise=noise, precision=precision
     )
     flow = AdiabaticFlow(problem, ClosedForm())
-    moves = jnp.concatenate(flow.vector_field(flow.initial_state())) / (SAMPLES * precision)
+    moves = jnp.concatenate(flow.vector_field(0.0, flow.initial_state())) / (SAMPLES * precision)
     assert_close(moves, -jax.grad(reduced_energy)(weights, noise, precision), 1e3 * EPS)
 
 

@@ -65,8 +65,8 @@ def test_a_vector_field_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatc
     right = InferenceProblem.vector_field
     assert all(verdicts("Eq 1", 5))
 
-    def wrong(self: InferenceProblem, state: Any, first_prediction: Any = None) -> Any:
-        return jax.tree.map(lambda v: -v, right(self, state, first_prediction))
+    def wrong(self: InferenceProblem, t: Any, state: Any) -> Any:
+        return jax.tree.map(lambda v: -v, right(self, t, state))
 
     monkeypatch.setattr(InferenceProblem, "vector_field", wrong)
     assert not all(verdicts("Eq 1", 4))
@@ -215,8 +215,8 @@ def test_a_wrong_learning_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Theorem 3.6 integrates NumPy's −dF*/dW; pcdyn's is compared with it."""
     right = AdiabaticFlow.vector_field
 
-    def faster(self: AdiabaticFlow, state: Any, first_prediction: Any = None) -> Any:
-        return jax.tree.map(lambda v: 1.001 * v, right(self, state, first_prediction))
+    def faster(self: AdiabaticFlow, t: Any, state: Any) -> Any:
+        return jax.tree.map(lambda v: 1.001 * v, right(self, t, state))
 
     monkeypatch.setattr(AdiabaticFlow, "vector_field", faster)
     assert [not known for known in verdicts("Theorem 3.6", 7)] == [False, True, True] + 3 * [False]

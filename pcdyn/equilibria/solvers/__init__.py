@@ -74,8 +74,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """
     if is_linear(problem.network) and isinstance(problem.energy, Gaussian):
         return (ClosedForm(),)
-    both = problem.input is not None and problem.output is not None
-    middle = (ErrorDescent(),) if both and is_gaussian_below(problem) else ()
+    descends = problem.both_ends_clamped and is_gaussian_below(problem)
+    middle = (ErrorDescent(),) if descends else ()
     if not has_curvature(problem):
         return (*middle, PseudoTransient())
     # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.

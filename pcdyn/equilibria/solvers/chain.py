@@ -52,7 +52,7 @@ class Chain(eqx.Module):
         network, energy = problem.network, problem.energy
         hidden = residual_part(energy)
         assert isinstance(hidden, Gaussian | Separable), "the solvers have checked this"
-        self.first_prediction = problem.first_prediction()
+        self.first_prediction = problem.prepared().first_prediction
         self.target = problem.output
         self.output_layer = network.layers[-1]
         self.energy, self.hidden = energy, hidden

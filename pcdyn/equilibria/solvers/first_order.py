@@ -151,7 +151,7 @@ class ErrorDescent(Solver):
     def check(self, problem: InferenceProblem) -> None:
         if not is_gaussian_below(problem):
             gaussian_energy(self.name, problem)
-        if problem.input is None or problem.output is None:
+        if not problem.both_ends_clamped:
             raise InputError(
                 f"{self.name} needs both ends clamped: only then do the errors determine the "
                 "activities and the output error"

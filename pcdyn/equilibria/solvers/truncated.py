@@ -111,7 +111,7 @@ class TruncatedGaussNewton(eqx.Module):
                 f"of all layers, not {type(problem.energy).__name__}; use "
                 'PredictiveCoding(method="pseudo_transient")'
             )
-        if problem.input is None or problem.output is None:
+        if not problem.both_ends_clamped:
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
     def settle(self, problem: InferenceProblem) -> Settled:
