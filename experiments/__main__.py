@@ -11,8 +11,6 @@ if __name__ == "__main__":
     # XLA would warn of each program that it finds in its cache.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-    import tyro
+    from experiments.shared.command import main
 
-    from experiments.command import Options, main
-
-    sys.exit(main(tyro.cli(Options, prog="python -m experiments")))
+    sys.exit(main(sys.argv[1:]))

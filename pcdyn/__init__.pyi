@@ -53,6 +53,7 @@ from .model.energies import PseudoHuber as PseudoHuber
 from .model.energies import Student as Student
 from .model.energies import interpolation as interpolation
 from .model.energies import named_energy as named_energy
+from .model.flow import Flow as Flow
 from .model.network import Dense as Dense
 from .model.network import Network as Network
 from .model.network import mlp as mlp

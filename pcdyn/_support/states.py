@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pcdyn._support.products import einsum
+
 
 def layer_norms(state: tuple[Any, ...]) -> Float[Array, "*batch layers"]:
     """The Euclidean norm of each layer, per sample."""
@@ -28,7 +30,7 @@ def largest_norm(state: tuple[Any, ...]) -> Any:
 def dot(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
     """The inner product of two states, per sample."""
     # XLA multiplies rows faster than it sums their products.
-    products = (jnp.einsum("...n,...n->...", x, y) for x, y in zip(a, b, strict=True))
+    products = (einsum("...n,...n->...", x, y) for x, y in zip(a, b, strict=True))
     return sum(x if x.ndim < 2 else jnp.sum(x, axis=0) for x in products)
 
 

@@ -19,7 +19,7 @@ from pcdyn.analysis.comparison.reference_solution import reference_for
 from pcdyn.analysis.comparison.settings import unstable_steps_expected, with_step
 from pcdyn.errors import InputError, NoUsableRangeError, ShapeError, TimesError
 from pcdyn.integrators import Integrator
-from pcdyn.model.problem import InferenceProblem, check_problem
+from pcdyn.model.flow import Flow, check_flow
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
 
@@ -62,7 +62,7 @@ class ConvergenceOrder:
 
 def convergence_order(
     integrator: str | Integrator,
-    problem: InferenceProblem,
+    problem: Flow,
     *,
     t1: float,
     initial: str | Sequence[Numbers] = "feedforward",
@@ -91,7 +91,7 @@ def convergence_order(
     method without a fixed step, `InputError` for fewer than three steps, and what
     `pcdyn.simulate` raises.
     """
-    check_problem(problem)
+    check_flow(problem)
     t1 = checked_number(t1, "t1", above=0, error=TimesError)
     most_steps = checked_integer(most_steps, "most_steps", at_least=_LEAST_STEPS)
     if steps is not None:
@@ -153,28 +153,27 @@ def usable_range(steps: np.ndarray, errors: np.ndarray, least_error: float) -> n
     return usable
 
 
-def _truth(
-    problem: InferenceProblem, t1: float, initial: Any, reference: Any
-) -> tuple[list[Any], float]:
+def _truth(problem: Flow, t1: float, initial: Any, reference: Any) -> tuple[list[Any], float]:
     """The activities at t1 (`None` where clamped), and how far a second solver is from them."""
     if isinstance(reference, Trajectory):
         reference = reference.final
     if reference is not None:
-        count = problem.network.depth + 1
+        like = problem.activities(problem.initial_state(initial))
+        count = len(like)
         wanted = f"a Trajectory or activities x_0 … x_{count - 1} at t1"
         reference = as_sequence(reference, "reference", wanted)
         if len(reference) != count:
             raise ShapeError(f"reference must be {wanted}, got {len(reference)} layers")
-        free, batch = problem.free_layers, problem.batch_shape or ()
+        free = problem.free_layers
         truth = [
             as_host_array(x, f"layer {i} of reference") if i in free else None
             for i, x in enumerate(reference)
         ]
         for index in free:
-            shape, layer = (*batch, problem.network.widths[index]), truth[index]
-            if layer is not None and layer.shape != shape:
+            layer, needed = truth[index], like[index].shape
+            if layer is not None and layer.shape != needed:
                 raise ShapeError(
-                    f"layer {index} of reference has shape {layer.shape}, but {shape} is needed"
+                    f"layer {index} of reference has shape {layer.shape}, but {needed} is needed"
                 )
         return truth, 0.0
     known = reference_for(problem, t1=t1, times=np.array([t1]), initial=initial)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcdyn._support.products import matmul
 from pcdyn._support.states import layer_norms
 from pcdyn.equilibria.multiple import multiple_equilibria
 from pcdyn.errors import EquilibriumStatus
@@ -68,9 +69,8 @@ def _linearised(problem: InferenceProblem, points: Any) -> tuple[Any, Any, Any, 
     def one(point: Any) -> tuple[Any, Any, Any, Any]:
         state = state_at(problem, point)
         rates, modes = jnp.linalg.eigh(decay_matrix(problem, state).dense())
-        if problem.time_constants is not None:
-            roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
-            modes = modes / jnp.stack(roots)[:, None]
+        roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
+        modes = modes / jnp.stack(roots)[:, None]
         modes = (modes / jnp.linalg.norm(modes, axis=0, keepdims=True)).T
         residual = jnp.max(layer_norms(problem.gradient(state)))
         return problem.free_energy(state), residual, rates, modes
@@ -88,7 +88,7 @@ def local_flow(problem: InferenceProblem, points: np.ndarray) -> tuple[np.ndarra
 def _field(problem: InferenceProblem, points: Any) -> tuple[Any, Any]:
     def one(point: Any) -> tuple[Any, Any]:
         state = state_at(problem, point)
-        return problem.free_energy(state), jnp.concatenate(problem.vector_field(state))
+        return problem.free_energy(state), jnp.concatenate(problem.vector_field(0.0, state))
 
     return jax.vmap(one)(points)
 
@@ -133,11 +133,11 @@ def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
     """Where Newton's method for ∂F/∂x = 0 leads to, which stops at saddles and maxima as well."""
 
     def velocity(point: Any) -> Any:
-        return jnp.concatenate(problem.vector_field(state_at(problem, point)))
+        return jnp.concatenate(problem.vector_field(0.0, state_at(problem, point)))
 
     def one(point: Any) -> Any:
         # Of several solutions, where the Jacobian is singular, the shortest.
-        step = -jnp.linalg.pinv(jax.jacfwd(velocity)(point)) @ velocity(point)
+        step = -matmul(jnp.linalg.pinv(jax.jacfwd(velocity)(point)), velocity(point))
         length = jnp.linalg.norm(step)
         return point + step * jnp.minimum(1, longest / jnp.maximum(length, longest))
 

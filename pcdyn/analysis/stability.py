@@ -1,7 +1,8 @@
-"""`stability`: the time scales of an inference flow, and which steps and integrators suit them."""
+"""`stability`: the time scales of a flow, and which steps and integrators suit them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.checks import Numbers, check_instance, is_traced
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
-from pcdyn.errors import EquilibriumStatus, InputError, NotConvergedError, ShapeError
+from pcdyn.errors import (
+    EquilibriumStatus,
+    InputError,
+    NotConvergedError,
+    ShapeError,
+    SpectrumError,
+)
 from pcdyn.integrators.run import on_host
 from pcdyn.integrators.stability_function import stability_interval
 from pcdyn.linearisation.spectrum import MOST_DENSE_UNITS, Spectrum, extreme_spectrum, full_spectrum
-from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.model.flow import Flow, State, check_contract, check_flow
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -32,19 +41,25 @@ _MOST_LAYERS_NAMED = 4
 class Stability(eqx.Module):
     """The linearised flow `τ dδ/dt = −H δ` around states of a problem, H = ∂²F/∂x².
 
+    Of any other flow, `dδ/dt = J δ` with J the Jacobian of its vector field, which need not be
+    symmetric: then the rates are complex, and each mode turns by the imaginary part of its rate as
+    it decays by the real part.
+
     Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are time first,
     for a spectrum along a trajectory, then the sample if there is a batch. Rates are in
     1/(activity time constant).
 
-    - `rates`: the decay rates, eigenvalues of τ⁻¹H, in ascending order on the last axis. A
-      negative one grows: the state is no minimum. All N of them if `complete`, otherwise only
-      the first and the last. NaN where a sample is `at_kink`.
-    - `slowest_mode`, `fastest_mode`: the share of each free layer in the squared norm of the mode
-      with the smallest and with the largest rate, on the last axis.
+    - `rates`: the decay rates, eigenvalues of τ⁻¹H or of −J, in ascending order (of their real
+      parts) on the last axis. A negative one grows: the state is no minimum. All N of them if
+      `complete`, otherwise only the first and the last. NaN where a sample is `at_kink`.
+    - `slowest_mode`, `fastest_mode`: the share of each free layer (of each array of the state of
+      another flow) in the squared norm of the mode with the smallest and with the largest rate, on
+      the last axis.
     - `at_kink`: whether a sample rests where an activation has a kink, so that the flow has no
       linearisation there.
     - `times`: of a spectrum along a trajectory, otherwise `None`.
-    - `units`: N, the number of free activities. `free_layers`: their layers.
+    - `units`: N, the number of free activities. `free_layers`: their layers; of another flow, the
+      numbers of all that moves and the indices of the arrays of its state.
     - `at`: where the flow was linearised.
     """
 
@@ -60,25 +75,25 @@ class Stability(eqx.Module):
 
     @property
     def slowest_rate(self) -> Any:
-        """The smallest rate; negative at a saddle."""
-        return self.rates[..., 0]
+        """The smallest rate, or real part of one; negative at a saddle."""
+        return self._decay[..., 0]
 
     @property
     def fastest_rate(self) -> Any:
-        """The largest rate, which bounds the step of every explicit method."""
-        return self.rates[..., -1]
+        """The largest rate, or real part of one, which bounds the step of explicit methods."""
+        return self._decay[..., -1]
 
     @property
     def relaxation_times(self) -> Any:
-        """1 / `rates`; infinite where a rate is not positive (within round-off)."""
-        return _reciprocal(self.rates, self.rates > self._round_off)
+        """1 / `rates`, or real parts; infinite where one is not positive (within round-off)."""
+        return _reciprocal(self._decay, self._decay > self._round_off)
 
     @property
     def condition_number(self) -> Any:
         """The largest |rate| over the smallest; infinite with a flat direction."""
         xp = self._module
         # The smallest |rate| of a saddle may lie between the extremes: then it is not known.
-        known = self.complete or xp.all(self.rates > -self._round_off, axis=-1)
+        known = self.complete or xp.all(self._decay > -self._round_off, axis=-1)
         sizes = xp.abs(self.rates)
         smallest = xp.min(sizes, axis=-1, keepdims=True)
         flat = smallest <= self._round_off
@@ -92,8 +107,8 @@ class Stability(eqx.Module):
         Zero where nothing relaxes; NaN where the smallest positive rate is not known.
         """
         xp = self._module
-        positive = self.rates > self._round_off
-        smallest = xp.min(xp.where(positive, self.rates, xp.inf), axis=-1)
+        positive = self._decay > self._round_off
+        smallest = xp.min(xp.where(positive, self._decay, xp.inf), axis=-1)
         ratio = self.fastest_rate * _reciprocal(smallest, xp.ones(smallest.shape, bool))
         known = ~self.at_kink
         if not self.complete:
@@ -103,11 +118,11 @@ class Stability(eqx.Module):
     @property
     def unstable(self) -> Any:
         """Whether a rate is negative beyond round-off: the state is a saddle or a maximum."""
-        return self._module.any(self.rates < -self._round_off, axis=-1)
+        return self._module.any(self._decay < -self._round_off, axis=-1)
 
     @property
     def largest_euler_step(self) -> Any:
-        """2 / `fastest_rate`: explicit Euler diverges from the state with any larger step."""
+        """2 / `fastest_rate` where rates are real: with any larger step explicit Euler diverges."""
         return self.largest_step("euler")
 
     def largest_step(self, method: Any) -> Any:
@@ -115,15 +130,30 @@ class Stability(eqx.Module):
 
         `method` is a name (`"heun"`, `"tsit5"`, `"kvaerno5"`, …), a diffrax solver,
         `pcdyn.Euler(dt=…)` or `pcdyn.Diffrax(…)`. The bound is the length of the real stability
-        interval over `fastest_rate`; it is infinite for implicit methods, and where nothing
-        decays. Accuracy is another matter. Raises `IntegratorError` for methods that are not
+        interval over `fastest_rate` (of complex rates, the least over all of how far the stability
+        region reaches in the direction of one); it is infinite for implicit methods, and where
+        nothing decays. Accuracy is another matter. Raises `IntegratorError` for methods that are no
         Runge–Kutta methods of diffrax.
         """
+        if self._turns:
+            return self._largest_step_of_turning(method)
         xp, interval = self._module, stability_interval(method)
         if np.isinf(interval):
             return xp.where(self.at_kink, xp.nan, xp.full_like(self.fastest_rate, xp.inf))
         decays = self.fastest_rate > self._round_off[..., 0]
         return interval * _reciprocal(self.fastest_rate, decays)
+
+    def _largest_step_of_turning(self, method: Any) -> Any:
+        """`largest_step` where rates are complex, mode by mode."""
+        decays = self._decay > self._round_off
+        sizes = np.where(decays, np.abs(self.rates), 1)
+        # A rate and its conjugate bound the step alike.
+        real = np.abs(self.rates.imag) <= self._round_off
+        rays = np.where(real, 1, (self._decay + 1j * np.abs(self.rates.imag)) / sizes)
+        rays, places = np.unique(np.where(decays, rays, 1), return_inverse=True)
+        intervals = np.array([stability_interval(method, complex(ray)) for ray in rays])
+        steps = np.where(decays, intervals[places.reshape(decays.shape)] / sizes, np.inf)
+        return steps.min(axis=-1)
 
     @property
     def verdict(self) -> str:
@@ -152,7 +182,7 @@ class Stability(eqx.Module):
         """A readable account, for all samples together."""
         xp = np.asarray
         lines = [
-            f"Stability at {self.at}: {self.units} units in the layers {self.free_layers}, "
+            f"Stability at {self.at}: {self.units} units in the {self._kind}s {self.free_layers}, "
             f"{self._population}",
             f"  {self.verdict}",
             f"  decay rates {_range(self.slowest_rate)} (slowest) to {_range(self.fastest_rate)} "
@@ -169,8 +199,12 @@ class Stability(eqx.Module):
         if not self.complete:
             lines.insert(1, "  by Lanczos iterations: only the slowest and the fastest rate")
         if np.any(self.unstable):
-            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are saddles or "
-                            "maxima of the free energy, with rates below zero")  # fmt: skip
+            what = "left by the flow" if self._turns else "saddles or maxima of the free energy"
+            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {what}, "
+                            "with rates below zero")  # fmt: skip
+        if self._turns and np.any(self.rates.imag):
+            fastest = _range(np.max(np.abs(self.rates.imag), axis=-1))
+            lines.insert(-1, f"  modes turn at up to {fastest} radians per unit of time")
         if np.any(self.at_kink):
             lines.insert(1, f"  {np.sum(self.at_kink)} of {count} samples rest at a kink of an "
                             "activation and have no linearisation: left out")  # fmt: skip
@@ -205,6 +239,21 @@ class Stability(eqx.Module):
         return xarray.Dataset(data, coords, attrs)
 
     @property
+    def _decay(self) -> Any:
+        """The real parts of the rates."""
+        return self.rates.real
+
+    @property
+    def _turns(self) -> bool:
+        """Whether the flow is none of inference, so that its rates are complex numbers."""
+        return np.iscomplexobj(self.rates)
+
+    @property
+    def _kind(self) -> str:
+        """What the state is made of."""
+        return "array" if self._turns else "layer"
+
+    @property
     def _module(self) -> Any:
         return np if isinstance(self.rates, np.ndarray) else jnp
 
@@ -229,28 +278,35 @@ class Stability(eqx.Module):
             return "not known"
         means = rows.mean(axis=0)
         largest = sorted(np.argsort(-means, kind="stable")[:_MOST_LAYERS_NAMED])
-        return ", ".join(f"layer {self.free_layers[i]} {means[i]:.0%}" for i in largest)
+        return ", ".join(f"{self._kind} {self.free_layers[i]} {means[i]:.0%}" for i in largest)
 
 
 def stability(
-    problem: InferenceProblem,
+    problem: Flow,
     *,
     at: str | Equilibrium | Trajectory | Sequence[Numbers] = "equilibrium",
 ) -> Stability:
     """The spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
 
-    Arguments: `problem`, with any clamps, precisions and time constants, one sample or a batch;
-    `at`, which is `"equilibrium"` (found by `pcdyn.equilibrium`), `"feedforward"`, `"zeros"`, a
-    state, an `Equilibrium`, or a `Trajectory`, whose last state is taken.
+    Arguments: `problem`, with any clamps, precisions and time constants, one sample or a batch, or
+    another `pcdyn.Flow`; `at`, which is `"equilibrium"` (found by `pcdyn.equilibrium`),
+    `"feedforward"`, `"zeros"`, a state, an `Equilibrium`, or a `Trajectory`, whose last state is
+    taken.
 
     Up to 600 free units all rates are computed; above, Lanczos iterations on the block-tridiagonal
     Hessian give the extreme ones only, and `complete` is false.
 
-    Raises `NotConvergedError` where no equilibrium is found, `InputError` for other problems than
-    inference, what the state and the trajectory raise that do not fit the problem, and
-    `SpectrumError` where Lanczos iterations fail.
+    Another flow is linearised by automatic differentiation as a whole, all samples together, at a
+    state or a trajectory's end; a field that depends on time at the time there, 0 at a given state.
+
+    Raises `NotConvergedError` where no equilibrium is found, `InputError` for what another flow
+    does not have (an equilibrium to be found, more than 600 units, JAX transformations), what the
+    state and the trajectory raise that do not fit the problem, and `SpectrumError` where Lanczos
+    iterations fail or the Jacobian is not finite.
     """
-    check_problem(problem)
+    check_flow(problem)
+    if not isinstance(problem, InferenceProblem):
+        return _of_flow(problem, at)
     if isinstance(at, str) and at == "equilibrium":
         at = equilibrium(problem)
     if isinstance(at, Equilibrium):
@@ -264,40 +320,99 @@ def stability(
     return _build(problem, state, at=where)
 
 
-def stability_along(problem: InferenceProblem, trajectory: Trajectory) -> Stability:
+def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
     """`stability` at every saved time of a trajectory of the problem, time on the first axis.
 
     Raises as `stability` does.
     """
-    check_problem(problem)
+    check_flow(problem)
     check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
     rows = [tuple(x[i] for x in trajectory.activities) for i in range(len(trajectory.times))]
     if not rows:
         raise InputError(f"the trajectory has no saved times: {trajectory.message}")
     states = [_states(problem, trajectory, activities) for activities in rows]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    return _build(problem, stacked, at="all times of a trajectory", times=trajectory.times)
+    where = "all times of a trajectory"
+    if not isinstance(problem, InferenceProblem):
+        found = _linearised(problem, trajectory.times, stacked, where)
+        return dataclasses.replace(found, times=trajectory.times)
+    return _build(problem, stacked, at=where, times=trajectory.times)
 
 
-def _states(problem: InferenceProblem, trajectory: Trajectory, activities: Any) -> State:
-    """The free layers of `activities`, checked against the problem."""
-    if trajectory.network is not None or trajectory.precisions is not None:
-        moving = "precisions" if trajectory.network is None else "weights"
+def _of_flow(flow: Flow, at: Any) -> Stability:
+    """`stability` of a flow that is none of inference."""
+    name = type(flow).__name__
+    if isinstance(at, Equilibrium) or (isinstance(at, str) and at == "equilibrium"):
         raise InputError(
-            f"the {moving} move along this trajectory: give a state, at=problem.state_of"
+            f"only inference has a solver for its equilibrium: give a state of the {name} as at=…, "
+            'such as where pcdyn.simulate(…, until="equilibrium") has ended'
         )
-    if len(activities) != problem.network.depth + 1 or (
-        trajectory.free_layers != problem.free_layers
-    ):
+    if isinstance(at, Trajectory):
+        state, time, where = _states(flow, at, at.final), at.times[-1], "the end of a trajectory"
+    else:
+        state, time = flow.initial_state(at), 0.0
+        where = f"the {at} state" if isinstance(at, str) else "the given state"
+    states = jax.tree.map(lambda x: x[None], state)
+    return jax.tree.map(lambda x: x[0], _linearised(flow, np.array([time]), states, where))
+
+
+def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
+    """The rates at several times and states, by dense eigendecompositions on the host."""
+    name, units = type(flow).__name__, sum(x[0].size for x in states)
+    if is_traced(flow, states):
+        raise InputError(f"the rates of a {name} come from the host, which JAX cannot transform")
+    check_contract(flow, jax.tree.map(lambda x: x[0], states))
+    if units > MOST_DENSE_UNITS:
+        raise InputError(
+            f"the {name} moves {units} units, but all rates are known only up to {MOST_DENSE_UNITS}"
+        )
+    matrices = np.asarray(_jacobians(flow, np.asarray(times, flow.dtype), states))
+    if not np.isfinite(matrices).all():
+        raise SpectrumError(f"the Jacobian of the {name} at {where} is not finite")
+    rates: Any
+    rates, modes = np.linalg.eig(-matrices)
+    order = np.lexsort((rates.imag, rates.real), axis=-1)
+    rates = np.take_along_axis(rates, order, -1).astype(np.result_type(matrices, np.complex64))
+    squares = np.abs(np.take_along_axis(modes, order[:, None], -1)) ** 2
+    sizes = [x[0].size for x in states]
+    parts = np.split(squares, np.cumsum(sizes)[:-1], axis=1)
+    shares = np.stack([part.sum(axis=1) for part in parts], axis=-1) / squares.sum(1)[..., None]
+    return Stability(
+        rates, shares[:, 0], shares[:, -1], np.zeros(len(rates), bool), units=units,
+        free_layers=tuple(range(len(states))), at=where,
+    )  # fmt: skip
+
+
+@eqx.filter_jit
+def _jacobians(flow: Flow, times: Any, states: State) -> Any:
+    """∂(dx/dt)/∂x at several times and states, as matrices."""
+    prepared = flow.prepared()
+
+    def one(t: Any, state: State) -> Any:
+        vector, unravel = ravel_pytree(state)
+        return jax.jacfwd(lambda x: ravel_pytree(prepared.vector_field(t, unravel(x)))[0])(vector)
+
+    return jax.vmap(one)(times, states)
+
+
+def _states(problem: Flow, trajectory: Trajectory, activities: Any) -> State:
+    """The free layers of `activities`, checked against the problem."""
+    if trajectory.moving:
+        raise InputError(
+            f"besides activities {' and '.join(trajectory.moving)} moved along this trajectory: "
+            "give a state, at=(…, …)"
+        )
+    if trajectory.free_layers != problem.free_layers:
         raise ShapeError(
-            f"the trajectory has {len(activities)} layers, of which {trajectory.free_layers} are "
-            f"free; the problem has {problem.network.depth + 1} and {problem.free_layers}"
+            f"the free layers of the trajectory are {trajectory.free_layers}, those of the problem "
+            f"{problem.free_layers}"
         )
     state = problem.initial_state(problem.state_of(activities))
+    layers = problem.activities(state)
+    if len(layers) != len(activities):
+        raise ShapeError(f"the trajectory has {len(activities)} layers, the problem {len(layers)}")
     if not is_traced(problem, activities):
-        for index, (ours, theirs) in enumerate(
-            zip(problem.activities(state), activities, strict=True)
-        ):
+        for index, (ours, theirs) in enumerate(zip(layers, activities, strict=True)):
             if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
                 raise InputError(
                     f"the trajectory was clamped to other data in layer {index} than the problem"
@@ -349,13 +464,14 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
     def row(x: Any) -> Any:
         return jnp.broadcast_to(x, (*leading, x.shape[-1])).reshape(-1, x.shape[-1])
 
-    input, output, states = jax.tree.map(row, (problem.input, problem.output, state))
+    data, states = jax.tree.map(row, (problem.data, state))
+    rows = problem.with_data(*data)
     if units <= MOST_DENSE_UNITS:
-        return full_spectrum(problem.with_data(input, output), states)
+        return full_spectrum(rows, states)
     found = []
     for i in range(len(states[0])):
-        data, one = jax.tree.map(lambda x, i=i: x[i], ((input, output), states))
-        found.append(extreme_spectrum(problem.with_data(*data), one))
+        one = jax.tree.map(lambda x, i=i: x[i], states)
+        found.append(extreme_spectrum(rows.sample(i), one))
     return jax.tree.map(lambda *x: np.stack(x), *found)
 
 

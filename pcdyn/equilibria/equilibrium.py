@@ -307,7 +307,7 @@ def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
         errors = problem.prediction_errors(problem.activities(state))
         return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
     together = deep.pack(state)
-    errors, energies = deep.observe(together)
+    errors, energies = deep.observe(0.0, together)
     return deep.unpack_errors(errors), energies, deep.norms(deep.gradient(together))
 
 

@@ -70,8 +70,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Any
     is down the gradient with the slope of the other side.
     """
 
-    def one(input: Any, output: Any, state: State) -> tuple[State, Any]:
-        sample = problem.with_data(input, output)
+    def one(sample: InferenceProblem, state: State) -> tuple[State, Any]:
         activities = sample.activities(state)
         errors = sample.prediction_errors(activities)
         size = jnp.sqrt(dot(activities, activities))
@@ -96,7 +95,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Any
         beside = step(state, -length, slope)
         return beside, ridge & (sample.free_energy(beside) < sample.free_energy(state))
 
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+    return problem.map_samples(one, state)
 
 
 def _preactivation_round_off(layer: Dense, size: Any, kinks: Any) -> Any:

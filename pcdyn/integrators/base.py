@@ -14,27 +14,8 @@ from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
-from pcdyn.model.problem import InferenceProblem, Problem, State
-from pcdyn.model.stacked import StackedProblem, norms_of
-
-
-class Flow(eqx.Module):
-    """The vector field of a problem with what is constant during inference computed once."""
-
-    problem: Problem
-    first_prediction: Array | None
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self.first_prediction = problem.first_prediction()
-
-    def __call__(self, t: Any, state: State, args: Any = None) -> State:
-        """dx/dt at `state`; the flow does not depend on time."""
-        return self.problem.vector_field(state, self.first_prediction)
-
-    def norms(self, state: State) -> Array:
-        """‖dx_l/dt‖ of each free layer at `state`, per sample."""
-        return norms_of(self.problem, self(0.0, state))
+from pcdyn.model.flow import Flow, State
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 
 class UntilEquilibrium(eqx.Module):
@@ -54,7 +35,7 @@ class UntilEquilibrium(eqx.Module):
             checked_number(self.tolerance, "tolerance", above=0, error=ToleranceError)
         checked_number(self.minimum_time, "minimum_time", at_least=0, error=ToleranceError)
 
-    def resolved(self, problem: Problem, start: State, per_sample: bool) -> UntilEquilibrium:
+    def resolved(self, problem: Flow, start: State, per_sample: bool) -> UntilEquilibrium:
         """The same with the tolerance filled in: one for each sample, or one for the batch.
 
         Samples that share their steps share the tolerance of the one that moves fastest: beside it
@@ -72,7 +53,7 @@ class UntilEquilibrium(eqx.Module):
         return eqx.tree_at(lambda u: u.tolerance, self, tolerance, is_leaf=lambda x: x is None)
 
     def reached(self, t: Any, norms: Any) -> Array:
-        """Whether to stop at time t, by the `Flow.norms` there: one boolean for all samples."""
+        """Whether to stop at time t, by the norms of the field: one boolean for all samples."""
         return (t >= jnp.asarray(self.minimum_time, norms.dtype)) & self.rests(norms)
 
     def rests(self, norms: Any) -> Array:
@@ -82,21 +63,17 @@ class UntilEquilibrium(eqx.Module):
 
 
 @eqx.filter_jit
-def _resting_field(problem: Problem, start: State, relative: Any) -> Any:
+def _resting_field(problem: Flow, start: State, relative: Any) -> Any:
     """What ‖dx_l/dt‖ is to be, per sample."""
     if isinstance(problem, InferenceProblem):
         return resting_tolerance(problem, start, relative) / _slowest_time(problem)
-    largest = jnp.minimum(1, jnp.max(layer_norms(Flow(problem)(0.0, start))))
+    largest = jnp.minimum(1, jnp.max(layer_norms(problem.vector_field(0.0, start))))
     return jnp.maximum(relative * largest, jnp.finfo(problem.dtype).tiny)
 
 
-def _slowest_time(problem: InferenceProblem | StackedProblem) -> Any:
+def _slowest_time(problem: InferenceFlow) -> Any:
     """The largest time constant of a free layer."""
-    if isinstance(problem, StackedProblem) and problem.time_constants is not None:
-        return jnp.max(problem.time_constants)
-    if problem.time_constants is None:
-        return jnp.ones((), problem.dtype)
-    return jnp.max(jnp.stack([problem.time_constants[index] for index in problem.free_layers]))
+    return jnp.max(jnp.stack([jnp.max(tau) for tau in problem.state_time_constants]))
 
 
 class Request(eqx.Module):
@@ -106,7 +83,7 @@ class Request(eqx.Module):
     stops at `deadline`, in seconds of `time.monotonic`.
     """
 
-    problem: Problem
+    problem: Flow
     state: State
     times: Any
     t1: Any
@@ -162,7 +139,7 @@ class Integrator(eqx.Module):
         """After how many steps it gives up; `None` for a method without steps."""
 
     @abc.abstractmethod
-    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         """Raise `IntegratorError` or `ToleranceError` for what this integrator cannot do."""
 
     @abc.abstractmethod
@@ -185,7 +162,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         floor = 100 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
         rate: Any = jnp.ones((), dtype)
-        if isinstance(request.problem, InferenceProblem | StackedProblem):
+        if isinstance(request.problem, InferenceFlow):
             slowest = smallest_precision(request.problem) / _slowest_time(request.problem)
             rate = jnp.where(jnp.isfinite(slowest), slowest, 1)
         wanted = jnp.min(jnp.asarray(until.tolerance, dtype)) / rate / 100
@@ -195,9 +172,10 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
 
 
 def largest_activity(request: Request) -> Array:
-    """The largest absolute activity at the start, clamped ones included."""
+    """The largest absolute activity at the start, clamped ones included; 1 where all vanish."""
     activities = request.problem.activities(request.state)
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
+    return jnp.where(largest > 0, largest, 1)
 
 
 def check_step(name: str, dt: Any) -> None:

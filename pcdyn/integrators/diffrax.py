@@ -14,7 +14,6 @@ from pcdyn._support.checks import check_instance, checked_integer
 from pcdyn._support.functions import Name
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
-    Flow,
     Integration,
     Integrator,
     Request,
@@ -25,7 +24,8 @@ from pcdyn.integrators.base import (
     largest_activity,
 )
 from pcdyn.integrators.scipy import SciPy
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.flow import Flow, State
+from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Diffrax(Integrator):
 
     Implicit solvers and Rodas5P factorise one block-tridiagonal matrix for each sample of an
     `InferenceProblem`; a diffrax solver whose root finder was given another linear solver than
-    lineax's default keeps it. Where weights move as well, the matrix is dense.
+    lineax's default keeps it. Of any other flow the matrix is dense.
     """
 
     solver: Any
@@ -150,7 +150,7 @@ class Diffrax(Integrator):
     def fixed_step(self) -> Any:
         return self.dt
 
-    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         import diffrax
 
         check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
@@ -169,15 +169,14 @@ class Diffrax(Integrator):
     def most_steps(self) -> int:
         return self.max_steps
 
-    def _solver(self, problem: Problem) -> Any:
+    def _solver(self, problem: Flow) -> Any:
         """The diffrax solver, with the linear algebra that suits the problem."""
         import diffrax
 
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         if self.solver == "rodas5p":
-            known = isinstance(problem, InferenceProblem | StackedProblem)
-            return Rodas5P(problem if known else None)
+            return Rodas5P(problem if isinstance(problem, InferenceFlow) else None)
         if not isinstance(self.solver, str):
             return _with_structure(self.solver, problem)
         solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
@@ -210,7 +209,7 @@ class Diffrax(Integrator):
         problem, state, until = request.problem, request.state, request.until
         import diffrax
 
-        flow = Flow(problem)
+        flow = problem.prepared()
         solver = _with_root_tolerances(
             self._solver(problem), request, *self._root_tolerances(request)
         )
@@ -218,15 +217,18 @@ class Diffrax(Integrator):
         dtype = problem.dtype
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
-        event = None
-        if until is not None:
-            event = diffrax.Event(lambda t, y, args, **_: until.reached(t, flow.norms(y)))
+
+        def at_rest(t: Any, y: State, args: Any = None, **_: Any) -> Any:
+            assert until is not None, "watched for only where it is"
+            return until.reached(t, flow.norms(flow.vector_field(t, y)))
+
+        event = None if until is None else diffrax.Event(at_rest)
         saveat = diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,
         )
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(flow),
+            diffrax.ODETerm(_Field(flow)),
             solver,
             jnp.zeros((), dtype),
             t1,
@@ -252,11 +254,11 @@ class Diffrax(Integrator):
         )
         if until is not None:
             # diffrax saves nothing where the event has already happened at the start.
-            at_rest = until.reached(0.0, flow.norms(state))
+            unmoved = at_rest(0.0, state)
             states, end_state = jax.tree.map(
-                lambda saved, x: jnp.where(at_rest, x, saved), (states, end_state), (state, state)
+                lambda saved, x: jnp.where(unmoved, x, saved), (states, end_state), (state, state)
             )
-            end_time = jnp.where(at_rest, 0, end_time)
+            end_time = jnp.where(unmoved, 0, end_time)
         return Integration(
             states=states,
             end_time=end_time,
@@ -324,6 +326,15 @@ def check_controller(controller: Any) -> None:
     check_instance(controller, "controller", kind, wanted, error=IntegratorError)
 
 
+class _Field(eqx.Module):
+    """The vector field of a flow as diffrax calls it."""
+
+    flow: Flow
+
+    def __call__(self, t: Any, state: State, args: Any) -> State:
+        return self.flow.vector_field(t, state)
+
+
 class _Interpolation(eqx.Module):
     """diffrax's dense output as a function of time."""
 
@@ -367,23 +378,22 @@ def solver_class(solver: Any) -> type | None:
     return type(solver) if isinstance(solver, diffrax.AbstractSolver) else None
 
 
-def _with_structure(solver: Any, problem: Problem) -> Any:
+def _with_structure(solver: Any, problem: Flow) -> Any:
     """An implicit solver whose root finder knows how layers and samples couple.
 
-    A linear solver that the user chose stays, and so does the dense one where weights move.
+    A linear solver that the user chose stays, and so does the dense one of any other flow.
     """
     from lineax import AutoLinearSolver
 
-    known = isinstance(problem, InferenceProblem | StackedProblem)
-    if not (_is_implicit(solver) and known):
+    if not (_is_implicit(solver) and isinstance(problem, InferenceFlow)):
         return solver
     finder = solver.root_finder
     if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
         return solver
-    from pcdyn.integrators.structured import ChainSolver, free_time_constants
+    from pcdyn.integrators.structured import ChainSolver
 
     widths = problem.free_widths if isinstance(problem, StackedProblem) else None
-    chosen = ChainSolver(free_time_constants(problem), widths)
+    chosen = ChainSolver(problem.state_time_constants, widths)
     finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
     return dataclasses.replace(solver, root_finder=finder)
 

@@ -12,14 +12,13 @@ from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
-    Flow,
     Integration,
     Integrator,
     Request,
     UntilEquilibrium,
     check_step,
 )
-from pcdyn.model.problem import Problem, State
+from pcdyn.model.flow import Flow, State
 
 # Of a step: so far from a multiple of dt a time still counts as one.
 _MOST_SLACK = 0.1
@@ -61,7 +60,7 @@ class Euler(Integrator):
     def most_steps(self) -> int:
         return self.max_steps
 
-    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         if dense:
             raise IntegratorError(
                 "Euler has no dense output; give the times at which to save instead"
@@ -69,17 +68,18 @@ class Euler(Integrator):
 
     def integrate(self, request: Request) -> Integration:
         until, state, t1 = request.until, request.state, request.t1
-        flow = Flow(request.problem)
+        flow = request.problem.prepared()
         dtype = request.problem.dtype
         dt = jnp.asarray(self.dt, dtype)
 
-        def update(state: State) -> State:
-            return jax.tree.map(lambda x, v: x + dt * v, state, flow(0.0, state))
+        def field(step: Any, state: State) -> State:
+            return flow.vector_field(jnp.asarray(step, dtype) * dt, state)
 
         def finished(step: Any, state: State) -> Any:
             if until is None:
                 return jnp.asarray(False)
-            return until.reached(jnp.asarray(step, dtype) * dt, flow.norms(state))
+            norms = flow.norms(field(step, state))
+            return until.reached(jnp.asarray(step, dtype) * dt, norms)
 
         def advance(carry: Any, stop: Any) -> Any:
             def proceed(carry: Any) -> Any:
@@ -88,7 +88,7 @@ class Euler(Integrator):
 
             def body(carry: Any) -> Any:
                 step, state, _ = carry
-                state = update(state)
+                state = jax.tree.map(lambda x, v: x + dt * v, state, field(step, state))
                 return step + 1, state, finished(step + 1, state)
 
             return jax.lax.while_loop(proceed, body, carry)
@@ -98,8 +98,8 @@ class Euler(Integrator):
             carry = advance(carry, whole)
 
             def interpolate(state: State) -> State:
-                field = flow(0.0, state)
-                return jax.tree.map(lambda x, v: x + fraction * dt * v, state, field)
+                rate = field(carry[0], state)
+                return jax.tree.map(lambda x, v: x + fraction * dt * v, state, rate)
 
             return carry, jax.lax.cond(fraction > 0, interpolate, lambda state: state, carry[1])
 

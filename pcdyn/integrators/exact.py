@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
-from pcdyn.model.problem import InferenceProblem, Problem
+from pcdyn.model.flow import Flow
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import exact_flow, hessian
 
 
@@ -37,9 +38,12 @@ class Exact(Integrator):
     def most_steps(self) -> None:
         return None
 
-    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         if not isinstance(problem, InferenceProblem):
-            raise NotLinearError("the flow is not linear in the weights: Exact cannot follow it")
+            raise NotLinearError(
+                f"{type(problem).__name__} is no inference of a linear network, which alone "
+                "Exact can solve: take another integrator"
+            )
         hessian(problem)
         if until is not None:
             raise IntegratorError(

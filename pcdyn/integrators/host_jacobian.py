@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn.integrators.structured import PaddedChain, free_time_constants, sample_hessians
+from pcdyn.integrators.structured import PaddedChain, sample_hessians
 from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.model.stacked import StackedProblem
 
@@ -63,7 +63,7 @@ class ChainPattern:
 @eqx.filter_jit
 def chain_entries(problem: InferenceProblem, state: State) -> Array:
     """The entries of the blocks of −T⁻¹H, in the order of `ChainPattern`, sample after sample."""
-    hessians, taus = sample_hessians(problem, state), free_time_constants(problem)
+    hessians, taus = sample_hessians(problem, state), problem.state_time_constants
     blocks = [-block / tau for block, tau in zip(hessians.diagonal, taus, strict=True)]
     blocks += [-block / tau for block, tau in zip(hessians.upper, taus[:-1], strict=True)]
     blocks += [
@@ -77,8 +77,7 @@ def chain_entries(problem: InferenceProblem, state: State) -> Array:
 @eqx.filter_jit
 def deep_entries(problem: StackedProblem, state: State) -> Array:
     """As `chain_entries`, from products with the Jacobian."""
-    first = problem.first_prediction()
-    _, product = jax.linearize(lambda x: problem.vector_field((x,), first)[0], state[0])
+    _, product = jax.linearize(lambda x: problem.vector_field(0.0, (x,))[0], state[0])
     chain = PaddedChain(problem.free_widths)
     matrix: Any = chain.blocks(product, state[0], symmetric=False)
     flat = [x.reshape(*x.shape[:-3], -1) for x in (matrix.diagonal, matrix.upper, matrix.lower)]

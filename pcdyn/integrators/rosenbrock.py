@@ -11,15 +11,21 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
+from pcdyn._support.products import tensordot
 from pcdyn.integrators.structured import (
     PaddedChain,
     factorise,
-    free_time_constants,
     sample_hessians,
     shifted,
 )
-from pcdyn.model.problem import InferenceProblem
+from pcdyn.model.flow import depends_on_time
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 from pcdyn.model.stacked import StackedProblem
+
+
+def _square(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    return np.array([(*row, *[0.0] * (len(rows) - len(row))) for row in rows])
+
 
 _GAMMA = 0.21193756319429014
 # Row i: the weights of the increments 1 … i−1 in the state of stage i. Stages 7 and 8 and the
@@ -49,6 +55,12 @@ _RATE_WEIGHTS = (
     (37.80277123390563, -3.2571969029072276, 112.26918849496327, 66.9347231244047,
      -40.06618937091002, -54.66780262877968, -9.48861652309627),
 )  # fmt: skip
+# Where between the start and the end of a step each stage is, and how much of dt · ∂f/∂t its
+# right-hand side has: the row sums of the method's own coefficients (Hairer & Wanner, Solving ODEs
+# II, IV.7), of which the weights above are a transformation.
+_COUPLINGS = np.linalg.inv(np.eye(len(_RATE_WEIGHTS)) / _GAMMA - _square(_RATE_WEIGHTS))
+_STAGE_TIMES = np.sum(_square(_STATE_WEIGHTS) @ _COUPLINGS, axis=1)
+_SLOPE_WEIGHTS = np.sum(_COUPLINGS, axis=1)
 # The three coefficients of the dense output, as weights of the increments 1 … 8.
 _DENSE_WEIGHTS = np.array((
     (25.948786856663858, -2.5579724845846235, 10.433815404888879, -2.3679251022685204,
@@ -85,16 +97,17 @@ class QuarticInterpolation(diffrax.AbstractLocalInterpolation):
 class Rodas5P(diffrax.AbstractAdaptiveSolver):
     """Steinebach's L-stable Rosenbrock–Wanner method of order 5 with an embedded one of order 4.
 
-    For vector fields that do not depend on time. A step takes the Jacobian at its start, one
-    factorisation and eight evaluations, each with one solve; nothing is iterated. With a `problem`
-    the matrix is T/(γ dt) + H, block tridiagonal for each sample: O(batch · Σ n_l³); without one
-    it is dense. Where it is not positive definite the step is NaN, which diffrax rejects.
+    A step takes the Jacobian at its start (and the derivative by time, of a field that depends on
+    it), one factorisation and eight evaluations, each with one solve; nothing is iterated. With a
+    `problem` the matrix is T/(γ dt) + H, block tridiagonal for each sample: O(batch · Σ n_l³);
+    without one it is dense. Where T/(γ dt) + H is not positive definite the step is NaN, which
+    diffrax rejects.
 
     G. Steinebach, Construction of Rosenbrock–Wanner method Rodas5P and numerical benchmarks within
     the Julia Differential Equations package, BIT Numerical Mathematics 63:27, 2023.
     """
 
-    problem: InferenceProblem | StackedProblem | None = None
+    problem: InferenceFlow | None = None
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = QuarticInterpolation
@@ -117,14 +130,21 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         """One step from t0 to t1, its error estimate and its dense output."""
         dt = t1 - t0
 
-        def field(y: Any) -> Any:
-            return terms.vf(t0, y, args)
+        def field(t: Any, y: Any) -> Any:
+            return terms.vf(t, y, args)
 
-        solution = self._stage_solver(field, y0, _GAMMA * dt)
+        solution = self._stage_solver(lambda y: field(t0, y), y0, _GAMMA * dt)
+        slope = None
+        if self.problem is None and depends_on_time(field, t0, y0):
+            _, slope = jax.jvp(lambda t: field(t, y0), (t0,), (jnp.ones_like(t0),))
 
         # A loop, for eight copies of the field take long to compile.
         def stage(i: Any, increments: Any) -> Any:
-            rate = field(_plus(y0, jnp.asarray(_square(_STATE_WEIGHTS), dt.dtype)[i], increments))
+            state = _plus(y0, jnp.asarray(_square(_STATE_WEIGHTS), dt.dtype)[i], increments)
+            rate = field(t0 + jnp.asarray(_STAGE_TIMES, dt.dtype)[i] * dt, state)
+            if slope is not None:
+                share = jnp.asarray(_SLOPE_WEIGHTS, dt.dtype)[i] * dt
+                rate = jax.tree.map(lambda v, dv: v + share * dv, rate, slope)
             weights = jnp.asarray(_square(_RATE_WEIGHTS), dt.dtype)[i] / dt
             increment = solution(_plus(rate, weights, increments))
             return jax.tree.map(lambda x, xs: xs.at[i].set(x), increment, increments)
@@ -141,14 +161,14 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     def _stage_solver(self, field: Any, y0: Any, scaled_dt: Any) -> Callable[[Any], Any]:
         """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
         if isinstance(self.problem, StackedProblem):
-            (tau,), (x,) = free_time_constants(self.problem), y0
+            (tau,), (x,) = self.problem.state_time_constants, y0
             chain = PaddedChain(self.problem.free_widths)
             tau = jnp.broadcast_to(tau, x.shape)
             _, product = jax.linearize(lambda x: field((x,))[0], x)
             factors = chain.factorise(chain.blocks(lambda v: tau * (v / scaled_dt - product(v)), x))
             return lambda rhs: factors.solve((tau * rhs[0],))
-        if self.problem is not None:
-            taus = free_time_constants(self.problem)
+        if isinstance(self.problem, InferenceProblem):
+            taus = self.problem.state_time_constants
             matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)
             factors = factorise(matrix)
             return lambda rhs: factors.solve(tuple(t * x for t, x in zip(taus, rhs, strict=True)))
@@ -162,12 +182,8 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         return lambda rhs: solver.compute(state, rhs, {})[0]
 
 
-def _square(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
-    return np.array([(*row, *[0.0] * (len(rows) - len(row))) for row in rows])
-
-
 def _plus(start: Any, weights: Any, increments: Any) -> Any:
     """start + Σ weight · increment, the increments along the leading axis."""
     return jax.tree.map(
-        lambda x, k: x + jnp.tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments
+        lambda x, k: x + tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments
     )

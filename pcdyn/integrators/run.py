@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pcdyn._support.states import choose
 from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
@@ -18,8 +17,8 @@ from pcdyn.integrators.base import Integration, Integrator, Request, default_tol
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
-from pcdyn.model.problem import InferenceProblem, Problem, State
-from pcdyn.model.stacked import StackedProblem
+from pcdyn.model.flow import Flow, State
+from pcdyn.model.problem import InferenceFlow
 
 _GAVE_UP = (Status.MAX_STEPS, Status.STEP_TOO_SMALL, Status.SOLVER_FAILED)
 
@@ -29,21 +28,20 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(input: Array | None, output: Array | None, state: State, goal: Any) -> Integration:
-        return _checked_run(method, _with_data(request, input, output, state, goal))
+    def one(problem: Flow, state: State, goal: Any) -> Integration:
+        return _checked_run(method, _of(request, problem, state, goal))
 
-    problem = request.problem
-    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    data = (problem.input, problem.output, request.state, _goals(request))
-    return _batch_of(eqx.filter_vmap(one)(*data))
+    runs = _with_samples(request.problem).map_samples(one, request.state, _goals(request))
+    return _batch_of(runs)
 
 
-def _with_data(
-    request: Request, input: Array | None, output: Array | None, state: State, goal: Any
-) -> Request:
-    problem = request.problem
-    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    problem = problem.with_data(input, output)
+def _with_samples(problem: Flow) -> InferenceFlow:
+    assert isinstance(problem, InferenceFlow), "others have no samples"
+    return problem
+
+
+def _of(request: Request, problem: Flow, state: State, goal: Any) -> Request:
+    """What is asked of one sample or of several."""
     until = None if request.until is None else request.until.with_tolerance(goal)
     return dataclasses.replace(request, problem=problem, state=state, until=until)
 
@@ -57,10 +55,8 @@ def _goals(request: Request) -> Any:
 
 def _take(request: Request, samples: Any) -> Request:
     """One sample (an index) or several (an array of indices) of a batch."""
-    problem = request.problem
-    assert isinstance(problem, InferenceProblem | StackedProblem), "others have no samples"
-    data = (problem.input, problem.output, request.state, _goals(request))
-    return _with_data(request, *jax.tree.map(lambda x: x[samples], data))
+    state, goals = jax.tree.map(lambda x: x[samples], (request.state, _goals(request)))
+    return _of(request, _with_samples(request.problem).sample(samples), state, goals)
 
 
 def _batch_of(run: Integration) -> Integration:
@@ -157,8 +153,8 @@ def _without_non_finite(run: Integration, times: Any, xp: Any) -> Integration:
     return dataclasses.replace(run, states=states, status=status, end_time=end_time)
 
 
-def _with_stability(run: Integration, problem: Problem, state: State) -> Integration:
-    """A fixed step is unstable if it lets the free energy rise, which the flow never does."""
+def _with_stability(run: Integration, problem: Flow, state: State) -> Integration:
+    """A fixed step is unstable if it lets rise what never rises along the flow."""
     states = jax.tree.map(lambda x, saved: jnp.concatenate([x[None], saved]), state, run.states)
     energy = jax.vmap(problem.free_energy)(states)
     energy = energy.reshape(energy.shape[0], -1)
@@ -181,7 +177,7 @@ def _unchecked_compiled(method: Integrator, request: Request) -> Integration:
 
 def integrate_with_fallback(
     method: Integrator, request: Request, per_sample: bool
-) -> tuple[Integration, str, Problem]:
+) -> tuple[Integration, str, Flow]:
     """Integrate on JAX's device or the host; the result is on the host.
 
     Also returns why the fallback took over, or an empty string, and the problem whose flow was
@@ -225,9 +221,7 @@ def _reason(status: Any) -> str:
     return "found no root of an implicit step"
 
 
-def _sliding(
-    method: Diffrax, other: SciPy, request: Request
-) -> tuple[Diffrax, Problem, float] | None:
+def _sliding(method: Diffrax, other: SciPy, request: Request) -> tuple[Diffrax, Flow, float] | None:
     """What follows the flow along kinks, if there are any: an implicit method on rounded ones."""
     rtol, _ = default_tolerances(other.rtol, other.atol, request)
     found = rounded(request.problem, request.state, float(rtol))

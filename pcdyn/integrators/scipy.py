@@ -13,7 +13,6 @@ from jaxtyping import Array
 from pcdyn._support.checks import check_choice, integer, is_traced
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
-    Flow,
     Integration,
     Integrator,
     Request,
@@ -23,7 +22,8 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.integrators.host_steps import Course, march
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.flow import Flow, State
+from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
@@ -72,7 +72,7 @@ class SciPy(Integrator):
     def most_steps(self) -> int:
         return self.max_steps
 
-    def check(self, problem: Problem, until: UntilEquilibrium | None, dense: bool) -> None:
+    def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         # SciPy clips a finer rtol with a warning of its own; refuse it by name instead.
         check_tolerances(self.name, self.rtol, self.atol, problem.dtype)
 
@@ -80,7 +80,7 @@ class SciPy(Integrator):
         problem, state, until = request.problem, request.state, request.until
         system = _HostSystem(problem, state)
         start = system.flatten(state)
-        if until is not None and until.minimum_time == 0 and system.below(start, until):
+        if until is not None and until.minimum_time == 0 and system.below(0.0, start, until):
             return _at_rest(system, start, request)
         system.tests += 1
         if not np.isfinite(system.field(0.0, start)).all():
@@ -89,7 +89,7 @@ class SciPy(Integrator):
 
         def at_rest(t: float, y: np.ndarray) -> bool:
             assert until is not None, "watched for only where it is"
-            return t >= until.minimum_time and system.below(y, until)
+            return t >= until.minimum_time and system.below(t, y, until)
 
         with np.errstate(all="ignore"):
             course = march(
@@ -132,8 +132,8 @@ class SciPy(Integrator):
 class _HostSystem:
     """A problem as SciPy sees it: one flat float64 vector, sample after sample."""
 
-    def __init__(self, problem: Problem, state: State):
-        arrays, rest = eqx.partition(Flow(problem), eqx.is_array)
+    def __init__(self, problem: Flow, state: State):
+        arrays, rest = eqx.partition(problem.prepared(), eqx.is_array)
         self._flow = eqx.combine(jax.device_put(arrays, _host_device()), rest)
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
@@ -155,26 +155,29 @@ class _HostSystem:
 
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
         rows = y.reshape(*self._batch, -1).astype(self._dtype)
-        field = np.asarray(_flat_field(self._flow, self._widths, rows), dtype=np.float64)
+        # As an array, time can change without compiling again.
+        time = np.asarray(t, self._dtype)
+        field = np.asarray(_flat_field(self._flow, self._widths, time, rows), dtype=np.float64)
         return field.reshape(-1)
 
-    def dense_jacobian(self, y: np.ndarray) -> np.ndarray:
-        """∂(dx/dt)/∂x of one sample, shape (N, N)."""
-        rows = y.astype(self._dtype)
-        return np.asarray(_jacobian(self._flow, self._widths, rows), dtype=np.float64)
+    def dense_jacobian(self, t: float, y: np.ndarray) -> np.ndarray:
+        """∂(dx/dt)/∂x of one flat vector, shape (N, N)."""
+        rows, time = y.reshape(*self._batch, -1).astype(self._dtype), np.asarray(t, self._dtype)
+        found = _jacobian(self._flow, self._widths, time, rows)
+        return np.asarray(found, dtype=np.float64).reshape(y.size, y.size)
 
     def jacobian_options(self, method: str) -> dict[str, Any]:
         """The arguments of solve_ivp that give the method its Jacobian."""
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
-        problem = self._flow.problem
-        if not isinstance(problem, InferenceProblem | StackedProblem):
-            return {"jac": lambda t, y: self.dense_jacobian(y)}
+        problem = self._flow
+        if not isinstance(problem, InferenceFlow):
+            return {"jac": self.dense_jacobian}
         deep = isinstance(problem, StackedProblem)
         widths = problem.free_widths if deep else self._widths
         pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)))
         if not self._batch and pattern.share > _DENSE_SHARE:
-            return {"jac": lambda t, y: self.dense_jacobian(y)}
+            return {"jac": self.dense_jacobian}
 
         def entries(y: np.ndarray) -> np.ndarray:
             found: Any = deep_entries if deep else chain_entries
@@ -182,11 +185,11 @@ class _HostSystem:
 
         return pattern.options(method, entries)
 
-    def below(self, y: np.ndarray, until: UntilEquilibrium) -> bool:
+    def below(self, t: float, y: np.ndarray, until: UntilEquilibrium) -> bool:
         """Whether the vector field is below the tolerance in every layer and sample."""
         self.tests += 1
-        problem = self._flow.problem
-        field = self.unflatten(self.field(0.0, y))
+        problem = self._flow
+        field = self.unflatten(self.field(t, y))
         layers = problem.unpack(field) if isinstance(problem, StackedProblem) else field
         norms = np.stack([np.linalg.norm(layer, axis=-1) for layer in layers], axis=-1)
         return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
@@ -201,14 +204,14 @@ def _host_device() -> Any:
 
 
 @eqx.filter_jit
-def _flat_field(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
+def _flat_field(flow: Flow, widths: tuple[int, ...], t: Any, rows: Any) -> Array:
     state = tuple(jnp.split(rows, np.cumsum(widths)[:-1], axis=-1))
-    return jnp.concatenate(flow(0.0, state), axis=-1)
+    return jnp.concatenate(flow.vector_field(t, state), axis=-1)
 
 
 @eqx.filter_jit
-def _jacobian(flow: Flow, widths: tuple[int, ...], rows: Any) -> Array:
-    return jax.jacfwd(lambda y: _flat_field(flow, widths, y))(rows)
+def _jacobian(flow: Flow, widths: tuple[int, ...], t: Any, rows: Any) -> Array:
+    return jax.jacfwd(lambda y: _flat_field(flow, widths, t, y))(rows)
 
 
 def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> State:

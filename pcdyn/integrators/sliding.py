@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn.model.activations import Activation
+from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import Dense
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.problem import InferenceProblem
 
 
-def rounded(problem: Problem, state: State, rtol: float) -> tuple[Problem, float] | None:
+def rounded(problem: Flow, state: State, rtol: float) -> tuple[Flow, float] | None:
     """The problem with its kinks rounded, and the largest width; `None` if it has no kinks.
 
     The width is `rtol`, but no less than √eps, of the preactivations that activities as large as

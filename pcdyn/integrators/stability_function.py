@@ -2,7 +2,8 @@
 
 On `ẋ = −λx` a Runge–Kutta method multiplies x by R(−λ·dt) in each step, with the stability
 function `R(z) = 1 + z bᵀ(1 − zA)⁻¹𝟙` (Hairer & Wanner, Solving ODEs II, IV.2–3). The Jacobian of
-a gradient flow has a real spectrum, so that only the real axis matters.
+a gradient flow has a real spectrum, so that only the real axis matters; other flows have complex
+rates, each a ray in the complex plane.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax, solver_class
 from pcdyn.integrators.euler import Euler
 
 
-def stability_interval(method: Any) -> float:
+def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
     """The largest s with |R(−x)| ≤ 1 for all 0 ≤ x ≤ s: stable are steps up to s / fastest rate.
+
+    With a `direction`, a complex number of size 1 and positive real part, x is on the ray from 0
+    through it, for a mode that oscillates as it decays: its rate is |rate| · direction.
 
     2 for explicit Euler, infinite for diffrax's implicit methods. `method` is a name, a diffrax
     solver, `pcdyn.Euler` or `pcdyn.Diffrax`. Raises `IntegratorError` for a method that is not a
     Runge–Kutta method of diffrax: multistep, stochastic, splitting or unknown.
     """
-    interval = known_interval(method)
+    interval = known_interval(method, direction)
     if interval is None:
         label = method if isinstance(method, str) else getattr(method, "name", None)
         label = type(method).__name__ if label is None else label
@@ -38,7 +42,7 @@ def stability_interval(method: Any) -> float:
     return interval
 
 
-def known_interval(method: Any) -> float | None:
+def known_interval(method: Any, direction: float | complex = 1.0) -> float | None:
     """`stability_interval`, or `None` where the method has no stability function known here."""
     if isinstance(method, Euler):
         method = "euler"
@@ -47,17 +51,17 @@ def known_interval(method: Any) -> float | None:
     elif isinstance(method, Integrator):
         return None
     solver = solver_class(method)
-    return None if solver is None else _interval_of(solver)
+    return None if solver is None else _interval_of(solver, direction)
 
 
-@functools.cache
-def _interval_of(solver: type) -> float | None:
+@functools.lru_cache(maxsize=2**10)
+def _interval_of(solver: type, direction: float | complex) -> float | None:
     from pcdyn.integrators.rosenbrock import Rodas5P
 
     if issubclass(solver, Rodas5P):
         return math.inf  # L-stable (Steinebach 2023)
     matrix_and_weights = _tableau(solver)
-    return None if matrix_and_weights is None else _interval(*matrix_and_weights)
+    return None if matrix_and_weights is None else _interval(*matrix_and_weights, direction)
 
 
 def _tableau(solver: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -80,16 +84,23 @@ def _tableau(solver: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return matrix, np.asarray(tableau.b_sol)
 
 
-def _interval(matrix: np.ndarray, weights: np.ndarray) -> float:
-    """Where |R(−x)| = |N(−x) / D(−x)| first exceeds 1, from the roots of N ± D."""
-    numerator, denominator = _stability_function(matrix, weights)
-    signs = (-1.0) ** np.arange(len(numerator))
-    numerator, denominator = (np.polynomial.Polynomial(p * signs) for p in (numerator, denominator))
+def _interval(matrix: np.ndarray, weights: np.ndarray, direction: float | complex) -> float:
+    """Where |R(−x)| = |N(−x) / D(−x)| first exceeds 1, from roots of N ± D or |N|² − |D|²."""
+    straight = np.imag(direction) == 0
+    turned = (-1.0 if straight else -direction) ** np.arange(len(weights) + 1)
+    parts = (np.polynomial.Polynomial(p * turned) for p in _stability_function(matrix, weights))
+    numerator, denominator = parts
+    if straight:
+        differences, least = (numerator - denominator, numerator + denominator), 1e-7
+    else:
+        squares = [np.real(np.convolve(p.coef, np.conj(p.coef))) for p in (numerator, denominator)]
+        # Both are 1 at x = 0: without that root, all that are positive count.
+        differences, least = (np.polynomial.Polynomial((squares[0] - squares[1])[1:]),), 0.0
     crossings = [0.0]
-    for difference in (numerator - denominator, numerator + denominator):
+    for difference in differences:
         roots = difference.trim().roots()
         real = np.abs(roots.imag) <= 1e-7 * np.abs(roots)
-        crossings += [float(x) for x in roots.real[real] if x > 1e-7]
+        crossings += [float(x) for x in roots.real[real] if x > least]
     crossings.sort()
     for left, right in zip(crossings, [*crossings[1:], 2 * crossings[-1] + 2], strict=True):
         between = (left + right) / 2

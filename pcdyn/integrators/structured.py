@@ -11,10 +11,10 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
+from pcdyn._support.products import einsum, matmul
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem, State
-from pcdyn.model.stacked import StackedProblem
 
 # Layers whose indices differ by this much do not share a neighbour.
 _COLOURS = 3
@@ -24,21 +24,7 @@ def sample_hessians(problem: InferenceProblem, state: State) -> BlockTridiagonal
     """∂²F/∂x² of one sample, or of each sample of a batch with the sample as leading axis."""
     if state[0].ndim == 1:
         return free_energy_hessian(problem, state)
-
-    def one(input: Any, output: Any, state: State) -> BlockTridiagonal:
-        return free_energy_hessian(problem.with_data(input, output), state)
-
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
-
-
-def free_time_constants(problem: InferenceProblem | StackedProblem) -> tuple[Array, ...]:
-    """τ for every array of a state."""
-    if isinstance(problem, StackedProblem):
-        tau = problem.time_constants
-        return (jnp.ones(sum(problem.free_widths), problem.dtype) if tau is None else tau,)
-    if problem.time_constants is None:
-        return tuple(jnp.ones((), problem.dtype) for _ in problem.free_layers)
-    return tuple(problem.time_constants[index] for index in problem.free_layers)
+    return problem.map_samples(free_energy_hessian, state)
 
 
 def shifted(
@@ -81,11 +67,11 @@ def factorise(matrix: BlockTridiagonal) -> StepFactors:
     couplings: list[Array] = []
     for i, block in enumerate(matrix.diagonal):
         if i > 0:
-            coupling = inverses[-1] @ matrix.upper[i - 1]
-            block = block - jnp.matrix_transpose(matrix.upper[i - 1]) @ coupling
+            coupling = matmul(inverses[-1], matrix.upper[i - 1])
+            block = block - matmul(jnp.matrix_transpose(matrix.upper[i - 1]), coupling)
             couplings.append(coupling)
         inverse = _triangular_inverse(jnp.linalg.cholesky(block))
-        inverses.append(jnp.matrix_transpose(inverse) @ inverse)
+        inverses.append(matmul(jnp.matrix_transpose(inverse), inverse))
     return StepFactors(tuple(inverses), tuple(couplings))
 
 
@@ -105,7 +91,7 @@ def _identity_like(matrix: Array) -> Array:
 
 
 def _times(matrix: Array, vector: Array) -> Array:
-    return jnp.einsum("...ij,...j->...i", matrix, vector)
+    return einsum("...ij,...j->...i", matrix, vector)
 
 
 def chain_blocks(product: Any, like: State) -> BlockTridiagonal:
@@ -239,11 +225,11 @@ class PaddedChain:
 
         def eliminate(below: Array, now: Any) -> tuple[Array, Any]:
             block, above = now
-            coupling = below @ above
+            coupling = matmul(below, above)
             inverse = _triangular_inverse(
-                jnp.linalg.cholesky(block - jnp.matrix_transpose(above) @ coupling)
+                jnp.linalg.cholesky(block - matmul(jnp.matrix_transpose(above), coupling))
             )
-            inverse = jnp.matrix_transpose(inverse) @ inverse
+            inverse = matmul(jnp.matrix_transpose(inverse), inverse)
             return inverse, (inverse, coupling)
 
         _, factors = jax.lax.scan(eliminate, jnp.zeros_like(blocks[0]), (blocks, upper))

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 _MARK = b"\npcdyn sha256 "
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_SMALL = 2**13
 _KINDS = {"real numbers": "f", "integers": "iu"}
 
 
-def netcdf_bytes(dataset: xarray.Dataset) -> bytes:
-    """A data set as the contents of a NetCDF file, every bit of it.
+def netcdf_bytes(dataset: xarray.Dataset, *, compressed: bool = False) -> bytes:
+    """A data set as the contents of a NetCDF file, every bit of it; without loss if `compressed`.
 
     Raises `DtypeError` for numbers that the format does not have, such as float16.
     """
@@ -43,7 +44,11 @@ def netcdf_bytes(dataset: xarray.Dataset) -> bytes:
                 "convert it with .astype"
             )
     # xarray would mark NaN as missing, and then replace each NaN by its own.
-    exact = {str(name): {"_FillValue": None} for name in dataset.variables}
+    exact: dict[str, dict[str, Any]] = {str(n): {"_FillValue": None} for n in dataset.variables}
+    for name, variable in dataset.variables.items():
+        # HDF5 cannot compress texts; what it adds to an array takes more than a small one saves.
+        if compressed and variable.nbytes > _SMALL and variable.dtype.kind in "fiub":
+            exact[str(name)] |= {"zlib": True, "complevel": 9, "shuffle": True}
     # In memory, for HDF5 crashes on a full disk, or closes a wrong file without an error.
     memory = io.BytesIO()
     dataset.to_netcdf(memory, engine="h5netcdf", encoding=exact)
@@ -51,13 +56,15 @@ def netcdf_bytes(dataset: xarray.Dataset) -> bytes:
     return content + _MARK + hashlib.sha256(content).hexdigest().encode()
 
 
-def write_dataset(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
+def write_dataset(
+    dataset: xarray.Dataset, path: str | os.PathLike[str], *, compressed: bool = False
+) -> None:
     """Write a data set to a NetCDF file, every bit of it, at once or not at all.
 
     Raises `DataError`, and leaves an earlier file as it was, if the file cannot be written.
     """
     check_path(path, "path", error=DataError)
-    write_atomically(Path(path), netcdf_bytes(dataset))
+    write_atomically(Path(path), netcdf_bytes(dataset, compressed=compressed))
 
 
 def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:

@@ -70,9 +70,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         if data is not None:
             dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
             variables[name] = (dimensions, np.asarray(data))
-    if problem.time_constants is not None:
-        values = np.array([np.asarray(each) for each in problem.time_constants])
-        variables["time_constant"] = (("layer",), values)
+    constants = np.array([np.asarray(each) for each in problem.time_constants])
+    if np.any(constants != 1):
+        variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
     if set(energies) != {"gaussian"}:
         attrs["energies"] = " ".join(energies)

@@ -53,12 +53,16 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     import xarray
 
     check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
-    if trajectory.network is not None or trajectory.precisions is not None:
-        moving = "precisions" if trajectory.network is None else "weights"
+    if trajectory.moving:
+        moving = " and ".join(trajectory.moving)
         raise ShapeError(
-            f"{moving} move in this trajectory, for which there is no file format: keep its "
-            f"activities and its {moving}, for "
-            "example with numpy.savez"
+            f"besides activities this trajectory holds its {moving}, for which there is no file "
+            "format: keep both, for example with numpy.savez"
+        )
+    if not trajectory.prediction_errors:
+        raise ShapeError(
+            "this trajectory has no prediction errors and no energies, which files hold: give its "
+            "flow the method observe, or keep times and activities, for example with numpy.savez"
         )
     if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
         raise ShapeError(

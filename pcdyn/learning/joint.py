@@ -16,12 +16,13 @@ from jaxtyping import Array
 from pcdyn._support.checks import Numbers, checked_number, is_traced, number, optional
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
-from pcdyn.errors import EquilibriumStatus, InputError, ToleranceError
+from pcdyn.errors import EquilibriumStatus, ToleranceError
+from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import Activities, Network
-from pcdyn.model.problem import InferenceProblem, Problem, State, check_problem
+from pcdyn.model.problem import InferenceProblem, check_problem
 
 
-class JointFlow(Problem):
+class JointFlow(Flow):
     """`τ_l dx_l/dt = −∂F/∂x_l` and `dW/dt = −ε ∂F/∂W` at once, with ε = `ratio`.
 
     Weights are slower than activities by τ_W = 1/ε. As ε → 0 they follow `AdiabaticFlow`, with
@@ -49,44 +50,40 @@ class JointFlow(Problem):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """As that of an inference problem; the weights are those of the problem's network."""
-        activities = self.problem.initial_state(initial)
-        return (*(x.reshape(-1) for x in activities), *_vectors(self.problem.network))
+        """A whole state; or that of an inference problem, with the weights of its network."""
+
+        def start(activities: str | Sequence[Numbers]) -> State:
+            free = self.problem.initial_state(activities)
+            return (*(x.reshape(-1) for x in free), *_vectors(self.problem.network))
+
+        if isinstance(initial, list | tuple) and len(initial) > len(self.free_layers):
+            return self.checked_state(initial, start("zeros"))
+        return start(initial)
 
     def activities(self, state: State) -> Activities:
         return self.problem.activities(self._inner_state(state))
 
-    def network_at(self, state: State) -> Network:
-        return _with_vectors(self.problem.network, state[len(self.free_layers) :])
+    def moving(self, state: State) -> dict[str, Any]:
+        """The network, as `"network"`."""
+        return {"network": _with_vectors(self.problem.network, state[len(self.free_layers) :])}
 
-    def precisions_at(self, state: State) -> None:
-        """`None`: the precisions do not move."""
-
-    def first_prediction(self) -> None:
-        return None
-
-    def observe(
-        self, state: State, first_prediction: Array | None = None
-    ) -> tuple[Activities, Array]:
-        return self._at(state).observe(self._inner_state(state))
+    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+        return self._at(state).observe(t, self._inner_state(state))
 
     def free_energy(self, state: State) -> Array:
         """F summed over the batch."""
         return jnp.sum(self._at(state).free_energy(self._inner_state(state)))
 
-    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+    def vector_field(self, t: Any, state: State) -> State:
         count = len(self.free_layers)
         slope = jax.grad(self.free_energy)(state)
-        constants = self.problem.time_constants
-        activities = (
-            -g if constants is None else -g / constants[index]
-            for index, g in zip(self.free_layers, slope[:count], strict=True)
-        )
+        constants = self.problem.state_time_constants
+        activities = (-g / tau for g, tau in zip(slope[:count], constants, strict=True))
         ratio = jnp.asarray(self.ratio, self.dtype)
         return (*activities, *(-ratio * g for g in slope[count:]))
 
     def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+        return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
 
     def _inner_state(self, state: State) -> State:
         """The free activities as the inference problem has them."""
@@ -97,7 +94,7 @@ class JointFlow(Problem):
         )
 
 
-class AdiabaticFlow(Problem):
+class AdiabaticFlow(Flow):
     """`dW/dt = −dF*/dW` with F*(W) = min_x F: learning with inference always at its equilibrium.
 
     Time is in units of the weights' time constant. The state is the arrays of the network, each as
@@ -127,10 +124,8 @@ class AdiabaticFlow(Problem):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """The weights of the problem's network; activities have no start of their own."""
-        if not (isinstance(initial, str) and initial == "feedforward"):
-            raise InputError("in the adiabatic limit activities do not start anywhere of their own")
-        return _vectors(self.problem.network)
+        """The weights of the problem's network, or others; activities start nowhere."""
+        return self.checked_state(initial, _vectors(self.problem.network))
 
     def activities(self, state: State) -> Activities:
         flow, state = as_jax((self, state))
@@ -138,32 +133,25 @@ class AdiabaticFlow(Problem):
             return jax.vmap(flow.activities)(state)
         return activities_at_rest(flow._at(state), self.method, self.tolerance)
 
-    def network_at(self, state: State) -> Network:
-        return _with_vectors(self.problem.network, state)
+    def moving(self, state: State) -> dict[str, Any]:
+        """The network, as `"network"`."""
+        return {"network": _with_vectors(self.problem.network, state)}
 
-    def precisions_at(self, state: State) -> None:
-        """`None`: the precisions do not move."""
-
-    def first_prediction(self) -> None:
-        return None
-
-    def observe(
-        self, state: State, first_prediction: Array | None = None
-    ) -> tuple[Activities, Array]:
-        return self._at(state).observe(self.problem.state_of(self.activities(state)))
+    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+        return self._at(state).observe(t, self.problem.state_of(self.activities(state)))
 
     def free_energy(self, state: State) -> Array:
         """F* summed over the batch."""
-        return jnp.sum(self.observe(state)[1])
+        return jnp.sum(self.observe(0.0, state)[1])
 
-    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+    def vector_field(self, t: Any, state: State) -> State:
         # At the equilibrium ∂F/∂x = 0, so that dF*/dW is ∂F/∂W with x held.
         rest = self.problem.state_of(self.activities(state))
         slope = jax.grad(lambda s: jnp.sum(self._at(s).free_energy(rest)))(state)
         return jax.tree.map(jnp.negative, slope)
 
     def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.network, self.problem, self.network_at(state))
+        return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
 
 
 def as_jax(tree: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
+from pcdyn._support.products import matmul
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.joint import activities_at_rest, as_jax
@@ -24,8 +25,9 @@ from pcdyn.learning.variational import (
 )
 from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.energy import Gaussian
+from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import Activities
-from pcdyn.model.problem import InferenceProblem, Problem, State, check_problem
+from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.algorithms import feedforward
 from pcdyn.references.linear import linear_equilibrium, output_covariance
 from pcdyn.simulation.trajectory import Trajectory
@@ -43,7 +45,7 @@ def _as_posterior(posterior: Posterior) -> Posterior:
     return posterior
 
 
-class PrecisionFlow(Problem):
+class PrecisionFlow(Flow):
     """`dθ/dt = −∂F/∂θ` of the parameters θ of the precisions, with inference at its equilibrium.
 
     F is the variational free energy (`pcdyn.learning.variational_free_energy`) at the equilibrium
@@ -113,13 +115,12 @@ class PrecisionFlow(Problem):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """θ of the problem's precisions, one vector for each layer that is not fixed."""
-        if not (isinstance(initial, str) and initial == "feedforward"):
-            raise InputError("the start is that of the problem's precisions: change its energy")
-        return tuple(
+        """θ of the problem's precisions, or others: a vector for each layer that is not fixed."""
+        start = tuple(
             _parameters(self._given(i), self.structures[i - 1], self.problem.network.widths[i])
             for i in self._learned
         )
+        return self.checked_state(initial, start)
 
     def problem_at(self, state: State) -> InferenceProblem:
         """The problem with the precisions of the parameters `state`."""
@@ -147,17 +148,13 @@ class PrecisionFlow(Problem):
         method = GaussNewton() if self.method is None else self.method
         return activities_at_rest(problem, method, self.tolerance)
 
-    def network_at(self, state: State) -> None:
-        """`None`: the weights do not move."""
+    def moving(self, state: State) -> dict[str, Any]:
+        """Π_1 … Π_L, as `"precisions"`."""
+        return {"precisions": self.precisions_at(state)}
 
-    def first_prediction(self) -> None:
-        return None
-
-    def observe(
-        self, state: State, first_prediction: Array | None = None
-    ) -> tuple[Activities, Array]:
+    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
         rest = self.problem.state_of(self.activities(state))
-        return self.problem_at(state).observe(rest)
+        return self.problem_at(state).observe(t, rest)
 
     def free_energy(self, state: State) -> Array:
         """The variational free energy of the parameters θ, averaged over the samples."""
@@ -177,7 +174,7 @@ class PrecisionFlow(Problem):
         rest = self.problem.state_of(trajectory.activities)
         return jax.jit(jax.vmap(at))(*as_jax((trajectory.precisions, rest)))
 
-    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
+    def vector_field(self, t: Any, state: State) -> State:
         if self.posterior == "laplace" and not is_linear(self.problem.network):
             # log det H depends on where the equilibrium is.
             slope = jax.grad(self.free_energy)(state)
@@ -230,7 +227,7 @@ def _precision(parameters: Array, structure: Structure, width: int) -> Array:
         return jnp.exp(parameters)
     factor = jnp.diag(jnp.exp(parameters[:width]))
     factor = factor.at[np.tril_indices(width, -1)].set(parameters[width:])
-    return factor @ factor.T
+    return matmul(factor, factor.T)
 
 
 class OutputNoise(eqx.Module):
@@ -274,7 +271,7 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
     explained = output_covariance(problem) - _output_noise_of(problem)
     errors = problem.output_error(feedforward(problem)[-1])
     errors = jnp.atleast_2d(errors)
-    measured = errors.T @ errors / len(errors)
+    measured = matmul(errors.T, errors) / len(errors)
     root = jnp.linalg.cholesky(measured)
     half = jsl.solve_triangular(root, explained, lower=True)
     white = jsl.solve_triangular(root, half.T, lower=True)
@@ -287,8 +284,8 @@ def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[Outp
         interior = share <= 0.25
         beneath: Any = jnp.where(interior, 1 - 4 * share, 0)
         left = 0.5 * (1 - 2 * share + jnp.sqrt(beneath))
-    factor = root @ modes * jnp.sqrt(jnp.where(interior, left, 0))[None]
-    return OutputNoise(factor @ factor.T, jnp.all(interior)), measured
+    factor = matmul(root, modes) * jnp.sqrt(jnp.where(interior, left, 0))[None]
+    return OutputNoise(matmul(factor, factor.T), jnp.all(interior)), measured
 
 
 def _output_noise_of(problem: InferenceProblem) -> Array:

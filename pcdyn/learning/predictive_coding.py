@@ -100,10 +100,10 @@ class EulerPredictiveCoding(Rule):
         return ()
 
     def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
-        first = problem.first_prediction()
+        prepared = problem.prepared()
 
         def update(_: Any, x: State) -> State:
-            return step(x, -self.dt, problem.gradient(x, first))
+            return step(x, -self.dt, prepared.gradient(x))
 
         rest = jax.lax.fori_loop(0, self.steps, update, problem.feedforward_state())
         return _at(problem, rest), state

@@ -122,11 +122,7 @@ def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Arr
         return function(hessian(problem))
     if state[0].ndim == 1:
         return function(free_energy_hessian(problem, state))
-
-    def one(input: Any, output: Any, state: State) -> Array:
-        return function(free_energy_hessian(problem.with_data(input, output), state))
-
-    return eqx.filter_vmap(one)(problem.input, problem.output, state)
+    return problem.map_samples(lambda one, at: function(free_energy_hessian(one, at)), state)
 
 
 def _log_determinant(matrix: BlockTridiagonal) -> Array:

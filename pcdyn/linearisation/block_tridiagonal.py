@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
+from pcdyn._support.products import matmul
 from pcdyn.model.problem import State
 
 
@@ -35,10 +36,10 @@ class BlockTridiagonal(eqx.Module):
 
     def times(self, vector: State) -> State:
         """The product with a vector, one part `(n_i,)` for each block row."""
-        products = [block @ x for block, x in zip(self.diagonal, vector, strict=True)]
+        products = [matmul(block, x) for block, x in zip(self.diagonal, vector, strict=True)]
         for i, block in enumerate(self.upper):
-            products[i] = products[i] + block @ vector[i + 1]
-            products[i + 1] = products[i + 1] + block.T @ vector[i]
+            products[i] = products[i] + matmul(block, vector[i + 1])
+            products[i + 1] = products[i + 1] + matmul(block.T, vector[i])
         return tuple(products)
 
     def plus_diagonal(self, amount: Any) -> BlockTridiagonal:
@@ -55,7 +56,7 @@ class BlockTridiagonal(eqx.Module):
             if i > 0:
                 # The coupling is L_{i-1}⁻¹ H_{i-1,i}, so that the Schur complement is symmetric.
                 coupling = jsl.solve_triangular(factors[-1], self.upper[i - 1], lower=True)
-                block = block - coupling.T @ coupling
+                block = block - matmul(coupling.T, coupling)
                 couplings.append(coupling)
             factors.append(jnp.linalg.cholesky(block))
         return BlockCholesky(tuple(factors), tuple(couplings))
@@ -74,11 +75,13 @@ class BlockCholesky(eqx.Module):
             # One column per sample.
             columns = rhs[i].reshape(-1, rhs[i].shape[-1]).T
             if i > 0:
-                columns = columns - self.couplings[i - 1].T @ partial[-1]
+                columns = columns - matmul(self.couplings[i - 1].T, partial[-1])
             partial.append(jsl.solve_triangular(factor, columns, lower=True))
         solution: list[Array] = []
         for i, factor in reversed(list(enumerate(self.factors))):
-            columns = partial[i] - self.couplings[i] @ solution[0] if solution else partial[i]
+            columns = (
+                partial[i] - matmul(self.couplings[i], solution[0]) if solution else partial[i]
+            )
             solution.insert(0, jsl.solve_triangular(factor, columns, lower=True, trans="T"))
         return tuple(x.T.reshape(r.shape) for x, r in zip(solution, rhs, strict=True))
 

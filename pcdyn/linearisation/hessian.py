@@ -89,11 +89,11 @@ def solve_hessian(problem: InferenceProblem, state: State, rhs: State) -> State:
     if has_linear_flow(problem):
         return _solve_linear(problem, state, rhs)
 
-    def one(input: Any, output: Any, state: State, rhs: State) -> State:
-        matrix = free_energy_hessian(problem.with_data(input, output), state)
+    def one(sample: InferenceProblem, state: State, rhs: State) -> State:
+        matrix = free_energy_hessian(sample, state)
         return _symmetric_solve(matrix.times, matrix.cholesky().solve, rhs)
 
-    return eqx.filter_vmap(one)(problem.input, problem.output, state, rhs)
+    return problem.map_samples(one, state, rhs)
 
 
 def _solve_linear(problem: InferenceProblem, state: State, rhs: State) -> State:

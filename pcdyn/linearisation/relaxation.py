@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pcdyn._support.products import matmul
+
 
 def square(matrix: Float[Array, "M N"], *rows: Float[Array, "*batch M"]) -> tuple[Array, ...]:
     """A matrix and rows that it acts on, with as many rows as columns at least: zeros added."""
@@ -37,7 +39,7 @@ def factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
 def _factor_modes_jvp(primals: Any, tangents: Any) -> Any:
     (factor,), (tangent,) = primals, tangents
     rates, modes = factor_modes(factor)
-    half = (factor @ modes).T @ (tangent @ modes)
+    half = matmul(matmul(factor, modes).T, matmul(tangent, modes))
     together = _together(jnp.sqrt(jnp.maximum(rates, 0)))
     return (rates, modes), _eigen_tangents(rates, modes, half + half.T, together)
 
@@ -56,7 +58,7 @@ def symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
 def _symmetric_modes_jvp(primals: Any, tangents: Any) -> Any:
     (matrix,), (tangent,) = primals, tangents
     rates, modes = symmetric_modes(matrix)
-    bent = modes.T @ tangent @ modes
+    bent = matmul(matmul(modes.T, tangent), modes)
     return (rates, modes), _eigen_tangents(rates, modes, (bent + bent.T) / 2, _together(rates))
 
 
@@ -74,7 +76,7 @@ def _eigen_tangents(
     shares = shares / jnp.sum(shares, axis=1, keepdims=True)
     gaps = rates[None] - rates[:, None]
     turning = jnp.where(together, 0, bent / jnp.where(together, 1, gaps))
-    return shares @ jnp.diagonal(bent), modes @ turning
+    return matmul(shares, jnp.diagonal(bent)), matmul(modes, turning)
 
 
 def singular_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array, Array]:
@@ -96,8 +98,8 @@ def relaxed(
     rates, flat = sizes**2, sizes == 0
     divisor: Any = jnp.where(flat, 1, rates)
     driven = jnp.where(flat, t, -jnp.expm1(-rates * t) / divisor)
-    amplitudes = residual @ left
-    return amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape) @ right.T
+    amplitudes = matmul(residual, left)
+    return matmul(amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape), right.T)
 
 
 @relaxed.defjvp

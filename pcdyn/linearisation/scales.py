@@ -11,7 +11,8 @@ import numpy as np
 
 from pcdyn._support.states import largest_norm, layer_norms
 from pcdyn.model.energies.energy import Energy
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.flow import Flow
+from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.model.stacked import Run, StackedProblem, stacked
 
 _PROBES = 4
@@ -19,7 +20,7 @@ _PROBES = 4
 _PLACES = 32
 
 
-def smallest_precision(problem: Problem) -> Any:
+def smallest_precision(problem: Flow) -> Any:
     """The smallest eigenvalue of any Π_l, of the curvature at zero error where there is no Π_l.
 
     Infinite where no energy has a curvature.
@@ -68,7 +69,7 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Any:
     if isinstance(deep, StackedProblem):
         together = deep.pack(state)
         field = jnp.max(deep.norms(deep.gradient(together)), axis=-1)
-        largest = jnp.max(deep.error_norms(deep.observe(together)[0]), axis=-1)
+        largest = jnp.max(deep.error_norms(deep.observe(0.0, together)[0]), axis=-1)
     else:
         field = largest_norm(problem.gradient(state))
         largest = largest_norm(problem.prediction_errors(problem.activities(state)))

@@ -20,8 +20,7 @@ from pcdyn.errors import SpectrumError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.relaxation import symmetric_modes
-from pcdyn.model.problem import InferenceProblem, State
-from pcdyn.model.stacked import StackedProblem
+from pcdyn.model.problem import InferenceFlow, InferenceProblem, State
 
 # Above so many units, full eigendecompositions take seconds for each sample.
 MOST_DENSE_UNITS = 600
@@ -45,8 +44,6 @@ class Spectrum(eqx.Module):
 def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
     """τ^{-½} H τ^{-½} at a state of one sample."""
     matrix = free_energy_hessian(problem, state)
-    if problem.time_constants is None:
-        return matrix
     roots = _roots(problem)
     return BlockTridiagonal(
         tuple(block / root**2 for block, root in zip(matrix.diagonal, roots, strict=True)),
@@ -56,14 +53,9 @@ def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
     )  # fmt: skip
 
 
-def _roots(problem: InferenceProblem | StackedProblem) -> list[Any]:
+def _roots(problem: InferenceFlow) -> list[Any]:
     """√τ for each array of a state."""
-    constants: Any = problem.time_constants
-    if isinstance(problem, StackedProblem):
-        return [jnp.ones((), problem.dtype) if constants is None else jnp.sqrt(constants)]
-    if constants is None:
-        return [jnp.ones((), problem.dtype) for _ in problem.free_layers]
-    return [jnp.sqrt(constants[index]) for index in problem.free_layers]
+    return [jnp.sqrt(tau) for tau in problem.state_time_constants]
 
 
 @eqx.filter_jit
@@ -200,7 +192,7 @@ def _solve(factors: Any, rhs: State) -> State:
     return factors.solve(rhs)
 
 
-def estimated_fastest_rate(problem: InferenceProblem | StackedProblem, state: State) -> np.ndarray:
+def estimated_fastest_rate(problem: InferenceFlow, state: State) -> np.ndarray:
     """The largest decay rate at a state, per sample: never above it, and mostly within 1 %.
 
     24 Lanczos iterations for the whole batch at once, each one Hessian-vector product. NaN where
@@ -230,13 +222,11 @@ def _start(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _lanczos(
-    problem: InferenceProblem | StackedProblem, state: State, start: State, iterations: int
-) -> Any:
+def _lanczos(problem: InferenceFlow, state: State, start: State, iterations: int) -> Any:
     """The diagonal and off-diagonal coefficients of each iteration, iterations first."""
     roots = tuple(jnp.broadcast_to(r, x.shape) for r, x in zip(_roots(problem), state, strict=True))
-    prediction = problem.first_prediction()
-    _, tangent = jax.linearize(lambda x: problem.vector_field(x, prediction), state)
+    flow = problem.prepared()
+    _, tangent = jax.linearize(lambda x: flow.vector_field(0.0, x), state)
 
     def iterate(carry: Any, _: None) -> Any:
         before, here, coupling = carry

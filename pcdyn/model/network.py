@@ -29,6 +29,7 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn._support.functions import as_part
+from pcdyn._support.products import matmul
 from pcdyn.errors import DtypeError, InputError, ShapeError
 from pcdyn.model.activations import Activation, get_activation, identity
 
@@ -72,7 +73,7 @@ class Dense(eqx.Module):
 
     def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
         """W x + b."""
-        z = self.weight @ x
+        z = matmul(self.weight, x)
         return z if self.bias is None else z + self.bias
 
     def __call__(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -30,62 +30,52 @@ from pcdyn._support.checks import (
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, energies_of, in_dtype, naming_layer
 from pcdyn.model.energies.precision import Precision
+from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import Activities, Network
 
-# Layers like those of Activities, but only the free ones.
-State = tuple[Any, ...]
 
-
-class Problem(eqx.Module):
-    """What `pcdyn.simulate` integrates: a state that follows −∂F of some network.
-
-    The state is a tuple of arrays whose last axis is summed over in norms.
-    """
+class InferenceFlow(Flow):
+    """`τ dx/dt = −∂F/∂x` of samples that do not meet, each with clamped data of its own."""
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any:
-        """The floating-point dtype of everything."""
+    def data(self) -> tuple[Any, Any]:
+        """The clamped input and output; `None` for an end that is free."""
 
     @property
     @abc.abstractmethod
-    def free_layers(self) -> tuple[int, ...]:
-        """The indices l of the layers of activities that move."""
+    def state_time_constants(self) -> tuple[Array, ...]:
+        """τ of every array of a state: one number, or one for each unit."""
 
     @abc.abstractmethod
-    def initial_state(self, initial: str | Sequence[Numbers]) -> State:
-        """The state to start from, by name or from given activities, checked."""
+    def with_data(self, input: Any, output: Any) -> Any:
+        """The same with other clamped data, such as one sample of a batch."""
 
     @abc.abstractmethod
-    def activities(self, state: State) -> Activities:
-        """All layers x_0 … x_L at a state, or at several with a leading axis."""
+    def gradient(self, state: State) -> State:
+        """∂F/∂x, shaped like `state`, whatever the time constants."""
 
-    @abc.abstractmethod
-    def network_at(self, state: State) -> Network | None:
-        """The network at a state, or at several, where weights move; `None` where they do not."""
+    def vector_field(self, t: Any, state: State) -> State:
+        """dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
+        return tuple(
+            -g / jnp.broadcast_to(tau, g.shape)
+            for g, tau in zip(self.gradient(state), self.state_time_constants, strict=True)
+        )
 
-    @abc.abstractmethod
-    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
-        """Π_1 … Π_L at a state, or at several, where precisions move; `None` where they do not."""
+    def sample(self, index: Any) -> Any:
+        """The problem of one sample of a batch (an index), or of several (an array of indices)."""
+        return self.with_data(*jax.tree.map(lambda x: x[index], self.data))
 
-    @abc.abstractmethod
-    def first_prediction(self) -> Array | None:
-        """μ_1 where it is constant; `None` where it moves."""
+    def map_samples(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function` of the problem of each sample and of its rows of `trees`, sample first."""
 
-    @abc.abstractmethod
-    def observe(self, state: State, first_prediction: Array | None) -> tuple[Activities, Array]:
-        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+        def one(data: Any, *rows: Any) -> Any:
+            return function(self.with_data(*data), *rows)
 
-    @abc.abstractmethod
-    def free_energy(self, state: State) -> Array:
-        """F, per sample or in all."""
-
-    @abc.abstractmethod
-    def vector_field(self, state: State, first_prediction: Array | None) -> State:
-        """The time derivative of the state."""
+        return eqx.filter_vmap(one)(self.data, *trees)
 
 
-class InferenceProblem(Problem):
+class InferenceProblem(InferenceFlow):
     """Inference in a predictive coding network: `τ_l dx_l/dt = −∂F/∂x_l` for every free layer.
 
     Arguments:
@@ -116,7 +106,8 @@ class InferenceProblem(Problem):
     input: Float[Array, "*batch n_0"] | None
     output: Float[Array, "*batch n_L"] | None
     energy: tuple[Energy, ...]
-    time_constants: tuple[Float[Array, ""], ...] | None
+    time_constants: tuple[Float[Array, ""], ...]
+    first_prediction: Float[Array, "*batch n_1"] | None
 
     def __init__(
         self,
@@ -140,6 +131,7 @@ class InferenceProblem(Problem):
             with naming_layer(index):
                 each.check(network.widths[index], target)
         self.time_constants = _checked_time_constants(time_constants, network)
+        self.first_prediction = None
         if not self.free_layers:
             raise InputError(
                 "nothing to infer: both ends of a network without hidden layers are clamped"
@@ -163,11 +155,37 @@ class InferenceProblem(Problem):
         clamped = self.input if self.input is not None else self.output
         return None if clamped is None else clamped.shape[:-1]
 
+    @property
+    def data(self) -> tuple[Array | None, Array | None]:
+        """The clamped input and output; `None` for an end that is free."""
+        return self.input, self.output
+
+    @property
+    def both_ends_clamped(self) -> bool:
+        """Whether both the input and the output are clamped."""
+        return self.input is not None and self.output is not None
+
+    @property
+    def state_time_constants(self) -> tuple[Float[Array, ""], ...]:
+        """τ_l of every free layer."""
+        return tuple(self.time_constants[index] for index in self.free_layers)
+
     def with_data(self, input: Any, output: Any) -> InferenceProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
-            lambda p: (p.input, p.output), self, (input, output), is_leaf=lambda x: x is None
-        )
+            lambda p: (p.input, p.output, p.first_prediction), self, (input, output, None),
+            is_leaf=lambda x: x is None,
+        )  # fmt: skip
+
+    def prepared(self) -> InferenceProblem:
+        """The same problem with μ_1 = f(W_1 d + b_1) in `first_prediction`, where it is constant.
+
+        It is for one network and its data: who puts others in prepares again.
+        """
+        if self.input is None:
+            return self
+        first = self.network.predict(1, self.input)
+        return eqx.tree_at(lambda p: p.first_prediction, self, first, is_leaf=lambda x: x is None)
 
     def activities(self, state: State) -> Activities:
         """All layers x_0 … x_L: the free ones from `state`, the clamped ones from the data."""
@@ -182,50 +200,25 @@ class InferenceProblem(Problem):
                 layers.append(next(free))
         return tuple(layers)
 
-    def state_of(self, activities: Sequence[Any]) -> State:
-        """The free layers of `activities` x_0 … x_L; the inverse of `activities`."""
-        return tuple(activities[index] for index in self.free_layers)
-
-    def network_at(self, state: State) -> Network | None:
-        """`None`: the weights do not move."""
-        return None
-
-    def precisions_at(self, state: State) -> tuple[Array, ...] | None:
-        """`None`: the precisions do not move."""
-        return None
-
-    def first_prediction(self) -> Float[Array, "*batch n_1"] | None:
-        """μ_1 = f(W_1 d + b_1), constant during inference; `None` if the input is free."""
-        return None if self.input is None else self.network.predict(1, self.input)
-
-    def prediction_errors(
-        self, activities: Activities, first_prediction: Array | None = None
-    ) -> Activities:
-        """ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes.
-
-        `first_prediction` saves computing μ_1 again, which is constant during inference.
-        """
+    def prediction_errors(self, activities: Activities) -> Activities:
+        """ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes."""
         errors = []
         for index in range(1, self.network.depth + 1):
-            if index == 1 and first_prediction is not None:
-                prediction = first_prediction
+            if index == 1 and self.first_prediction is not None:
+                prediction = self.first_prediction
             else:
                 prediction = self.network.predict(index, activities[index - 1])
             errors.append(activities[index] - prediction)
         return tuple(errors)
 
-    def observe(
-        self, state: State, first_prediction: Array | None = None
-    ) -> tuple[Activities, Float[Array, "*batch L"]]:
+    def observe(self, t: Any, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
         """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
-        errors = self.prediction_errors(self.activities(state), first_prediction)
+        errors = self.prediction_errors(self.activities(state))
         return errors, self.energies_of(errors)
 
-    def layer_energies(
-        self, state: State, first_prediction: Array | None = None
-    ) -> Float[Array, "*batch L"]:
+    def layer_energies(self, state: State) -> Float[Array, "*batch L"]:
         """E_1 … E_L of each sample, on the last axis."""
-        return self.observe(state, first_prediction)[1]
+        return self.energies_of(self.prediction_errors(self.activities(state)))
 
     def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
         """E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
@@ -256,11 +249,9 @@ class InferenceProblem(Problem):
     def _target_of(self, index: int) -> Array | None:
         return self.output if index == self.network.depth else None
 
-    def free_energy(
-        self, state: State, first_prediction: Array | None = None
-    ) -> Float[Array, "*batch"]:
+    def free_energy(self, state: State) -> Float[Array, "*batch"]:
         """F = Σ_l E_l of each sample."""
-        return jnp.sum(self.layer_energies(state, first_prediction), axis=-1)
+        return jnp.sum(self.layer_energies(state), axis=-1)
 
     def output_loss(self, state: State) -> Float[Array, "*batch"]:
         """ℒ = E_L of each sample."""
@@ -270,22 +261,13 @@ class InferenceProblem(Problem):
         """Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
         return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
 
-    def gradient(self, state: State, first_prediction: Array | None = None) -> State:
+    def gradient(self, state: State) -> State:
         """∂F/∂x_l of every free layer, shaped like `state`, whatever the time constants."""
 
         def total(state: State) -> Float[Array, ""]:
-            return jnp.sum(self.free_energy(state, first_prediction))
+            return jnp.sum(self.free_energy(state))
 
         return jax.grad(total)(state)
-
-    def vector_field(self, state: State, first_prediction: Array | None = None) -> State:
-        """dx_l/dt = −(1/τ_l) ∂F/∂x_l of every free layer, shaped like `state`."""
-        return tuple(
-            -g if self.time_constants is None else -g / self.time_constants[index]
-            for index, g in zip(
-                self.free_layers, self.gradient(state, first_prediction), strict=True
-            )
-        )
 
     def feedforward_state(self, input: Numbers | None = None) -> State:
         """The state of a feedforward pass from the clamped input, or from the `input` given.
@@ -412,9 +394,9 @@ def _check_same_batch(input: Array, output: Array) -> None:
 
 def _checked_time_constants(
     values: Sequence[Numbers] | None, network: Network
-) -> tuple[Float[Array, ""], ...] | None:
+) -> tuple[Float[Array, ""], ...]:
     if values is None:
-        return None
+        return tuple(jnp.ones((), network.dtype) for _ in range(network.depth + 1))
     wanted = "a list with one positive number for each layer l = 0 … L"
     values = as_sequence(values, "time_constants", wanted)
     if len(values) != network.depth + 1:

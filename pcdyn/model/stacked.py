@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import is_traced
-from pcdyn._support.states import layer_norms
 from pcdyn.model.energies.energy import Energy
+from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import MOST_WRITTEN_OUT, Activities, apply_layer, stack, structure_of
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 
 class Run(eqx.Module):
@@ -53,10 +53,11 @@ class Run(eqx.Module):
         return jnp.moveaxis(errors, 0, -2), jnp.moveaxis(energies, 0, -1)
 
 
-class StackedProblem(Problem):
+class StackedProblem(InferenceFlow):
     """An inference problem whose state is one array `(*batch, N)` of all free units.
 
-    `time_constants`: τ of every free unit, or `None`. `widths`: n_0 … n_L.
+    `time_constants`: τ of every free unit. `widths`: n_0 … n_L. `first_prediction`: μ_1 where it is
+    `prepared`.
     """
 
     runs: tuple[Run, ...]
@@ -65,11 +66,7 @@ class StackedProblem(Problem):
     time_constants: Any
     widths: tuple[int, ...] = eqx.field(static=True)
     free: tuple[int, ...] = eqx.field(static=True)
-
-    @property
-    def dtype(self) -> Any:
-        """The floating-point dtype of everything."""
-        return jnp.result_type(*jax.tree.leaves(eqx.filter(self.runs, eqx.is_inexact_array)))
+    first_prediction: Any = None
 
     @property
     def free_layers(self) -> tuple[int, ...]:
@@ -81,13 +78,23 @@ class StackedProblem(Problem):
         """n_l of the layers that make up the state."""
         return tuple(self.widths[index] for index in self.free)
 
-    def initial_state(self, initial: Any) -> State:
-        """The state of activities of the free layers."""
+    def initial_state(self, initial: Any = "feedforward") -> State:
+        """The state of activities of the free layers, which need to be given."""
         return self.pack(initial)
+
+    @property
+    def data(self) -> tuple[Any, Any]:
+        """The clamped input and output; `None` for an end that is free."""
+        return self.input, self.output
+
+    @property
+    def state_time_constants(self) -> tuple[Any, ...]:
+        """τ of the one array of the state."""
+        return (self.time_constants,)
 
     def with_data(self, input: Any, output: Any) -> StackedProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
-        return dataclasses.replace(self, input=input, output=output)
+        return dataclasses.replace(self, input=input, output=output, first_prediction=None)
 
     def pack(self, layers: Sequence[Any]) -> State:
         """One array of what the free layers have an array each of."""
@@ -107,20 +114,14 @@ class StackedProblem(Problem):
         ends = (self.input, state[0], self.output)
         return (jnp.concatenate([x for x in ends if x is not None], axis=-1),)
 
-    def network_at(self, state: State) -> None:
-        """`None`: the weights do not move."""
-
-    def precisions_at(self, state: State) -> None:
-        """`None`: the precisions do not move."""
-
-    def first_prediction(self) -> Any:
-        """μ_1, constant during inference; `None` if the input is free."""
+    def prepared(self) -> StackedProblem:
+        """The same problem with μ_1, constant during inference, in `first_prediction`."""
         if self.input is None:
-            return None
+            return self
         layer = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, self.runs[0].layer)
-        return apply_layer(layer, self.input)
+        return dataclasses.replace(self, first_prediction=apply_layer(layer, self.input))
 
-    def observe(self, state: State, first_prediction: Any = None) -> tuple[Activities, Any]:
+    def observe(self, t: Any, state: State) -> tuple[Activities, Any]:
         """The prediction errors of all layers side by side, and the energies E_1 … E_L."""
         (x,) = self.activities(state)
         starts, errors, energies = np.cumsum([0, *self.widths]), [], []
@@ -134,7 +135,7 @@ class StackedProblem(Problem):
             found = run.observe(
                 layers(run.first - 1, run.length),
                 layers(run.first, run.length),
-                first_prediction if run.first == 1 else None,
+                self.first_prediction if run.first == 1 else None,
                 self.target_of(run),
             )
             errors.append(found[0].reshape(*found[0].shape[:-2], -1))
@@ -145,20 +146,13 @@ class StackedProblem(Problem):
         """What the output is clamped to, for the run of its prediction; `None` for others."""
         return self.output if run.first == len(self.widths) - 1 else None
 
-    def free_energy(self, state: State, first_prediction: Any = None) -> Any:
+    def free_energy(self, state: State) -> Any:
         """F of each sample."""
-        return jnp.sum(self.observe(state, first_prediction)[1], axis=-1)
+        return jnp.sum(self.observe(0.0, state)[1], axis=-1)
 
-    def gradient(self, state: State, first_prediction: Any = None) -> State:
+    def gradient(self, state: State) -> State:
         """∂F/∂x of all free units."""
-        return jax.grad(lambda x: jnp.sum(self.free_energy(x, first_prediction)))(state)
-
-    def vector_field(self, state: State, first_prediction: Any = None) -> State:
-        """dx/dt of all free units."""
-        (slope,) = self.gradient(state, first_prediction)
-        if self.time_constants is None:
-            return (-slope,)
-        return (-slope / jnp.broadcast_to(self.time_constants, slope.shape),)
+        return jax.grad(lambda x: jnp.sum(self.free_energy(x)))(state)
 
     def norms(self, state: State) -> Any:
         """The Euclidean norm of each free layer, per sample."""
@@ -169,12 +163,7 @@ class StackedProblem(Problem):
         return _norms(errors[0], self.widths[1:])
 
 
-def norms_of(problem: Problem, state: State) -> Any:
-    """The Euclidean norm of each free layer of a problem's state, per sample."""
-    return problem.norms(state) if isinstance(problem, StackedProblem) else layer_norms(state)
-
-
-def stacked(problem: Problem) -> Any:
+def stacked(problem: Flow) -> Any:
     """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself."""
     if not isinstance(problem, InferenceProblem):
         return problem
@@ -190,17 +179,15 @@ def stacked(problem: Problem) -> Any:
         return (index if index in alone else 0), structure_of(parts)
 
     runs = [list(run) for _, run in itertools.groupby(each, kind)]
-    taus = problem.time_constants
-    if taus is not None:
-        xp = jnp if is_traced(taus) else np
-        repeated = [xp.broadcast_to(xp.asarray(taus[i]), (network.widths[i],))
-                    for i in problem.free_layers]  # fmt: skip
-        taus = xp.concatenate(repeated)
+    taus = problem.state_time_constants
+    xp = jnp if is_traced(taus) else np
+    repeated = [xp.broadcast_to(xp.asarray(tau), (network.widths[index],))
+                for index, tau in zip(problem.free_layers, taus, strict=True)]  # fmt: skip
     return StackedProblem(
         runs=tuple(_run(run) for run in runs),
         input=problem.input,
         output=problem.output,
-        time_constants=taus,
+        time_constants=xp.concatenate(repeated),
         widths=network.widths,
         free=problem.free_layers,
     )

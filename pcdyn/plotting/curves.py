@@ -147,6 +147,8 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
     Returns the three lines in that order. Raises `ShapeError` if there is no such `sample`.
     """
     times, sample = _checked(trajectory, sample)
+    if trajectory.energies.shape[-1] == 0:
+        raise ShapeError("there are no energies along this trajectory: its flow observes none")
     # As mathematics, for ordinary fonts lack these letters.
     shown = {
         r"output loss $\mathcal{L}$": trajectory.output_loss,

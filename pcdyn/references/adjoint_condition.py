@@ -25,6 +25,7 @@ from pcdyn._support.checks import (
     check_instance,
     checked_number,
 )
+from pcdyn._support.products import matmul
 from pcdyn.errors import ShapeError, ToleranceError
 from pcdyn.model.network import Network
 
@@ -106,7 +107,7 @@ def adjoint_condition(
         below, here, above = layers[index - 1 : index + 2]
         own = jax.jacfwd(lambda x: interaction(x, network.predict(index, below)))(here)
         lower = jax.jacfwd(lambda x: interaction(above, network.predict(index + 1, x)))(here)
-        expected = -jax.jacfwd(lambda x: network.predict(index + 1, x))(here) @ own
+        expected = -matmul(jax.jacfwd(lambda x: network.predict(index + 1, x))(here), own)
         size = jnp.maximum(jnp.linalg.norm(lower), jnp.linalg.norm(expected))
         return jnp.linalg.norm(lower - expected) / jnp.where(size > 0, size, 1)
 

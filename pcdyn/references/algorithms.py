@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pcdyn._support.checks import is_traced
+from pcdyn._support.products import matmul
 from pcdyn.errors import (
     ActivationError,
     InputError,
@@ -227,4 +228,4 @@ def _solve_layer(layer: Dense, preimage: Float[Array, "*batch n"]) -> Float[Arra
     if layer.weight.shape[0] == layer.weight.shape[1]:
         flat = centred.reshape(-1, centred.shape[-1])
         return jnp.linalg.solve(layer.weight, flat.T).T.reshape(centred.shape)
-    return centred @ jnp.linalg.pinv(layer.weight).T
+    return matmul(centred, jnp.linalg.pinv(layer.weight).T)

@@ -25,6 +25,7 @@ from pcdyn._support.checks import (
     checked_integer,
     is_traced,
 )
+from pcdyn._support.products import matmul
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.hessian import with_derivatives
@@ -69,7 +70,7 @@ def gauss_newton_hessian(
         if index < network.depth:
             jacobian = jacobians[index + 1]
             weighted = precisions[index].weigh(jacobian.T)
-            block = block + weighted @ jacobian
+            block = block + matmul(weighted, jacobian)
             if index + 1 in problem.free_layers:
                 upper.append(-weighted)
         diagonal.append(block)
@@ -106,8 +107,7 @@ def linear_equilibrium(
     """
     check_choice(method, "method", ("cholesky", "output_space"))
     linear_parts(problem)
-    both = problem.input is not None and problem.output is not None
-    if method == "output_space" and not both:
+    if method == "output_space" and not problem.both_ends_clamped:
         raise InputError(_USE_CHOLESKY)
     arrays, rest = eqx.partition(problem, eqx.is_array)
     fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
@@ -170,7 +170,7 @@ def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
     def climb(weighted: Array) -> State:
         layers = [start]
         for index in range(1, depth):
-            layers.append(network.predict(index, layers[-1]) + weighted @ covariances[index])
+            layers.append(network.predict(index, layers[-1]) + matmul(weighted, covariances[index]))
         return tuple(layers[1:])
 
     weighted = jnp.zeros_like(target)
@@ -200,9 +200,11 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     clamped.
     """
     products, precisions = _products(problem)
-    if problem.input is None or problem.output is None:
+    if not problem.both_ends_clamped:
         raise InputError(_CLAMP_BOTH)
-    parts = (precisions[i - 1].unweigh(product) @ product.T for i, product in products.items())
+    parts = (
+        matmul(precisions[i - 1].unweigh(product), product.T) for i, product in products.items()
+    )
     return sum(parts, start=jnp.zeros((), problem.dtype))
 
 
@@ -231,7 +233,7 @@ def _products(problem: InferenceProblem) -> tuple[dict[int, Array], tuple[Precis
     depth = problem.network.depth
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
-        products[index - 1] = products[index] @ layers[index - 1].weight
+        products[index - 1] = matmul(products[index], layers[index - 1].weight)
     return products, precisions
 
 
@@ -284,7 +286,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
         # Round-off in a flat direction would grow with time; neither rate nor drive is there.
         sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
     known = jnp.where(sizes > 0, sizes, jnp.inf)
-    way = jnp.abs(jax.lax.stop_gradient(residual) @ left)
+    way = jnp.abs(matmul(jax.lax.stop_gradient(residual), left))
     size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
     lost = 2 * largest * way / jnp.broadcast_to(known, way.shape) + size
     start = jnp.concatenate(initial, axis=-1)
@@ -320,13 +322,12 @@ def single_layer_flow(
     activities = as_sequence(activities, "activities", wanted)
     if len(activities) != network.depth + 1:
         raise ShapeError(f"activities must be {wanted}, got {len(activities)} layers")
-    constants = problem.time_constants
     neighbours = InferenceProblem(
         Network(network.layers[layer - 1 : layer + 1]),
         input=activities[layer - 1],
         output=activities[layer + 1],
         energy=problem.energy[layer - 1 : layer + 1],
-        time_constants=None if constants is None else constants[layer - 1 : layer + 2],
+        time_constants=problem.time_constants[layer - 1 : layer + 2],
     )
     return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
 
@@ -369,10 +370,7 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
     """τ^{-½} of each free unit."""
     widths = [problem.network.widths[index] for index in problem.free_layers]
-    constants = problem.time_constants
-    if constants is None:
-        return jnp.ones(sum(widths), problem.dtype)
-    each = [constants[index] for index in problem.free_layers]
+    each = problem.state_time_constants
     return jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, each, strict=True)])
 
 

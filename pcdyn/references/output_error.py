@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_float_array, as_host_array, is_traced
+from pcdyn._support.products import matmul
 from pcdyn.errors import InputError, ShapeError, TimesError
 from pcdyn.linearisation.whitened import linear_parts
 from pcdyn.model.problem import InferenceProblem, check_problem
@@ -52,7 +53,7 @@ class OutputErrorFlow(eqx.Module):
 
     def __call__(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """M(t); t may be infinite."""
-        return jsl.solve_triangular(self.root.T, self.whitened(t) @ self.root.T, lower=False)
+        return jsl.solve_triangular(self.root.T, matmul(self.whitened(t), self.root.T), lower=False)
 
     def whitened(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """N(t), symmetric; t may be infinite."""
@@ -68,12 +69,12 @@ class OutputErrorFlow(eqx.Module):
 
     def loss(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
-        return 0.5 * jnp.sum((self.whitened(t) @ self._start(error)) ** 2)
+        return 0.5 * jnp.sum((matmul(self.whitened(t), self._start(error))) ** 2)
 
     def loss_rate(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """dℒ/dt; the energy gradient bound of A.6.3 says that it is negative."""
         start = self._start(error)
-        return -jnp.sum((self.whitened(t) @ start) * (self.speed(t) @ start))
+        return -jnp.sum(matmul(self.whitened(t), start) * matmul(self.speed(t), start))
 
     def rise(self, start: Numbers, end: Numbers) -> Float[Array, ""]:
         """The largest (ℒ(end) − ℒ(start))/ℒ(0) over all targets; negative if ℒ falls for all.
@@ -81,7 +82,7 @@ class OutputErrorFlow(eqx.Module):
         It never exceeds `LARGEST_RISE` for end ≥ start; both may be infinite.
         """
         before, after = self.whitened(start), self.whitened(end)
-        return jnp.linalg.eigvalsh(after @ after - before @ before)[-1]
+        return jnp.linalg.eigvalsh(matmul(after, after) - matmul(before, before))[-1]
 
     def largest_rise(self, times: Numbers) -> Float[Array, ""]:
         """The largest `rise` from one to a later one of `times`, over all pairs and targets.
@@ -95,7 +96,7 @@ class OutputErrorFlow(eqx.Module):
         if not is_traced(moments) and bool(np.any(np.diff(moments) <= 0)):
             raise TimesError("times must be in ascending order; sort them, and drop repeated ones")
         maps = jax.vmap(self.whitened)(moments)
-        squares = maps @ maps
+        squares = matmul(maps, maps)
         early, late = np.triu_indices(len(moments), k=1)
         return jnp.max(jnp.linalg.eigvalsh(squares[late] - squares[early])[:, -1])
 
@@ -113,7 +114,7 @@ class OutputErrorFlow(eqx.Module):
         round_off = 10 * len(self.rates) * jnp.finfo(self.rates.dtype).eps
         seen = sizes > round_off * jnp.max(sizes)
         slowest = jnp.where(jnp.any(seen), self.visible[:, jnp.argmax(seen)], jnp.nan)
-        moved = self.whitened(jnp.inf) @ slowest
+        moved = matmul(self.whitened(jnp.inf), slowest)
         # The arc cosine of a number near 1 would lose half of the digits.
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))
         return 2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)) / jnp.pi
@@ -122,10 +123,10 @@ class OutputErrorFlow(eqx.Module):
         vector = as_float_array(error, "error").astype(self.root.dtype)
         if vector.shape != self.root.shape[:1]:
             raise ShapeError(f"error has shape {vector.shape}, but {self.root.shape[:1]} is needed")
-        return self.root.T @ vector
+        return matmul(self.root.T, vector)
 
     def _sum(self, shares: Array) -> Array:
-        return (self.visible * jnp.broadcast_to(shares, self.visible.shape)) @ self.visible.T
+        return matmul(self.visible * jnp.broadcast_to(shares, self.visible.shape), self.visible.T)
 
 
 def _known_times(times: Any, dtype: Any) -> Array:
@@ -152,7 +153,7 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
     Raises `NotLinearError` for other networks and energies, `InputError` if an end is free.
     """
     rates, modes, scale = linear_modes(problem)
-    if problem.input is None or problem.output is None:
+    if not problem.both_ends_clamped:
         raise InputError(
             "the output error moves by M(t) where both ends are clamped; give the problem an input "
             "and an output, or follow the flow with pcdyn.simulate"
@@ -162,7 +163,9 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
     below, width = network.widths[-2:]
     root = jnp.linalg.cholesky(precision.matrix(width, network.dtype))
     tail = modes[-below:] * scale[-below:, None]
-    return OutputErrorFlow(rates=rates, visible=root.T @ last.weight @ tail, root=root)
+    return OutputErrorFlow(
+        rates=rates, visible=matmul(matmul(root.T, last.weight), tail), root=root
+    )
 
 
 def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch n_L"]:
@@ -182,6 +185,6 @@ def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array
     check_problem(problem)
     state = problem.initial_state(state)
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
-    field = problem.vector_field(state, None)
+    field = problem.vector_field(0.0, state)
     parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]
     return -jnp.sum(jnp.stack(parts), axis=0)

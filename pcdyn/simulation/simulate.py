@@ -1,4 +1,4 @@
-"""`simulate`: integrate the gradient flow of an inference problem into a trajectory."""
+"""`simulate`: integrate the flow of an inference problem, or any other, into a trajectory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ import numpy as np
 from pcdyn._support.checks import (
     Numbers,
     as_host_array,
-    check_dtype,
     check_flag,
-    check_instance,
     check_size,
     checked_number,
     is_traced,
@@ -46,11 +44,12 @@ from pcdyn.integrators import (
     UntilEquilibrium,
     get_integrator,
 )
-from pcdyn.integrators.base import Flow, Request, check_step_count
+from pcdyn.integrators.base import Request, check_step_count
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.linearisation.spectrum import estimated_fastest_rate
-from pcdyn.model.problem import InferenceProblem, Problem, State
+from pcdyn.model.flow import Flow, State, check_contract, check_flow, depends_on_time
+from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem, stacked
 from pcdyn.simulation.trajectory import Trajectory, round_off
 
@@ -58,7 +57,7 @@ _DEFAULT_SAVES = 101
 
 
 def simulate(
-    problem: Problem,
+    problem: Flow,
     *,
     t1: float,
     times: Numbers | None = None,
@@ -70,22 +69,24 @@ def simulate(
     throw: bool = True,
     seconds: float | None = None,
 ) -> Trajectory:
-    """Integrate `τ_l dx_l/dt = −∂F/∂x_l` from t = 0 to `t1`.
+    """Integrate `τ_l dx_l/dt = −∂F/∂x_l`, or any other `pcdyn.Flow`, from t = 0 to `t1`.
 
     Arguments:
 
-    - `problem`: a `pcdyn.InferenceProblem`, or a flow in which weights or precisions move as well,
-      such as `pcdyn.learning.JointFlow`.
+    - `problem`: a `pcdyn.InferenceProblem`, a flow in which weights or precisions move as well,
+      such as `pcdyn.learning.JointFlow`, or a `pcdyn.Flow` of your own.
     - `t1`: the end time, in units of the activity time constant.
     - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
-    - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`).
+    - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`); what other
+      flows take, their `initial_state` says.
     - `integrator`: a name (`"tsit5"`, `"rodas5p"`, `"lsoda"`, `"exact"`, …) or a value such as
       `pcdyn.Diffrax("dopri8", rtol=1e-9)`, `pcdyn.SciPy("Radau")`, `pcdyn.Euler(dt=0.05)`,
       `pcdyn.Exact()`.
     - `until`: `"equilibrium"` or `pcdyn.UntilEquilibrium(…)` stops before t1 when the vector
-      field is small in every layer; the state there becomes the last saved one.
+      field is small in every layer; the state there becomes the last saved one. A flow that
+      depends on time does not come to rest, and is refused.
     - `per_sample`: give every sample of a batch its own step size, statistics and status;
-      otherwise one step size serves the batch.
+      otherwise one step size serves the batch. For inference only.
     - `dense`: keep the solver's interpolation, so that `trajectory(t)` works at any time. diffrax
       then reserves memory for `max_steps` steps.
     - `throw`: raise `pcdyn.SimulationError` if any sample fails, with what was computed in its
@@ -111,14 +112,15 @@ def simulate(
     Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
     state raise, before anything runs.
     """
-    check_instance(problem, "problem", Problem, "a pcdyn.InferenceProblem or a flow of learning")
-    check_dtype(problem.dtype, "dtype of the problem")
+    check_flow(problem)
     for name, value in (("per_sample", per_sample), ("dense", dense), ("throw", throw)):
         check_flag(value, name)
     method = get_integrator(integrator)
     stop = _stopping(until)
     method.check(problem, stop, dense)
     state = problem.initial_state(initial)
+    if not isinstance(problem, InferenceFlow):
+        _check_other(problem, state, stop, per_sample)
     saves = _checked_times(t1, times)
     check_step_count(method, float(t1), stop)
     # The closed form is one of the weights, layer by layer.
@@ -151,7 +153,9 @@ def simulate(
     def compute() -> tuple[Integration, str, Observed, Stopwatch]:
         with Stopwatch() as clock:
             run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
-            observed = on_host(_observe(integrated, run.states))
+            # The last row is that of the end.
+            times = np.append(request.times, np.max(run.end_time)).astype(problem.dtype)
+            observed = on_host(_observe(integrated, times, run.states))
         return run, fallback, observed, clock
 
     # SciPy's loops are Python's own, and end where they are interrupted.
@@ -164,6 +168,24 @@ def simulate(
         worst = worst_status(trajectory.status_codes)
         raise simulation_error(worst, f"{method.name}: {trajectory.message}", trajectory)
     return trajectory
+
+
+def _check_other(
+    flow: Flow, state: State, until: UntilEquilibrium | None, per_sample: bool
+) -> None:
+    """Raise the named error for a flow that is no inference and does not fit its contract."""
+    check_contract(flow, state)
+    name = type(flow).__name__
+    if per_sample:
+        raise ShapeError(
+            f"per_sample=True needs a batch of a pcdyn.InferenceProblem, whose samples do not "
+            f"meet; those of a {name} may"
+        )
+    if until is not None and depends_on_time(flow.vector_field, 0.0, state):
+        raise IntegratorError(
+            f"until would stop at a turn of the {name}: its vector field depends on time, so that "
+            "it does not come to rest; leave until out"
+        )
 
 
 def _check_sizes(request: Request, method: Integrator) -> None:
@@ -194,8 +216,7 @@ def _deadline(seconds: float | None, method: Integrator) -> float:
 def _warn_of_step(request: Request, method: Integrator) -> None:
     """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
     problem = request.problem
-    known = isinstance(problem, InferenceProblem | StackedProblem)
-    if method.fixed_step is None or not known:
+    if method.fixed_step is None or not isinstance(problem, InferenceFlow):
         return
     interval = known_interval(method)
     if interval is None or math.isinf(interval):
@@ -272,21 +293,21 @@ class Observed(eqx.Module):
 
 
 @eqx.filter_jit
-def _observe(problem: Problem, states: State) -> Observed:
-    flow = Flow(problem)
+def _observe(problem: Flow, times: Any, states: State) -> Observed:
+    flow = problem.prepared()
 
-    def at(state: State) -> Observed:
-        errors, energies = problem.observe(state, flow.first_prediction)
-        return Observed(errors, energies, flow.norms(state))
+    def at(t: Any, state: State) -> Observed:
+        errors, energies = flow.observe(t, state)
+        return Observed(errors, energies, flow.norms(flow.vector_field(t, state)))
 
-    return jax.vmap(at)(states)
+    return jax.vmap(at)(times, states)
 
 
 def _traced_trajectory(
-    problem: Problem, request: Request, run: Integration, method: Integrator
+    problem: Flow, request: Request, run: Integration, method: Integrator
 ) -> Trajectory:
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
-    observed = _observe(request.problem, states)
+    observed = _observe(request.problem, times.astype(problem.dtype), states)
     run = _without_overflow(run, observed)
     found = _build(problem, run, observed, states, times, method, request.problem)
     # As arrays, counts and times get the axis of the networks as all the rest does.
@@ -304,13 +325,13 @@ def _without_overflow(run: Integration, observed: Observed) -> Integration:
 
 
 def _build(
-    problem: Problem,
+    problem: Flow,
     run: Integration,
     observed: Observed,
     states: State,
     times: Any,
     method: Integrator,
-    integrated: Problem,
+    integrated: Flow,
     **rest: Any,
 ) -> Trajectory:
     """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
@@ -342,8 +363,7 @@ def _build(
         interpolation=interpolation,
         integrator=method.name,
         free_layers=problem.free_layers,
-        network=problem.network_at(states),
-        precisions=problem.precisions_at(states),
+        moving=problem.moving(states),
         round_off=run.round_off,
         **rest,
     )
@@ -352,8 +372,8 @@ def _build(
 class _DenseActivities(eqx.Module):
     """Dense output of the state as activities of all layers."""
 
-    problem: Problem
-    integrated: Problem
+    problem: Flow
+    integrated: Flow
     interpolation: Any
 
     def __call__(self, t: Any) -> tuple[Any, ...]:
@@ -361,13 +381,13 @@ class _DenseActivities(eqx.Module):
         return self.problem.activities(_layers_of(self.integrated, state))
 
 
-def _layers_of(problem: Problem, state: State) -> State:
+def _layers_of(problem: Flow, state: State) -> State:
     """An array for each free layer, whatever the state of the problem is."""
     return problem.unpack(state) if isinstance(problem, StackedProblem) else state
 
 
 def _trajectory(
-    problem: Problem,
+    problem: Flow,
     request: Request,
     run: Integration,
     observed: Observed,

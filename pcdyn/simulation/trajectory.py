@@ -52,8 +52,9 @@ class Trajectory(LayerEnergies):
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
-    - `network`: where weights move, the network whose arrays have the time axis first; otherwise
-      `None`.
+    - `moving`: what moved besides activities, by name, with the time axis first: the flow's
+      `pcdyn.Flow.moving`.
+    - `network`: of those the network, where weights move; otherwise `None`.
     - `precisions`: where precisions move, `precisions[l - 1]` is Π_l with the time axis first, as
       in `pcdyn.Gaussian`: a number, a diagonal or a matrix; otherwise `None`.
     - `round_off`: by how much round-off may have moved any activity, estimated, where the
@@ -79,13 +80,22 @@ class Trajectory(LayerEnergies):
     compile_seconds: Any = 0.0
     run_seconds: Any = 0.0
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
-    network: Any = None
-    precisions: Any = None
+    moving: dict[str, Any] = eqx.field(default_factory=dict)
     round_off: Any = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
     free_layers: tuple[int, ...] = eqx.field(static=True, default=())
+
+    @property
+    def network(self) -> Any:
+        """The network in time where weights moved, otherwise `None`."""
+        return self.moving.get("network")
+
+    @property
+    def precisions(self) -> Any:
+        """Π_1 … Π_L in time where precisions moved, otherwise `None`."""
+        return self.moving.get("precisions")
 
     @property
     def status(self) -> Status | tuple[Status, ...]:
@@ -253,15 +263,17 @@ class Trajectory(LayerEnergies):
         samples = "one sample" if batch is None else f"{batch} samples"
         if len(self.times) == 0:
             return f"Trajectory of {widths} units, {samples}, no saved times: {self.message}"
+        energy = ""
+        if self.energies.shape[-1]:
+            first, last = np.mean(self.free_energy[0]), np.mean(self.free_energy[-1])
+            energy = f"free energy {first:.4g} -> {last:.4g}, "
         lines = [
             f"Trajectory of {widths} units, {samples}, {len(self.times)} times from "
             f"{self.times[0]:g} to {self.times[-1]:g}",
             f"  {self.integrator}: {self.message}",
             f"  evaluations {_total(self.vector_field_evaluations)}, steps accepted "
             f"{_total(self.accepted_steps)}, rejected {_total(self.rejected_steps)}",
-            f"  free energy {np.mean(self.free_energy[0]):.4g} -> "
-            f"{np.mean(self.free_energy[-1]):.4g}, largest vector field at the end "
-            f"{np.max(self.vector_field_norms[-1]):.2g}",
+            f"  {energy}largest vector field at the end {np.max(self.vector_field_norms[-1]):.2g}",
             f"  compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.3g} s",
         ]
         if self.fallback:

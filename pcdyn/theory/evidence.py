@@ -1,4 +1,4 @@
-"""What a check of the theory returns: the measured number, what it is held against, the verdict."""
+"""One measured number, what it is held against, and the verdict: for theory and for figures."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ class Evidence:
 
     Arguments:
 
-    - `statement`: where the paper says it, such as "Theorem 3.4" or "Eq 31".
+    - `statement`: where the paper says it, such as "Theorem 3.4", "Eq 31" or "3A" for a panel.
     - `claim`: what is measured, in one line; for an erratum with the form that is meant.
     - `measured`, `relation`, `expected`, `tolerance`: the claim holds if `measured` is `equal` to
-      `expected` within `tolerance`, or `at most` or `at least` `expected`, `tolerance` allowed.
-      A measured value that is not finite never holds, and is not as known for a finding either.
+      `expected` within `tolerance`, `at most` or `at least` `expected`, or strictly `below` or
+      `above` it, `tolerance` allowed. A measured value that is not finite never holds, and is not
+      as known for a finding either.
     - `oracle`: what the code under test is compared with, which does not share that code.
     - `settings`: how many networks, widths, seeds, tolerances.
     - `expected_to_hold`: false for a claim of the paper that is known not to hold (a finding).
+    - `note`: what else was measured, in words.
+    - `timed`: whether seconds are compared, which another load of the machine changes.
     """
 
     statement: str
     claim: str
-    measured: float
-    relation: Literal["equal", "at most", "at least"]
-    expected: float
-    tolerance: float
-    oracle: str
-    settings: Mapping[str, Any]
+    measured: float | int
+    relation: Literal["equal", "at most", "at least", "below", "above"]
+    expected: float | int
+    tolerance: float = 0.0
+    oracle: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     expected_to_hold: bool = True
+    note: str = ""
+    timed: bool = False
 
     @property
     def holds(self) -> bool:
@@ -42,6 +47,8 @@ class Evidence:
             "equal": abs(excess) <= self.tolerance,
             "at most": excess <= self.tolerance,
             "at least": excess >= -self.tolerance,
+            "below": excess < self.tolerance,
+            "above": excess > -self.tolerance,
         }
         # A NumPy number gives a NumPy verdict.
         return bool(math.isfinite(self.measured) and verdicts[self.relation])

@@ -54,7 +54,7 @@ def vector_field(
 
 
 def _vector_field(problem: InferenceProblem, state: State) -> State:
-    return problem.vector_field(state)
+    return problem.vector_field(0.0, state)
 
 
 def flow(

@@ -305,7 +305,7 @@ def _noisy_weight_field(weights: Any) -> Any:
 
 def _weight_field(problem: InferenceProblem) -> Any:
     flow = AdiabaticFlow(problem, ClosedForm())
-    return jnp.concatenate(flow.vector_field(flow.initial_state()))
+    return jnp.concatenate(flow.vector_field(0.0, flow.initial_state()))
 
 
 def _apart(ours: Any, theirs: Any) -> float:

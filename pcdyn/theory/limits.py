@@ -307,7 +307,7 @@ def incremental_coding(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
 def _joint(problem: InferenceProblem, y: Any, ratio: Any) -> Any:
     flow = JointFlow(problem, ratio)
     ends = np.cumsum([x.size for x in flow.initial_state()])[:-1]
-    return jax.numpy.concatenate(flow.vector_field(tuple(jax.numpy.split(y, ends))))
+    return jax.numpy.concatenate(flow.vector_field(0.0, tuple(jax.numpy.split(y, ends))))
 
 
 STATEMENTS = (

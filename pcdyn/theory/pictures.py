@@ -58,7 +58,8 @@ def margins(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
 def _distance(e: Evidence) -> float:
     """Over the tolerance; zero or less where `at most` or `at least` is met without it."""
     excess = e.measured - e.expected
-    distance = {"equal": abs(excess), "at most": excess, "at least": -excess}[e.relation]
+    sign = -1 if e.relation in ("at least", "above") else 1
+    distance = abs(excess) if e.relation == "equal" else sign * excess
     scale = e.tolerance if e.tolerance > 0 else 1e-12
     return float(distance / scale) if np.isfinite(distance) else np.inf
 

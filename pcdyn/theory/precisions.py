@@ -170,7 +170,7 @@ def _free_energy(flow: PrecisionFlow) -> Any:
 
 @eqx.filter_jit
 def _field(flow: PrecisionFlow) -> Any:
-    return flow.vector_field(flow.initial_state())
+    return flow.vector_field(0.0, flow.initial_state())
 
 
 def _largest(flow: PrecisionFlow) -> float:

@@ -34,13 +34,13 @@ class Statement:
     measure: Callable[..., tuple[Evidence, ...]]
 
     @property
-    def source(self) -> tuple[str, int]:
-        """The file of `measure`, relative to the folder that holds pcdyn, and its first line."""
+    def source(self) -> tuple[str, str]:
+        """The file of `measure`, relative to the folder that holds pcdyn, and its name."""
         function = inspect.unwrap(self.measure)
         file = Path(inspect.getsourcefile(function) or "")
         parts = file.parts
         start = len(parts) - 1 - parts[::-1].index("pcdyn") if "pcdyn" in parts else 0
-        return "/".join(parts[start:]), inspect.getsourcelines(function)[1]
+        return "/".join(parts[start:]), function.__name__
 
     @property
     def snippet(self) -> str:

@@ -120,7 +120,9 @@ class Verification:
 
 def expectation(evidence: Evidence) -> str:
     """What the measured number is held against, such as "= 0 ± 1e-08" or "≤ 1"."""
-    sign = {"equal": "=", "at most": "≤", "at least": "≥"}[evidence.relation]
+    sign = {"equal": "=", "at most": "≤", "at least": "≥", "below": "<", "above": ">"}[
+        evidence.relation
+    ]
     slack = f" ± {evidence.tolerance:.2g}" if evidence.tolerance else ""
     return f"{sign} {evidence.expected:.3g}{slack}"
 

@@ -425,7 +425,7 @@ def test_address_that_is_none(url: str):
 
 def test_drawing_the_sample_is_deterministic(folder: Path, tmp_path: Path):
     """The script writes the same bytes on each run, and as many digits of each class."""
-    script = runpy.run_path(str(ROOT / "experiments" / "draw_mnist_sample.py"))
+    script = runpy.run_path(str(ROOT / "experiments" / "shared" / "draw_mnist_sample.py"))
     labels = np.arange(1100) % 10
     write(folder / "mnist", idx(np.resize(PIXELS, (1100, 28, 28))), idx(labels), zipped=False)
     outputs = []
@@ -460,7 +460,7 @@ def test_script_draws_the_shipped_sample(
 ):
     """The committed script draws the digits that ship; compression may differ with zlib."""
     monkeypatch.setenv("PCDYN_DATA", str(FULL))
-    script = runpy.run_path(str(ROOT / "experiments" / "draw_mnist_sample.py"))
+    script = runpy.run_path(str(ROOT / "experiments" / "shared" / "draw_mnist_sample.py"))
     script["draw"](split, tmp_path)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == 2

@@ -147,7 +147,7 @@ def test_half_the_square_is_the_gaussian() -> None:
     )  # fmt: skip
     for one, other in (
         (custom.layer_energies(case.state), gaussian.layer_energies(case.state)),
-        (custom.vector_field(case.state), gaussian.vector_field(case.state)),
+        (custom.vector_field(0.0, case.state), gaussian.vector_field(0.0, case.state)),
     ):
         assert_close(one, jax.tree.map(np.asarray, other), ROUND_OFF)
     found = pcdyn.equilibrium(custom, method="gauss_newton", tolerance=1e-9)

@@ -236,9 +236,9 @@ def test_euler_is_the_plain_loop_bit_for_bit(case: Case) -> None:
     once instead of twice.) A NumPy loop agrees within round-off: 40 contracting updates.
     """
     dt, problem = 0.05, blend(case)
-    first = problem.first_prediction()
+    prepared = problem.prepared()
     update = jax.jit(
-        lambda s: jax.tree.map(lambda x, v: x + dt * v, s, problem.vector_field(s, first))
+        lambda s: jax.tree.map(lambda x, v: x + dt * v, s, prepared.vector_field(0.0, s))
     )
     states, layers = [case.state], [[np.asarray(x) for x in case.activities]]
     for _ in range(40):

@@ -40,7 +40,7 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield f"class {name}: {', '.join(value.__members__)}"
     elif inspect.isclass(value):
         yield f"class {name}{_signature(value)}"
-        for attribute, member in sorted(vars(value).items()):
+        for attribute, member in sorted(_members(value).items()):
             if attribute.startswith("_"):
                 continue
             if isinstance(member, property):
@@ -51,6 +51,16 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield f"{name}{_signature(value)}"
     else:
         yield f"{name}: {type(value).__name__}"
+
+
+def _members(cls: type) -> dict[str, Any]:
+    """What a class has of its own, and of bases of pcdyn that are not listed themselves."""
+    listed = {value for _, value in public_names() if inspect.isclass(value)}
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("pcdyn")]
+    members: dict[str, Any] = {}
+    for base in reversed([base for base in ours if base is cls or base not in listed]):
+        members |= vars(base)
+    return members
 
 
 def _signature(value: Any) -> str:

@@ -110,7 +110,7 @@ def test_forcing_is_the_flow_at_zero(case: Case) -> None:
     if case.clamp != "none":
         assert_close(forcing(problem), found, 0)
     field = (drive - start @ matrix) / tau
-    assert_close(problem.vector_field(state), case.split(field), ROUND_OFF)
+    assert_close(problem.vector_field(0.0, state), case.split(field), ROUND_OFF)
 
 
 @few(max_examples=7)
@@ -140,7 +140,7 @@ def test_equilibrium_is_the_dense_solve(case: Case) -> None:
     assert_close(found, expected, tolerance)
     # The residual of a backward stable solve is small whatever the condition of H.
     scale = max(1.0, *(float(np.max(np.abs(x))) for x in expected))
-    field = problem.vector_field(problem.state_of(found))
+    field = problem.vector_field(0.0, problem.state_of(found))
     assert max(float(np.max(np.abs(v))) for v in field) <= 1e4 * EPS * scale
     if case.clamp == "both":
         # S has the condition of F in output space: no worse than H's squared, and modest here.

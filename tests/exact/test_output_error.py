@@ -13,8 +13,8 @@ import scipy.integrate
 import scipy.linalg
 from scipy.optimize import minimize
 
-from experiments.learning_limits import SAMPLES, reduced_energy
-from experiments.loss_along_inference import worst_target
+from experiments.beyond.learning_limits import SAMPLES, reduced_energy
+from experiments.beyond.loss_along_inference import worst_target
 from pcdyn.equilibria.solvers import ClosedForm
 from pcdyn.errors import InputError, NotLinearError, TimesError
 from pcdyn.learning import AdiabaticFlow
@@ -174,7 +174,7 @@ def test_the_reduced_energy_is_that_of_the_network() -> None:
         [weights[:1, None], weights[1:, None]], noise=noise, precision=precision
     )
     flow = AdiabaticFlow(problem, ClosedForm())
-    moves = jnp.concatenate(flow.vector_field(flow.initial_state())) / (SAMPLES * precision)
+    moves = jnp.concatenate(flow.vector_field(0.0, flow.initial_state())) / (SAMPLES * precision)
     assert_close(moves, -jax.grad(reduced_energy)(weights, noise, precision), 1e3 * EPS)
 
 

@@ -39,7 +39,7 @@ def time_constant(case: Case, index: int) -> float:
 @given(case=cases(activations=SMOOTH))
 def test_field_is_maths_section_2(case: Case) -> None:
     """τ_l ẋ_l = −Π_l ε_l + W_{l+1}ᵀ diag(f'_{l+1}) Π_{l+1} ε_{l+1}, in NumPy."""
-    assert_close(case.problem.vector_field(case.state), case.field(), ROUND_OFF)
+    assert_close(case.problem.vector_field(0.0, case.state), case.field(), ROUND_OFF)
 
 
 @few(max_examples=8)
@@ -50,7 +50,7 @@ def test_field_is_the_gradient_of_an_independent_energy(case: Case) -> None:
         tuple(jnp.asarray(x) for x in case.activities)
     )
     expected = [-np.asarray(gradient[i]) / time_constant(case, i) for i in case.free]
-    assert_close(case.problem.vector_field(case.state), expected, ROUND_OFF)
+    assert_close(case.problem.vector_field(0.0, case.state), expected, ROUND_OFF)
 
 
 @few(max_examples=15)
@@ -72,7 +72,7 @@ def test_field_is_central_differences(case: Case) -> None:
                 values.append(case.free_energy(moved))
             rate[..., unit] = -(values[0] - values[1]) / (2 * step)
         expected.append(rate / time_constant(case, index))
-    assert_close(case.problem.vector_field(case.state), expected, 1e-8)
+    assert_close(case.problem.vector_field(0.0, case.state), expected, 1e-8)
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
@@ -83,7 +83,7 @@ def test_every_setting_at_once(clamp: str) -> None:
             seed=7, widths=(3, 2, 4, 3), clamp=clamp, precision="full", bias=True, slow=True,
             batch=3, activations=(name,),
         )  # fmt: skip
-        assert_close(case.problem.vector_field(case.state), case.field(), ROUND_OFF)
+        assert_close(case.problem.vector_field(0.0, case.state), case.field(), ROUND_OFF)
 
 
 @few(max_examples=8)
@@ -104,10 +104,10 @@ def test_state_and_activities_are_inverse(case: Case) -> None:
 def test_batch_rows_are_single_samples(case: Case) -> None:
     """Field and energies of a sample do not depend on the batch it is in."""
     problem = case.problem
-    field, energies = problem.vector_field(case.state), problem.layer_energies(case.state)
+    field, energies = problem.vector_field(0.0, case.state), problem.layer_energies(case.state)
     for row in range(3):
         single = case.sample(row)
-        alone = single.problem.vector_field(single.state)
+        alone = single.problem.vector_field(0.0, single.state)
         assert_close([x[row] for x in field], alone, ROUND_OFF)
         assert_close(energies[row], single.problem.layer_energies(single.state), ROUND_OFF)
 
@@ -136,28 +136,29 @@ def test_hidden_units_may_be_permuted(case: Case, seed: int) -> None:
         case, weights=tuple(weights), biases=tuple(biases), precisions=precisions,
         activities=tuple(activities),
     )  # fmt: skip
-    expected = [np.asarray(x) for x in case.problem.vector_field(case.state)]
+    expected = [np.asarray(x) for x in case.problem.vector_field(0.0, case.state)]
     place = case.free.index(1)
     expected[place] = expected[place][..., order]
-    assert_close(permuted.problem.vector_field(permuted.state), expected, ROUND_OFF)
+    assert_close(permuted.problem.vector_field(0.0, permuted.state), expected, ROUND_OFF)
 
 
 @few(max_examples=10)
 @given(case=cases(activations=SMOOTH, clamps=("both", "input")))
-def test_first_prediction_may_be_reused(case: Case) -> None:
-    """μ_1 computed once gives the same energies and the same field."""
-    problem, state = case.problem, case.state
-    first = problem.first_prediction()
-    assert_close(first, case.predict(1, case.activities[0]), ROUND_OFF)
+def test_a_prepared_problem_is_the_same(case: Case) -> None:
+    """μ_1 computed once gives the same energies and the same field, until the data change."""
+    problem, state = case.problem.prepared(), case.state
+    assert_close(problem.first_prediction, case.predict(1, case.activities[0]), ROUND_OFF)
     expected = case.layer_energies(case.activities)
-    assert_close(problem.layer_energies(state, first), expected, ROUND_OFF)
-    assert_close(problem.vector_field(state, first), case.field(), ROUND_OFF)
+    assert_close(problem.layer_energies(state), expected, ROUND_OFF)
+    assert_close(problem.vector_field(0.0, state), case.field(), ROUND_OFF)
+    assert problem.with_data(*problem.data).first_prediction is None
 
 
 @pytest.mark.parametrize("clamp", ["output", "none"])
 def test_free_input_has_no_first_prediction(clamp: str) -> None:
     """With the input free nothing about μ_1 is constant."""
-    assert build_case(seed=0, widths=(2, 3, 2), clamp=clamp).problem.first_prediction() is None
+    problem = build_case(seed=0, widths=(2, 3, 2), clamp=clamp).problem
+    assert problem.prepared().first_prediction is None
 
 
 @few(max_examples=8)
@@ -197,4 +198,4 @@ def test_data_take_the_dtype_of_the_network() -> None:
     )
     state = problem.initial_state(case.state)
     assert {x.dtype for x in jax.tree.leaves(problem)} == {jnp.dtype("float32")}
-    assert problem.vector_field(state)[0].dtype == jnp.float32
+    assert problem.vector_field(0.0, state)[0].dtype == jnp.float32

@@ -20,14 +20,12 @@ import scipy.linalg
 
 from pcdyn.errors import Status, StepLimitError
 from pcdyn.integrators import Diffrax, SciPy
-from pcdyn.integrators.base import Flow
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries
 from pcdyn.integrators.rosenbrock import Rodas5P
 from pcdyn.integrators.structured import (
     ChainSolver,
     chain_blocks,
     factorise,
-    free_time_constants,
     sample_hessians,
     shifted,
 )
@@ -71,11 +69,11 @@ def test_blocks_are_those_of_the_hessian(clamp: str) -> None:
     """By layer energies, by products of the flow, and as SciPy gets them; for every sample."""
     case = stiff(clamp, "tanh", 2)
     problem, state = case.problem, case.state
-    flow, constants = Flow(problem), free_time_constants(problem)
+    constants = problem.state_time_constants
 
     @jax.jit
     def products(state: Any) -> Any:
-        _, linear = jax.linearize(lambda y: flow(0.0, y), state)
+        _, linear = jax.linearize(lambda y: problem.vector_field(0.0, y), state)
 
         def symmetric(v: Any) -> Any:
             return tuple(-t * x for t, x in zip(constants, linear(v), strict=True))
@@ -107,17 +105,16 @@ def test_the_chain_solver_solves_like_numpy(sign: float) -> None:
     """
     case = stiff("both", "tanh", 2)
     problem, state, step = case.problem, case.state, 0.03
-    flow = Flow(problem)
 
     @eqx.filter_jit
     def both(state: Any, rhs: Any) -> Any:
-        _, linear = jax.linearize(lambda y: flow(0.0, y), state)
+        _, linear = jax.linearize(lambda y: problem.vector_field(0.0, y), state)
 
         def product(v: Any) -> Any:
             return jax.tree.map(lambda x, jx: sign * (x - step * jx), v, linear(v))
 
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: state))
-        solver = ChainSolver(free_time_constants(problem))
+        solver = ChainSolver(problem.state_time_constants)
         chain = solver.init(operator, {})
         other, _ = solver.transpose(chain, {})
         return solver.compute(chain, rhs, {})[0], solver.compute(other, rhs, {})[0]
@@ -142,7 +139,7 @@ def test_an_indefinite_matrix_is_nan_for_its_sample_alone() -> None:
 
     @eqx.filter_jit
     def solved(rate: Any) -> Any:
-        matrix = shifted(sample_hessians(problem, state), free_time_constants(problem), rate)
+        matrix = shifted(sample_hessians(problem, state), problem.state_time_constants, rate)
         return factorise(matrix).solve(state)
 
     finite = np.isfinite(case.stack(solved(-np.mean(least)))).all(axis=1)

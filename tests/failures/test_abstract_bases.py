@@ -37,7 +37,7 @@ BASES = abstract_classes()
 
 
 def test_the_bases_are_those_that_the_architecture_names() -> None:
-    expected = {"Energy", "Separable", "LayerEnergies", "Problem", "Integrator", "Solver", "Rule"}
+    expected = {"Energy", "Separable", "LayerEnergies", "Flow", "Integrator", "Solver", "Rule"}
     assert expected <= set(BASES)
     assert missing(LayerEnergies) == {"energies"}
     assert missing(Separable) == {"h"}

@@ -132,16 +132,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: learning.JointFlow(PROBLEM, ratio=0.0), InputError, "ratio"),
     "the exact solution of a joint flow": (
         lambda: simulate(learning.JointFlow(PROBLEM, 0.1), t1=1.0, integrator=Exact()),
-        NotLinearError, "weights"),
+        NotLinearError, "JointFlow"),
     "samples of a joint flow": (
         lambda: simulate(learning.JointFlow(PROBLEM, 0.1), t1=1.0, per_sample=True), ShapeError,
         "batch"),
     "a joint trajectory as a file": (
         lambda: simulate(learning.JointFlow(PROBLEM, 0.1), t1=0.1).to_xarray(), ShapeError,
-        "weights move"),
+        "holds its network"),
     "a start of the adiabatic flow": (
         lambda: simulate(learning.AdiabaticFlow(PROBLEM), t1=1.0, initial="zeros"), InputError,
-        "adiabatic"),
+        "'zeros' of AdiabaticFlow"),
 }  # fmt: skip
 PROBLEM = InferenceProblem(build("identity"), input=INPUTS, output=np.eye(3)[LABELS])
 

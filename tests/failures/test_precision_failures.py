@@ -64,7 +64,7 @@ BAD: dict[str, tuple[Any, type[PcdynError], str]] = {
         lambda: flow("scalar", "full", energy=Gaussian([np.eye(2), 1.0])),
         ShapeError, r"layer 1 .* \(2, 2\).*scalar"),
     "another start": (
-        lambda: flow("scalar", "full").initial_state("zeros"), InputError, "change its energy"),
+        lambda: flow("scalar", "full").initial_state("zeros"), InputError, "unknown initial state"),
     "a covariance of another size": (lambda: bound(np.eye(3)), ShapeError, r"give \(2, 2\)"),
     "a covariance that is not symmetric": (
         lambda: bound([[1.0, 0.2], [0.0, 1.0]]), PosteriorError, r"asymmetry 2.0e-01.*S \+ S.T"),

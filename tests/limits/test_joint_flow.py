@@ -41,7 +41,7 @@ def test_the_field_is_that_of_numpy() -> None:
         *(v.ravel() for v in case.field()),
         *(-ratio * g.ravel() for g in pc_gradient(case, case.state)),
     ]
-    assert_close(joint.vector_field(state), expected, 1e3 * EPS)
+    assert_close(joint.vector_field(0.0, state), expected, 1e3 * EPS)
     assert_close(joint.free_energy(state), case.free_energy(case.activities).sum(), 1e3 * EPS)
 
 

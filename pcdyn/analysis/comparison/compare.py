@@ -19,14 +19,14 @@ from pcdyn.errors import (
     worst_status,
 )
 from pcdyn.integrators import Integrator, get_integrator
-from pcdyn.model.problem import InferenceProblem, check_problem
+from pcdyn.model.flow import Flow, check_flow
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
 
 
 def compare(
     integrators: Sequence[str | Integrator] | Mapping[str, str | Integrator],
-    problem: InferenceProblem,
+    problem: Flow,
     *,
     t1: float,
     times: Numbers | None = None,
@@ -43,7 +43,8 @@ def compare(
 
     - `integrators`: names or values as `pcdyn.simulate` takes them, or a dictionary that gives
       them other names.
-    - `problem`, `t1`, `times`, `initial`, `per_sample`: as for `pcdyn.simulate`.
+    - `problem`, `t1`, `times`, `initial`, `per_sample`: as for `pcdyn.simulate`. Errors are those
+      of activities, whatever else a flow moves.
     - `tolerances`: adaptive integrators run at each as rtol, with a thousandth of it as atol.
       Unless given, a value runs once with the tolerance that it carries, and a name at the decades
       from 1e-2 to 1e-9 (1e-5 in float32).
@@ -63,7 +64,7 @@ def compare(
     for bad input before anything is timed; `InputError` for a problem that starts at rest;
     `StepLimitError` if no reference can be computed.
     """
-    check_problem(problem)
+    check_flow(problem)
     t1 = checked_number(t1, "t1", above=0, error=TimesError)
     repeats = checked_integer(repeats, "repeats", at_least=1)
     tolerances = _checked_ladder(tolerances, "tolerances", ToleranceError)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn.errors import InputError, StepLimitError, TimesError
+from pcdyn.errors import InputError, NotLinearError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.linearisation.whitened import has_linear_flow
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.flow import Flow, State
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
 
@@ -37,7 +36,8 @@ class Errors:
     - `maximum_error`: the largest over the saved times.
     - `l2_error`: the root mean square over time (trapezoidal rule over the saved times).
     - `energy_error`: the largest over the saved times of |F − F of the reference|, in units of
-      the mean energy that the reference loses.
+      the mean energy that the reference loses (in size: of other flows it may gain some); NaN for
+      a flow that has no energies.
     - `equilibrium_time`: the first saved time from which every sample stays within 1 % of the
       displacement around the *reference's end*; NaN if none is. It is the time to equilibrium if
       t1 is long enough for the reference to get there.
@@ -91,7 +91,7 @@ class Reference:
 
 
 def reference_for(
-    problem: InferenceProblem,
+    problem: Flow,
     *,
     t1: float,
     times: Any = None,
@@ -138,9 +138,7 @@ def _check_given(given: Trajectory, saves: np.ndarray) -> None:
         )
 
 
-def _candidates(
-    problem: InferenceProblem, start: State, saves: np.ndarray
-) -> list[tuple[str, Integrator]]:
+def _candidates(problem: Flow, start: State, saves: np.ndarray) -> list[tuple[str, Integrator]]:
     """Tight methods with their names, the best first."""
     import diffrax
 
@@ -156,11 +154,15 @@ def _candidates(
     small = sum(x.size for x in start) <= _LARGEST_ON_HOST
     others = [host] if small else [stepping("tsit5"), host]
     methods = [stepping("dopri8"), *others]
-    return [("exact", Exact()), *methods] if has_linear_flow(problem) else methods
+    try:
+        Exact().check(problem, None, False)
+    except NotLinearError:
+        return methods
+    return [("exact", Exact()), *methods]
 
 
 def _first_that_arrives(
-    problem: InferenceProblem, options: dict[str, Any], candidates: list[tuple[str, Integrator]]
+    problem: Flow, options: dict[str, Any], candidates: list[tuple[str, Integrator]]
 ) -> tuple[str, Trajectory, list[tuple[str, Integrator]]]:
     """The name and the run of the first method that reaches t1, and the methods not yet tried."""
     said = []
@@ -176,7 +178,7 @@ def _first_that_arrives(
 
 
 def _measured(
-    problem: InferenceProblem,
+    problem: Flow,
     start: State,
     options: dict[str, Any],
     method: str,
@@ -188,15 +190,16 @@ def _measured(
     free = trajectory.free_layers
     moved = _per_sample(trajectory.distance_to([np.asarray(x) for x in begin]))[-1]
     displacement = float(np.sqrt(np.mean(moved**2)))
-    lost = np.asarray(problem.free_energy(start)) - np.asarray(trajectory.free_energy[-1])
-    energy_loss = float(np.mean(lost))
+    energies = np.asarray(problem.observe(0.0, start)[1])
+    lost = energies.sum(axis=-1) - np.asarray(trajectory.free_energy[-1])
+    energy_loss = abs(float(np.mean(lost))) if energies.size else float("nan")
     scale = max(float(np.linalg.norm(trajectory.final[index])) for index in free)
-    if not (displacement > 1e-12 * scale and energy_loss > 0):
+    if not displacement > 1e-12 * scale or energy_loss == 0:
         raise InputError(
             "the problem starts at rest: its errors have no unit; choose another initial state, "
             "such as problem.random_state(key)"
         )
-    lost = _round_off(trajectory, problem, displacement, energy_loss)
+    lost = _round_off(trajectory, displacement, energy_loss)
     second = "no second solver arrived" + ("" if lost is NO_ERRORS else ": round-off")
     alone = Reference(method, second, trajectory, lost, displacement, energy_loss)
     try:
@@ -211,13 +214,11 @@ def _measured(
     return dataclasses.replace(alone, second=second, uncertainty=dataclasses.replace(seen, **each))
 
 
-def _round_off(
-    trajectory: Trajectory, problem: InferenceProblem, displacement: float, energy_loss: float
-) -> Errors:
+def _round_off(trajectory: Trajectory, displacement: float, energy_loss: float) -> Errors:
     """What round-off makes of the errors, where the trajectory knows it; otherwise NaN."""
     if trajectory.round_off is None:
         return NO_ERRORS
-    units = sum(problem.network.widths[index] for index in problem.free_layers)
+    units = sum(trajectory.activities[index].shape[-1] for index in trajectory.free_layers)
     moved = float(np.max(trajectory.round_off)) * units**0.5
     # Where the field vanishes F changes by less.
     steepest = float(np.max(np.linalg.norm(trajectory.vector_field_norms, axis=-1)))

@@ -14,7 +14,7 @@ from pcdyn._support.checks import as_sequence, check_instance
 from pcdyn.errors import IntegratorError, StepSizeWarning
 from pcdyn.integrators import Diffrax, Euler, Exact, Integrator, get_integrator
 from pcdyn.integrators.base import check_step, check_tolerances
-from pcdyn.model.problem import Problem
+from pcdyn.model.flow import Flow
 
 # As the defaults of pcdyn.Diffrax in float64: rtol 1e-6 and atol 1e-9.
 ATOL_PER_RTOL = 1e-3
@@ -100,7 +100,7 @@ def labelled(
 def rungs(
     label: str,
     integrator: str | Integrator,
-    problem: Problem,
+    problem: Flow,
     tolerances: Sequence[float] | None,
     steps: Sequence[float] | None,
 ) -> list[Rung]:

@@ -74,9 +74,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """
     if has_linear_flow(problem):
         return (ClosedForm(),)
-    both = problem.input is not None and problem.output is not None
     quadratic = all(energy.quadratic_form is not None for energy in problem.energy[:-1])
-    middle = (ErrorDescent(),) if both and quadratic else ()
+    middle = (ErrorDescent(),) if problem.both_ends_clamped and quadratic else ()
     if not has_curvature(problem):
         return (*middle, PseudoTransient())
     # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.

@@ -60,12 +60,8 @@ def solve_each(
     tolerance: Any,
 ) -> Solution:
     """Apply a function that solves one sample to a tolerance to every sample of a batch."""
-
-    def one(input: Any, output: Any, state: State, tolerance: Any) -> Solution:
-        return solve(problem.with_data(input, output), state, tolerance)
-
     each = jnp.broadcast_to(jnp.asarray(tolerance, problem.dtype), state[0].shape[:1])
-    return eqx.filter_vmap(one)(problem.input, problem.output, state, each)
+    return problem.map_samples(solve, state, each)
 
 
 def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:

@@ -51,7 +51,7 @@ class Chain(eqx.Module):
 
     def __init__(self, problem: InferenceProblem):
         network, (first, *_, last) = problem.network, problem.energy
-        self.first_prediction = problem.first_prediction()
+        self.first_prediction = problem.prepared().first_prediction
         self.target = problem.output
         self.output_layer = network.layers[-1]
         self.output_energy = last

@@ -39,10 +39,9 @@ class ClosedForm(Solver):
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         # The S-matrix costs a multiplication of n_L rows per layer, the blocks a factorisation.
         widths = problem.network.widths
-        both = problem.input is not None and problem.output is not None
         # Above a narrower layer S is singular but for the precision of the output.
         narrow = widths[-1] <= min(widths[1:])
-        via = self.via or ("output_space" if both and narrow else "cholesky")
+        via = self.via or ("output_space" if problem.both_ends_clamped and narrow else "cholesky")
         solved = problem.state_of(linear_equilibrium(problem, method=via))
         finite = jax.vmap(all_finite)(solved)
         status = final_status(True, finite, EquilibriumStatus.CONVERGED)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from pcdyn._support.products import einsum
 from pcdyn._support.states import choose, dot, scale, step
 from pcdyn.equilibria.solvers.base import Solution, within_round_off
 from pcdyn.errors import EquilibriumStatus
@@ -111,7 +112,7 @@ class _Memory(eqx.Module):
         change, arrival = (jnp.where(follows[:, None], x, 0) for x in (change, arrival))
         proposals = self.proposals.at[:, place].set(change)
         arrivals = self.arrivals.at[:, place].set(arrival)
-        products = jnp.einsum("bmn,bn->bm", proposals, change)
+        products = einsum("bmn,bn->bm", proposals, change)
         gram = self.gram.at[:, place].set(products).at[:, :, place].set(products)
         proposed = jnp.where(turn[:, None], proposed, self.proposed)
         return _Memory(proposals, arrivals, gram, proposed, self.moved)
@@ -122,9 +123,9 @@ class _Memory(eqx.Module):
         # Differences of zero, before there are any, get no weight.
         ridge = jnp.where(size > 0, _RIDGE * size, 1)[:, None, None]
         gram = self.gram + ridge * jnp.eye(_REMEMBERED, dtype=self.gram.dtype)[None]
-        rhs = jnp.einsum("bmn,bn->bm", self.proposals, self.proposed)
+        rhs = einsum("bmn,bn->bm", self.proposals, self.proposed)
         weights = jnp.linalg.solve(gram, rhs[..., None])[..., 0]
-        return self.proposed - jnp.einsum("bm,bmn->bn", weights, self.arrivals)
+        return self.proposed - einsum("bm,bmn->bn", weights, self.arrivals)
 
 
 def _rows(stacked: Any) -> Any:

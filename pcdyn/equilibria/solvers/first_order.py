@@ -150,7 +150,7 @@ class ErrorDescent(Solver):
 
     def check(self, problem: InferenceProblem) -> None:
         check_curvature(self.name, problem, of_output=False)
-        if problem.input is None or problem.output is None:
+        if not problem.both_ends_clamped:
             raise InputError(
                 f"{self.name} needs both ends clamped: only then do the errors determine the "
                 "activities and the output error"

@@ -41,11 +41,8 @@ class FlowToRest(Solver):
         return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        slowest = 1.0
-        if problem.time_constants is not None:
-            # The tolerance is one of the gradient, the field is the gradient over τ.
-            constants = [problem.time_constants[index] for index in problem.free_layers]
-            slowest = jnp.maximum(1.0, jnp.max(jnp.stack(constants)))
+        # The tolerance is one of the gradient, the field is the gradient over τ.
+        slowest = jnp.maximum(1.0, jnp.max(jnp.stack(problem.state_time_constants)))
         run = self.integrator.integrate(
             Request(
                 problem=problem,

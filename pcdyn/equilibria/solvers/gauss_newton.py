@@ -63,7 +63,7 @@ class GaussNewton(Solver):
         check_curvature(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        if problem.input is None or problem.output is None:
+        if not problem.both_ends_clamped:
             return descend(InActivities(problem), state, tolerance, self.max_iterations)
         chain = Chain(problem)
         explicit = problem.network.widths[-1] <= self.explicit_width
@@ -169,20 +169,16 @@ class InActivities(Model):
         return point
 
     def take(self, samples: Any) -> InActivities:
-        data = (self.problem.input, self.problem.output)
-        input, output = (None if x is None else x[samples] for x in data)
-        return dataclasses.replace(self, problem=self.problem.with_data(input, output))
+        return dataclasses.replace(self, problem=self.problem.sample(samples))
 
     def factorise(self, point: State, damping: Any) -> Propose:
-        def factor(input: Any, output: Any, state: State, damping: Any) -> BlockCholesky:
-            one = self.problem.with_data(input, output)
+        def factor(one: InferenceProblem, state: State, damping: Any) -> BlockCholesky:
             jacobians = layer_jacobians(one, state)
             matrix = gauss_newton_hessian(one, curvatures(one, state), jacobians)
             largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
             return matrix.plus_diagonal(damping * largest).cholesky()
 
-        data = (self.problem.input, self.problem.output)
-        factors = eqx.filter_vmap(factor)(*data, point, damping)
+        factors = self.problem.map_samples(factor, point, damping)
 
         def propose(slope: State) -> tuple[State, Any]:
             solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)

@@ -183,9 +183,7 @@ def _slide_rest(
         one = tuple(x[sample] for x in state)
         if not all(np.isfinite(x).all() for x in one):
             continue
-        data = (problem.input, problem.output)
-        input, output = (None if x is None else x[sample] for x in data)
-        found = slide(problem.with_data(input, output), one, float(tolerance[sample]))
+        found = slide(problem.sample(sample), one, float(tolerance[sample]))
         if found is not None:
             points[int(sample)] = found
             for layer, values in zip(state, found.state, strict=True):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_sequence, checked_integer, integer, number
 from pcdyn._support.forward_only import without_derivative
+from pcdyn._support.products import einsum, matmul
 from pcdyn._support.states import choose, dot, scale, step
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
@@ -103,7 +104,7 @@ class TruncatedGaussNewton(eqx.Module):
         That of the output may be any energy.
         """
         check_curvature("TruncatedGaussNewton", problem, of_output=False)
-        if problem.input is None or problem.output is None:
+        if not problem.both_ends_clamped:
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
     def settle(self, problem: InferenceProblem) -> Settled:
@@ -262,10 +263,10 @@ def _conjugate_steps(
     """
 
     def inner(a: Any, b: Any) -> Any:
-        return jnp.einsum("bn,bn->b", a, b)
+        return einsum("bn,bn->b", a, b)
 
     def precondition(vectors: Any) -> Any:
-        return vectors if preconditioner is None else vectors @ preconditioner.T
+        return vectors if preconditioner is None else matmul(vectors, preconditioner.T)
 
     answer, residual = jnp.zeros_like(rhs), rhs
     direction = precondition(residual)

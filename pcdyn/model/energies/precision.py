@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import Numbers, as_float_array, is_traced
+from pcdyn._support.products import matmul
 from pcdyn.errors import PrecisionError, ShapeError
 
 
@@ -29,7 +30,7 @@ class Precision(eqx.Module):
         if self.values is None:
             return vector
         if self.values.ndim == 2:
-            return vector @ self.values
+            return matmul(vector, self.values)
         return jnp.broadcast_to(self.values, vector.shape) * vector
 
     def unweigh(self, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -47,7 +48,7 @@ class Precision(eqx.Module):
         if self.values is None:
             return rows
         if self.values.ndim == 2:
-            return rows @ jnp.linalg.cholesky(self.values)
+            return matmul(rows, jnp.linalg.cholesky(self.values))
         return jnp.broadcast_to(jnp.sqrt(self.values), rows.shape) * rows
 
     def spread(self, rows: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:

@@ -1,0 +1,1 @@
+"""What experiments share: the command, random networks, files and timing."""
