@@ -248,7 +248,11 @@ def test_euler_is_the_plain_loop_bit_for_bit(case: Case) -> None:
     run = simulate(problem, t1=T1, times=TIMES, initial=case.state, integrator=Euler(dt=dt))
     saved = [states[5 * k] for k in range(9)]
     for place, index in enumerate(case.free):
-        np.testing.assert_array_equal(run.activities[index], [s[place] for s in saved])
+        expected = np.array([s[place] for s in saved])
+        if jax.default_backend() == "cpu":
+            np.testing.assert_array_equal(run.activities[index], expected)
+        else:  # where the same operations in another program are fused in another way
+            assert_close(run.activities[index], expected, 40 * ROUND_OFF)
     assert_close(run.final, layers[-1], 40 * ROUND_OFF)
     assert run.accepted_steps == 40 and run.rejected_steps == 0 and run.end_time == T1
 
