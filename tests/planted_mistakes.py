@@ -336,7 +336,7 @@ MISTAKES = (
         "return Precision(1 / self.values)",
         "return self",
         (
-            "tests/exact/test_chain.py",
+            "tests/exact/test_error_coordinates.py",
             "tests/limits/test_rules.py::test_where_all_samples_have_the_same_jacobian_one_product_is_exact",
         ),
     ),

@@ -28,7 +28,7 @@ _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 def run_simulate(options: Simulate, settings: Settings) -> Result:
-    """`pcdyn simulate`."""
+    """Run `pcdyn simulate` with these options."""
     from pcdyn.io.trajectories import to_xarray
     from pcdyn.simulation.simulate import simulate
 
@@ -95,7 +95,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
 
 
 def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
-    """`pcdyn equilibrium`."""
+    """Run `pcdyn equilibrium` with these options."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
 
@@ -141,7 +141,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
 
 
 def run_compare(options: Compare, settings: Settings) -> Result:
-    """`pcdyn compare`."""
+    """Run `pcdyn compare` with these options."""
     from pcdyn.analysis.comparison.compare import compare
     from pcdyn.analysis.comparison.table import ERROR_METRICS
 
@@ -185,7 +185,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
 
 
 def run_stability(options: Stability, settings: Settings) -> Result:
-    """`pcdyn stability`."""
+    """Run `pcdyn stability` with these options."""
     from pcdyn.analysis.stability import stability
 
     problem, at = _stability_at(options.at, settings)
@@ -211,7 +211,7 @@ def run_stability(options: Stability, settings: Settings) -> Result:
 
 
 def run_verify(options: Verify, settings: Settings) -> Result:
-    """`pcdyn verify`."""
+    """Run `pcdyn verify` with these options."""
     from pcdyn.theory import verify
 
     found = verify(options.statements, seed=options.seed, networks=options.networks)
