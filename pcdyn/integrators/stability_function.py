@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any
 
 import numpy as np
 
-from pcdyn.errors import IntegratorError
+from pcdyn.errors import InputError, IntegratorError
 from pcdyn.integrators.base import Integrator
 from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax, solver_class
 from pcdyn.integrators.euler import Euler
@@ -28,8 +29,11 @@ def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
 
     2 for explicit Euler, infinite for diffrax's implicit methods. `method` is a name, a diffrax
     solver, `pcdyn.Euler` or `pcdyn.Diffrax`. Raises `IntegratorError` for a method that is not a
-    Runge–Kutta method of diffrax: multistep, stochastic, splitting or unknown.
+    Runge–Kutta method of diffrax: multistep, stochastic, splitting or unknown; `InputError` for
+    what is no direction.
     """
+    if not (isinstance(direction, numbers.Complex) and abs(abs(direction) - 1) < 1e-6):
+        raise InputError(f"direction must be a complex number of size 1, got {direction!r}")
     interval = known_interval(method, direction)
     if interval is None:
         label = method if isinstance(method, str) else getattr(method, "name", None)

@@ -85,7 +85,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "a text as an equilibrium tolerance": (lambda: equilibrium(tolerance="1e-6"), "tolerance"),
     "a flow in two kinds of variables": (
         lambda: pcdyn.equilibrium(KNOWN.joint_flow), "problem"),
-    "its comparison": (lambda: compare(problem=KNOWN.joint_flow), "problem"),
     "one tolerance": (lambda: compare(tolerances=1e-3), "tolerances"),
     "an unknown reference": (lambda: compare(reference=1.0), "1.0"),
     "no starts": (
