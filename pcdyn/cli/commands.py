@@ -14,7 +14,7 @@ from pcdyn._support.checks import check_size, checked_integer, checked_number
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
-from pcdyn.cli.report import counts, describe, describe_record, lines, total
+from pcdyn.cli.report import counts, describe, describe_record, lines
 from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.model.problem import InferenceProblem
@@ -50,15 +50,15 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     status = worst_status(trajectory.status_codes)
     first, last = (float(np.mean(trajectory.free_energy[i])) for i in (0, -1))
     end_time = float(np.max(trajectory.end_time))
-    evaluations = total(trajectory.vector_field_evaluations)
-    accepted, rejected = total(trajectory.accepted_steps), total(trajectory.rejected_steps)
+    statistics = trajectory.statistics.total()
     summary = [
         ("network", describe(problem)),
         ("status", trajectory.message),
         ("end time", f"{end_time:g} activity time constants"),
         ("free energy", f"{first:.6g} at the start, {last:.6g} at the end{_mean(problem)}"),
-        ("evaluations", f"{_told(evaluations)} of the vector field; steps accepted "
-         f"{_told(accepted)}, rejected {_told(rejected)}"),
+        ("evaluations", f"{_told(statistics.vector_field_evaluations)} of the vector field; "
+         f"steps accepted {_told(statistics.accepted_steps)}, "
+         f"rejected {_told(statistics.rejected_steps)}"),
         ("seconds", f"{trajectory.compile_seconds:.3g} to compile, {trajectory.run_seconds:.3g} "
          f"to run ({trajectory.integrator})"),
     ]  # fmt: skip
@@ -74,12 +74,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         "end_time": end_time,
         "free_energy_start": first,
         "free_energy_end": last,
-        "vector_field_evaluations": evaluations,
-        "jacobian_evaluations": total(trajectory.jacobian_evaluations),
-        "accepted_steps": accepted,
-        "rejected_steps": rejected,
-        "compile_seconds": trajectory.compile_seconds,
-        "run_seconds": trajectory.run_seconds,
+        **vars(statistics),
     }
 
     def draw(plotting: Any, axes: Any) -> None:
@@ -170,7 +165,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         "reference_error": {
             name: getattr(comparison.reference_error, name) for name in ERROR_METRICS
         },
-        "runs": [{**dataclasses.asdict(row), "status": row.status.name} for row in comparison.rows],
+        "runs": [row.record() for row in comparison.rows],
         "recommendation": text,
         "recommended": None if best is None else best.title,
     }
@@ -288,7 +283,7 @@ def _mean(problem: InferenceProblem) -> str:
     return " (mean over samples)" if problem.batch_shape else ""
 
 
-def _told(count: int | None) -> str:
+def _told(count: Any) -> str:
     return "not reported" if count is None else str(count)
 
 

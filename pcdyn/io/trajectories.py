@@ -13,6 +13,7 @@ import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
+from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
 from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
 from pcdyn.simulation.trajectory import Trajectory
 
@@ -22,14 +23,8 @@ if TYPE_CHECKING:
 
 TIME_UNITS = "activity time constants"
 
-_COUNTS = {
-    "vector_field_evaluations": "evaluations of the vector field",
-    "jacobian_evaluations": "evaluations of its Jacobian",
-    "accepted_steps": "accepted steps",
-    "rejected_steps": "rejected steps",
-}
 _TEXTS = ("integrator", "fallback", "message")
-_SECONDS = ("compile_seconds", "run_seconds")
+_SECONDS = [name for name in MEASURES if name not in COUNTS]
 
 
 def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
@@ -111,10 +106,10 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             trajectory.end_time, long_name="where integration ended", units=TIME_UNITS
         ),
     }
-    for name, meaning in _COUNTS.items():
-        count = getattr(trajectory, name)
-        if count is not None:
-            variables[name] = once(count, long_name=meaning, units="1")
+    statistics = vars(trajectory.statistics)
+    for name in COUNTS:
+        if statistics[name] is not None:
+            variables[name] = once(statistics[name], **MEASURES[name])
     coordinates = {
         "time": (
             "time",
@@ -126,7 +121,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     }
     attributes = {
         **{name: getattr(trajectory, name) for name in _TEXTS},
-        **{name: float(getattr(trajectory, name)) for name in _SECONDS},
+        **{name: float(statistics[name]) for name in _SECONDS},
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
     }
@@ -180,8 +175,10 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
         status_codes=_checked_codes(once("status", "integers")),
         end_time=once("end_time", "real numbers"),
-        **{name: once(name, "integers") if name in variables else None for name in _COUNTS},
-        **{name: _number(dataset, name) for name in _SECONDS},
+        statistics=Statistics(
+            *(once(name, "integers") if name in variables else None for name in COUNTS),
+            *(_number(dataset, name) for name in _SECONDS),
+        ),
         **cast(Any, {name: str(_attribute(dataset, name)) for name in _TEXTS}),
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),

@@ -25,13 +25,14 @@ from pcdyn.errors import (
     TimesError,
     worst_status,
 )
+from pcdyn.integrators.statistics import Statistics, WithStatistics
 from pcdyn.model.energies.energy import LayerEnergies
 
 if TYPE_CHECKING:
     import xarray
 
 
-class Trajectory(LayerEnergies):
+class Trajectory(LayerEnergies, WithStatistics):
     """The activities of a network in time.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation such as `jax.vmap`).
@@ -45,10 +46,9 @@ class Trajectory(LayerEnergies):
     - `vector_field_norms`: ‖dx_l/dt‖ of each free layer, shape `(time, [batch,] free layers)`.
     - `status_codes`: a `pcdyn.Status` as an integer, one for all or one per sample.
     - `end_time`: where integration ended, one for all or one per sample.
-    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
-      the solver, its step choice and its stopping test; one for all or one per sample; `None`
-      where the method does not report them.
-    - `compile_seconds`, `run_seconds`: wall time.
+    - `statistics`: the `pcdyn.integrators.Statistics`, whose names are attributes here as well:
+      `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`,
+      `compile_seconds`, `run_seconds`.
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
@@ -73,12 +73,7 @@ class Trajectory(LayerEnergies):
     vector_field_norms: Any
     status_codes: Any
     end_time: Any
-    vector_field_evaluations: Any
-    jacobian_evaluations: Any
-    accepted_steps: Any
-    rejected_steps: Any
-    compile_seconds: Any = 0.0
-    run_seconds: Any = 0.0
+    statistics: Statistics = Statistics()
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
     moving: dict[str, Any] = eqx.field(default_factory=dict)
     round_off: Any = None

@@ -16,7 +16,7 @@ import scipy.linalg
 
 from pcdyn import Diffrax, Euler, InferenceProblem, SciPy, compare, plotting, simulate
 from pcdyn.analysis.comparison.reference_solution import Errors, reference_for
-from pcdyn.analysis.comparison.table import METRICS, Comparison, Run
+from pcdyn.analysis.comparison.table import ERROR_METRICS, METRICS, Comparison, Run
 from pcdyn.errors import (
     DataError,
     InputError,
@@ -26,6 +26,7 @@ from pcdyn.errors import (
     TimesError,
     ToleranceError,
 )
+from pcdyn.integrators import Statistics
 from tests.networks import Case, build_case
 
 T1 = 12.0
@@ -215,10 +216,11 @@ def test_a_float32_problem_is_measured_in_float64() -> None:
 
 
 def made_row(name: str, value: float, error: float, seconds: float, **changes: Any) -> Run:
-    numbers = dict.fromkeys(METRICS, error) | {"run_seconds": seconds}
+    errors = dict.fromkeys((*ERROR_METRICS, "equilibrium_time"), error)
     run = Run(
         integrator=name, setting="rtol", value=value, status=Status.REACHED_T1, message="",
-        below_reference=(), **numbers,
+        below_reference=(), statistics=Statistics(error, 0.0, error, error, error, seconds),
+        **errors,
     )  # fmt: skip
     return dataclasses.replace(run, **changes)
 

@@ -58,6 +58,18 @@ def test_what_it_prints_is_its_summary(found: Equilibrium) -> None:
         assert "3 samples" in result.summary()
 
 
+def test_statistics_are_one_value_from_the_integrator_to_the_table() -> None:
+    """Of three samples with steps of their own: sums and means, and NaN for what is not known."""
+    run = simulate(CASE.problem, t1=1.0, integrator="kvaerno3", per_sample=True)
+    statistics = run.statistics
+    assert statistics.accepted_steps is run.accepted_steps and run.accepted_steps.shape == (3,)
+    assert statistics.total().accepted_steps == sum(run.accepted_steps.tolist())
+    assert statistics.mean().accepted_steps == sum(run.accepted_steps.tolist()) / 3
+    assert statistics.total().vector_field_evaluations is None
+    assert np.isnan(statistics.mean().vector_field_evaluations)
+    assert statistics.mean().run_seconds == run.run_seconds > 0
+
+
 def test_several_networks_are_no_data_set(found: Equilibrium) -> None:
     several = jax.tree.map(lambda x: np.stack([x, x]), found)
     with pytest.raises(ShapeError, match="several networks"):
