@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +15,9 @@ from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
 from pcdyn.cli.report import counts, describe, describe_record, lines
-from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
+from pcdyn.errors import DataError, InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.model.problem import InferenceProblem
-
-if TYPE_CHECKING:
-    import xarray
 
 # Tolerances belong to adaptive integrators; Euler has none, and needs steps.
 _EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
@@ -29,7 +26,8 @@ _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 def run_simulate(options: Simulate, settings: Settings) -> Result:
     """`pcdyn simulate`."""
-    from pcdyn.io.trajectories import to_xarray
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
     from pcdyn.simulation.simulate import simulate
 
     integrator = _integrator(options)
@@ -84,7 +82,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     return Result(
         summary=lines(summary),
         record=record,
-        dataset=lambda: _with_problem(to_xarray(trajectory), problem),
+        dataset=lambda: with_problem(file_of(trajectory), problem),
         draw=lambda: _figure(draw, panels=2),
     )
 
@@ -93,6 +91,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     """`pcdyn equilibrium`."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
+    from pcdyn.io.results import file_of
 
     solvers = [get_solver(name) for name in options.method]
     problem = build_problem(settings)
@@ -130,7 +129,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     return Result(
         summary=lines(summary),
         record=record,
-        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        dataset=lambda: file_of(found),
         draw=lambda: _figure(lambda plotting, axes: plotting.equilibrium(found, ax=axes[0])),
     )
 
@@ -139,6 +138,8 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     """`pcdyn compare`."""
     from pcdyn.analysis.comparison.compare import compare
     from pcdyn.analysis.comparison.table import ERROR_METRICS
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
 
     checked_number(options.error, "--error", above=0)
     problem = build_problem(settings)
@@ -173,7 +174,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     return Result(
         summary="\n\n".join(parts),
         record=record,
-        dataset=lambda: _with_problem(comparison.to_xarray(), problem),
+        dataset=lambda: with_problem(file_of(comparison), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
         table=comparison.to_csv,
     )
@@ -182,6 +183,8 @@ def run_compare(options: Compare, settings: Settings) -> Result:
 def run_stability(options: Stability, settings: Settings) -> Result:
     """`pcdyn stability`."""
     from pcdyn.analysis.stability import stability
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
 
     problem, at = _stability_at(options.at, settings)
     found = stability(problem, at=at)
@@ -200,13 +203,14 @@ def run_stability(options: Stability, settings: Settings) -> Result:
     return Result(
         summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
         record=record,
-        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        dataset=lambda: with_problem(file_of(found), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found.rates, ax=axes[0])),
     )
 
 
 def run_verify(options: Verify, settings: Settings) -> Result:
     """`pcdyn verify`."""
+    from pcdyn.io.results import file_of
     from pcdyn.theory import verify
 
     found = verify(options.statements, seed=options.seed, networks=options.networks)
@@ -222,7 +226,7 @@ def run_verify(options: Verify, settings: Settings) -> Result:
             "ok": found.ok,
             "statements": found.records(),
         },
-        dataset=found.to_xarray,
+        dataset=lambda: file_of(found),
         draw=lambda: _margins(found.evidence),
         failure=failure,
     )
@@ -244,11 +248,18 @@ def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
     """The problem and the state at which its flow is linearised."""
     if not at.endswith(".nc"):
         return build_problem(settings), at
-    from pcdyn.io.trajectories import load
+    from pcdyn.equilibria.equilibrium import Equilibrium
+    from pcdyn.io.results import load
+    from pcdyn.simulation.trajectory import Trajectory
 
-    trajectory = load(at)
+    result = load(at)
+    if not isinstance(result, Trajectory | Equilibrium):
+        raise DataError(
+            f"{at} holds a {type(result).__name__}, but --at takes the file of a trajectory or an "
+            "equilibrium"
+        )
     chosen = {name for name in settings if name != "float32"}
-    return build_problem(settings if chosen else {**settings, "network": Path(at)}), trajectory
+    return build_problem(settings if chosen else {**settings, "network": Path(at)}), result
 
 
 def _times(t1: float, count: int) -> Any:
@@ -285,14 +296,6 @@ def _mean(problem: InferenceProblem) -> str:
 
 def _told(count: Any) -> str:
     return "not reported" if count is None else str(count)
-
-
-def _with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
-    """The data set with the problem that it belongs to."""
-    from pcdyn.io.problems import problem_to_xarray
-
-    network = problem_to_xarray(problem)
-    return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
 
 
 def _figure(draw: Callable[[Any, Any], Any], panels: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""Trajectories as labelled xarray data sets and NetCDF files.
+"""Trajectories as labelled xarray data sets, and back.
 
 Every array survives the round trip to the bit. Dense output (`Trajectory.interpolation`) is a
 function of the solver and is not stored.
@@ -6,7 +6,6 @@ function of the solver and is not stored.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
-from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
+from pcdyn.io.netcdf import attribute, check_dataset, checked_codes, named_values, number
 from pcdyn.simulation.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -173,67 +172,22 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         ),
         energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
         vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
-        status_codes=_checked_codes(once("status", "integers")),
+        status_codes=checked_codes(once("status", "integers"), Status),
         end_time=once("end_time", "real numbers"),
         statistics=Statistics(
             *(once(name, "integers") if name in variables else None for name in COUNTS),
-            *(_number(dataset, name) for name in _SECONDS),
+            *(number(dataset, name) for name in _SECONDS),
         ),
-        **cast(Any, {name: str(_attribute(dataset, name)) for name in _TEXTS}),
+        **cast(Any, {name: str(attribute(dataset, name)) for name in _TEXTS}),
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),
     )
-
-
-def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
-    """Write a trajectory to a NetCDF file, at once or not at all.
-
-    Of a symbolic link the target is written, and the mode of an earlier file is kept. Raises
-    `DataError`, and leaves the earlier file as it was, if the folder does not exist, the disk is
-    full or the file cannot be written for another reason; `ShapeError` as `to_xarray`.
-    """
-    write_dataset(to_xarray(trajectory), path)
-
-
-def load(path: str | os.PathLike[str]) -> Trajectory:
-    """Read a trajectory that `save` or `Trajectory.to_netcdf` wrote.
-
-    Its arrays are NumPy's and of the precision in the file, whether or not float64 is on in JAX.
-    Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory: one flipped
-    bit is found by the digest at the end of a file of pcdyn.
-    """
-    dataset = read_dataset(path)
-    try:
-        return from_xarray(dataset)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _checked_times(times: np.ndarray) -> np.ndarray:
     if not np.isfinite(times).all() or np.any(np.diff(times) <= 0):
         raise DataError("its times are not finite and increasing, such as after sorting or concat")
     return times
-
-
-def _checked_codes(codes: np.ndarray) -> np.ndarray:
-    unknown = set(codes.ravel().tolist()) - {int(status) for status in Status}
-    if unknown:
-        raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
-    return codes
-
-
-def _attribute(dataset: xarray.Dataset, name: str) -> Any:
-    if name not in dataset.attrs:
-        raise DataError(f"it lacks {name!r}")
-    return dataset.attrs[name]
-
-
-def _number(dataset: xarray.Dataset, name: str) -> float:
-    value = _attribute(dataset, name)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 
 
 def _version() -> str:

@@ -241,10 +241,10 @@ class Trajectory(LayerEnergies, WithStatistics):
         return pcdyn.io.trajectories.to_xarray(self)
 
     def to_netcdf(self, path: Any) -> None:
-        """Write to a NetCDF file, at once or not at all; see `pcdyn.io.trajectories`."""
+        """Write to a NetCDF file, at once or not at all: `pcdyn.save`."""
         import pcdyn
 
-        pcdyn.io.trajectories.save(self, path)
+        pcdyn.save(self, path)
 
     def __repr__(self) -> str:
         return self.summary()

@@ -254,7 +254,7 @@ class Comparison:
         variables["message"] = ("run", column("message"))
         coordinates = {name: ("run", column(name)) for name in ("integrator", "setting", "value")}
         coordinates["status"] = ("run", [row.status.name for row in self.rows])
-        notes = {f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS}
+        notes = {f"reference_{name}": error for name, error in vars(self.reference_error).items()}
         names = ("reference", "second", "displacement", "energy_loss", "t1", "repeats")
         attributes = {name: getattr(self, name) for name in names} | notes
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
