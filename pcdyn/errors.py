@@ -123,6 +123,12 @@ class Status(enum.IntEnum):
     SOLVER_FAILED = 6
     TIME_LIMIT = 7
 
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
     @property
     def ok(self) -> bool:
         """Whether the trajectory is an accurate solution up to its last time."""
@@ -191,6 +197,12 @@ class EquilibriumStatus(enum.IntEnum):
     ITERATION_LIMIT = 2
     STALLED = 3
     NON_FINITE = 4
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
 
     @property
     def ok(self) -> bool:

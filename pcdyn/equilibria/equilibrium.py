@@ -201,6 +201,31 @@ class Basin(eqx.Module):
     displacement: Any
     rest: Equilibrium
 
+    @property
+    def ok(self) -> bool:
+        """Whether the flow ends at the equilibrium in every sample."""
+        return bool(np.all(self.agrees))
+
+    @property
+    def message(self) -> str:
+        """How many samples end where."""
+        count = np.size(self.agrees)
+        return (
+            f"the flow ends at the equilibrium in {np.sum(self.agrees)} of {count} samples, comes "
+            f"to rest elsewhere in {np.sum(self.settled & ~self.agrees)}, and has not come to rest "
+            f"in {np.sum(~self.settled & ~self.agrees)}"
+        )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account, for all samples together."""
+        return (
+            f"Basin: {self.message}\n  distance at most {np.max(self.distance):.2g}, displacement "
+            f"from the start at most {np.max(self.displacement):.2g}"
+        )
+
 
 def _distance(a: State, b: State) -> Any:
     squares = [np.sum((np.asarray(x) - np.asarray(y)) ** 2, -1) for x, y in zip(a, b, strict=True)]

@@ -87,7 +87,7 @@ def activities(
                 f"the equilibrium of layer {index} has shape {levels.shape}, not "
                 f"{shown[index].shape[1:]}"
             )
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     lines, dashed = [], []
     for index, values in shown.items():
         labels = [f"layer {index}, unit {unit}" for unit in range(values.shape[1])]
@@ -127,7 +127,7 @@ def distance(
             f"distances need shape (time,) or (time, batch), got {array.shape} at "
             f"{times.shape} times"
         )
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     columns = array.reshape(len(times), -1)
     lines = ax.plot(times, columns[:, 0], label=label)
     for column in columns.T[1:]:
@@ -156,7 +156,7 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
         "free energy $F$": trajectory.free_energy,
     }
     values = [_of_sample(energy, sample, axis=1, dimensions=1) for energy in shown.values()]
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     lines = []
     for label, energy in zip(shown, values, strict=True):
         lines += ax.plot(times, energy, label=label)
@@ -179,7 +179,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
         raise ShapeError("this equilibrium is of several networks: take one first")
     samples = 1 if np.ndim(found.energies) == 1 else len(found.energies)
     sample = _checked_sample(sample, samples)
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     for index, start in zip(found.problem.free_layers, found.start, strict=True):
         values = _of_sample(found.activities[index], sample, axis=0, dimensions=1)
         units = np.arange(first, first + len(values))
@@ -205,7 +205,7 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
     array = as_host_array(rates, "rates", finite=False)
     if array.ndim not in (1, 2):
         raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     order = np.arange(1, array.shape[-1] + 1)
     lines: list[Line2D] = []
     for row in np.atleast_2d(array):
@@ -219,7 +219,7 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
 
 
 def work_precision(
-    axes: Axes, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
+    axes: Axes | None, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
 ) -> list[Line2D]:
     """Draw one metric of a comparison's runs against another, a line for each integrator.
 
@@ -234,7 +234,7 @@ def work_precision(
     check_instance(comparison, "comparison", Comparison, "what pcdyn.compare returns")
     for name, metric in (("x", x), ("y", y)):
         check_choice(metric, name, (*METRICS, "value"))
-    axes = _axes(axes)
+    axes = checked_axes(axes)
     colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     lines = []
     for index, name in enumerate(comparison.integrators):
@@ -299,7 +299,7 @@ def mean_band(
             f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
         )
     mean, deviation = values.mean(axis=axis), values.std(axis=axis)
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     (line,) = ax.plot(x, mean, label=label, color=color)
     band = ax.fill_between(
         x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25, linewidth=0
@@ -309,7 +309,8 @@ def mean_band(
     return [line, band]
 
 
-def _axes(ax: Axes | None) -> Axes:
+def checked_axes(ax: Axes | None) -> Axes:
+    """The given axes, or new ones in a figure of their own in the style of pcdyn."""
     if ax is None:
         return new_axes()
     check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")

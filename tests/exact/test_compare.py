@@ -284,9 +284,9 @@ def test_the_table_survives_csv_and_xarray(made: Comparison, tmp_path: Path) -> 
 def test_the_plot_shows_successful_runs_and_names_the_failed(made: Comparison) -> None:
     """Points are the metrics; failures are counted in the legend; errors end at the reference."""
     figure, axes = plt.subplots()
-    fast, slow, wrong, broken = plotting.work_precision(
-        axes, made, x="run_seconds", y="maximum_error"
-    )
+    fast, slow, wrong, broken = made.plot(axes, x="run_seconds", y="maximum_error")
+    assert str(made) == repr(made) == made.summary() and not made.ok
+    assert dataclasses.replace(made, rows=made.rows[:2]).ok
     np.testing.assert_array_equal(np.asarray(fast.get_ydata()), [5e-2, 5e-4])
     np.testing.assert_array_equal(np.asarray(slow.get_ydata()), [1e-4, 1e-10])
     assert len(np.asarray(wrong.get_xdata())) == 1 and len(np.asarray(broken.get_xdata())) == 0

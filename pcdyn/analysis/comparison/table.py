@@ -147,10 +147,23 @@ class Comparison:
     def __hash__(self) -> int:
         return hash(_content(self))
 
-    def __str__(self) -> str:
+    @property
+    def ok(self) -> bool:
+        """Whether every run reached its end without a failure."""
+        return all(row.status.ok for row in self.rows)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The table of the runs."""
         return self.table()
 
-    __repr__ = __str__
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw one metric against another; see `pcdyn.plotting.work_precision`."""
+        import pcdyn
+
+        return pcdyn.plotting.work_precision(ax, self, **options)
 
     @property
     def integrators(self) -> tuple[str, ...]:
