@@ -12,7 +12,8 @@ from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
 from pcdyn.integrators.run import on_host
 from pcdyn.io.netcdf import attribute, checked_codes, named_values, number
-from pcdyn.io.problems import problem_from_xarray
+from pcdyn.io.problems import problem_from_xarray, with_problem
+from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
 
 if TYPE_CHECKING:
     import xarray
@@ -25,16 +26,16 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     `([sample,] predicted_layer)`; `residual_norm`, shape `([sample,] free_layer)`; `free_energy`,
     `status`, `iterations` and `passes`, per sample. How it was computed is in the attributes.
 
-    Raises `ShapeError` for an equilibrium of several networks, and for one that is being traced.
+    Those of several networks have the dimension `network` first, and the seconds as variables.
+    Raises `ShapeError` for an equilibrium that is being traced.
     """
     import xarray
 
     check_instance(equilibrium, "equilibrium", Equilibrium, "a pcdyn.Equilibrium")
-    if is_traced(equilibrium.energies) or np.ndim(equilibrium.energies) > 2:
-        raise ShapeError(
-            "this equilibrium is of several networks, or inside of a JAX transformation: take one "
-            "network first, such as jax.tree.map(lambda x: x[0], equilibrium)"
-        )
+    if is_traced(equilibrium.energies):
+        raise ShapeError("this equilibrium is inside of a JAX transformation: return it from there")
+    if equilibrium.networks is not None:
+        return stacked_dataset(equilibrium, to_xarray)
     sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
     variables: dict[str, Any] = {}
 
@@ -84,13 +85,21 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     return xarray.Dataset(variables, coordinates, attributes)
 
 
+def with_its_problem(equilibrium: Equilibrium) -> xarray.Dataset:
+    """The data set of an equilibrium with the problem that it is of, as files hold it."""
+    if equilibrium.networks is not None:
+        return stacked_dataset(equilibrium, with_its_problem)
+    return with_problem(to_xarray(equilibrium), equilibrium.problem)
+
+
 def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
     """The equilibrium of a data set that holds its problem as well, with NumPy arrays.
 
-    `pcdyn.save` writes such files; `with_problem(equilibrium.to_xarray(), equilibrium.problem)`
-    makes the data set. Raises `DataError` if it lacks a part of an equilibrium, and what
-    `problem_from_xarray` raises.
+    `with_its_problem` makes the data set. Raises `DataError` if it lacks a part of an equilibrium,
+    and what `problem_from_xarray` raises.
     """
+    if NETWORK in dataset.dims:
+        return unstacked_result(dataset, from_xarray)
     problem = on_host(problem_from_xarray(dataset))
     sample = "present" if "sample" in dataset.sizes else "absent"
 

@@ -33,9 +33,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
-    for each layer l = 0 … L, where they were given. The names of the activations are in the
-    attribute `activations`; where not all energies are Gaussian their names are in the attribute
-    `energies`, and the parameters of those that have one in the variables `energy_parameter_l`.
+    for each layer l = 0 … L. The names of the activations are in the attribute `activations`; where
+    not all energies are Gaussian their names are in the attribute `energies`, and the parameters of
+    those that have one in the variables `energy_parameter_l`.
 
     Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
     name (`pcdyn.named_energy`), and `ActivationError` for an activation that
@@ -70,8 +70,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
             dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
             variables[name] = (dimensions, np.asarray(data))
     constants = np.array([np.asarray(each) for each in problem.time_constants])
-    if np.any(constants != 1):
-        variables["time_constant"] = (("layer",), constants)
+    variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
     if set(energies) != {"gaussian"}:
         attrs["energies"] = " ".join(energies)

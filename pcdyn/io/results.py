@@ -20,7 +20,7 @@ from pcdyn.io.analyses import (
     stability_from_xarray,
 )
 from pcdyn.io.netcdf import check_dataset, read_dataset, write_dataset
-from pcdyn.io.problems import problem_from_xarray, problem_to_xarray, with_problem
+from pcdyn.io.problems import problem_from_xarray, problem_to_xarray
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
 
@@ -113,7 +113,7 @@ def file_of(thing: Any) -> xarray.Dataset:
     if isinstance(thing, InferenceProblem):
         dataset = problem_to_xarray(thing)
     elif isinstance(thing, Equilibrium):
-        dataset = with_problem(thing.to_xarray(), thing.problem)
+        dataset = equilibria.with_its_problem(thing)
     elif isinstance(thing, _Labelled) and not isinstance(thing, type):
         dataset = thing.to_xarray()
         check_dataset(dataset)

@@ -6,6 +6,7 @@ function of the solver and is not stored.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
 from pcdyn.io.netcdf import attribute, check_dataset, checked_codes, named_values, number
+from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
 from pcdyn.simulation.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -41,8 +43,9 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     - `status`, `end_time` and the counts of the solver, one for all or one per sample. A count
       that the integrator does not report is absent.
 
-    How it was computed is in the attributes. Raises `ShapeError` for a trajectory of several
-    networks, which `jax.vmap` makes, and for one that is being traced.
+    Those of several networks, which `jax.vmap` makes, have the dimension `network` first, and the
+    seconds as variables. How it was computed is in the attributes. Raises `ShapeError` for a
+    trajectory that is being traced.
     """
     import xarray
 
@@ -58,11 +61,11 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             "this trajectory has no prediction errors and no energies, which files hold: give its "
             "flow the method observe, or keep times and activities, for example with numpy.savez"
         )
-    if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
-        raise ShapeError(
-            "this trajectory is of several networks, or inside of a JAX transformation: take one "
-            "network first, such as jax.tree.map(lambda x: x[0], trajectory)"
-        )
+    if is_traced(trajectory.times, trajectory.energies):
+        raise ShapeError("this trajectory is inside of a JAX transformation: return it from there")
+    if trajectory.networks is not None:
+        without = dataclasses.replace(trajectory, interpolation=None)
+        return stacked_dataset(without, to_xarray)
     samples = ("sample",) if np.ndim(trajectory.energies) == 3 else ()
     in_time = ("time", *samples)
 
@@ -137,6 +140,8 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
     """
     check_dataset(dataset)
     try:
+        if NETWORK in dataset.dims:
+            return unstacked_result(dataset, _from_xarray)
         return _from_xarray(dataset)
     except DataError as error:
         raise DataError(

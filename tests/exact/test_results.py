@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pcdyn import Status, Trajectory, equilibrium, learning, plotting, simulate
 from pcdyn.analysis.convergence_order import ConvergenceOrder
 from pcdyn.equilibria.equilibrium import Basin, Equilibrium
 from pcdyn.equilibria.multiple import Equilibria
-from pcdyn.errors import EquilibriumStatus, InputError, ShapeError
+from pcdyn.errors import EquilibriumStatus, InputError
 from tests.networks import Case, build_case
 
 CASE = build_case(seed=3, widths=(3, 4, 2), activations=("tanh",), batch=3)
@@ -147,7 +148,24 @@ def test_a_training_prints_and_draws_its_history() -> None:
     plt.close(figure)
 
 
-def test_several_networks_are_no_data_set(found: Equilibrium) -> None:
-    several = jax.tree.map(lambda x: np.stack([x, x]), found)
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_xarray()
+def test_several_networks_print_draw_and_are_a_data_set(found: Equilibrium) -> None:
+    """Made of one equilibrium times 1, 2, 3, and one that was not found."""
+    scaled = [
+        dataclasses.replace(found, activities=tuple(k * x for x in found.activities))
+        for k in (1.0, 2.0, 3.0, np.nan)
+    ]
+    several = jax.tree.map(lambda *x: np.stack(x), *scaled)
+    codes = np.full((4, 3), EquilibriumStatus.CONVERGED)
+    codes[3, 1] = EquilibriumStatus.STALLED
+    several = eqx.tree_at(lambda e: e.status_codes, several, codes)
+    assert several.networks == 4 and not several.ok
+    assert "Equilibrium of 4 networks" in str(several) and "11 CONVERGED, 1 STALLED" in str(several)
+    assert several.to_xarray().activity_1.dims == ("network", "sample", "unit_1")
+    figure, ax = plt.subplots()
+    at_rest, start = several.plot(ax, sample=2)
+    np.testing.assert_allclose(at_rest.get_ydata(), 2 * found.activities[1][2], rtol=1e-12)
+    np.testing.assert_array_equal(start.get_ydata(), np.asarray(found.start[0])[2])
+    ends = np.array([segment[:, 1] for segment in ax.collections[0].get_segments()])
+    quantiles = np.sort(np.outer(found.activities[1][2], [1.2, 2.8]))
+    np.testing.assert_allclose(ends, quantiles, rtol=1e-12)
+    plt.close(figure)

@@ -255,13 +255,42 @@ def test_results_per_sample_have_the_sample_dimension() -> None:
     assert dataset.accepted_steps.dims == ("sample",)
 
 
-def test_several_networks_are_refused(tmp_path: Path) -> None:
-    several = jax.tree.map(lambda x: np.stack([x, x]), _single())
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_xarray()
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_netcdf(tmp_path / "run.nc")
-    assert not os.listdir(tmp_path)
+def test_several_networks_go_to_a_file_and_back(tmp_path: Path) -> None:
+    """Along the dimension `network`, to the bit; of runs at other times there is no data set."""
+    one = dataclasses.replace(_batch(), statistics=Statistics(7, 0, 5, 2, 0.25, 0.125))
+    one = jax.tree.map(np.asarray, one)
+    other = eqx.tree_at(
+        lambda t: (t.activities, t.status_codes, t.statistics.run_seconds), one,
+        (tuple(2 * x for x in one.activities), np.array(Status.MAX_STEPS), np.array(0.5)),
+    )  # fmt: skip
+    runs = jax.tree.map(lambda *x: np.stack(x), one, other, one)
+    data = runs.to_xarray()
+    assert data.activity_1.dims == ("network", "time", "sample", "unit_1")
+    assert data.run_seconds.values.tolist() == [0.125, 0.5, 0.125]
+    pcdyn.save(runs, tmp_path / "runs.nc")
+    loaded = pcdyn.load(tmp_path / "runs.nc")
+    assert loaded.networks == 3
+    assert_same(loaded, runs)
+    later = eqx.tree_at(lambda t: t.times, runs, runs.times + np.arange(3.0)[:, None])
+    with pytest.raises(ShapeError, match="no data set in common"):
+        later.to_xarray()
+
+
+def test_equilibria_of_several_networks_go_to_a_file_with_their_problems(tmp_path: Path) -> None:
+    one = jax.tree.map(np.asarray, _equilibrium())
+    other = jax.tree.map(lambda x: 2 * x if x.dtype.kind in "fi" else ~x, one)
+    other = eqx.tree_at(
+        lambda e: (e.status_codes, e.problem.input), other, (one.status_codes, one.problem.input)
+    )
+    found = jax.tree.map(lambda *x: np.stack(x), one, other)
+    pcdyn.save(found, tmp_path / "found.nc")
+    with xarray.open_dataset(tmp_path / "found.nc") as dataset:
+        assert dataset.weight_1.dims == ("network", "unit_1", "unit_0")
+    loaded = pcdyn.load(tmp_path / "found.nc")
+    assert loaded.networks == 2 and jax.tree.structure(loaded) == jax.tree.structure(found)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(found), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.tobytes() == theirs.tobytes()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
