@@ -186,9 +186,8 @@ def test_the_end_of_several_networks_is_that_of_each() -> None:
     assert f"{runs.networks} networks" in repr(runs) and runs.ok
     assert runs.status == (Status.REACHED_T1,) * runs.networks
     data = runs.to_xarray()
-    assert data.activity_1.dims[0] == "network" and np.array_equal(
-        data.activity_1, runs.activities[1]
-    )
+    assert data.activity_1.dims[0] == "network"
+    assert np.array_equal(data.activity_1, runs.activities[1])
 
 
 @pytest.mark.unchecked
