@@ -141,7 +141,7 @@ class Status(enum.IntEnum):
 
     @property
     def explanation(self) -> str:
-        """Cause and remedy in one sentence."""
+        """What a status means: cause and remedy in one sentence."""
         return _EXPLANATIONS[self]
 
 
@@ -227,7 +227,7 @@ class EquilibriumStatus(enum.IntEnum):
 
     @property
     def explanation(self) -> str:
-        """Cause and remedy in one sentence."""
+        """What a status means: cause and remedy in one sentence."""
         return _EQUILIBRIUM_EXPLANATIONS[self]
 
 

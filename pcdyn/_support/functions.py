@@ -52,7 +52,7 @@ def reference(function: Any) -> Any:
 
 
 def referred(reference: Any) -> Any:
-    """The inverse of `reference`."""
+    """Find the function that `reference` has put into words; other objects are themselves."""
     return _find(*reference) if isinstance(reference, tuple) else reference
 
 

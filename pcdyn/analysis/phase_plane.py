@@ -39,24 +39,24 @@ class PlanarEquilibria(eqx.Module):
 
 
 def coordinates(problem: InferenceProblem) -> tuple[tuple[int, int], ...]:
-    """Layer and unit of each free activity."""
+    """List layer and unit of each free activity."""
     widths = problem.network.widths
     return tuple((layer, unit) for layer in problem.free_layers for unit in range(widths[layer]))
 
 
 def diagonal(box: Box) -> float:
-    """Its length."""
+    """Return the length of the diagonal of a box."""
     return float(np.hypot(box[1] - box[0], box[3] - box[2]))
 
 
 def grid(problem: InferenceProblem, box: Box, resolution: int) -> np.ndarray:
-    """Evenly spaced points of the box, shape (y, x, 2)."""
+    """Space points evenly over a box, shape (y, x, 2)."""
     sides = (np.linspace(*side, resolution) for side in (box[:2], box[2:]))
     return np.stack(np.meshgrid(*sides), axis=-1).astype(problem.dtype)
 
 
 def state_at(problem: InferenceProblem, points: Any) -> State:
-    """The state at points (…, 2)."""
+    """Return the state of a problem with two free units at points of the plane, shape (…, 2)."""
     if len(problem.free_layers) == 1:
         return (points,)
     return points[..., :1], points[..., 1:]

@@ -25,7 +25,7 @@ _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 def run_simulate(options: Simulate, settings: Settings) -> Result:
-    """`pcdyn simulate`."""
+    """Run `pcdyn simulate` with these options."""
     from pcdyn.io.problems import with_problem
     from pcdyn.io.results import file_of
     from pcdyn.simulation.simulate import simulate
@@ -88,7 +88,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
 
 
 def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
-    """`pcdyn equilibrium`."""
+    """Run `pcdyn equilibrium` with these options."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
     from pcdyn.io.results import file_of
@@ -135,7 +135,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
 
 
 def run_compare(options: Compare, settings: Settings) -> Result:
-    """`pcdyn compare`."""
+    """Run `pcdyn compare` with these options."""
     from pcdyn.analysis.comparison.compare import compare
     from pcdyn.analysis.comparison.table import ERROR_METRICS
     from pcdyn.io.problems import with_problem
@@ -181,7 +181,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
 
 
 def run_stability(options: Stability, settings: Settings) -> Result:
-    """`pcdyn stability`."""
+    """Run `pcdyn stability` with these options."""
     from pcdyn.analysis.stability import stability
     from pcdyn.io.problems import with_problem
     from pcdyn.io.results import file_of
@@ -209,7 +209,7 @@ def run_stability(options: Stability, settings: Settings) -> Result:
 
 
 def run_verify(options: Verify, settings: Settings) -> Result:
-    """`pcdyn verify`."""
+    """Run `pcdyn verify` with these options."""
     from pcdyn.io.results import file_of
     from pcdyn.theory import verify
 

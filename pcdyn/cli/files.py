@@ -65,7 +65,7 @@ def targets(options: OutputOptions, command: str) -> tuple[Path, ...]:
 
 
 def contents(result: Result, files: tuple[Path, ...]) -> dict[Path, bytes]:
-    """What each file is to hold."""
+    """Make the bytes of each output file of a result."""
     return {file: _content(result, file) for file in files}
 
 

@@ -52,7 +52,7 @@ def settings_of(options: NetworkOptions) -> Settings:
 
 
 def build_problem(settings: Settings) -> InferenceProblem:
-    """The problem of these settings.
+    """Build the problem that these settings describe.
 
     Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`. Raises `InputError` and its kinds
     for what does not fit, each naming what and where.

@@ -13,7 +13,7 @@ from pcdyn.model.problem import InferenceProblem
 
 
 def describe(problem: InferenceProblem) -> str:
-    """Network, samples and dtype in one line."""
+    """Describe network, samples and dtype of a problem in one line."""
     network = problem.network
     names = [layer.activation.name for layer in network.layers]
     activations = names[0] if len(set(names)) == 1 else "-".join(names)
@@ -26,7 +26,7 @@ def describe(problem: InferenceProblem) -> str:
 
 
 def describe_record(problem: InferenceProblem) -> dict[str, Any]:
-    """The same for `--json`."""
+    """Describe a problem for `--json`, as `describe` does in words."""
     return {
         "widths": problem.network.widths,
         "activations": [layer.activation.name for layer in problem.network.layers],
@@ -37,13 +37,13 @@ def describe_record(problem: InferenceProblem) -> dict[str, Any]:
 
 
 def lines(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns."""
+    """Align names and texts in two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)
 
 
 def counts(statuses: Any) -> dict[str, int]:
-    """How many samples have each status; `statuses` is one or a tuple of them."""
+    """Count the samples of each status; `statuses` is one or a tuple of them."""
     each = statuses if isinstance(statuses, tuple) else (statuses,)
     return {status.name: each.count(status) for status in dict.fromkeys(each)}
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Equilibrium(LayerEnergies):
-    """Where inference ends, and how surely.
+    """An equilibrium of inference, with the residual that is left and a status per sample.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are the sample,
     if there is a batch, then units or layers.
@@ -118,7 +118,7 @@ class Equilibrium(LayerEnergies):
 
     @property
     def state(self) -> State:
-        """The free layers of `activities`."""
+        """The free layers of `activities`, as `initial=` of `pcdyn.simulate` takes them."""
         return self.problem.state_of(self.activities)
 
     def basin(

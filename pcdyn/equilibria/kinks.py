@@ -154,10 +154,10 @@ class _ActiveSet:
         return float(self.problem.free_energy(self.state(y)))
 
     def run(self, y: np.ndarray, radius: float) -> SlidingPoint | None:
-        local = self.look(y, np.zeros(len(self.can_slide), bool))
+        local = self.linearise_at(y, np.zeros(len(self.can_slide), bool))
         held = self.can_slide & (np.abs(local.gaps) <= radius)
         for _ in range(_MOST_ROUNDS):
-            local = self.look(y, held)
+            local = self.linearise_at(y, held)
             step, slopes = _constrained_newton(local, held)
             if step is None:
                 return None
@@ -176,7 +176,7 @@ class _ActiveSet:
                 break
         return self._verified(y, held)
 
-    def look(self, y: np.ndarray, held: np.ndarray) -> _Local:
+    def linearise_at(self, y: np.ndarray, held: np.ndarray) -> _Local:
         state = self.state(y)
         parts = np.split(held, np.cumsum(self.predicted)[:-1])
         values = _local(self.problem, state, tuple(parts))
@@ -204,7 +204,7 @@ class _ActiveSet:
         """The point if its smallest generalised gradient is small, by bounded least squares."""
         from scipy.optimize import lsq_linear
 
-        local = self.look(y, held)
+        local = self.linearise_at(y, held)
         residual = local.slope
         if held.any():
             columns = -(local.rows[held] * local.weighted[held, None]).T

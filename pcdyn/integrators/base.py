@@ -118,7 +118,7 @@ class Integrator(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What messages and tables call it."""
+        """The name of the method in messages and tables."""
 
     @property
     @abc.abstractmethod

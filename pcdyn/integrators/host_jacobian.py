@@ -47,7 +47,7 @@ class ChainPattern:
         return csc_array(parts, shape=(self.size, self.size))
 
     def banded(self, entries: np.ndarray) -> np.ndarray:
-        """The matrix in LAPACK's banded storage."""
+        """Store a matrix of this pattern as LAPACK stores banded ones."""
         packed = np.zeros((2 * self.bandwidth + 1, self.size))
         packed[self._rows - self._columns + self.bandwidth, self._columns] = entries
         return packed

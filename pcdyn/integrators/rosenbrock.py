@@ -121,7 +121,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         """No state: nothing is carried from step to step."""
 
     def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
-        """The vector field."""
+        """Evaluate the vector field, as diffrax asks a solver to."""
         return terms.vf(t0, y0, args)
 
     def step(

@@ -38,7 +38,7 @@ def shifted(
     return BlockTridiagonal(diagonal, matrix.upper)
 
 
-class StepFactors(eqx.Module):
+class InverseBlockCholesky(eqx.Module):
     """Block factorisation of symmetric positive definite block-tridiagonal matrices.
 
     `inverses[i]` is the inverse S_i⁻¹ of a Schur complement, `couplings[i]` is S_i⁻¹ H_{i,i+1};
@@ -61,7 +61,7 @@ class StepFactors(eqx.Module):
         return tuple(solution)
 
 
-def factorise(matrix: BlockTridiagonal) -> StepFactors:
+def factorise(matrix: BlockTridiagonal) -> InverseBlockCholesky:
     """O(Σ n_l³) for each sample; NaN for a sample whose matrix is not positive definite."""
     inverses: list[Array] = []
     couplings: list[Array] = []
@@ -72,7 +72,7 @@ def factorise(matrix: BlockTridiagonal) -> StepFactors:
             couplings.append(coupling)
         inverse = _triangular_inverse(jnp.linalg.cholesky(block))
         inverses.append(matmul(jnp.matrix_transpose(inverse), inverse))
-    return StepFactors(tuple(inverses), tuple(couplings))
+    return InverseBlockCholesky(tuple(inverses), tuple(couplings))
 
 
 def _triangular_inverse(lower: Array) -> Array:
@@ -138,7 +138,7 @@ class PaddedBlocks(eqx.Module):
 
 
 class PaddedFactors(eqx.Module):
-    """As `StepFactors`, with the layers on the first axis, for loops over them."""
+    """As `InverseBlockCholesky`, with the layers on the first axis, for loops over them."""
 
     inverses: Array
     couplings: Array
@@ -190,7 +190,7 @@ class PaddedChain:
         return jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)[..., self._sources]
 
     def unpad(self, x: Array) -> Array:
-        """The inverse of `pad`."""
+        """Take the padding of `pad` away."""
         return x.reshape(*x.shape[:-2], -1)[..., self._units]
 
     def blocks(self, product: Any, like: Array, *, symmetric: bool = True) -> PaddedBlocks:
@@ -240,7 +240,7 @@ class PaddedChain:
 class _ChainState(eqx.Module):
     """Factors of σ T M, the sign σ of each sample, T, and whether Mᵀ is meant instead of M."""
 
-    factors: StepFactors | PaddedFactors
+    factors: InverseBlockCholesky | PaddedFactors
     sign: Array
     time_constants: tuple[Array, ...]
     transposed: bool = eqx.field(static=True)
@@ -260,7 +260,7 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
     widths: tuple[int, ...] | None = eqx.field(static=True, default=None)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _ChainState:
-        """Products, blocks and factors."""
+        """Prepare the products, blocks and factors that solving needs."""
         like = operator.in_structure()
         taus = self.time_constants
 
@@ -300,16 +300,16 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
     def transpose(
         self, state: _ChainState, options: dict[str, Any]
     ) -> tuple[_ChainState, dict[str, Any]]:
-        """Mᵀ = σ (T M) T⁻¹."""
+        """Solve with the transpose, Mᵀ = σ (T M) T⁻¹."""
         other = _ChainState(state.factors, state.sign, state.time_constants, not state.transposed)
         return other, options
 
     def conj(
         self, state: _ChainState, options: dict[str, Any]
     ) -> tuple[_ChainState, dict[str, Any]]:
-        """Everything is real."""
+        """Solve with the conjugate: everything is real, so that it is the same."""
         return state, options
 
     def assume_full_rank(self) -> bool:
-        """Singular matrices give NaN."""
+        """Say that matrices are regular: a singular one gives NaN."""
         return True

@@ -2,7 +2,7 @@
 
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.learning.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
-from pcdyn.learning.base import Learned, Rule
+from pcdyn.learning.base import BatchGradient, Rule
 from pcdyn.learning.joint import AdiabaticFlow, JointFlow
 from pcdyn.learning.precisions import OutputNoise, PrecisionFlow, output_noise
 from pcdyn.learning.predictive_coding import (
@@ -18,12 +18,12 @@ from pcdyn.learning.variational import variational_free_energy
 __all__ = [
     "AdiabaticFlow",
     "Backpropagation",
+    "BatchGradient",
     "EulerPredictiveCoding",
     "Evaluation",
     "FixedPrediction",
     "IncrementalPredictiveCoding",
     "JointFlow",
-    "Learned",
     "LearnedTargetPropagation",
     "LowPrecisionPredictiveCoding",
     "OutputNoise",

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn._support.states import step
 from pcdyn.errors import InputError
-from pcdyn.learning.base import Learned, Rule, check_steps
+from pcdyn.learning.base import BatchGradient, Rule, check_steps
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, State
 from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
@@ -27,12 +27,12 @@ class Backpropagation(Rule):
         return "backpropagation"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         found = backpropagation(problem)
         return _without_inference(problem, found.weight_gradient), state
 
@@ -56,12 +56,12 @@ class FixedPrediction(Rule):
         return "fixed prediction assumption"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         network, activities = problem.network, feedforward(problem)
         pulls = [
             jax.vjp(lambda x, i=index: network.predict(i, x), activities[index - 1])[1]
@@ -112,7 +112,7 @@ class ZeroDivergence(Rule):
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         network, activities = problem.network, feedforward(problem)
         x, deltas = problem.state_of(activities), []
         for index in range(network.depth, 0, -1):
@@ -123,6 +123,8 @@ class ZeroDivergence(Rule):
         return _without_inference(problem, gradient), state
 
 
-def _without_inference(problem: InferenceProblem, gradient: Network) -> Learned:
+def _without_inference(problem: InferenceProblem, gradient: Network) -> BatchGradient:
     activities = problem.activities(problem.feedforward_state())
-    return Learned(gradient, activities, jnp.zeros(activities[0].shape[0], problem.network.dtype))
+    return BatchGradient(
+        gradient, activities, jnp.zeros(activities[0].shape[0], problem.network.dtype)
+    )

@@ -13,7 +13,7 @@ from pcdyn.model.network import Activities, Network
 from pcdyn.model.problem import InferenceProblem
 
 
-class Learned(eqx.Module):
+class BatchGradient(eqx.Module):
     """What a rule makes of a batch.
 
     - `gradient`: a network whose arrays are the gradients, summed over the batch.
@@ -38,7 +38,7 @@ class Rule(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What tables and figures call it."""
+        """The name of the rule in tables and figures."""
 
     @abc.abstractmethod
     def check(self, problem: InferenceProblem) -> None:
@@ -49,7 +49,7 @@ class Rule(eqx.Module):
         """The state before the first batch; `()` if there is none."""
 
     @abc.abstractmethod
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         """The weight gradient from a batch, both ends clamped, and the next state."""
 
 

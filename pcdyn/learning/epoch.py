@@ -12,14 +12,14 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
-from pcdyn.learning.base import Learned, Rule
+from pcdyn.learning.base import BatchGradient, Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward
 
 
-class Setting(eqx.Module):
+class TrainingSetup(eqx.Module):
     """What stays the same from epoch to epoch."""
 
     static: Any
@@ -36,7 +36,7 @@ def for_each(seeds: int | None, function: Any) -> Any:
     return function if seeds is None else eqx.filter_vmap(function)
 
 
-def first_state(setting: Setting, weights: Any, key: PRNGKeyArray) -> Any:
+def first_state(setting: TrainingSetup, weights: Any, key: PRNGKeyArray) -> Any:
     """Weights, optimiser and rule before the first batch."""
     network = eqx.combine(weights, setting.static)
     # Epochs fold their number into the key; this one is none of theirs.
@@ -52,7 +52,7 @@ def batches_of(key: PRNGKeyArray, epoch: Any, count: int, batch_size: int) -> An
 
 @eqx.filter_jit
 def run_epoch(
-    setting: Setting, state: Any, data: Any, key: Any, epoch: Any, seeds: int | None
+    setting: TrainingSetup, state: Any, data: Any, key: Any, epoch: Any, seeds: int | None
 ) -> tuple[Any, dict[str, Any]]:
     """The state after an epoch, and the records of its batches."""
 
@@ -63,7 +63,9 @@ def run_epoch(
     return for_each(seeds, one)(state, key)
 
 
-def _batch(setting: Setting, state: Any, inputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
+def _batch(
+    setting: TrainingSetup, state: Any, inputs: Any, targets: Any
+) -> tuple[Any, dict[str, Any]]:
     """Learn from one batch."""
     weights, optimiser_state, rule_state = state
     network = eqx.combine(weights, setting.static)
@@ -77,7 +79,9 @@ def _batch(setting: Setting, state: Any, inputs: Any, targets: Any) -> tuple[Any
     return (optax.apply_updates(weights, updates), optimiser_state, rule_state), record
 
 
-def _record(setting: Setting, problem: InferenceProblem, learned: Learned) -> dict[str, Any]:
+def _record(
+    setting: TrainingSetup, problem: InferenceProblem, learned: BatchGradient
+) -> dict[str, Any]:
     """What is recorded of a batch; what the rule has computed already is not computed again."""
     network, outputs = problem.network, feedforward(problem)[-1]
     energies = problem.energies_of(problem.prediction_errors(learned.activities))

@@ -64,14 +64,14 @@ class JointFlow(Flow):
         return self.problem.activities(self._inner_state(state))
 
     def moving(self, state: State) -> dict[str, Any]:
-        """The network, as `"network"`."""
+        """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state[len(self.free_layers) :])}
 
     def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self._inner_state(state))
 
     def free_energy(self, state: State) -> Array:
-        """F summed over the batch."""
+        """Sum F over the batch: what the flow never lets rise."""
         return jnp.sum(self._at(state).free_energy(self._inner_state(state)))
 
     def vector_field(self, t: Any, state: State) -> State:
@@ -134,14 +134,14 @@ class AdiabaticFlow(Flow):
         return activities_at_rest(flow._at(state), self.method, self.tolerance)
 
     def moving(self, state: State) -> dict[str, Any]:
-        """The network, as `"network"`."""
+        """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state)}
 
     def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self.problem.state_of(self.activities(state)))
 
     def free_energy(self, state: State) -> Array:
-        """F* summed over the batch."""
+        """Sum the free energy at equilibrium over the batch: what the flow never lets rise."""
         return jnp.sum(self.observe(0.0, state)[1])
 
     def vector_field(self, t: Any, state: State) -> State:

@@ -1,4 +1,4 @@
-"""Learned precisions: gradient flow of the variational free energy on Π, which stays SPD."""
+"""BatchGradient precisions: gradient flow of the variational free energy on Π, which stays SPD."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class PrecisionFlow(Flow):
         return activities_at_rest(problem, method, self.tolerance)
 
     def moving(self, state: State) -> dict[str, Any]:
-        """Π_1 … Π_L, as `"precisions"`."""
+        """Name what moves besides activities: Π_1 … Π_L, as `"precisions"`."""
         return {"precisions": self.precisions_at(state)}
 
     def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
@@ -231,7 +231,7 @@ def _precision(parameters: Array, structure: Structure, width: int) -> Array:
 
 
 class OutputNoise(eqx.Module):
-    """What `output_noise` computes.
+    """The output precision that explains the errors best, from `output_noise`.
 
     - `covariance`: Π_L⁻¹ where F_var is least, shape `(n_L, n_L)`; with zero eigenvalues where it
       is not `interior`.

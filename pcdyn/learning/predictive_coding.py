@@ -19,7 +19,7 @@ from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
-from pcdyn.learning.base import Learned, Rule, check_steps
+from pcdyn.learning.base import BatchGradient, Rule, check_steps
 from pcdyn.model.energies.energy import in_dtype
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, State
@@ -68,7 +68,7 @@ class PredictiveCoding(Rule):
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         if isinstance(self.method, TruncatedGaussNewton):
             settled = self.method.settle(problem)
             return _at(problem, settled.state, settled.residual), state
@@ -94,12 +94,12 @@ class EulerPredictiveCoding(Rule):
         return f"predictive coding, {self.steps} Euler steps"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         prepared = problem.prepared()
 
         def update(_: Any, x: State) -> State:
@@ -128,7 +128,7 @@ class LowPrecisionPredictiveCoding(Rule):
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         learned, _ = PredictiveCoding(self.method).learn(self._scaled(problem), ())
         gradient = jax.tree.map(
             lambda g: g / self.precision if eqx.is_inexact_array(g) else g, learned.gradient
@@ -163,12 +163,12 @@ class IncrementalPredictiveCoding(Rule):
         return "incremental predictive coding"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         start, static = eqx.partition(problem.network, eqx.is_inexact_array)
 
         def at(weights: Any) -> InferenceProblem:
@@ -187,11 +187,11 @@ class IncrementalPredictiveCoding(Rule):
         moved = self.ratio * self.steps * self.dt
         gradient = jax.tree.map(lambda a, b: (a - b) / moved, start, weights)
         residual = _relative_residual(at(weights), rest)
-        learned = Learned(eqx.combine(gradient, static), problem.activities(rest), residual)
+        learned = BatchGradient(eqx.combine(gradient, static), problem.activities(rest), residual)
         return learned, state
 
 
-def _at(problem: InferenceProblem, state: State, residual: Array | None = None) -> Learned:
+def _at(problem: InferenceProblem, state: State, residual: Array | None = None) -> BatchGradient:
     """The gradient ∂F/∂(weights) at the activities of `state`."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
@@ -199,7 +199,7 @@ def _at(problem: InferenceProblem, state: State, residual: Array | None = None) 
     gradient = local_gradient(problem.network, activities, deltas)
     if residual is None:
         residual = _relative_residual(problem, state)
-    return Learned(gradient, activities, residual)
+    return BatchGradient(gradient, activities, residual)
 
 
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:

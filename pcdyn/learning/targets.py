@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn._support.checks import checked_number, flag, integer, optional
 from pcdyn.errors import ShapeError
-from pcdyn.learning.base import Learned, Rule
+from pcdyn.learning.base import BatchGradient, Rule
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.network import Activities, Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem
@@ -45,7 +45,7 @@ class TargetPropagation(Rule):
     def init(self, network: Network, key: PRNGKeyArray) -> Any:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         found = target_propagation(problem)
         activities = feedforward(problem)
         errors = _local_errors(found.values, activities)
@@ -110,7 +110,7 @@ class LearnedTargetPropagation(Rule):
             inverses.append(Dense(weight, bias, get_activation(activation)))
         return tuple(inverses), key
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[Learned, Any]:
+    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
         inverses, key = state
         key, draw = jr.split(key)
         activities = feedforward(problem)
@@ -169,7 +169,7 @@ def _where_kept(keep: Array, errors: tuple[Array, ...]) -> tuple[Array, ...]:
 
 def _from_targets(
     problem: InferenceProblem, activities: Activities, errors: tuple[Array, ...]
-) -> Learned:
+) -> BatchGradient:
     gradient = local_gradient(problem.network, activities, errors)
     residual = jnp.zeros(activities[0].shape[0], problem.network.dtype)
-    return Learned(gradient, problem.activities(problem.state_of(activities)), residual)
+    return BatchGradient(gradient, problem.activities(problem.state_of(activities)), residual)

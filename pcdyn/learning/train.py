@@ -32,7 +32,14 @@ from pcdyn.learning.checks import (
     checked_numbers,
     number_of_seeds,
 )
-from pcdyn.learning.epoch import Setting, batches_of, first_state, for_each, run_epoch, share_right
+from pcdyn.learning.epoch import (
+    TrainingSetup,
+    batches_of,
+    first_state,
+    for_each,
+    run_epoch,
+    share_right,
+)
 from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, energies_of
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
@@ -172,7 +179,9 @@ def train(
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
-    setting = Setting(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
+    setting = TrainingSetup(
+        static, rule, energy, optimiser, batch_size, reduction == "mean", compare
+    )
     state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
     course = _Course(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
@@ -207,7 +216,7 @@ def train(
 
 
 def _computations(
-    setting: Setting, state: Any, data: Any, key: Any, seeds: int | None
+    setting: TrainingSetup, state: Any, data: Any, key: Any, seeds: int | None
 ) -> dict[str, Any]:
     """What a checkpoint must agree with, as JAX lowers it."""
     weights, optimiser_state, _ = state
@@ -252,7 +261,7 @@ class _Course:
             "evaluations": self._stacked(self.evaluations),
         }
 
-    def training(self, setting: Setting) -> Training:
+    def training(self, setting: TrainingSetup) -> Training:
         """What `train` returns."""
         network = eqx.combine(self.state[0], setting.static)
         return Training(network, **self.records(), state=self.state, rule=setting.rule.name)
@@ -319,7 +328,7 @@ def _evaluate_compiled(
 
 
 def _evaluate(
-    evaluate: Evaluate | None, setting: Setting, state: Any, seeds: int | None
+    evaluate: Evaluate | None, setting: TrainingSetup, state: Any, seeds: int | None
 ) -> dict[str, np.ndarray]:
     if evaluate is None:
         return {}
@@ -343,7 +352,7 @@ def _divergence(record: dict[str, Any], state: Any) -> tuple[list[int], int] | N
 
 
 def _describe(
-    problem: tuple[list[int], int], setting: Setting, key: Any, epoch: int, count: int
+    problem: tuple[list[int], int], setting: TrainingSetup, key: Any, epoch: int, count: int
 ) -> str:
     """Where a training diverged, and what to do."""
     seed, batch = problem

@@ -77,7 +77,7 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Any:
 
 
 def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) -> Any:
-    """`relative` times `gradient_scale`, per sample.
+    """Scale a relative tolerance by `gradient_scale`, per sample.
 
     Where the gradient at the start is no more than its round-off, the start is at rest, and the
     tolerance is that round-off.

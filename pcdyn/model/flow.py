@@ -44,7 +44,7 @@ class Flow(eqx.Module):
 
     @abc.abstractmethod
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """The state to start from, checked.
+        """Return the state to start from, checked.
 
         `initial` is what `pcdyn.simulate` was given: unless anything was, `"feedforward"`, which
         stands for the start that is natural for the flow. See `checked_state`.
@@ -52,7 +52,7 @@ class Flow(eqx.Module):
 
     @abc.abstractmethod
     def vector_field(self, t: Any, state: State) -> State:
-        """The time derivative of the state at time t, shaped like the state."""
+        """Compute the time derivative of the state at time t, shaped like the state."""
 
     @property
     def dtype(self) -> Any:

@@ -72,7 +72,7 @@ class Dense(eqx.Module):
         self.activation = get_activation(activation)
 
     def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        """W x + b."""
+        """Compute the preactivation W x + b."""
         z = matmul(self.weight, x)
         return z if self.bias is None else z + self.bias
 

@@ -167,7 +167,7 @@ class InferenceProblem(InferenceFlow):
 
     @property
     def state_time_constants(self) -> tuple[Float[Array, ""], ...]:
-        """τ_l of every free layer."""
+        """The time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
     def with_data(self, input: Any, output: Any) -> InferenceProblem:
@@ -188,7 +188,7 @@ class InferenceProblem(InferenceFlow):
         return eqx.tree_at(lambda p: p.first_prediction, self, first, is_leaf=lambda x: x is None)
 
     def activities(self, state: State) -> Activities:
-        """All layers x_0 … x_L: the free ones from `state`, the clamped ones from the data."""
+        """Return all layers x_0 … x_L: free ones from `state`, clamped ones from the data."""
         free = iter(state)
         layers = []
         for index in range(self.network.depth + 1):
@@ -217,7 +217,7 @@ class InferenceProblem(InferenceFlow):
         return errors, self.energies_of(errors)
 
     def layer_energies(self, state: State) -> Float[Array, "*batch L"]:
-        """E_1 … E_L of each sample, on the last axis."""
+        """Compute the energies E_1 … E_L of each sample, on the last axis."""
         return self.energies_of(self.prediction_errors(self.activities(state)))
 
     def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
@@ -241,7 +241,7 @@ class InferenceProblem(InferenceFlow):
         return self.energy[index - 1].curvature(error, self._target_of(index))
 
     def output_error(self, prediction: Array) -> Array:
-        """T − μ_L; raises `InputError` if the output is free."""
+        """Subtract a prediction from the target, T − μ_L; `InputError` if the output is free."""
         if self.output is None:
             raise InputError("there is no output error: this problem's output is free")
         return self.output - prediction
@@ -250,15 +250,15 @@ class InferenceProblem(InferenceFlow):
         return self.output if index == self.network.depth else None
 
     def free_energy(self, state: State) -> Float[Array, "*batch"]:
-        """F = Σ_l E_l of each sample."""
+        """Compute the free energy F = Σ_l E_l of each sample."""
         return jnp.sum(self.layer_energies(state), axis=-1)
 
     def output_loss(self, state: State) -> Float[Array, "*batch"]:
-        """ℒ = E_L of each sample."""
+        """Compute the output loss ℒ = E_L of each sample."""
         return self.layer_energies(state)[..., -1]
 
     def residual_energy(self, state: State) -> Float[Array, "*batch"]:
-        """Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
+        """Compute Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
         return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
 
     def gradient(self, state: State) -> State:

@@ -102,7 +102,7 @@ class StackedProblem(InferenceFlow):
         return (xp.concatenate([xp.asarray(x) for x in layers], axis=-1),)
 
     def unpack(self, state: State) -> State:
-        """The inverse of `pack`."""
+        """Take a packed state apart into layers; the inverse of `pack`."""
         return _split(state[0], self.free_widths)
 
     def unpack_errors(self, errors: Activities) -> Activities:
@@ -147,11 +147,11 @@ class StackedProblem(InferenceFlow):
         return self.output if run.first == len(self.widths) - 1 else None
 
     def free_energy(self, state: State) -> Any:
-        """F of each sample."""
+        """Compute the free energy F of each sample."""
         return jnp.sum(self.observe(0.0, state)[1], axis=-1)
 
     def gradient(self, state: State) -> State:
-        """∂F/∂x of all free units."""
+        """Compute ∂F/∂x of all free units."""
         return jax.grad(lambda x: jnp.sum(self.free_energy(x)))(state)
 
     def norms(self, state: State) -> Any:

@@ -42,17 +42,17 @@ class Layout:
     radius: float = 0.13
 
     def unit(self, layer: int, index: int) -> tuple[float, float]:
-        """The middle of a unit."""
+        """Return the position of the middle of a unit."""
         rows = self.widths[layer]
         height = ((rows - 1) / 2 - index) * self.unit_distance
         return self.origin[0] + layer * self.layer_distance, self.origin[1] + height
 
     def middle(self, layer: int) -> tuple[float, float]:
-        """The middle of a layer."""
+        """Return the position of the middle of a layer."""
         return self.origin[0] + layer * self.layer_distance, self.origin[1]
 
     def half_height(self, layer: int) -> float:
-        """From the middle of a layer to the edge of its outermost unit."""
+        """Measure from the middle of a layer to the edge of its outermost unit."""
         return (self.widths[layer] - 1) / 2 * self.unit_distance + self.radius
 
 

@@ -39,7 +39,7 @@ def difference(here: Array, prediction: Array) -> Array:
 
 
 class AdjointCondition(eqx.Module):
-    """What `adjoint_condition` finds.
+    """How far an interaction is from the adjoint condition, layer by layer.
 
     - `residuals`: ‖A_{l+1} + J_{l+1} B_l‖ over the larger of ‖A_{l+1}‖ and ‖J_{l+1} B_l‖, in the
       Frobenius norm, for l = 1 … L − 1: 0 where the condition holds, of order 1 where it does not.
@@ -56,7 +56,7 @@ class AdjointCondition(eqx.Module):
 
     @property
     def explanation(self) -> str:
-        """One sentence with the worst layer."""
+        """The verdict in one sentence, with the worst layer."""
         worst = int(np.argmax(np.asarray(self.residuals))) + 1
         size = float(np.asarray(self.residuals)[worst - 1])
         if self.holds:

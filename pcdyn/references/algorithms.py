@@ -38,7 +38,7 @@ def feedforward(problem: InferenceProblem) -> Activities:
 
 
 class BackpropagationPass(eqx.Module):
-    """What `backpropagation` computes.
+    """The feedforward pass of backpropagation with its errors δ_l and gradients.
 
     - `activities`: the feedforward pass x_0 … x_L.
     - `deltas`: δ_l = −∂ℒ/∂x̂_l for l = 1 … L, each shaped like its layer; the limit of the
@@ -55,7 +55,7 @@ class BackpropagationPass(eqx.Module):
 
 
 def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
-    """Backpropagation of the output loss ℒ through the feedforward pass.
+    """Propagate the output loss ℒ back through the feedforward pass.
 
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
     for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
@@ -83,7 +83,7 @@ def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
 def local_gradient(
     network: Network, activities: Sequence[Array], deltas: Sequence[Array]
 ) -> Network:
-    """`−(f'_l ∘ d_l) x_{l−1}ᵀ` for each layer, summed over the batch: what local learning follows.
+    """Compute `−(f'_l ∘ d_l) x_{l−1}ᵀ` for each layer, summed over the batch: local learning.
 
     Arguments: `activities` x_0 … x_L and what is to be credited to each layer, `deltas` d_1 … d_L.
     With d_l = Π_l ε_l it is ∂F/∂(weights) of predictive coding (Eq 2); with BP's δ_l and the
@@ -113,7 +113,7 @@ def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[An
 
 
 class TargetPropagationPass(eqx.Module):
-    """What `target_propagation` computes.
+    """The targets of target propagation, and for which samples they exist.
 
     - `reachable`: for each layer l = 1 … L, whether each unit's target lies strictly inside the
       range of the activation, boolean, shaped like the layer.

@@ -61,7 +61,7 @@ class Evidence:
 
     @property
     def verdict(self) -> str:
-        """What the tables print."""
+        """The verdict in words, as tables print it."""
         if self.as_known:
             return "holds" if self.holds else "does not hold (finding)"
         return "holds (UNEXPECTED)" if self.holds else "FAILS"

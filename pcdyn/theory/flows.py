@@ -49,7 +49,7 @@ def linear_rest(networks: Networks) -> Layers:
 def vector_field(
     networks: Networks, activities: Sequence[np.ndarray], *, clamp: str = "both"
 ) -> Layers:
-    """pcdyn's dx/dt of the free layers."""
+    """Evaluate pcdyn's dx/dt of the free layers."""
     return list(on_each(_vector_field, networks, tuple(activities[_FREE[clamp]]), clamp=clamp))
 
 

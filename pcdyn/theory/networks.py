@@ -43,37 +43,37 @@ class Networks:
 
     @property
     def depth(self) -> int:
-        """L."""
+        """The number L of predictions."""
         return len(self.weights)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """n_0 … n_L."""
+        """The widths n_0 … n_L of the layers."""
         return (self.weights[0].shape[2], *(weight.shape[1] for weight in self.weights))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What an `Evidence` says of them."""
+        """The settings that an `Evidence` names."""
         widths = "-".join(map(str, self.widths))
         name = {"identity": "linear"}.get(self.activation, self.activation)
         return {"networks": len(self.input), "network": f"{widths} {name}"}
 
     def with_precisions(self, *scalars: float) -> Networks:
-        """One number for each layer 1 … L in place of the precisions."""
+        """Put one number for each layer 1 … L in place of the precisions."""
         eyes = (np.broadcast_to(np.eye(n), (len(self.input), n, n)) for n in self.widths[1:])
         scaled = tuple(p * eye for p, eye in zip(scalars, eyes, strict=True))
         return dataclasses.replace(self, precisions=scaled)
 
     def slope(self, layer: int, below: np.ndarray) -> np.ndarray:
-        """f'_l at W_l x_{l−1}."""
+        """Compute the slope f'_l at W_l x_{l−1}."""
         return _FUNCTIONS[self.activation][1](times(self.weights[layer - 1], below))
 
     def predict(self, layer: int, below: np.ndarray) -> np.ndarray:
-        """μ_l = f(W_l x_{l−1})."""
+        """Predict a layer from the one below, μ_l = f(W_l x_{l−1})."""
         return _FUNCTIONS[self.activation][0](times(self.weights[layer - 1], below))
 
     def feedforward(self) -> Layers:
-        """x̂_0 … x̂_L from the input."""
+        """Run the feedforward pass x̂_0 … x̂_L from the input."""
         activities = [self.input]
         for layer in range(1, self.depth + 1):
             activities.append(self.predict(layer, activities[-1]))
@@ -84,24 +84,24 @@ class Networks:
         return [*self.feedforward()[:-1], self.target]
 
     def errors(self, activities: Sequence[np.ndarray]) -> Layers:
-        """ε_1 … ε_L."""
+        """Compute the prediction errors ε_1 … ε_L."""
         return [
             activities[layer] - self.predict(layer, activities[layer - 1])
             for layer in range(1, self.depth + 1)
         ]
 
     def weighted_errors(self, activities: Sequence[np.ndarray]) -> Layers:
-        """Π_1 ε_1 … Π_L ε_L."""
+        """Compute the precision-weighted errors Π_1 ε_1 … Π_L ε_L."""
         pairs = zip(self.precisions, self.errors(activities), strict=True)
         return [times(precision, error) for precision, error in pairs]
 
     def layer_energies(self, activities: Sequence[np.ndarray]) -> np.ndarray:
-        """E_1 … E_L on the last axis."""
+        """Compute the energies E_1 … E_L, on the last axis."""
         pairs = zip(self.errors(activities), self.weighted_errors(activities), strict=True)
         return np.stack([0.5 * (error * weighted).sum(-1) for error, weighted in pairs], axis=-1)
 
     def free_energy(self, activities: Sequence[np.ndarray]) -> np.ndarray:
-        """F of each network."""
+        """Compute the free energy F of each network."""
         return self.layer_energies(activities).sum(-1)
 
     def gradient(self, activities: Sequence[np.ndarray]) -> Layers:
@@ -258,17 +258,17 @@ def _mapped(measure: Any, activation: str, clamp: str, parts: Any, arrays: Any) 
 
 
 def times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """A product for each network."""
+    """Multiply a matrix and a vector of each network."""
     return (matrix @ vector[..., None])[..., 0]
 
 
 def solve(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """A⁻¹ b for each network."""
+    """Solve A x = b for each network."""
     return np.linalg.solve(matrix, vector[..., None])[..., 0]
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """Of the last two axes."""
+    """Transpose the last two axes."""
     return np.swapaxes(matrix, -1, -2)
 
 

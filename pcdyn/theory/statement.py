@@ -15,7 +15,7 @@ Verdict = Literal["holds", "holds with a condition", "does not hold", "not in th
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statement:
-    """One numbered statement of the paper.
+    """A numbered statement of the paper, with the function that measures it.
 
     Arguments:
 
@@ -44,7 +44,7 @@ class Statement:
 
     @property
     def snippet(self) -> str:
-        """Python that prints the evidence."""
+        """A Python snippet that prints the evidence."""
         name, module = self.measure.__name__, self.measure.__module__
         return (
             "import jax\n\n"

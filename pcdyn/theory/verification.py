@@ -43,7 +43,7 @@ class Verification:
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
-        """All of it."""
+        """The evidence of all statements, one after the other."""
         return tuple(e for each in self.measured for e in each.evidence)
 
     @property

@@ -20,7 +20,7 @@ _STEP_ROUNDINGS = 32
 
 
 class Solution(eqx.Module):
-    """Where a solver ended, per sample.
+    """The end of a solver's run, per sample.
 
     `status` is a `pcdyn.EquilibriumStatus` as an integer. `passes` counts forward, backward and
     tangent passes through the network; one evaluation of the vector field takes two.
@@ -38,7 +38,7 @@ class Solver(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What messages and tables call it."""
+        """The name of the method in messages and tables."""
 
     @abc.abstractmethod
     def check(self, problem: InferenceProblem) -> None:
@@ -65,7 +65,7 @@ def solve_each(
 
 
 def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
-    """The status of a run from what is known of its end."""
+    """Choose the status of a run from what is known of its end."""
     status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), int(otherwise))
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
 

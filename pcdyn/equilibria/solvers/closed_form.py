@@ -17,7 +17,7 @@ from pcdyn.references.linear import hessian, linear_equilibrium
 
 
 class ClosedForm(Solver):
-    """`pcdyn.linear_equilibrium` of a linear network.
+    """Solve a linear network in closed form, as `pcdyn.linear_equilibrium` does.
 
     `via` is `"output_space"` (both ends clamped: the S-matrix, n_L × n_L), `"cholesky"` (block
     tridiagonal, any clamps), or by default whichever is smaller.

@@ -38,7 +38,7 @@ _RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
 Propose = Callable[[Any], tuple[Any, Any]]
 
 
-class Look(eqx.Module):
+class PointEvaluation(eqx.Module):
     """F, its gradient `slope` in the solver's coordinates, and the largest `residual` ‖∂F/∂x_l‖."""
 
     energy: Any
@@ -46,13 +46,13 @@ class Look(eqx.Module):
     residual: Any
 
 
-class Model(eqx.Module):
+class DescentModel(eqx.Module):
     """A batch of problems in the coordinates of a solver: tuples of arrays `(…, batch, n)`."""
 
     @property
     @abc.abstractmethod
-    def look_passes(self) -> int:
-        """Passes through the network that a look costs."""
+    def evaluation_passes(self) -> int:
+        """Passes through the network that an evaluation costs."""
 
     @property
     @abc.abstractmethod
@@ -60,24 +60,24 @@ class Model(eqx.Module):
         """Passes through the network that a new matrix costs."""
 
     @abc.abstractmethod
-    def look(self, point: Any) -> Look:
-        """What is seen at a point."""
+    def evaluate(self, point: Any) -> PointEvaluation:
+        """Compute F, its slope and the residual at a point."""
 
     @abc.abstractmethod
     def factorise(self, point: Any, damping: Any) -> Propose:
-        """The model around a point, with a damping per sample."""
+        """Factorise the model around a point, with a damping per sample."""
 
     @abc.abstractmethod
     def round_off(self, point: Any) -> Any:
-        """How surely F is known at a point, per sample."""
+        """Estimate the round-off of F at a point, per sample."""
 
     @abc.abstractmethod
     def activities(self, point: Any) -> Any:
-        """The free activities at a point."""
+        """Return the free activities that a point stands for."""
 
     @abc.abstractmethod
-    def take(self, samples: Any) -> Model:
-        """Some samples of the batch."""
+    def take(self, samples: Any) -> DescentModel:
+        """Select samples of the batch."""
 
 
 class _Memory(eqx.Module):
@@ -147,7 +147,7 @@ class _Search(eqx.Module):
     """
 
     point: Any
-    seen: Look
+    seen: PointEvaluation
     memory: _Memory
     direction: Any
     length: Any
@@ -160,7 +160,7 @@ class _Search(eqx.Module):
     renew: Any
 
     def take(self, samples: Any) -> _Search:
-        """Some samples of the batch."""
+        """Select samples of the batch."""
 
         def rows(tree: Any) -> Any:
             return jax.tree.map(lambda x: x[samples], tree)
@@ -171,7 +171,7 @@ class _Search(eqx.Module):
         seen = self.seen
         return _Search(
             point=layers(self.point),
-            seen=Look(rows(seen.energy), layers(seen.slope), rows(seen.residual)),
+            seen=PointEvaluation(rows(seen.energy), layers(seen.slope), rows(seen.residual)),
             memory=rows(self.memory),
             direction=layers(self.direction),
             length=rows(self.length),
@@ -185,13 +185,13 @@ class _Search(eqx.Module):
         )
 
 
-def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
+def descend(model: DescentModel, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
     """Minimise F of every sample from `start` until its largest residual is at most `tolerance`.
 
     The tolerance is one number or one per sample. Once no more than one sample in four is unsolved,
     those go on by themselves. The `state` of the solution is in the coordinates of `start`.
     """
-    seen = model.look(start)
+    seen = model.evaluate(start)
     zero, none = jnp.zeros_like(seen.energy), jnp.zeros(seen.energy.shape, int)
     now = _Search(
         point=start,
@@ -203,7 +203,7 @@ def descend(model: Model, start: Any, tolerance: Any, max_iterations: Any) -> So
         damping=zero,
         status=_verdict(seen, tolerance),
         iterations=none,
-        passes=none + model.look_passes,
+        passes=none + model.evaluation_passes,
         count=jnp.asarray(0),
         renew=jnp.asarray(True),
     )
@@ -227,7 +227,9 @@ def _active(now: _Search, max_iterations: Any) -> Any:
     return (now.status == _RUNNING) & (now.iterations < max_iterations)
 
 
-def _search(model: Model, now: _Search, tolerance: Any, max_iterations: Any, few: int) -> _Search:
+def _search(
+    model: DescentModel, now: _Search, tolerance: Any, max_iterations: Any, few: int
+) -> _Search:
     """Search until no more than `few` samples are unsolved."""
 
     def unfinished(now: _Search) -> Any:
@@ -271,7 +273,7 @@ def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Searc
 
 
 def _after_trial(
-    model: Model,
+    model: DescentModel,
     now: _Search,
     active: Any,
     slack: Any,
@@ -282,7 +284,7 @@ def _after_trial(
     """Take the step where F has fallen enough; elsewhere halve its length, or give up."""
     fall = dot(now.seen.slope, now.direction)
     moved = scale(jnp.where(active, now.length, 0), now.direction)
-    seen = model.look(step(now.point, 1, moved))
+    seen = model.evaluate(step(now.point, 1, moved))
     enough = now.seen.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
     taken = active & (seen.energy <= enough) & (fall < 0) & jnp.isfinite(seen.residual)
     given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
@@ -314,14 +316,14 @@ def _after_trial(
         damping=jnp.where(decided, _next_damping(now.damping, accepted), now.damping),
         status=status,
         iterations=now.iterations + decided.astype(int),
-        passes=now.passes + spent + jnp.where(active, model.look_passes, 0),
+        passes=now.passes + spent + jnp.where(active, model.evaluation_passes, 0),
         count=now.count + 1,
         # The first step is the longest: the matrix of its start serves no further.
         renew=jnp.any((status == _RUNNING) & decided & ((now.iterations == 0) | ~brings_much)),
     )
 
 
-def _verdict(seen: Look, tolerance: Any) -> Any:
+def _verdict(seen: PointEvaluation, tolerance: Any) -> Any:
     finite = jnp.isfinite(seen.energy) & jnp.isfinite(seen.residual)
     status = jnp.where(seen.residual <= tolerance, int(EquilibriumStatus.CONVERGED), _RUNNING)
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pcdyn._support.checks import flag, integer, number, optional
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
-from pcdyn.equilibria.solvers.chain import Chain, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature, curvatures
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.model.problem import InferenceProblem, State
@@ -33,7 +33,7 @@ class GradientDescent(Solver):
         return "gradient_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         def update(_: InferenceProblem, state: State, slope: State) -> State:
@@ -157,16 +157,16 @@ class ErrorDescent(Solver):
             )
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
-        chain, dtype = Chain(problem), problem.network.dtype
+        chain, dtype = ErrorCoordinates(problem), problem.network.dtype
 
         def runs(now: _Descent) -> Any:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
         def iterate(now: _Descent) -> _Descent:
             # One look serves the step from `ahead` and the check of convergence there.
-            seen, running = chain.look(now.ahead), runs(now)
+            seen, running = chain.evaluate(now.ahead), runs(now)
             converged = seen.residual <= tolerance
-            new = step(now.ahead, -now.rate, chain.unweighted(seen.slope, now.ahead))
+            new = step(now.ahead, -now.rate, chain.apply_covariance(seen.slope, now.ahead))
             progress = jax.tree.map(jnp.subtract, new, now.errors)
             root = jnp.sqrt(now.rate)
             keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
@@ -215,7 +215,7 @@ class ErrorDescent(Solver):
         estimate = 0 if self.rate is not None else 1 + 2 * self.power_iterations
         return Solution(state, status, end.iterations, 4 * end.iterations + estimate)
 
-    def _first_rate(self, chain: Chain, errors: Stacked) -> Any:
+    def _first_rate(self, chain: ErrorCoordinates, errors: Stacked) -> Any:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
         push, pull = chain.linearise(errors)
         curve = chain.output_curvature(chain.activities(errors)[1])
@@ -225,7 +225,7 @@ class ErrorDescent(Solver):
             # Zero stays zero: the output does not move, and the rate is 1.
             size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
             covector = covector / jnp.where(size > 0, size, 1)
-            image = curve(push(chain.unweighted(pull(covector), errors)))
+            image = curve(push(chain.apply_covariance(pull(covector), errors)))
             return image, jnp.linalg.norm(image, axis=-1)
 
         batch, width = chain.target.shape

@@ -21,8 +21,8 @@ import jax.scipy.linalg as jsl
 from pcdyn._support.checks import integer, number
 from pcdyn._support.states import largest_norm, scale, step
 from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
-from pcdyn.equilibria.solvers.chain import Chain, Stacked
-from pcdyn.equilibria.solvers.damped import Look, Model, Propose, descend
+from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propose, descend
+from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.errors import InputError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.energies.precision import Precision
@@ -64,32 +64,32 @@ class GaussNewton(Solver):
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         if not problem.both_ends_clamped:
-            return descend(InActivities(problem), state, tolerance, self.max_iterations)
-        chain = Chain(problem)
+            return descend(ActivityModel(problem), state, tolerance, self.max_iterations)
+        chain = ErrorCoordinates(problem)
         explicit = problem.network.widths[-1] <= self.explicit_width
-        model = InErrors(chain, explicit, self.cg_tolerance)
+        model = ErrorModel(chain, explicit, self.cg_tolerance)
         end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
         return dataclasses.replace(end, state=chain.unstack(hidden))
 
 
-class InErrors(Model):
+class ErrorModel(DescentModel):
     """Both ends clamped: errors as coordinates, solved in the output space."""
 
-    chain: Chain
+    chain: ErrorCoordinates
     explicit: bool = eqx.field(static=True)
     cg_tolerance: float = eqx.field(static=True)
 
     @property
-    def look_passes(self) -> int:
+    def evaluation_passes(self) -> int:
         return 4
 
     @property
     def matrix_passes(self) -> int:
         return 2 + 2 * self.chain.target.shape[-1] if self.explicit else 2
 
-    def look(self, point: Stacked) -> Look:
-        return self.chain.look(point)
+    def evaluate(self, point: Stacked) -> PointEvaluation:
+        return self.chain.evaluate(point)
 
     def round_off(self, point: Stacked) -> Any:
         return self.chain.round_off(point)
@@ -97,7 +97,7 @@ class InErrors(Model):
     def activities(self, point: Stacked) -> Stacked:
         return self.chain.activities(point)[0]
 
-    def take(self, samples: Any) -> InErrors:
+    def take(self, samples: Any) -> ErrorModel:
         return dataclasses.replace(self, chain=self.chain.take(samples))
 
     def factorise(self, point: Stacked, damping: Any) -> Propose:
@@ -108,7 +108,7 @@ class InErrors(Model):
         def s_product(covector: Any) -> Any:
             """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
             own = output_covariance(covector)
-            through = push(self.chain.unweighted(pull(covector), point))
+            through = push(self.chain.apply_covariance(pull(covector), point))
             return step((own,), lessened, (through,))[0]
 
         solver = self._cholesky if self.explicit else self._conjugate_gradients
@@ -116,9 +116,9 @@ class InErrors(Model):
 
         def propose(slope: Stacked) -> tuple[Stacked, Any]:
             # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
-            steepest = scale(lessened, self.chain.unweighted(slope, point))
+            steepest = scale(lessened, self.chain.apply_covariance(slope, point))
             solved, passes = solve(push(steepest))
-            spread = scale(lessened, self.chain.unweighted(pull(solved), point))
+            spread = scale(lessened, self.chain.apply_covariance(pull(solved), point))
             return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
 
         return propose
@@ -143,13 +143,13 @@ class InErrors(Model):
         return solve
 
 
-class InActivities(Model):
+class ActivityModel(DescentModel):
     """Any clamps: activities as coordinates, solved by block Cholesky."""
 
     problem: InferenceProblem
 
     @property
-    def look_passes(self) -> int:
+    def evaluation_passes(self) -> int:
         return 2
 
     @property
@@ -158,9 +158,9 @@ class InActivities(Model):
         widths = self.problem.network.widths
         return 1 + max(min(pair) for pair in itertools.pairwise(widths))
 
-    def look(self, point: State) -> Look:
+    def evaluate(self, point: State) -> PointEvaluation:
         slope = self.problem.gradient(point)
-        return Look(self.problem.free_energy(point), slope, largest_norm(slope))
+        return PointEvaluation(self.problem.free_energy(point), slope, largest_norm(slope))
 
     def round_off(self, point: State) -> Any:
         return energy_round_off(self.problem, point)
@@ -168,7 +168,7 @@ class InActivities(Model):
     def activities(self, point: State) -> State:
         return point
 
-    def take(self, samples: Any) -> InActivities:
+    def take(self, samples: Any) -> ActivityModel:
         return dataclasses.replace(self, problem=self.problem.sample(samples))
 
     def factorise(self, point: State, damping: Any) -> Propose:

@@ -52,7 +52,7 @@ class PseudoTransient(Solver):
         return "pseudo_transient"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Every problem is fine."""
+        """Take every problem."""
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
         return solve_each(self._solve_one, problem, state, tolerance)

@@ -21,7 +21,7 @@ from pcdyn._support.products import einsum, matmul
 from pcdyn._support.states import choose, dot, scale, step
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
-from pcdyn.equilibria.solvers.chain import Chain, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.first_order import ErrorDescent
 from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, check_curvature, has_curvature
 from pcdyn.errors import InputError
@@ -43,8 +43,8 @@ _NO_DERIVATIVE = InputError(
 )
 
 
-class Settled(eqx.Module):
-    """An equilibrium to a relative accuracy.
+class TruncatedSolution(eqx.Module):
+    """The end of inference to a relative accuracy, per sample.
 
     - `state`: the hidden activities.
     - `residual`: how far from it, per sample, as `TruncatedGaussNewton` measures it.
@@ -107,10 +107,10 @@ class TruncatedGaussNewton(eqx.Module):
         if not problem.both_ends_clamped:
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
-    def settle(self, problem: InferenceProblem) -> Settled:
+    def settle(self, problem: InferenceProblem) -> TruncatedSolution:
         """The equilibrium of every sample, and how near it is."""
         problem = without_derivative(problem, _NO_DERIVATIVE)
-        chain = Chain(problem)
+        chain = ErrorCoordinates(problem)
         errors = chain.stack(problem.zeros_state())
         preconditioner = _preconditioner(chain, errors)
         for products in self.products:
@@ -125,10 +125,10 @@ class TruncatedGaussNewton(eqx.Module):
             problem,
             (point, left),
         )
-        return Settled(chain.unstack(point.hidden), point.residual, iterations, left)
+        return TruncatedSolution(chain.unstack(point.hidden), point.residual, iterations, left)
 
     def _more_steps(
-        self, chain: Chain, preconditioner: Any, point: _Point, iterations: Any
+        self, chain: ErrorCoordinates, preconditioner: Any, point: _Point, iterations: Any
     ) -> tuple[_Point, Any]:
         """Steps of more products while the median needs them."""
 
@@ -147,7 +147,7 @@ class TruncatedGaussNewton(eqx.Module):
         """Whether fewer than half of the samples are near enough."""
         return 2 * jnp.sum(point.residual <= self.tolerance) < point.residual.size
 
-    def _left(self, problem: InferenceProblem, chain: Chain, point: _Point) -> Any:
+    def _left(self, problem: InferenceProblem, chain: ErrorCoordinates, point: _Point) -> Any:
         """The samples that must be handed over."""
         rises = _rises(chain, point)
         if has_kinks(problem.network):
@@ -156,7 +156,7 @@ class TruncatedGaussNewton(eqx.Module):
 
     def _handed_over(self, problem: InferenceProblem, point: _Point, left: Any) -> _Point:
         """The samples that are `left` solved by a solver that checks every step."""
-        chain = Chain(problem)
+        chain = ErrorCoordinates(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)
@@ -194,7 +194,7 @@ def _while(condition: Any, body: Any, constant: Any, carry: Any) -> Any:
     return jax.lax.while_loop(condition, turn, carry)
 
 
-def _rises(chain: Chain, point: _Point) -> Any:
+def _rises(chain: ErrorCoordinates, point: _Point) -> Any:
     """Where F is above that of the feedforward pass, by more than round-off, or not finite."""
     start = jax.tree.map(jnp.zeros_like, point.errors)
     at_rest = chain.free_energy(start, chain.activities(start)[1])
@@ -206,19 +206,21 @@ def _chosen(condition: Any, yes: _Point, no: _Point) -> _Point:
     return jax.tree.map(lambda a, b: choose(condition, a, b), yes, no)
 
 
-def _look(chain: Chain, errors: Stacked) -> _Point:
+def _look(chain: ErrorCoordinates, errors: Stacked) -> _Point:
     """F and the relative residual, by a forward and a backward pass."""
     output_error, pull, hidden = jax.vjp(chain.output_error, errors, has_aux=True)
     weighted = chain.weighted(errors)
     slope = jax.tree.map(jnp.add, weighted, pull(chain.output_gradient(output_error))[0])
     size = dot(errors, weighted)
-    missing = dot(slope, chain.unweighted(slope, errors))
+    missing = dot(slope, chain.apply_covariance(slope, errors))
     # Where nothing moves, nothing is missing.
     residual = jnp.sqrt(missing / jnp.where(size > 0, size, 1))
     return _Point(errors, hidden, chain.free_energy(errors, output_error), residual)
 
 
-def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) -> Stacked:
+def _stepped(
+    chain: ErrorCoordinates, errors: Stacked, products: int, preconditioner: Any
+) -> Stacked:
     """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
     With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are
@@ -229,12 +231,12 @@ def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) 
     curve = chain.output_curvature(output_error)
 
     def spread(covector: Any) -> Stacked:
-        return chain.unweighted(pull(covector), errors)
+        return chain.apply_covariance(pull(covector), errors)
 
     steepest = spread(chain.output_gradient(output_error))
     if not chain.is_quadratic:
         # Their model is not least at zero but where its slope at the errors leads.
-        own = chain.unweighted(chain.weighted(errors), errors)
+        own = chain.apply_covariance(chain.weighted(errors), errors)
         lowest = jax.tree.map(jnp.subtract, errors, own)
         steepest = jax.tree.map(jnp.add, lowest, steepest)
     rhs = push(jax.tree.map(jnp.subtract, errors, steepest))
@@ -242,7 +244,7 @@ def _stepped(chain: Chain, errors: Stacked, products: int, preconditioner: Any) 
     return step(steepest, 1, spread(curve(found)))
 
 
-def _linearised(chain: Chain, errors: Stacked) -> tuple[Any, Any, Any]:
+def _linearised(chain: ErrorCoordinates, errors: Stacked) -> tuple[Any, Any, Any]:
     """The output error, and products with J and Jᵀ."""
     output_error, tangent = jax.linearize(lambda e: chain.activities(e)[1], errors)
     transposed = jax.linear_transpose(tangent, errors)
@@ -287,7 +289,7 @@ def _conjugate_steps(
     return answer
 
 
-def _preconditioner(chain: Chain, start: Stacked) -> Any:
+def _preconditioner(chain: ErrorCoordinates, start: Stacked) -> Any:
     """`(1 + K̄ Π_L)⁻¹`, K̄ the mean of K over the first samples, which have much of it in common.
 
     `None` for a softmax, whose H is each sample's own, and for wide outputs, where it would cost
@@ -302,7 +304,7 @@ def _preconditioner(chain: Chain, start: Stacked) -> Any:
 
     def mean_of_row(unit: Any) -> Any:
         covector = jnp.broadcast_to(unit, (samples, width))
-        return jnp.mean(push(few.unweighted(pull(covector), start)), axis=0)
+        return jnp.mean(push(few.apply_covariance(pull(covector), start)), axis=0)
 
     coupling = jax.vmap(mean_of_row)(units)
     return jnp.linalg.inv(units + chain.output_gradient(coupling))

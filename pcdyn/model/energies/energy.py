@@ -206,7 +206,7 @@ class CrossEntropy(Energy):
 
     @property
     def precision(self) -> Float[Array, ""]:
-        """λ."""
+        """The factor λ, as a precision."""
         return self.weight
 
     def value(self, error: Array, target: Array | None) -> Array:

@@ -53,7 +53,7 @@ class Separable(Weighted):
 
     @abc.abstractmethod
     def h(self, error: Float[Array, "..."]) -> Float[Array, "..."]:
-        """h(ε), elementwise."""
+        """Compute h(ε), elementwise."""
 
     def __check_init__(self) -> None:
         given = self.precision if isinstance(self.precision, tuple) else (self.precision,)
@@ -75,11 +75,11 @@ class Separable(Weighted):
         return Precision(self.weights.weigh(self.bend(error)))
 
     def slope(self, error: Float[Array, "..."]) -> Float[Array, "..."]:
-        """h'(ε), elementwise: the influence of an error."""
+        """Compute h'(ε), elementwise: the influence of an error."""
         return jax.grad(lambda e: jnp.sum(self.h(e)))(error)
 
     def second_derivative(self, error: Float[Array, "..."]) -> Float[Array, "..."]:
-        """h''(ε), elementwise; negative where h is not convex."""
+        """Compute h''(ε), elementwise; negative where h is not convex."""
         return jax.jvp(self.slope, (error,), (jnp.ones_like(error),))[1]
 
     def bend(self, error: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -26,7 +26,7 @@ class Precision(eqx.Module):
     values: Float[Array, "..."] | None
 
     def weigh(self, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """Π v."""
+        """Multiply vectors by the precision, Π v."""
         if self.values is None:
             return vector
         if self.values.ndim == 2:
@@ -34,7 +34,7 @@ class Precision(eqx.Module):
         return jnp.broadcast_to(self.values, vector.shape) * vector
 
     def unweigh(self, vector: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """Π⁻¹ v, the inverse of `weigh`: a product with the covariance."""
+        """Multiply vectors by the covariance, Π⁻¹ v: the inverse of `weigh`."""
         if self.values is None:
             return vector
         if self.values.ndim == 2:
@@ -44,7 +44,7 @@ class Precision(eqx.Module):
         return vector / jnp.broadcast_to(self.values, vector.shape)
 
     def whiten(self, rows: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-        """Cᵀ v with Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π v."""
+        """Compute Cᵀ v with Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π v."""
         if self.values is None:
             return rows
         if self.values.ndim == 2:
@@ -52,7 +52,7 @@ class Precision(eqx.Module):
         return jnp.broadcast_to(jnp.sqrt(self.values), rows.shape) * rows
 
     def spread(self, rows: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-        """C⁻¹ v with Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π⁻¹ v."""
+        """Compute C⁻¹ v with Π = C Cᵀ, so that the squares of the result sum up to vᵀ Π⁻¹ v."""
         if self.values is None:
             return rows
         if self.values.ndim == 2:
@@ -61,7 +61,7 @@ class Precision(eqx.Module):
         return rows / jnp.broadcast_to(jnp.sqrt(self.values), rows.shape)
 
     def inverse(self) -> Precision:
-        """Π⁻¹, the covariance, in the same form."""
+        """Return the covariance Π⁻¹ in the same form."""
         if self.values is None:
             return self
         if self.values.ndim < 2:
@@ -70,11 +70,11 @@ class Precision(eqx.Module):
         return Precision(jsl.cho_solve(jsl.cho_factor(self.values, lower=True), identity))
 
     def scaled(self, factor: Any) -> Precision:
-        """Π times a positive factor."""
+        """Return the precision times a positive factor."""
         return Precision(jnp.asarray(factor) if self.values is None else factor * self.values)
 
     def matrix(self, width: int, dtype: Any) -> Float[Array, "n n"]:
-        """Π as a full matrix of `width` rows."""
+        """Write Π as a full matrix of `width` rows."""
         if self.values is None:
             return jnp.eye(width, dtype=dtype)
         if self.values.ndim == 2:
@@ -82,7 +82,7 @@ class Precision(eqx.Module):
         return jnp.diag(jnp.broadcast_to(self.values, (width,)))
 
     def smallest(self, dtype: Any) -> Float[Array, ""]:
-        """The smallest eigenvalue."""
+        """Return the smallest eigenvalue of Π."""
         if self.values is None:
             return jnp.ones((), dtype)
         if self.values.ndim == 2:
@@ -90,7 +90,7 @@ class Precision(eqx.Module):
         return jnp.min(self.values)
 
     def log_determinant(self, width: int) -> Any:
-        """log det Π of a layer of `width` units."""
+        """Compute log det Π for a layer of `width` units."""
         if self.values is None:
             return 0.0
         if self.values.ndim == 2:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pcdyn._support.states import dot, largest_norm
 from pcdyn.equilibria.solvers.base import round_off
-from pcdyn.equilibria.solvers.damped import Look
+from pcdyn.equilibria.solvers.damped import PointEvaluation
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import apply_layer, stack, structure_of
@@ -33,7 +33,7 @@ Stacked = tuple[Any, ...]
 _WRITTEN_OUT = 4
 
 
-class Chain(eqx.Module):
+class ErrorCoordinates(eqx.Module):
     """A problem with both ends clamped, as a function of its errors.
 
     `energies` are those of the runs of hidden layers, stacked; `covariances` the Π⁻¹ of those that
@@ -66,30 +66,30 @@ class Chain(eqx.Module):
         self.covariances = tuple(map(_covariances, self.energies))
         self.lengths = (1, *map(len, runs))
 
-    def take(self, samples: Any) -> Chain:
-        """Some samples of the batch."""
+    def take(self, samples: Any) -> ErrorCoordinates:
+        """Select samples of the batch."""
         return eqx.tree_at(
             lambda c: (c.first_prediction, c.target), self,
             (self.first_prediction[samples], self.target[samples]),
         )  # fmt: skip
 
     def stack(self, layers: State) -> Stacked:
-        """One array per hidden layer as one array per run."""
+        """Stack one array per hidden layer into one array per run."""
         each = iter(layers)
         return tuple(jnp.stack(list(itertools.islice(each, n))) for n in self.lengths)
 
     def unstack(self, stacked: Stacked) -> State:
-        """One array per run as one array per hidden layer."""
+        """Take one array per run apart into one array per hidden layer."""
         return tuple(layer for run in stacked for layer in run)
 
     def errors(self, state: State) -> Stacked:
-        """e_1 … e_{L−1} of hidden activities."""
+        """Compute the prediction errors e_1 … e_{L−1} of hidden activities."""
         activities = self.stack(state)
         predictions = (self.first_prediction[None], *self.predictions(activities)[:-1])
         return jax.tree.map(jnp.subtract, activities, predictions)
 
     def predictions(self, activities: Stacked) -> tuple[Any, ...]:
-        """μ_2 … μ_L from the hidden activities, stacked, and the output's by itself."""
+        """Predict layers 2 … L from the hidden activities, stacked, the output by itself."""
         results, below = [], activities[0][-1]
         for layer, here in zip(self.layers, activities[1:], strict=True):
             lower = jnp.concatenate([below[None], here[:-1]]) if len(here) > 1 else below[None]
@@ -117,7 +117,7 @@ class Chain(eqx.Module):
         hidden, output_error = self.activities(errors)
         return output_error, hidden
 
-    def look(self, errors: Stacked) -> Look:
+    def evaluate(self, errors: Stacked) -> PointEvaluation:
         """F, ∂F/∂e and the size of ∂F/∂x by two forward and two backward passes."""
         output_error, pull_chain, hidden = jax.vjp(self.output_error, errors, has_aux=True)
         weighted = self.weighted(errors)
@@ -127,7 +127,7 @@ class Chain(eqx.Module):
         _, pull = jax.vjp(self.predictions, hidden)
         (above,) = pull((*weighted[1:], output_weighted))
         residual = jax.tree.map(jnp.subtract, weighted, above)
-        return Look(energy, slope, largest_norm(residual))
+        return PointEvaluation(energy, slope, largest_norm(residual))
 
     def free_energy(self, errors: Stacked, output_error: Any) -> Any:
         """F from the errors of all layers."""
@@ -173,7 +173,7 @@ class Chain(eqx.Module):
         return all(covariance is not None for covariance in self.covariances)
 
     def round_off(self, errors: Stacked) -> Any:
-        """The round-off of F."""
+        """Estimate the round-off of F at these errors, per sample."""
         hidden, output_error = self.activities(errors)
         weighted = (*self.weighted(errors), self.output_gradient(output_error))
         return round_off(weighted, (*hidden, self.target))
@@ -190,7 +190,7 @@ class Chain(eqx.Module):
         """∂E_l/∂e_l, l = 1 … L−1: Π_l e_l where they are Gaussian."""
         return self._each_run(lambda energy, error: energy.gradient(error, None), errors)
 
-    def unweighted(self, vectors: Stacked, errors: Stacked) -> Stacked:
+    def apply_covariance(self, vectors: Stacked, errors: Stacked) -> Stacked:
         """Π_l⁻¹ v_l, l = 1 … L−1, or the inverse of the energies' curvature at `errors`."""
 
         def at_error(energy: Any, vector: Any, error: Any) -> Any:
