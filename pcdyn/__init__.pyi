@@ -37,9 +37,10 @@ from .integrators import Exact as Exact
 from .integrators import SciPy as SciPy
 from .integrators import UntilEquilibrium as UntilEquilibrium
 from .io import datasets as datasets
-from .io.problems import load_problem as load_problem
-from .io.problems import save_problem as save_problem
-from .io.trajectories import load as load
+from .io.results import load as load
+from .io.results import load_problem as load_problem
+from .io.results import save as save
+from .io.results import save_problem as save_problem
 from .model import activations as activations
 from .model import energies as energies
 from .model.activations import Activation as Activation

@@ -123,6 +123,12 @@ class Status(enum.IntEnum):
     SOLVER_FAILED = 6
     TIME_LIMIT = 7
 
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
     @property
     def ok(self) -> bool:
         """Whether the trajectory is an accurate solution up to its last time."""
@@ -179,8 +185,19 @@ class Statuses(tuple[Any, ...]):
     def __repr__(self) -> str:
         if len(self) <= MOST_SAMPLES_NAMED:
             return super().__repr__()
-        counts = ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(self).items()))
-        return f"({len(self)} samples: {counts})"
+        return f"({len(self)} samples: {status_counts(self)})"
+
+
+def all_well(kind: Any, codes: Any) -> Any:
+    """Which networks, on the first axis of the codes, have no failure."""
+    failed = np.asarray(kind.failed(np.asarray(codes)))
+    return ~failed.reshape(len(failed), -1).any(axis=1)
+
+
+def status_counts(statuses: Any) -> str:
+    """How many of each status there are, in one line."""
+    each = statuses if isinstance(statuses, tuple) else (statuses,)
+    return ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(each).items()))
 
 
 class EquilibriumStatus(enum.IntEnum):
@@ -191,6 +208,12 @@ class EquilibriumStatus(enum.IntEnum):
     ITERATION_LIMIT = 2
     STALLED = 3
     NON_FINITE = 4
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
 
     @property
     def ok(self) -> bool:

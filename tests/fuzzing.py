@@ -305,6 +305,7 @@ def calls() -> dict[str, Call]:
         "feedforward": lambda: (references.feedforward, {"problem": KNOWN.problem}),
         "load": lambda: (pcdyn.load, {"path": KNOWN.stored_trajectory}),
         "load_problem": lambda: (pcdyn.load_problem, {"path": KNOWN.stored_problem}),
+        "save": lambda: (pcdyn.save, {"thing": KNOWN.problem, "path": KNOWN.stored_problem}),
         "save_problem": lambda: (
             pcdyn.save_problem,
             {"problem": KNOWN.problem, "path": KNOWN.stored_problem},

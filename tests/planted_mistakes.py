@@ -837,8 +837,8 @@ MISTAKES = (
     Mistake(
         "plotting: the first sample for the one asked for",
         "pcdyn/plotting/curves.py",
-        "values = [_of_sample(energy, sample, axis=1",
-        "values = [_of_sample(energy, 0, axis=1",
+        "bands = [_bands(trajectory, x, sample, axis=1",
+        "bands = [_bands(trajectory, x, 0, axis=1",
         ("tests/figures/test_plotting.py::test_energies",),
     ),
     Mistake(

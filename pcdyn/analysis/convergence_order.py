@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from pcdyn.integrators import Integrator
 from pcdyn.model.flow import Flow, check_flow
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import xarray
 
 # Errors nearer to the round-off or to the reference's error than this are bent by them.
 _MARGIN = 30
@@ -51,13 +54,31 @@ class ConvergenceOrder:
     floor: float
     integrator: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The order, and the steps and errors that it is from."""
         used = self.steps[self.usable]
         return (
             f"{self.integrator}: order {self.order:.2f} from {used.size} steps "
             f"{used[0]:.3g} to {used[-1]:.3g}, errors {self.errors[self.usable][0]:.1e} to "
             f"{self.errors[self.usable][-1]:.1e}"
         )
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the errors against the steps; see `pcdyn.plotting.convergence_order`."""
+        import pcdyn
+
+        return pcdyn.plotting.convergence_order(self, ax=ax, **options)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with the dimension `step`."""
+        import xarray
+
+        variables = {"error": ("step", self.errors), "usable": ("step", self.usable)}
+        attributes = {"order": self.order, "floor": self.floor, "integrator": self.integrator}
+        return xarray.Dataset(variables, {"step": self.steps}, attributes)
 
 
 def convergence_order(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from pcdyn.errors import InputError, ShapeError, TimesError, ToleranceError
 from pcdyn.integrators import Diffrax, Integrator, get_integrator
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.simulation.simulate import simulate
+
+if TYPE_CHECKING:
+    import xarray
 
 # A flow has arrived at an equilibrium within this share of the diagonal. An explicit method hovers
 # about a kink, farther from it the more the field jumps there.
@@ -111,8 +114,43 @@ class PhasePortrait(eqx.Module):
         return pcdyn.plotting.phase_portrait(self, ax=ax, **options)
 
     def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account: how many equilibria of each kind."""
         counts = [f"{kind}: {self.kinds.count(kind)}" for kind in KINDS if kind in self.kinds]
         return f"PhasePortrait of {self.coordinates} ({', '.join(counts) or 'no equilibrium'})"
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set; a point has its coordinates along the dimension `coordinate`.
+
+        The other dimensions are `x` and `y` of the grid, `equilibrium`, `rate`, `start`, `time` and
+        `separatrix`, whose points along `point` end with NaN where it is shorter than the longest.
+        """
+        import xarray
+
+        longest = max((len(curve) for curve in self.separatrices), default=0)
+        curves = np.full((len(self.separatrices), longest, 2), np.nan)
+        for row, curve in zip(curves, self.separatrices, strict=True):
+            row[: len(curve)] = curve
+        at = "coordinate"
+        variables: dict[str, Any] = {
+            "free_energy": (("y", "x"), self.free_energy),
+            "velocity": (("y", "x", at), self.velocity),
+            "basin": (("y", "x"), self.basin),
+            "equilibria": (("equilibrium", at), self.equilibria),
+            "kinds": ("equilibrium", list(self.kinds)),
+            "equilibrium_energies": ("equilibrium", self.equilibrium_energies),
+            "rates": (("equilibrium", "rate"), self.rates),
+            "modes": (("equilibrium", "rate", at), self.modes),
+            "residuals": ("equilibrium", self.residuals),
+            "separatrices": (("separatrix", "point", at), curves),
+            "trajectories": (("start", "time", at), self.trajectories),
+            "ends": ("start", self.ends),
+            "layer": (at, [layer for layer, _ in self.coordinates]),
+            "unit": (at, [unit for _, unit in self.coordinates]),
+        }
+        return xarray.Dataset(variables, {"x": self.x, "y": self.y, "time": self.times})
 
 
 def phase_portrait(

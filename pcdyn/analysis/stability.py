@@ -180,6 +180,8 @@ class Stability(eqx.Module):
 
     def summary(self) -> str:
         """A readable account, for all samples together."""
+        if self._several_networks:
+            return "Stability of several networks: not indexed yet"
         xp = np.asarray
         lines = [
             f"Stability at {self.at}: {self.units} units in the {self._kind}s {self.free_layers}, "
@@ -210,18 +212,20 @@ class Stability(eqx.Module):
                             "activation and have no linearisation: left out")  # fmt: skip
         return "\n".join(lines)
 
-    def __str__(self) -> str:
-        if is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3):
-            return "Stability of several networks: not indexed yet"
+    def __repr__(self) -> str:
         return self.summary()
 
-    __repr__ = __str__
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the decay rates, or their real parts; see `pcdyn.plotting.decay_rates`."""
+        import pcdyn
+
+        return pcdyn.plotting.decay_rates(self._decay, ax=ax, **options)
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set with the dimensions `time`, `sample`, `rate` and `free_layer`."""
         import xarray
 
-        if str(self).startswith("Stability of several"):
+        if self._several_networks:
             raise ShapeError("this is of several networks: take one first, with jax.tree.map")
         axes = () if self.times is None else ("time",)
         axes += ("sample",) if np.ndim(self.rates) > len(axes) + 1 else ()
@@ -242,6 +246,10 @@ class Stability(eqx.Module):
     def _decay(self) -> Any:
         """The real parts of the rates."""
         return self.rates.real
+
+    @property
+    def _several_networks(self) -> bool:
+        return is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3)
 
     @property
     def _turns(self) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,10 @@ from pcdyn._support.checks import check_size, checked_integer, checked_number
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify
-from pcdyn.cli.report import counts, describe, describe_record, lines, total
-from pcdyn.errors import InputError, IntegratorError, TimesError, worst_status
+from pcdyn.cli.report import counts, describe, describe_record, lines
+from pcdyn.errors import DataError, InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.model.problem import InferenceProblem
-
-if TYPE_CHECKING:
-    import xarray
 
 # Tolerances belong to adaptive integrators; Euler has none, and needs steps.
 _EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
@@ -29,7 +26,8 @@ _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 def run_simulate(options: Simulate, settings: Settings) -> Result:
     """Run `pcdyn simulate` with these options."""
-    from pcdyn.io.trajectories import to_xarray
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
     from pcdyn.simulation.simulate import simulate
 
     integrator = _integrator(options)
@@ -50,15 +48,15 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     status = worst_status(trajectory.status_codes)
     first, last = (float(np.mean(trajectory.free_energy[i])) for i in (0, -1))
     end_time = float(np.max(trajectory.end_time))
-    evaluations = total(trajectory.vector_field_evaluations)
-    accepted, rejected = total(trajectory.accepted_steps), total(trajectory.rejected_steps)
+    statistics = trajectory.statistics.total()
     summary = [
         ("network", describe(problem)),
         ("status", trajectory.message),
         ("end time", f"{end_time:g} activity time constants"),
         ("free energy", f"{first:.6g} at the start, {last:.6g} at the end{_mean(problem)}"),
-        ("evaluations", f"{_told(evaluations)} of the vector field; steps accepted "
-         f"{_told(accepted)}, rejected {_told(rejected)}"),
+        ("evaluations", f"{_told(statistics.vector_field_evaluations)} of the vector field; "
+         f"steps accepted {_told(statistics.accepted_steps)}, "
+         f"rejected {_told(statistics.rejected_steps)}"),
         ("seconds", f"{trajectory.compile_seconds:.3g} to compile, {trajectory.run_seconds:.3g} "
          f"to run ({trajectory.integrator})"),
     ]  # fmt: skip
@@ -74,12 +72,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         "end_time": end_time,
         "free_energy_start": first,
         "free_energy_end": last,
-        "vector_field_evaluations": evaluations,
-        "jacobian_evaluations": total(trajectory.jacobian_evaluations),
-        "accepted_steps": accepted,
-        "rejected_steps": rejected,
-        "compile_seconds": trajectory.compile_seconds,
-        "run_seconds": trajectory.run_seconds,
+        **vars(statistics),
     }
 
     def draw(plotting: Any, axes: Any) -> None:
@@ -89,7 +82,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     return Result(
         summary=lines(summary),
         record=record,
-        dataset=lambda: _with_problem(to_xarray(trajectory), problem),
+        dataset=lambda: with_problem(file_of(trajectory), problem),
         draw=lambda: _figure(draw, panels=2),
     )
 
@@ -98,6 +91,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     """Run `pcdyn equilibrium` with these options."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
+    from pcdyn.io.results import file_of
 
     solvers = [get_solver(name) for name in options.method]
     problem = build_problem(settings)
@@ -135,7 +129,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     return Result(
         summary=lines(summary),
         record=record,
-        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        dataset=lambda: file_of(found),
         draw=lambda: _figure(lambda plotting, axes: plotting.equilibrium(found, ax=axes[0])),
     )
 
@@ -144,6 +138,8 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     """Run `pcdyn compare` with these options."""
     from pcdyn.analysis.comparison.compare import compare
     from pcdyn.analysis.comparison.table import ERROR_METRICS
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
 
     checked_number(options.error, "--error", above=0)
     problem = build_problem(settings)
@@ -170,7 +166,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         "reference_error": {
             name: getattr(comparison.reference_error, name) for name in ERROR_METRICS
         },
-        "runs": [{**dataclasses.asdict(row), "status": row.status.name} for row in comparison.rows],
+        "runs": [row.record() for row in comparison.rows],
         "recommendation": text,
         "recommended": None if best is None else best.title,
     }
@@ -178,7 +174,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     return Result(
         summary="\n\n".join(parts),
         record=record,
-        dataset=lambda: _with_problem(comparison.to_xarray(), problem),
+        dataset=lambda: with_problem(file_of(comparison), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
         table=comparison.to_csv,
     )
@@ -187,6 +183,8 @@ def run_compare(options: Compare, settings: Settings) -> Result:
 def run_stability(options: Stability, settings: Settings) -> Result:
     """Run `pcdyn stability` with these options."""
     from pcdyn.analysis.stability import stability
+    from pcdyn.io.problems import with_problem
+    from pcdyn.io.results import file_of
 
     problem, at = _stability_at(options.at, settings)
     found = stability(problem, at=at)
@@ -205,13 +203,14 @@ def run_stability(options: Stability, settings: Settings) -> Result:
     return Result(
         summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
         record=record,
-        dataset=lambda: _with_problem(found.to_xarray(), problem),
+        dataset=lambda: with_problem(file_of(found), problem),
         draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found.rates, ax=axes[0])),
     )
 
 
 def run_verify(options: Verify, settings: Settings) -> Result:
     """Run `pcdyn verify` with these options."""
+    from pcdyn.io.results import file_of
     from pcdyn.theory import verify
 
     found = verify(options.statements, seed=options.seed, networks=options.networks)
@@ -227,7 +226,7 @@ def run_verify(options: Verify, settings: Settings) -> Result:
             "ok": found.ok,
             "statements": found.records(),
         },
-        dataset=found.to_xarray,
+        dataset=lambda: file_of(found),
         draw=lambda: _margins(found.evidence),
         failure=failure,
     )
@@ -249,11 +248,18 @@ def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
     """The problem and the state at which its flow is linearised."""
     if not at.endswith(".nc"):
         return build_problem(settings), at
-    from pcdyn.io.trajectories import load
+    from pcdyn.equilibria.equilibrium import Equilibrium
+    from pcdyn.io.results import load
+    from pcdyn.simulation.trajectory import Trajectory
 
-    trajectory = load(at)
+    result = load(at)
+    if not isinstance(result, Trajectory | Equilibrium):
+        raise DataError(
+            f"{at} holds a {type(result).__name__}, but --at takes the file of a trajectory or an "
+            "equilibrium"
+        )
     chosen = {name for name in settings if name != "float32"}
-    return build_problem(settings if chosen else {**settings, "network": Path(at)}), trajectory
+    return build_problem(settings if chosen else {**settings, "network": Path(at)}), result
 
 
 def _times(t1: float, count: int) -> Any:
@@ -288,16 +294,8 @@ def _mean(problem: InferenceProblem) -> str:
     return " (mean over samples)" if problem.batch_shape else ""
 
 
-def _told(count: int | None) -> str:
+def _told(count: Any) -> str:
     return "not reported" if count is None else str(count)
-
-
-def _with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
-    """The data set with the problem that it belongs to."""
-    from pcdyn.io.problems import problem_to_xarray
-
-    network = problem_to_xarray(problem)
-    return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
 
 
 def _figure(draw: Callable[[Any, Any], Any], panels: int = 1) -> Any:

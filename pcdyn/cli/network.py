@@ -19,7 +19,7 @@ from pcdyn._support.files import read_bytes
 from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.errors import DataError, InputError
-from pcdyn.io.problems import load_problem
+from pcdyn.io.results import load_problem
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.generalised import named_energy
 from pcdyn.model.network import Network, mlp

@@ -246,7 +246,8 @@ class Stability:
         str,
         option(
             "Where the flow is linearised: equilibrium, feedforward, zeros, or a NetCDF file of "
-            "pcdyn simulate, whose end is taken (and its network, unless another is given)."
+            "pcdyn simulate, whose end is taken, or of pcdyn equilibrium (and the network in it, "
+            "unless another is given)."
         ),
     ] = "equilibrium"
     network: NetworkOptions

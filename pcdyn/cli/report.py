@@ -48,11 +48,6 @@ def counts(statuses: Any) -> dict[str, int]:
     return {status.name: each.count(status) for status in dict.fromkeys(each)}
 
 
-def total(count: Any) -> int | None:
-    """Sum a count over all samples; `None` where it is not reported."""
-    return None if count is None else int(np.sum(count))
-
-
 def as_json(value: Any) -> Any:
     """`value` of plain Python types that JSON knows; NaN and infinity become null."""
     if isinstance(value, dict):

@@ -28,9 +28,10 @@ from pcdyn.errors import (
     EquilibriumStatus,
     InputError,
     NotConvergedError,
-    ShapeError,
     Statuses,
     ToleranceError,
+    all_well,
+    status_counts,
 )
 from pcdyn.integrators.run import on_host
 from pcdyn.linearisation.hessian import with_derivatives
@@ -65,6 +66,9 @@ class Equilibrium(LayerEnergies):
     - `given_tolerance`: the absolute one that was asked for, or `None`.
     - `start`: the state that the search began from. `problem`: what was solved.
     - `method`: the solvers that ran, in turn. `message`: how it ended.
+
+    An equilibrium of several networks (`networks` of them), which `jax.vmap` makes, has their axis
+    before all others: it prints, draws and is saved as a whole.
     """
 
     problem: InferenceProblem
@@ -86,16 +90,26 @@ class Equilibrium(LayerEnergies):
 
     @property
     def status(self) -> EquilibriumStatus | tuple[EquilibriumStatus, ...]:
-        """How it ended: one status, or one per sample of a batch."""
+        """How it ended: one status, or one per sample of a batch.
+
+        Those of several networks stand one after the other.
+        """
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return EquilibriumStatus(int(codes))
-        if codes.ndim > 1:
-            raise ShapeError(
-                "this is an equilibrium of several networks: take one first, such as "
-                "jax.tree.map(lambda x: x[0], equilibrium)"
-            )
-        return Statuses(EquilibriumStatus(int(code)) for code in codes)
+        return Statuses(EquilibriumStatus(int(code)) for code in codes.ravel())
+
+    @property
+    def networks(self) -> int | None:
+        """How many networks it is of, where `jax.vmap` made it of several; otherwise `None`."""
+        # One number for each layer of one network.
+        shape = np.shape(self.problem.time_constants[0])
+        return shape[0] if len(shape) == 1 else None
+
+    @property
+    def without_failure(self) -> np.ndarray | None:
+        """Which of several networks rest in every sample; `None` of one network."""
+        return None if self.networks is None else all_well(EquilibriumStatus, self.status_codes)
 
     @property
     def ok(self) -> bool:
@@ -168,9 +182,22 @@ class Equilibrium(LayerEnergies):
 
     def summary(self) -> str:
         """A readable account, for all samples together."""
-        if is_traced(self.energies) or np.ndim(self.energies) > 2:
-            return f"Equilibrium of several networks by {self.method}"
+        if is_traced(self.energies):
+            return f"Equilibrium by {self.method} inside of a JAX transformation"
         widths = [x.shape[-1] for x in self.activities]
+        ok = self.without_failure
+        if ok is not None:
+            text = (
+                f"Equilibrium of {len(ok)} networks of {widths} units, by {self.method}\n"
+                f"  {status_counts(self.status)}"
+            )
+            if ok.any():
+                residuals = [np.max(x) for x in np.asarray(self.residual_norms)[ok]]
+                text += (
+                    f"\n  medians: largest residual {np.median(residuals):.2g}, free energy "
+                    f"{np.median(np.asarray(self.free_energy)[ok]):.4g}"
+                )
+            return text
         samples = "one sample" if np.ndim(self.energies) == 1 else f"{len(self.energies)} samples"
         return "\n".join(
             [
@@ -200,6 +227,31 @@ class Basin(eqx.Module):
     distance: Any
     displacement: Any
     rest: Equilibrium
+
+    @property
+    def ok(self) -> bool:
+        """Whether the flow ends at the equilibrium in every sample."""
+        return bool(np.all(self.agrees))
+
+    @property
+    def message(self) -> str:
+        """How many samples end where."""
+        count = np.size(self.agrees)
+        return (
+            f"the flow ends at the equilibrium in {np.sum(self.agrees)} of {count} samples, comes "
+            f"to rest elsewhere in {np.sum(self.settled & ~self.agrees)}, and has not come to rest "
+            f"in {np.sum(~self.settled & ~self.agrees)}"
+        )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account, for all samples together."""
+        return (
+            f"Basin: {self.message}\n  distance at most {np.max(self.distance):.2g}, displacement "
+            f"from the start at most {np.max(self.displacement):.2g}"
+        )
 
 
 def _distance(a: State, b: State) -> Any:

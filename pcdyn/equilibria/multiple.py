@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -13,9 +13,12 @@ import numpy as np
 from pcdyn._support.checks import Numbers, as_float_array, as_sequence, checked_number
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import Solver
-from pcdyn.errors import EquilibriumStatus, ShapeError
+from pcdyn.errors import MOST_SAMPLES_NAMED, EquilibriumStatus, ShapeError
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem, State, check_problem
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class Equilibria(eqx.Module):
@@ -40,8 +43,60 @@ class Equilibria(eqx.Module):
         """Whether each equilibrium is a strict minimum of the free energy."""
         return self.smallest_eigenvalue > 0
 
+    @property
+    def status(self) -> EquilibriumStatus | tuple[EquilibriumStatus, ...]:
+        """How the search from each start ended."""
+        return self.searches.status
+
+    @property
+    def ok(self) -> bool:
+        """Whether every start led to an equilibrium."""
+        return bool(np.all(np.asarray(self.basin_of) >= 0))
+
+    @property
+    def message(self) -> str:
+        """How many starts led to how many equilibria."""
+        lost = int(np.sum(np.asarray(self.basin_of) < 0))
+        found = f"{len(self)} equilibria, {int(np.sum(self.stable))} of them stable"
+        return f"{found}, from {len(self.basin_of)} starts, {lost} of which found none"
+
     def __len__(self) -> int:
         return len(self.free_energy)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account: the equilibria with the lowest free energies, one line each."""
+        lines = [self.message]
+        for i in range(min(len(self), MOST_SAMPLES_NAMED)):
+            starts = int(np.sum(np.asarray(self.basin_of) == i))
+            lines.append(
+                f"  free energy {self.free_energy[i]:.6g}, smallest eigenvalue "
+                f"{self.smallest_eigenvalue[i]:.3g}, reached from {starts}"
+            )
+        if len(self) > MOST_SAMPLES_NAMED:
+            lines.append(f"  and {len(self) - MOST_SAMPLES_NAMED} more")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the activities of each; see `pcdyn.plotting.equilibria`."""
+        import pcdyn
+
+        return pcdyn.plotting.equilibria(self, ax=ax, **options)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set with the dimensions `equilibrium`, `start` and `unit_l`."""
+        import xarray
+
+        variables: dict[str, Any] = {
+            f"activity_{l}": (("equilibrium", f"unit_{l}"), np.asarray(x))
+            for l, x in enumerate(self.activities)
+        }
+        for name in ("free_energy", "smallest_eigenvalue", "stable"):
+            variables[name] = (("equilibrium",), np.asarray(getattr(self, name)))
+        variables["basin_of"] = (("start",), np.asarray(self.basin_of))
+        return xarray.Dataset(variables, attrs={"message": self.message})
 
 
 def multiple_equilibria(

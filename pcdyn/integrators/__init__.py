@@ -8,6 +8,7 @@ from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax
 from pcdyn.integrators.euler import Euler
 from pcdyn.integrators.exact import Exact
 from pcdyn.integrators.scipy import SCIPY_NAMES, SciPy
+from pcdyn.integrators.statistics import Statistics
 
 __all__ = [
     "Diffrax",
@@ -16,6 +17,7 @@ __all__ = [
     "Integration",
     "Integrator",
     "SciPy",
+    "Statistics",
     "UntilEquilibrium",
     "get_integrator",
 ]

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
 from pcdyn.errors import IntegratorError, ToleranceError
+from pcdyn.integrators.statistics import Statistics
 from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
 from pcdyn.model.flow import Flow, State
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
@@ -97,19 +98,15 @@ class Integration(eqx.Module):
 
     `states` has a leading axis over the requested times, of which only those up to `end_time`
     mean anything; `end_state` is the state at `end_time`; `status` is a `pcdyn.Status` as an
-    integer. Counts are `None` where the method cannot know them. `interpolation` maps a time to
-    a state, where dense output was asked for. `round_off` estimates by how much round-off may have
-    moved any activity, where that is known.
+    integer. `interpolation` maps a time to a state, where dense output was asked for. `round_off`
+    estimates by how much round-off may have moved any activity, where that is known.
     """
 
     states: State
     end_time: Any
     end_state: State
     status: Any
-    evaluations: Any = None
-    jacobian_evaluations: Any = None
-    accepted_steps: Any = None
-    rejected_steps: Any = None
+    statistics: Statistics = Statistics()
     interpolation: Any = None
     round_off: Any = None
     message: str = eqx.field(static=True, default="")

@@ -24,6 +24,7 @@ from pcdyn.integrators.base import (
     largest_activity,
 )
 from pcdyn.integrators.scipy import SciPy
+from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow, State
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
@@ -259,15 +260,18 @@ class Diffrax(Integrator):
                 lambda saved, x: jnp.where(unmoved, x, saved), (states, end_state), (state, state)
             )
             end_time = jnp.where(unmoved, 0, end_time)
+        stats = solution.stats
         return Integration(
             states=states,
             end_time=end_time,
             end_state=end_state,
             status=status,
-            evaluations=self._evaluations(solver, solution.stats["num_steps"], until),
-            jacobian_evaluations=_jacobian_evaluations(solver, solution.stats["num_steps"]),
-            accepted_steps=solution.stats["num_accepted_steps"],
-            rejected_steps=solution.stats["num_rejected_steps"],
+            statistics=Statistics(
+                vector_field_evaluations=self._evaluations(solver, stats["num_steps"], until),
+                jacobian_evaluations=_jacobian_evaluations(solver, stats["num_steps"]),
+                accepted_steps=stats["num_accepted_steps"],
+                rejected_steps=stats["num_rejected_steps"],
+            ),
             interpolation=_dense_output(solution) if request.dense else None,
         )
 

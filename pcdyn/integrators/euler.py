@@ -18,6 +18,7 @@ from pcdyn.integrators.base import (
     UntilEquilibrium,
     check_step,
 )
+from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow, State
 
 # Of a step: so far from a multiple of dt a time still counts as one.
@@ -127,4 +128,4 @@ class Euler(Integrator):
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1
         evaluations = step + tests + jnp.sum(fraction > 0)
-        return Integration(states, end_time, end_state, status, evaluations, 0, step, 0)
+        return Integration(states, end_time, end_state, status, Statistics(evaluations, 0, step, 0))

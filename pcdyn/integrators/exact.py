@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
+from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import exact_flow, hessian
@@ -66,10 +67,7 @@ class Exact(Integrator):
             end_time=jnp.asarray(request.t1),
             end_state=flow(jnp.asarray(request.t1, dtype)),
             status=jnp.asarray(int(Status.REACHED_T1)),
-            evaluations=0,
-            jacobian_evaluations=0,
-            accepted_steps=0,
-            rejected_steps=0,
+            statistics=Statistics(0, 0, 0, 0),
             interpolation=flow if request.dense else None,
             round_off=jnp.max(flow.round_off),
         )

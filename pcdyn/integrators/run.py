@@ -17,6 +17,7 @@ from pcdyn.integrators.base import Integration, Integrator, Request, default_tol
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
+from pcdyn.integrators.statistics import stacked
 from pcdyn.model.flow import Flow, State
 from pcdyn.model.problem import InferenceFlow
 
@@ -264,14 +265,12 @@ def _joined(run: Integration, request: Request) -> Integration:
         rows = np.flatnonzero(times <= first)
         end_time = times[rows[-1]] if rows.size else 0.0
         end_state = tuple(x[rows[-1]] for x in run.states) if rows.size else request.state
-    counts = ("evaluations", "jacobian_evaluations", "accepted_steps", "rejected_steps")
-    totals = {name: getattr(run, name) for name in counts}
     return dataclasses.replace(
         run,
         status=np.asarray(int(status)),
         end_time=end_time,
         end_state=on_host(end_state),
-        **{name: None if x is None else np.sum(x) for name, x in totals.items()},
+        statistics=run.statistics.total(),
     )
 
 
@@ -320,24 +319,16 @@ def _stack(runs: list[Integration]) -> Integration:
     """One integration of several samples, sample after time."""
     interpolations = [run.interpolation for run in runs]
     message = next((run.message for run in runs if run.message), "")
-
-    def column(name: str) -> Any:
-        values = [getattr(run, name) for run in runs]
-        return None if any(value is None for value in values) else np.stack(values)
-
     return Integration(
         states=tuple(
             np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs], strict=True)
         ),
-        end_time=column("end_time"),
+        end_time=np.stack([run.end_time for run in runs]),
         end_state=tuple(
             np.stack(layer) for layer in zip(*[r.end_state for r in runs], strict=True)
         ),
-        status=column("status"),
-        evaluations=column("evaluations"),
-        jacobian_evaluations=column("jacobian_evaluations"),
-        accepted_steps=column("accepted_steps"),
-        rejected_steps=column("rejected_steps"),
+        status=np.stack([run.status for run in runs]),
+        statistics=stacked([run.statistics for run in runs]),
         interpolation=None if interpolations[0] is None else _Stacked(tuple(interpolations)),
         message=message,
     )
@@ -345,27 +336,20 @@ def _stack(runs: list[Integration]) -> Integration:
 
 def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) -> Integration:
     """`run` with some samples replaced by those of another integration."""
-
-    def merged(name: str) -> Any:
-        mine, theirs = getattr(run, name), getattr(again, name)
-        if mine is None or theirs is None:
-            return None
-        values = np.array(np.broadcast_to(mine, run.status.shape))
-        values[samples] = theirs
-        return values
-
     interpolation = run.interpolation
     if interpolation is not None:
         interpolation = _Replaced(interpolation, again.interpolation, samples)
-    names = ("end_time", "status", "evaluations", "jacobian_evaluations", "accepted_steps")
+    end_time, status = np.array(run.end_time), np.array(run.status)
+    end_time[samples], status[samples] = again.end_time, again.status
     return dataclasses.replace(
         run,
         states=_with_rows(run.states, again.states, samples, 1),
         end_state=_with_rows(run.end_state, again.end_state, samples, 0),
+        end_time=end_time,
+        status=status,
+        statistics=run.statistics.replaced(samples, again.statistics, len(status)),
         interpolation=interpolation,
-        rejected_steps=None,
         message=again.message,
-        **{name: merged(name) for name in names},
     )
 
 

@@ -22,6 +22,7 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.integrators.host_steps import Course, march
+from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow, State
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
@@ -116,10 +117,12 @@ class SciPy(Integrator):
             end_time=end_time,
             end_state=system.unflatten(course.end),
             status=int(course.status),
-            evaluations=course.evaluations + system.tests,
-            jacobian_evaluations=course.jacobian_evaluations,
-            accepted_steps=accepted,
-            rejected_steps=rejected,
+            statistics=Statistics(
+                vector_field_evaluations=course.evaluations + system.tests,
+                jacobian_evaluations=course.jacobian_evaluations,
+                accepted_steps=accepted,
+                rejected_steps=rejected,
+            ),
             interpolation=None if not request.dense else self._output(system, course, request),
             message=course.message,
         )
@@ -264,19 +267,24 @@ class _Rest(eqx.Module):
 
 
 def _at_rest(system: _HostSystem, start: np.ndarray, request: Request) -> Integration:
-    return _unmoved(system, start, request, int(Status.CONVERGED), 1, 0, 0, 0)
+    return _unmoved(system, start, request, int(Status.CONVERGED), Statistics(1, 0, 0, 0))
 
 
 def _failed(
     system: _HostSystem, start: np.ndarray, request: Request, status: Status, message: str
 ) -> Integration:
-    return _unmoved(system, start, request, int(status), message=message)
+    return _unmoved(system, start, request, int(status), Statistics(), message)
 
 
 def _unmoved(
-    system: _HostSystem, start: np.ndarray, request: Request, *counts: Any, message: str = ""
+    system: _HostSystem,
+    start: np.ndarray,
+    request: Request,
+    status: int,
+    statistics: Statistics,
+    message: str = "",
 ) -> Integration:
     state = system.unflatten(start)
     saved = system.unflatten(np.tile(start, (len(request.times), 1)))
     interpolation = _Rest(state) if request.dense else None
-    return Integration(saved, 0.0, state, *counts, interpolation=interpolation, message=message)
+    return Integration(saved, 0.0, state, status, statistics, interpolation, message=message)

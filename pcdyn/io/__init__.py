@@ -1,5 +1,5 @@
-"""Data sets, and files of trajectories, equilibria and problems."""
+"""Data sets, and files of results and problems."""
 
-from pcdyn.io import datasets, equilibria, problems, trajectories
+from pcdyn.io import datasets, equilibria, problems, results, trajectories
 
-__all__ = ["datasets", "equilibria", "problems", "trajectories"]
+__all__ = ["datasets", "equilibria", "problems", "results", "trajectories"]

@@ -1,4 +1,4 @@
-"""Equilibria as labelled data sets."""
+"""Equilibria as labelled data sets, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import numpy as np
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
+from pcdyn.integrators.run import on_host
+from pcdyn.io.netcdf import attribute, checked_codes, named_values, number
+from pcdyn.io.problems import problem_from_xarray, with_problem
+from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
 
 if TYPE_CHECKING:
     import xarray
@@ -22,16 +26,16 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     `([sample,] predicted_layer)`; `residual_norm`, shape `([sample,] free_layer)`; `free_energy`,
     `status`, `iterations` and `passes`, per sample. How it was computed is in the attributes.
 
-    Raises `ShapeError` for an equilibrium of several networks, and for one that is being traced.
+    Those of several networks have the dimension `network` first, and the seconds as variables.
+    Raises `ShapeError` for an equilibrium that is being traced.
     """
     import xarray
 
     check_instance(equilibrium, "equilibrium", Equilibrium, "a pcdyn.Equilibrium")
-    if is_traced(equilibrium.energies) or np.ndim(equilibrium.energies) > 2:
-        raise ShapeError(
-            "this equilibrium is of several networks, or inside of a JAX transformation: take one "
-            "network first, such as jax.tree.map(lambda x: x[0], equilibrium)"
-        )
+    if is_traced(equilibrium.energies):
+        raise ShapeError("this equilibrium is inside of a JAX transformation: return it from there")
+    if equilibrium.networks is not None:
+        return stacked_dataset(equilibrium, to_xarray)
     sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
     variables: dict[str, Any] = {}
 
@@ -51,6 +55,11 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
         ("free_layer",),
         "norm of the gradient of the free energy in a layer",
     )
+    put("tolerance", equilibrium.tolerance, ("free_layer",), "what that norm was to be")
+    for l, values in zip(equilibrium.problem.free_layers, equilibrium.start, strict=True):
+        put(f"start_{l}", values, (f"unit_{l}",), f"where the search began in layer {l}")
+    for l, values in enumerate(equilibrium.at_kink, start=1):
+        put(f"at_kink_{l}", values, (f"unit_{l}",), f"whether a unit of layer {l} is at a kink")
     put(
         "status",
         equilibrium.status_codes,
@@ -68,8 +77,52 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     attributes = {
         "method": equilibrium.method,
         "message": equilibrium.message,
-        "tolerance": float(np.max(equilibrium.tolerance)),
         "compile_seconds": float(equilibrium.compile_seconds),
         "run_seconds": float(equilibrium.run_seconds),
     }
+    if equilibrium.given_tolerance is not None:
+        attributes["given_tolerance"] = equilibrium.given_tolerance
     return xarray.Dataset(variables, coordinates, attributes)
+
+
+def with_its_problem(equilibrium: Equilibrium) -> xarray.Dataset:
+    """The data set of an equilibrium with the problem that it is of, as files hold it."""
+    if equilibrium.networks is not None:
+        return stacked_dataset(equilibrium, with_its_problem)
+    return with_problem(to_xarray(equilibrium), equilibrium.problem)
+
+
+def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
+    """The equilibrium of a data set that holds its problem as well, with NumPy arrays.
+
+    `with_its_problem` makes the data set. Raises `DataError` if it lacks a part of an equilibrium,
+    and what `problem_from_xarray` raises.
+    """
+    if NETWORK in dataset.dims:
+        return unstacked_result(dataset, from_xarray)
+    problem = on_host(problem_from_xarray(dataset))
+    sample = "present" if "sample" in dataset.sizes else "absent"
+
+    def values(name: str, *last: str, kind: str = "real numbers") -> np.ndarray:
+        return named_values(dataset, name, *last, kind=kind, sample=sample)
+
+    layers = range(len(problem.network.widths))
+    given = "given_tolerance" in dataset.attrs
+    return Equilibrium(
+        problem=problem,
+        start=tuple(values(f"start_{l}", f"unit_{l}") for l in problem.free_layers),
+        activities=tuple(values(f"activity_{l}", f"unit_{l}") for l in layers),
+        prediction_errors=tuple(values(f"prediction_error_{l}", f"unit_{l}") for l in layers[1:]),
+        energies=values("energy", "predicted_layer"),
+        residual_norms=values("residual_norm", "free_layer"),
+        tolerance=values("tolerance", "free_layer"),
+        status_codes=checked_codes(values("status", kind="integers"), EquilibriumStatus),
+        at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in layers[1:]),
+        iterations=values("iterations", kind="integers"),
+        passes=values("passes", kind="integers"),
+        compile_seconds=number(dataset, "compile_seconds"),
+        run_seconds=number(dataset, "run_seconds"),
+        given_tolerance=number(dataset, "given_tolerance") if given else None,
+        method=str(attribute(dataset, "method")),
+        message=str(attribute(dataset, "message")),
+    )

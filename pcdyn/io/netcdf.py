@@ -7,6 +7,7 @@ A file without one, of another program, is read as it is.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import io
 import os
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _MARK = b"\npcdyn sha256 "
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _SMALL = 2**13
-_KINDS = {"real numbers": "f", "integers": "iu"}
+_KINDS = {"real numbers": "f", "integers": "iu", "booleans": "b", "texts": "OTU"}
 
 
 def netcdf_bytes(dataset: xarray.Dataset, *, compressed: bool = False) -> bytes:
@@ -78,7 +79,7 @@ def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
 
     check_path(path, "path", error=DataError)
     source = Path(path)
-    content = read_bytes(source, hint="check the path, or write it with Trajectory.to_netcdf")
+    content = read_bytes(source, hint="check the path, or write it with pcdyn.save")
     try:
         _check_digest(content)
         with h5py.File(io.BytesIO(content), "r") as file:
@@ -100,9 +101,9 @@ def named_values(
 ) -> np.ndarray:
     """The values of a variable with its axes in the order of these names, whatever it was.
 
-    Arguments: `kind`, `"real numbers"` or `"integers"`; `sample`, whether there is an axis
-    `"sample"` as well, after `"time"` if that is the first and otherwise before all: `"absent"`,
-    `"optional"`, or `"present"`, for which values without it are repeated.
+    Arguments: `kind`, `"real numbers"`, `"integers"`, `"booleans"` or `"texts"`; `sample`, whether
+    there is an axis `"sample"` as well, after `"time"` if that is the first and otherwise before
+    all: `"absent"`, `"optional"`, or `"present"`, for which values without it are repeated.
 
     Raises `DataError` if the variable is missing, has other dimensions or is of another kind.
     """
@@ -124,7 +125,33 @@ def named_values(
     values = np.asarray(variable.transpose(*wanted).values)
     if values.dtype.kind not in _KINDS[kind]:
         raise DataError(f"{name} holds {values.dtype}, but should hold {kind}")
+    if kind == "texts":
+        return values
     return values.astype(values.dtype.newbyteorder("="), order="C", copy=False)
+
+
+def attribute(dataset: xarray.Dataset, name: str) -> Any:
+    """An attribute; raises `DataError` if it is missing."""
+    if name not in dataset.attrs:
+        raise DataError(f"it lacks {name!r}")
+    return dataset.attrs[name]
+
+
+def number(dataset: xarray.Dataset, name: str) -> float:
+    """An attribute that is a number; raises `DataError` if it is missing or none."""
+    value = attribute(dataset, name)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
+
+
+def checked_codes(codes: np.ndarray, kind: type[enum.IntEnum]) -> np.ndarray:
+    """Codes of statuses; raises `DataError` for one that there is not."""
+    unknown = set(codes.ravel().tolist()) - {int(status) for status in kind}
+    if unknown:
+        raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
+    return codes
 
 
 def check_dataset(dataset: Any) -> None:

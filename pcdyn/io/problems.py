@@ -1,13 +1,12 @@
-"""Inference problems and equilibria as labelled xarray data sets and NetCDF files.
+"""Inference problems as labelled xarray data sets, and back.
 
-A file of a problem holds the network (weights, biases, names of activations), the energies and
-their precisions, the time constants and the clamped data. The data set of a problem can be merged
-with that of a trajectory or an equilibrium, so that one file says what was computed and of what.
+The data set holds the network (weights, biases, names of activations), the energies and their
+precisions, the time constants and the clamped data. It can be merged with that of a trajectory or
+an equilibrium, so that one file says what was computed and of what.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from pcdyn._support.checks import check_instance
 from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
-from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
+from pcdyn.io.netcdf import check_dataset, named_values
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.energies.energy import Energy, naming_layer
 from pcdyn.model.energies.generalised import arguments_of, named_energy
@@ -34,9 +33,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
-    for each layer l = 0 … L, where they were given. The names of the activations are in the
-    attribute `activations`; where not all energies are Gaussian their names are in the attribute
-    `energies`, and the parameters of those that have one in the variables `energy_parameter_l`.
+    for each layer l = 0 … L. The names of the activations are in the attribute `activations`; where
+    not all energies are Gaussian their names are in the attribute `energies`, and the parameters of
+    those that have one in the variables `energy_parameter_l`.
 
     Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
     name (`pcdyn.named_energy`), and `ActivationError` for an activation that
@@ -71,8 +70,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
             dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
             variables[name] = (dimensions, np.asarray(data))
     constants = np.array([np.asarray(each) for each in problem.time_constants])
-    if np.any(constants != 1):
-        variables["time_constant"] = (("layer",), constants)
+    variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
     if set(energies) != {"gaussian"}:
         attrs["energies"] = " ".join(energies)
@@ -140,6 +138,12 @@ def problem_from_xarray(
     )
 
 
+def with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
+    """The data set of a result with the problem that it belongs to."""
+    network = problem_to_xarray(problem)
+    return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
+
+
 def _as_jax(values: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarray:
     """`values` in a dtype that JAX does not round any more."""
     try:
@@ -156,31 +160,6 @@ def _as_jax(values: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarra
             'jax.config.update("jax_enable_x64", True), or round with dtype=jax.numpy.float32'
         )
     return rounded
-
-
-def save_problem(problem: InferenceProblem, path: str | os.PathLike[str]) -> None:
-    """Write a problem to a NetCDF file, at once or not at all.
-
-    Raises what `problem_to_xarray` raises, and `DataError`, with an earlier file as it was, if the
-    file cannot be written.
-    """
-    write_dataset(problem_to_xarray(problem), path)
-
-
-def load_problem(
-    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
-) -> InferenceProblem:
-    """Read the problem in a file of `save_problem` or of a command of pcdyn.
-
-    Numbers keep their dtype, unless another is given to round them to. Raises `DataError` if the
-    file is missing, truncated, corrupt, without a network, or if it holds float64 numbers while
-    float64 is off in JAX and float32 would round them.
-    """
-    dataset = read_dataset(path)
-    try:
-        return problem_from_xarray(dataset, dtype=dtype)
-    except InputError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _name_of(activation: Activation) -> str:

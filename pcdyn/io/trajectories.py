@@ -1,4 +1,4 @@
-"""Trajectories as labelled xarray data sets and NetCDF files.
+"""Trajectories as labelled xarray data sets, and back.
 
 Every array survives the round trip to the bit. Dense output (`Trajectory.interpolation`) is a
 function of the solver and is not stored.
@@ -6,14 +6,16 @@ function of the solver and is not stored.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn.errors import DataError, ShapeError, Status
-from pcdyn.io.netcdf import check_dataset, named_values, read_dataset, write_dataset
+from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
+from pcdyn.io.netcdf import attribute, check_dataset, checked_codes, named_values, number
+from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
 from pcdyn.simulation.trajectory import Trajectory
 
 # xarray and h5netcdf are imported where they are used: `import pcdyn` stays fast.
@@ -22,14 +24,8 @@ if TYPE_CHECKING:
 
 TIME_UNITS = "activity time constants"
 
-_COUNTS = {
-    "vector_field_evaluations": "evaluations of the vector field",
-    "jacobian_evaluations": "evaluations of its Jacobian",
-    "accepted_steps": "accepted steps",
-    "rejected_steps": "rejected steps",
-}
 _TEXTS = ("integrator", "fallback", "message")
-_SECONDS = ("compile_seconds", "run_seconds")
+_SECONDS = [name for name in MEASURES if name not in COUNTS]
 
 
 def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
@@ -47,8 +43,9 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     - `status`, `end_time` and the counts of the solver, one for all or one per sample. A count
       that the integrator does not report is absent.
 
-    How it was computed is in the attributes. Raises `ShapeError` for a trajectory of several
-    networks, which `jax.vmap` makes, and for one that is being traced.
+    Those of several networks, which `jax.vmap` makes, have the dimension `network` first, and the
+    seconds as variables. How it was computed is in the attributes. Raises `ShapeError` for a
+    trajectory that is being traced.
     """
     import xarray
 
@@ -64,11 +61,11 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             "this trajectory has no prediction errors and no energies, which files hold: give its "
             "flow the method observe, or keep times and activities, for example with numpy.savez"
         )
-    if is_traced(trajectory.times, trajectory.energies) or np.ndim(trajectory.times) != 1:
-        raise ShapeError(
-            "this trajectory is of several networks, or inside of a JAX transformation: take one "
-            "network first, such as jax.tree.map(lambda x: x[0], trajectory)"
-        )
+    if is_traced(trajectory.times, trajectory.energies):
+        raise ShapeError("this trajectory is inside of a JAX transformation: return it from there")
+    if trajectory.networks is not None:
+        without = dataclasses.replace(trajectory, interpolation=None)
+        return stacked_dataset(without, to_xarray)
     samples = ("sample",) if np.ndim(trajectory.energies) == 3 else ()
     in_time = ("time", *samples)
 
@@ -111,10 +108,10 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             trajectory.end_time, long_name="where integration ended", units=TIME_UNITS
         ),
     }
-    for name, meaning in _COUNTS.items():
-        count = getattr(trajectory, name)
-        if count is not None:
-            variables[name] = once(count, long_name=meaning, units="1")
+    statistics = vars(trajectory.statistics)
+    for name in COUNTS:
+        if statistics[name] is not None:
+            variables[name] = once(statistics[name], **MEASURES[name])
     coordinates = {
         "time": (
             "time",
@@ -126,7 +123,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     }
     attributes = {
         **{name: getattr(trajectory, name) for name in _TEXTS},
-        **{name: float(getattr(trajectory, name)) for name in _SECONDS},
+        **{name: float(statistics[name]) for name in _SECONDS},
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
     }
@@ -143,6 +140,8 @@ def from_xarray(dataset: xarray.Dataset) -> Trajectory:
     """
     check_dataset(dataset)
     try:
+        if NETWORK in dataset.dims:
+            return unstacked_result(dataset, _from_xarray)
         return _from_xarray(dataset)
     except DataError as error:
         raise DataError(
@@ -178,65 +177,22 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         ),
         energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
         vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
-        status_codes=_checked_codes(once("status", "integers")),
+        status_codes=checked_codes(once("status", "integers"), Status),
         end_time=once("end_time", "real numbers"),
-        **{name: once(name, "integers") if name in variables else None for name in _COUNTS},
-        **{name: _number(dataset, name) for name in _SECONDS},
-        **cast(Any, {name: str(_attribute(dataset, name)) for name in _TEXTS}),
+        statistics=Statistics(
+            *(once(name, "integers") if name in variables else None for name in COUNTS),
+            *(number(dataset, name) for name in _SECONDS),
+        ),
+        **cast(Any, {name: str(attribute(dataset, name)) for name in _TEXTS}),
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),
     )
-
-
-def save(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
-    """Write a trajectory to a NetCDF file, at once or not at all.
-
-    Of a symbolic link the target is written, and the mode of an earlier file is kept. Raises
-    `DataError`, and leaves the earlier file as it was, if the folder does not exist, the disk is
-    full or the file cannot be written for another reason; `ShapeError` as `to_xarray`.
-    """
-    write_dataset(to_xarray(trajectory), path)
-
-
-def load(path: str | os.PathLike[str]) -> Trajectory:
-    """Read a trajectory that `save` or `Trajectory.to_netcdf` wrote.
-
-    Its arrays are NumPy's and of the precision in the file, whether or not float64 is on in JAX.
-    Raises `DataError` if the file is missing, truncated, corrupt or not a trajectory: one flipped
-    bit is found by the digest at the end of a file of pcdyn.
-    """
-    dataset = read_dataset(path)
-    try:
-        return from_xarray(dataset)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _checked_times(times: np.ndarray) -> np.ndarray:
     if not np.isfinite(times).all() or np.any(np.diff(times) <= 0):
         raise DataError("its times are not finite and increasing, such as after sorting or concat")
     return times
-
-
-def _checked_codes(codes: np.ndarray) -> np.ndarray:
-    unknown = set(codes.ravel().tolist()) - {int(status) for status in Status}
-    if unknown:
-        raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
-    return codes
-
-
-def _attribute(dataset: xarray.Dataset, name: str) -> Any:
-    if name not in dataset.attrs:
-        raise DataError(f"it lacks {name!r}")
-    return dataset.attrs[name]
-
-
-def _number(dataset: xarray.Dataset, name: str) -> float:
-    value = _attribute(dataset, name)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 
 
 def _version() -> str:

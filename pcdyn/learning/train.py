@@ -76,6 +76,26 @@ class Training(eqx.Module):
     state: Any
     rule: str = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A readable account: the loss of the first and of the last epoch, over all seeds."""
+        loss = np.asarray(self.history["loss"])
+        seeds = f"{len(loss)} seeds, " if loss.ndim == 3 else ""
+        epochs, batches = loss.shape[-2:]
+        text = f"Training by {self.rule}: {seeds}{epochs} epochs of {batches} batches"
+        if epochs:
+            first, last = np.mean(loss[..., 0, :]), np.mean(loss[..., -1, :])
+            text += f"\n  loss {first:.4g} in the first epoch, {last:.4g} in the last"
+        return text
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw the loss of each batch, or another `metric`; see `pcdyn.plotting.training`."""
+        import pcdyn
+
+        return pcdyn.plotting.training(self, ax=ax, **options)
+
     def to_xarray(self) -> xarray.Dataset:
         """History and evaluations as a labelled data set."""
         import xarray

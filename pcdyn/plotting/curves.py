@@ -54,6 +54,9 @@ def activities(
     `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not
     needed), drawn as dashed lines in the colours of their units.
 
+    Of several networks the median is drawn, in a band from their 10 % to their 90 % quantile, over
+    those that ended without a failure.
+
     Returns the lines of the units, then those of the equilibrium. Raises `ShapeError` if there is
     no such layer or sample, or if the equilibrium has other shapes.
     """
@@ -67,10 +70,11 @@ def activities(
         equilibrium = as_sequence(given, "equilibrium", wanted)
         if len(equilibrium) != most + 1:
             raise ShapeError(f"equilibrium must be {wanted}, got {len(equilibrium)} layers")
-    shown = {
-        index: _of_sample(trajectory.activities[index], sample, axis=1, dimensions=2)
+    bands = {
+        index: _bands(trajectory, trajectory.activities[index], sample, axis=1, dimensions=2)
         for index in layers
     }
+    shown = {index: band[1] for index, band in bands.items()}
     rest = {
         index: _of_sample(
             as_host_array(equilibrium[index], f"equilibrium of layer {index}", finite=False),
@@ -87,12 +91,15 @@ def activities(
                 f"the equilibrium of layer {index} has shape {levels.shape}, not "
                 f"{shown[index].shape[1:]}"
             )
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     lines, dashed = [], []
     for index, values in shown.items():
         labels = [f"layer {index}, unit {unit}" for unit in range(values.shape[1])]
         drawn = ax.plot(times, values, label=labels)
         lines += drawn
+        if trajectory.networks is not None:
+            for line, low, high in zip(drawn, bands[index][0].T, bands[index][2].T, strict=True):
+                _fill(ax, line, low, high)
         dashed += [
             ax.axhline(level, color=line.get_color(), linestyle="--", linewidth=1)
             for line, level in zip(drawn, rest.get(index, ()), strict=False)
@@ -127,7 +134,7 @@ def distance(
             f"distances need shape (time,) or (time, batch), got {array.shape} at "
             f"{times.shape} times"
         )
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     columns = array.reshape(len(times), -1)
     lines = ax.plot(times, columns[:, 0], label=label)
     for column in columns.T[1:]:
@@ -144,7 +151,8 @@ def distance(
 def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
     """Draw the output loss ℒ, the residual energy Ẽ and the free energy F against time.
 
-    Returns the three lines in that order. Raises `ShapeError` if there is no such `sample`.
+    Returns the three lines in that order; of several networks they are medians in bands, as for
+    `activities`. Raises `ShapeError` if there is no such `sample`.
     """
     times, sample = _checked(trajectory, sample)
     if trajectory.energies.shape[-1] == 0:
@@ -155,11 +163,13 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
         r"residual energy $\widetilde{E}$": trajectory.residual_energy,
         "free energy $F$": trajectory.free_energy,
     }
-    values = [_of_sample(energy, sample, axis=1, dimensions=1) for energy in shown.values()]
-    ax = _axes(ax)
+    bands = [_bands(trajectory, x, sample, axis=1, dimensions=1) for x in shown.values()]
+    ax = checked_axes(ax)
     lines = []
-    for label, energy in zip(shown, values, strict=True):
-        lines += ax.plot(times, energy, label=label)
+    for label, (low, middle, high) in zip(shown, bands, strict=True):
+        lines += ax.plot(times, middle, label=label)
+        if trajectory.networks is not None:
+            _fill(ax, lines[-1], low, high)
     ax.set_xlabel(TIME_LABEL)
     ax.set_ylabel("energy")
     ax.legend()
@@ -170,21 +180,24 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     """Draw the activity of each unit at an equilibrium, and where the search started.
 
     The units of the free layers stand side by side in their order, each layer in its own colour:
-    filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch.
-    Returns the lines, equilibrium before start for each layer.
+    filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch. Of
+    several networks these are medians, with bars from the 10 % to the 90 % quantile, over those
+    that ended without a failure. Returns the lines, equilibrium before start for each layer.
     """
     check_instance(found, "found", Equilibrium, "a pcdyn.Equilibrium")
     lines, first = [], 0
-    if np.ndim(found.energies) > 2:
-        raise ShapeError("this equilibrium is of several networks: take one first")
-    samples = 1 if np.ndim(found.energies) == 1 else len(found.energies)
-    sample = _checked_sample(sample, samples)
-    ax = _axes(ax)
-    for index, start in zip(found.problem.free_layers, found.start, strict=True):
-        values = _of_sample(found.activities[index], sample, axis=0, dimensions=1)
+    stack = found.networks is not None
+    shape = np.shape(found.energies)[stack:-1]
+    sample = _checked_sample(sample, shape[0] if shape else 1)
+    free = found.problem.free_layers
+    ends = [_bands(found, found.activities[l], sample, axis=0, dimensions=1) for l in free]
+    starts = [_bands(found, x, sample, axis=0, dimensions=1)[1] for x in found.start]
+    ax = checked_axes(ax)
+    for index, (low, values, high), before in zip(free, ends, starts, strict=True):
         units = np.arange(first, first + len(values))
         rest = ax.plot(units, values, "o", label=f"layer {index}")
-        before = _of_sample(start, sample, axis=0, dimensions=1)
+        if stack:
+            ax.vlines(units, low, high, color=rest[0].get_color(), linewidth=1)
         lines += rest
         lines += ax.plot(units, before, "o", color=rest[0].get_color(), markerfacecolor="none")
         first += len(values)
@@ -205,7 +218,7 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
     array = as_host_array(rates, "rates", finite=False)
     if array.ndim not in (1, 2):
         raise ShapeError(f"rates need shape (rate,) or (sample, rate), got {array.shape}")
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     order = np.arange(1, array.shape[-1] + 1)
     lines: list[Line2D] = []
     for row in np.atleast_2d(array):
@@ -219,7 +232,7 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
 
 
 def work_precision(
-    axes: Axes, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
+    axes: Axes | None, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
 ) -> list[Line2D]:
     """Draw one metric of a comparison's runs against another, a line for each integrator.
 
@@ -234,7 +247,7 @@ def work_precision(
     check_instance(comparison, "comparison", Comparison, "what pcdyn.compare returns")
     for name, metric in (("x", x), ("y", y)):
         check_choice(metric, name, (*METRICS, "value"))
-    axes = _axes(axes)
+    axes = checked_axes(axes)
     colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     lines = []
     for index, name in enumerate(comparison.integrators):
@@ -299,7 +312,7 @@ def mean_band(
             f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
         )
     mean, deviation = values.mean(axis=axis), values.std(axis=axis)
-    ax = _axes(ax)
+    ax = checked_axes(ax)
     (line,) = ax.plot(x, mean, label=label, color=color)
     band = ax.fill_between(
         x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25, linewidth=0
@@ -309,7 +322,8 @@ def mean_band(
     return [line, band]
 
 
-def _axes(ax: Axes | None) -> Axes:
+def checked_axes(ax: Axes | None) -> Axes:
+    """The given axes, or new ones in a figure of their own in the style of pcdyn."""
     if ax is None:
         return new_axes()
     check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
@@ -330,13 +344,29 @@ def _checked_sample(sample: Any, samples: int) -> int:
 def _checked(trajectory: Trajectory, sample: int) -> tuple[np.ndarray, int]:
     """The times of a trajectory, and the sample that it has."""
     check_instance(trajectory, "trajectory", Trajectory, "a pcdyn.Trajectory")
-    if np.ndim(trajectory.times) != 1:
-        raise ShapeError(
-            "this trajectory is of several networks: take one first, such as "
-            "jax.tree.map(lambda x: x[0], trajectory)"
-        )
-    samples = trajectory.energies.shape[1] if np.ndim(trajectory.energies) == 3 else 1
-    return np.asarray(trajectory.times), _checked_sample(sample, samples)
+    stack = trajectory.networks is not None
+    times, shape = np.asarray(trajectory.times), np.shape(trajectory.energies)[1 + stack : -1]
+    if stack and np.any(times != times[:1]):
+        raise ShapeError("these networks are saved at different times: simulate all at the same")
+    return times[0] if stack else times, _checked_sample(sample, shape[0] if shape else 1)
+
+
+def _bands(result: Any, values: Any, sample: int, *, axis: int, dimensions: int) -> Any:
+    """The 10 % quantile, the median and the 90 % quantile over the networks without a failure.
+
+    Of one network, three times what is of its sample.
+    """
+    ok = result.without_failure
+    if ok is None:
+        return [_of_sample(values, sample, axis=axis, dimensions=dimensions)] * 3
+    if not ok.any():
+        raise ShapeError("there is nothing to draw: each of these networks ended with a failure")
+    each = _of_sample(values, sample, axis=axis + 1, dimensions=dimensions + 1)
+    return np.quantile(each[ok], (0.1, 0.5, 0.9), axis=0)
+
+
+def _fill(ax: Axes, line: Line2D, low: Any, high: Any) -> None:
+    ax.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.25, linewidth=0)
 
 
 def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:

@@ -356,10 +356,7 @@ def _build(
         vector_field_norms=observed.norms,
         status_codes=run.status,
         end_time=run.end_time,
-        vector_field_evaluations=run.evaluations,
-        jacobian_evaluations=run.jacobian_evaluations,
-        accepted_steps=run.accepted_steps,
-        rejected_steps=run.rejected_steps,
+        statistics=run.statistics,
         interpolation=interpolation,
         integrator=method.name,
         free_layers=problem.free_layers,
@@ -405,10 +402,13 @@ def _trajectory(
     all_times = np.append(times, end)[rows]
     states = tuple(x[rows] for x in run.states)
     observed = jax.tree.map(lambda x: x[rows], observed)
+    statistics = dataclasses.replace(
+        run.statistics, compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds
+    )
+    run = dataclasses.replace(run, statistics=statistics)
     return _build(
         on_host(problem), run, observed, states, all_times, method, request.problem,
         fallback=fallback, message=_message(worst, run, method),
-        compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds,
     )  # fmt: skip
 
 

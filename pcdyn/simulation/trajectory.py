@@ -23,15 +23,18 @@ from pcdyn.errors import (
     Status,
     Statuses,
     TimesError,
+    all_well,
+    status_counts,
     worst_status,
 )
+from pcdyn.integrators.statistics import Statistics, WithStatistics
 from pcdyn.model.energies.energy import LayerEnergies
 
 if TYPE_CHECKING:
     import xarray
 
 
-class Trajectory(LayerEnergies):
+class Trajectory(LayerEnergies, WithStatistics):
     """The activities of a network in time.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation such as `jax.vmap`).
@@ -45,10 +48,9 @@ class Trajectory(LayerEnergies):
     - `vector_field_norms`: ‖dx_l/dt‖ of each free layer, shape `(time, [batch,] free layers)`.
     - `status_codes`: a `pcdyn.Status` as an integer, one for all or one per sample.
     - `end_time`: where integration ended, one for all or one per sample.
-    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
-      the solver, its step choice and its stopping test; one for all or one per sample; `None`
-      where the method does not report them.
-    - `compile_seconds`, `run_seconds`: wall time.
+    - `statistics`: the `pcdyn.integrators.Statistics`, whose names are attributes here as well:
+      `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`,
+      `compile_seconds`, `run_seconds`.
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
@@ -62,8 +64,8 @@ class Trajectory(LayerEnergies):
 
     With `per_sample=True` a sample that ended at equilibrium keeps its last state at later times,
     and one that failed is NaN after its end; so does each network under `jax.vmap`. A trajectory
-    of several networks has their axis before all others: take one with
-    `jax.tree.map(lambda x: x[0], trajectory)`.
+    of several networks (`networks` of them) has their axis before all others: it prints, draws and
+    is saved as a whole, and `jax.tree.map(lambda x: x[0], trajectory)` is that of the first.
     """
 
     times: Any
@@ -73,12 +75,7 @@ class Trajectory(LayerEnergies):
     vector_field_norms: Any
     status_codes: Any
     end_time: Any
-    vector_field_evaluations: Any
-    jacobian_evaluations: Any
-    accepted_steps: Any
-    rejected_steps: Any
-    compile_seconds: Any = 0.0
-    run_seconds: Any = 0.0
+    statistics: Statistics = Statistics()
     interpolation: Callable[[Any], tuple[Any, ...]] | None = None
     moving: dict[str, Any] = eqx.field(default_factory=dict)
     round_off: Any = None
@@ -99,12 +96,24 @@ class Trajectory(LayerEnergies):
 
     @property
     def status(self) -> Status | tuple[Status, ...]:
-        """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`."""
-        self._one_network()
+        """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`.
+
+        Those of several networks stand one after the other.
+        """
         codes = np.asarray(self.status_codes)
         if codes.ndim == 0:
             return Status(int(codes))
-        return Statuses(Status(int(code)) for code in codes)
+        return Statuses(Status(int(code)) for code in codes.ravel())
+
+    @property
+    def networks(self) -> int | None:
+        """How many networks it is of, where `jax.vmap` made it of several; otherwise `None`."""
+        return np.shape(self.times)[0] if np.ndim(self.times) == 2 else None
+
+    @property
+    def without_failure(self) -> np.ndarray | None:
+        """Which of several networks ended well in every sample; `None` of one network."""
+        return None if self.networks is None else all_well(Status, self.status_codes)
 
     @property
     def ok(self) -> bool:
@@ -208,7 +217,8 @@ class Trajectory(LayerEnergies):
     def _one_network(self) -> None:
         if not is_traced(self.times) and np.ndim(self.times) != 1:
             raise ShapeError(
-                "this trajectory is of several networks: take one first, such as "
+                "this is asked of one network, and the trajectory is of several networks: take "
+                "one, such as "
                 "jax.tree.map(lambda x: x[0], trajectory)"
             )
 
@@ -246,18 +256,20 @@ class Trajectory(LayerEnergies):
         return pcdyn.io.trajectories.to_xarray(self)
 
     def to_netcdf(self, path: Any) -> None:
-        """Write to a NetCDF file, at once or not at all; see `pcdyn.io.trajectories`."""
+        """Write to a NetCDF file, at once or not at all: `pcdyn.save`."""
         import pcdyn
 
-        pcdyn.io.trajectories.save(self, path)
+        pcdyn.save(self, path)
 
     def __repr__(self) -> str:
         return self.summary()
 
     def summary(self) -> str:
         """A readable account, for all samples together."""
-        if is_traced(self.times) or np.ndim(self.times) != 1:
-            return f"Trajectory of several networks with {self.integrator}: not indexed yet"
+        if is_traced(self.times):
+            return f"Trajectory with {self.integrator} inside of a JAX transformation"
+        if self.networks is not None:
+            return self._summary_of_networks(self.networks)
         widths = [x.shape[-1] for x in self.activities]
         batch = self.energies.shape[1] if np.ndim(self.energies) == 3 else None
         samples = "one sample" if batch is None else f"{batch} samples"
@@ -278,6 +290,30 @@ class Trajectory(LayerEnergies):
         ]
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
+        return "\n".join(lines)
+
+    def _summary_of_networks(self, networks: int) -> str:
+        """Counts of how they ended, and medians over those without a failure."""
+        widths, ok = [x.shape[-1] for x in self.activities], all_well(Status, self.status_codes)
+        samples = f"{self.energies.shape[2]} samples" if self.energies.ndim == 4 else "one sample"
+        lines = [
+            f"Trajectory of {networks} networks of {widths} units, {samples}, "
+            f"{self.times.shape[1]} times to {np.max(self.times[:, -1]):g}",
+            f"  {self.integrator}: {status_counts(self.status)}",
+        ]
+        if not ok.any():
+            return "\n".join([*lines, "  no network without a failure"])
+
+        def median(values: Any) -> str:
+            return "not reported" if values is None else f"{np.median(np.asarray(values)[ok]):.4g}"
+
+        lines.append(
+            f"  medians: evaluations {median(self.vector_field_evaluations)}, steps accepted "
+            f"{median(self.accepted_steps)}, rejected {median(self.rejected_steps)}"
+        )
+        if self.energies.shape[-1]:
+            first, last = median(self.free_energy[:, 0]), median(self.free_energy[:, -1])
+            lines.append(f"  median free energy {first} -> {last}")
         return "\n".join(lines)
 
 

@@ -60,6 +60,28 @@ class Verification:
             if not e.as_known
         )
 
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """How many claims hold, and how many verdicts are other than those on record."""
+        holds = sum(e.holds for e in self.evidence)
+        return (
+            f"Statements: {len(self.measured)}. Claims: {len(self.evidence)}, of which {holds} "
+            f"hold and {len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts are "
+            f"other than those on record (seed {self.seed}, {self.networks} networks each)."
+        )
+
+    def plot(self, ax: Any = None) -> list[Any]:
+        """Draw how far each number is from what is expected, over its tolerance.
+
+        With `ax` a Matplotlib axes; in a figure of its own unless given.
+        """
+        from pcdyn.plotting.style import new_axes
+        from pcdyn.theory.pictures import margins
+
+        return margins(self.evidence, ax=new_axes() if ax is None else ax)
+
     def table(self) -> str:
         """Each statement with its verdict as printed, then a line for each claim."""
         lines = []
@@ -71,13 +93,7 @@ class Verification:
                 f"  {e.verdict:<24} {e.measured:>10.3g} {expectation(e):<24} {e.claim}"
                 for e in each.evidence
             ]
-        holds = sum(e.holds for e in self.evidence)
-        lines.append(
-            f"Statements: {len(self.measured)}. Claims: {len(self.evidence)}, of which {holds} "
-            f"hold and {len(self.evidence) - holds} do not; {len(self.unexpected)} verdicts are "
-            f"other than those on record (seed {self.seed}, {self.networks} networks each)."
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary()])
 
     def records(self) -> list[dict[str, Any]]:
         """One record for each statement, of plain Python types."""

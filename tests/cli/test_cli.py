@@ -94,6 +94,9 @@ def test_simulate_writes_what_the_library_computes(
 
     assert main(["stability", "--at", "run/simulate.nc"]) == 0
     assert "the end of a trajectory" in capsys.readouterr().out
+    assert main(["stability", "--at", "rest.nc"]) == 0
+    assert "Stability at equilibrium" in capsys.readouterr().out
+    assert pcdyn.load("rest.nc").ok
 
 
 def test_stability_of_a_linear_network_is_its_hessian(capsys: pytest.CaptureFixture[str]) -> None:

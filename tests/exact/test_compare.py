@@ -16,7 +16,7 @@ import scipy.linalg
 
 from pcdyn import Diffrax, Euler, InferenceProblem, SciPy, compare, plotting, simulate
 from pcdyn.analysis.comparison.reference_solution import Errors, reference_for
-from pcdyn.analysis.comparison.table import METRICS, Comparison, Run
+from pcdyn.analysis.comparison.table import ERROR_METRICS, METRICS, Comparison, Run
 from pcdyn.errors import (
     DataError,
     InputError,
@@ -26,6 +26,7 @@ from pcdyn.errors import (
     TimesError,
     ToleranceError,
 )
+from pcdyn.integrators import Statistics
 from tests.networks import Case, build_case
 
 T1 = 12.0
@@ -215,10 +216,11 @@ def test_a_float32_problem_is_measured_in_float64() -> None:
 
 
 def made_row(name: str, value: float, error: float, seconds: float, **changes: Any) -> Run:
-    numbers = dict.fromkeys(METRICS, error) | {"run_seconds": seconds}
+    errors = dict.fromkeys((*ERROR_METRICS, "equilibrium_time"), error)
     run = Run(
         integrator=name, setting="rtol", value=value, status=Status.REACHED_T1, message="",
-        below_reference=(), **numbers,
+        below_reference=(), statistics=Statistics(error, 0.0, error, error, error, seconds),
+        **errors,
     )  # fmt: skip
     return dataclasses.replace(run, **changes)
 
@@ -282,9 +284,9 @@ def test_the_table_survives_csv_and_xarray(made: Comparison, tmp_path: Path) -> 
 def test_the_plot_shows_successful_runs_and_names_the_failed(made: Comparison) -> None:
     """Points are the metrics; failures are counted in the legend; errors end at the reference."""
     figure, axes = plt.subplots()
-    fast, slow, wrong, broken = plotting.work_precision(
-        axes, made, x="run_seconds", y="maximum_error"
-    )
+    fast, slow, wrong, broken = made.plot(axes, x="run_seconds", y="maximum_error")
+    assert str(made) == repr(made) == made.summary() and not made.ok
+    assert dataclasses.replace(made, rows=made.rows[:2]).ok
     np.testing.assert_array_equal(np.asarray(fast.get_ydata()), [5e-2, 5e-4])
     np.testing.assert_array_equal(np.asarray(slow.get_ydata()), [1e-4, 1e-10])
     assert len(np.asarray(wrong.get_xdata())) == 1 and len(np.asarray(broken.get_xdata())) == 0

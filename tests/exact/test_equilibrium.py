@@ -757,7 +757,7 @@ def test_networks_are_mapped_over_under_jit() -> None:
     together = run(stacked, TOLERANCE)
     assert together.status_codes.shape == (3, BATCH)
     assert np.all(np.asarray(together.status_codes) == EquilibriumStatus.CONVERGED)
-    assert together.energies.shape == (3, BATCH, 3) and "several networks" in repr(together)
+    assert together.energies.shape == (3, BATCH, 3) and "of 3 networks" in repr(together)
     for row, (case, problem) in enumerate(zip(made, problems, strict=True)):
         alone = equilibrium(problem, method=GaussNewton(), tolerance=TOLERANCE)
         assert np.all(norms(case, [x[row] for x in together.activities]) <= TOLERANCE + ROUND_OFF)

@@ -103,6 +103,15 @@ def test_kinks_are_found_and_arrived_at() -> None:
     """
     portrait = phase_portrait(decoupled("relu"), extent=(-2, 0.6, -0.6, 1.5), resolution=5)
     assert portrait.kinds == ("at a kink", "at a kink")
+    assert str(portrait) == portrait.summary() and "at a kink: 2" in portrait.summary()
+    data = portrait.to_xarray()
+    assert data.sizes["separatrix"] == len(portrait.separatrices)
+    column, row = 1, 3
+    at = data.velocity.sel(x=portrait.x[column], y=portrait.y[row])
+    np.testing.assert_array_equal(at, portrait.velocity[row, column])
+    ends = data.trajectories.isel(time=-1)
+    np.testing.assert_array_equal(ends, portrait.trajectories[:, -1])
+    assert list(zip(data.layer.values, data.unit.values, strict=True)) == list(portrait.coordinates)
     np.testing.assert_allclose(portrait.equilibria, [[0.24, 0.0], [-1.2, 0.0]], atol=1e-8)
     assert np.isnan(portrait.rates).all()
     assert portrait.stable.all()

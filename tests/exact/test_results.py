@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from pcdyn import Trajectory, equilibrium, simulate
-from pcdyn.equilibria.equilibrium import Equilibrium
-from pcdyn.errors import EquilibriumStatus, ShapeError
+import pcdyn
+from pcdyn import Status, Trajectory, equilibrium, learning, plotting, simulate
+from pcdyn.analysis.convergence_order import ConvergenceOrder
+from pcdyn.equilibria.equilibrium import Basin, Equilibrium
+from pcdyn.equilibria.multiple import Equilibria
+from pcdyn.errors import EquilibriumStatus, InputError
 from tests.networks import Case, build_case
 
 CASE = build_case(seed=3, widths=(3, 4, 2), activations=("tanh",), batch=3)
@@ -58,7 +64,108 @@ def test_what_it_prints_is_its_summary(found: Equilibrium) -> None:
         assert "3 samples" in result.summary()
 
 
-def test_several_networks_are_no_data_set(found: Equilibrium) -> None:
-    several = jax.tree.map(lambda x: np.stack([x, x]), found)
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_xarray()
+def test_statistics_are_one_value_from_the_integrator_to_the_table() -> None:
+    """Of three samples with steps of their own: sums and means, and NaN for what is not known."""
+    run = simulate(CASE.problem, t1=1.0, integrator="kvaerno3", per_sample=True)
+    statistics = run.statistics
+    assert statistics.accepted_steps is run.accepted_steps and run.accepted_steps.shape == (3,)
+    assert statistics.total().accepted_steps == sum(run.accepted_steps.tolist())
+    assert statistics.mean().accepted_steps == sum(run.accepted_steps.tolist()) / 3
+    assert statistics.total().vector_field_evaluations is None
+    assert np.isnan(statistics.mean().vector_field_evaluations)
+    assert statistics.mean().run_seconds == run.run_seconds > 0
+
+
+def test_a_status_prints_its_name() -> None:
+    assert f"{Status.REACHED_T1}, {EquilibriumStatus.SLIDING:>8}" == "REACHED_T1,  SLIDING"
+    assert str(Status(1)) == "CONVERGED" and int(Status.CONVERGED) == 1
+
+
+def test_where_the_flow_ends_is_told_in_counts(found: Equilibrium) -> None:
+    """Of a thousand samples, made by hand: 990 agree, 6 rest elsewhere, 4 do not rest."""
+    agrees, settled = np.arange(1000) < 990, np.arange(1000) < 996
+    basin = Basin(agrees, settled, np.linspace(0, 2, 1000), np.full(1000, 3.0), found)
+    assert not basin.ok and str(basin) == repr(basin) == basin.summary()
+    for words in ("in 990 of 1000 samples", "elsewhere in 6", "rest in 4", "at most 2"):
+        assert words in basin.summary()
+    assert dataclasses.replace(basin, agrees=np.ones(1000, bool)).ok
+
+
+def test_several_equilibria_print_draw_and_are_a_data_set(found: Equilibrium) -> None:
+    """Two made by hand, of which the lower is stable, from three starts, one of them lost."""
+    layers = tuple(np.array([x[0], -x[0]]) for x in found.activities)
+    ends = np.array([1, -1, 0])
+    both = Equilibria(layers, np.array([0.5, 0.75]), np.array([1.0, -2.0]), ends, found)
+    assert not both.ok and both.status == found.status
+    first, *rest = str(both).splitlines()
+    assert first == "2 equilibria, 1 of them stable, from 3 starts, 1 of which found none"
+    assert len(rest) == 2 and "eigenvalue -2, reached from 1" in rest[1]
+    data = both.to_xarray()
+    assert data.stable.values.tolist() == [True, False]
+    np.testing.assert_array_equal(data.basin_of, ends)
+    np.testing.assert_array_equal(data.activity_1, layers[1])
+    figure, ax = plt.subplots()
+    lines = both.plot(ax)
+    for line, values in zip(lines, layers[1], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    assert [line.get_markerfacecolor() == "none" for line in lines] == [False, True]
+    plt.close(figure)
+
+
+def test_an_order_prints_draws_and_is_a_data_set() -> None:
+    steps = np.array([0.5, 0.25, 0.125, 0.0625])
+    usable = np.array([False, True, True, True])
+    order = ConvergenceOrder(2.0, steps, steps**2, usable, 1e-9, "heun")
+    assert str(order) == repr(order) == order.summary()
+    assert order.summary().startswith("heun: order 2.00 from 3 steps 0.25 to 0.0625")
+    data = order.to_xarray()
+    np.testing.assert_array_equal(data.error[data.usable], steps[1:] ** 2)
+    figure, ax = plt.subplots()
+    every, used = order.plot(ax)
+    assert len(every.get_xdata()) == 4
+    np.testing.assert_array_equal(used.get_ydata(), steps[1:] ** 2)
+    plt.close(figure)
+
+
+def test_a_training_prints_and_draws_its_history() -> None:
+    """Three seeds, two epochs of two batches: quantiles of 1, 2, 3 are those of a straight line."""
+    loss = np.array([1.0, 2.0, 3.0])[:, None, None] * np.array([[4.0, 3.0], [2.0, 1.0]])
+    network = pcdyn.mlp([2, 2], activation="identity", key=jax.random.key(0))
+    done = learning.Training(network, {"loss": loss, "cosine": loss[..., None]}, {}, None, "bp")
+    assert str(done) == repr(done) == done.summary()
+    assert done.summary().splitlines() == [
+        "Training by bp: 3 seeds, 2 epochs of 2 batches",
+        "  loss 7 in the first epoch, 3 in the last",
+    ]
+    figure, ax = plt.subplots()
+    line, band = done.plot(ax)
+    np.testing.assert_array_equal(line.get_xdata(), [0.5, 1.0, 1.5, 2.0])
+    np.testing.assert_array_equal(line.get_ydata(), [8, 6, 4, 2])
+    corners = band.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose((corners.min(), corners.max()), (1.2, 11.2), rtol=1e-12)
+    with pytest.raises(InputError, match="metric"):
+        plotting.training(done, ax=ax, metric="cosine")
+    plt.close(figure)
+
+
+def test_several_networks_print_draw_and_are_a_data_set(found: Equilibrium) -> None:
+    """Made of one equilibrium times 1, 2, 3, and one that was not found."""
+    scaled = [
+        dataclasses.replace(found, activities=tuple(k * x for x in found.activities))
+        for k in (1.0, 2.0, 3.0, np.nan)
+    ]
+    several = jax.tree.map(lambda *x: np.stack(x), *scaled)
+    codes = np.full((4, 3), EquilibriumStatus.CONVERGED)
+    codes[3, 1] = EquilibriumStatus.STALLED
+    several = eqx.tree_at(lambda e: e.status_codes, several, codes)
+    assert several.networks == 4 and not several.ok
+    assert "Equilibrium of 4 networks" in str(several) and "11 CONVERGED, 1 STALLED" in str(several)
+    assert several.to_xarray().activity_1.dims == ("network", "sample", "unit_1")
+    figure, ax = plt.subplots()
+    at_rest, start = several.plot(ax, sample=2)
+    np.testing.assert_allclose(at_rest.get_ydata(), 2 * found.activities[1][2], rtol=1e-12)
+    np.testing.assert_array_equal(start.get_ydata(), np.asarray(found.start[0])[2])
+    ends = np.array([segment[:, 1] for segment in ax.collections[0].get_segments()])
+    quantiles = np.sort(np.outer(found.activities[1][2], [1.2, 2.8]))
+    np.testing.assert_allclose(ends, quantiles, rtol=1e-12)
+    plt.close(figure)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 import pcdyn
 from networks import EPS, build_case, jax_free_energy
@@ -128,6 +129,11 @@ def test_a_single_sample_has_no_sample_axis_and_vmap_gives_one_for_each_network(
     case = LINEAR.sample(0)
     one = stability(case.problem, at="feedforward")
     assert one.rates.shape == (3,) and one.to_xarray().rates.dims == ("rate",)
+    figure, ax = plt.subplots()
+    (line,) = one.plot(ax)
+    np.testing.assert_array_equal(line.get_ydata(), one.rates)
+    plt.close(figure)
+    assert str(one) == repr(one) == one.summary()
 
     def fastest(data):
         return stability(LINEAR.problem.with_data(*data), at="feedforward").largest_euler_step

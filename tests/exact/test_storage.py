@@ -1,4 +1,4 @@
-"""Trajectories survive xarray and NetCDF to the bit, and damaged files say what they are."""
+"""Results survive xarray and NetCDF to the bit, and damaged files say what they are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import xarray
 
-from pcdyn import Trajectory, simulate
-from pcdyn.errors import DataError, ShapeError, Status
-from pcdyn.integrators import Diffrax
+import pcdyn
+from pcdyn import Trajectory, learning, simulate
+from pcdyn.analysis.comparison.reference_solution import Errors
+from pcdyn.analysis.comparison.table import Run
+from pcdyn.errors import DataError, InputError, ShapeError, Status
+from pcdyn.integrators import Diffrax, Statistics
 from pcdyn.io import trajectories
 from tests.networks import build_case
 
@@ -107,17 +110,108 @@ def test_round_trips_are_exact(make: Any, tmp_path: Path) -> None:
     assert_same(trajectories.from_xarray(trajectory.to_xarray()), trajectory)
     path = tmp_path / "run.nc"
     trajectory.to_netcdf(path)
-    loaded = trajectories.load(path)
+    loaded = pcdyn.load(path)
     assert_same(loaded, trajectory)
     assert repr(loaded) == repr(trajectory)
     assert os.listdir(tmp_path) == ["run.nc"]
+
+
+SAMPLES = build_case(seed=3, widths=(2, 3, 2), activations=["tanh"], batch=3).problem
+
+
+@functools.cache
+def _equilibrium() -> pcdyn.Equilibrium:
+    return pcdyn.equilibrium(SAMPLES)
+
+
+def _sliding() -> pcdyn.Equilibrium:
+    """Of one sample, with a status, a tolerance and kinks of its own."""
+    found = jax.tree.map(lambda x: x[0] if np.ndim(x) and len(x) == 3 else x, _equilibrium())
+    case = build_case(seed=3, widths=(2, 3, 2), activations=["tanh"])
+    at_kink = (np.array([True, False, True]), np.array([False, True]))
+    found = dataclasses.replace(found, problem=case.problem, at_kink=at_kink, given_tolerance=0.1)
+    return dataclasses.replace(found, status_codes=np.array(pcdyn.EquilibriumStatus.SLIDING))
+
+
+def _turning() -> pcdyn.Stability:
+    """Complex rates, as of a flow that is none of inference."""
+    rates = np.array([[-0.5 - 2j, -0.5 + 2j, 3.0 + 0j], [0.1, 0.2, 0.3]])
+    shares = np.array([[0.25, 0.75], [0.5, 0.5]])
+    return pcdyn.Stability(
+        rates, shares, shares[::-1], np.array([False, True]), times=np.array([0.0, 0.1]),
+        units=3, free_layers=(0, 1), at="all times of a trajectory",
+    )  # fmt: skip
+
+
+def _comparison() -> pcdyn.Comparison:
+    """With what is not known, and an error that the reference cannot tell."""
+    errors = Errors(1e-3, 2e-3, 1 / 3, 4e-9, float("nan"))
+    statistics = Statistics(float("nan"), 0.0, 7.5, float("nan"), 0.25, 0.125)
+    run = Run(
+        integrator="tsit5", setting="rtol", value=1e-3, status=Status.MAX_STEPS, message="slow, ε",
+        below_reference=("energy_error",), statistics=statistics, **vars(errors),
+    )  # fmt: skip
+    other = dataclasses.replace(run, integrator="exact", setting="", value=float("nan"))
+    return pcdyn.Comparison(
+        rows=(run, other), reference="dopri8", second="radau", reference_error=errors,
+        displacement=0.7, energy_loss=0.1, t1=2.0, repeats=3,
+    )  # fmt: skip
+
+
+RESULTS = {
+    "problem": lambda: SAMPLES,
+    "equilibrium": _equilibrium,
+    "sliding equilibrium": _sliding,
+    "stability": lambda: pcdyn.stability(SAMPLES, at="feedforward"),
+    "turning stability": _turning,
+    "comparison": _comparison,
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_is_saved_is_loaded_as_the_same_kind(name: str, tmp_path: Path) -> None:
+    """Every array to the bit, and every name and number beside them."""
+    thing = RESULTS[name]()
+    pcdyn.save(thing, tmp_path / "thing.nc")
+    loaded = pcdyn.load(tmp_path / "thing.nc")
+    assert type(loaded) is type(thing) and repr(loaded) == repr(thing)
+    ours, structure = jax.tree.flatten(loaded)
+    theirs, expected = jax.tree.flatten(thing)
+    assert structure == expected
+    for one, other in zip(map(np.asarray, ours), map(np.asarray, theirs), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.tobytes() == other.tobytes()
+
+
+def test_what_cannot_be_made_again_says_how_to_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "training.nc"
+    network = pcdyn.mlp([2, 2], activation="identity", key=jax.random.key(0))
+    pcdyn.save(learning.Training(network, {"loss": np.ones((1, 2))}, {}, None, "bp"), path)
+    with xarray.open_dataset(path) as dataset:
+        assert dataset.loss.dims == ("epoch", "batch")
+    with pytest.raises(DataError, match=r"holds a Training, which .*xarray\.open_dataset"):
+        pcdyn.load(path)
+    with pytest.raises(InputError, match="no file format for Network: give a result"):
+        pcdyn.save(network, tmp_path / "network.nc")
+    assert os.listdir(tmp_path) == ["training.nc"]
+
+
+@pytest.mark.parametrize("name", ["equilibrium", "stability", "comparison"])
+def test_a_result_that_lacks_a_part_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "thing.nc"
+    pcdyn.save(RESULTS[name](), path)
+    with xarray.open_dataset(path, mask_and_scale=False) as dataset:
+        part = {"equilibrium": "start_1", "stability": "rates", "comparison": "l2_error"}[name]
+        dataset.load().drop_vars(part).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    with pytest.raises(DataError, match=rf"other\.nc: .*lacks '{part}'"):
+        pcdyn.load(tmp_path / "other.nc")
 
 
 def test_dense_output_is_not_stored(tmp_path: Path) -> None:
     trajectory = _trajectory(dense=True)
     trajectory.to_netcdf(tmp_path / "run.nc")
     assert trajectory.interpolation is not None
-    assert_same(trajectories.load(tmp_path / "run.nc"), trajectory)
+    assert_same(pcdyn.load(tmp_path / "run.nc"), trajectory)
 
 
 @pytest.mark.parametrize("engine", ["h5netcdf", None])
@@ -161,18 +255,47 @@ def test_results_per_sample_have_the_sample_dimension() -> None:
     assert dataset.accepted_steps.dims == ("sample",)
 
 
-def test_several_networks_are_refused(tmp_path: Path) -> None:
-    several = jax.tree.map(lambda x: np.stack([x, x]), _single())
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_xarray()
-    with pytest.raises(ShapeError, match="several networks"):
-        several.to_netcdf(tmp_path / "run.nc")
-    assert not os.listdir(tmp_path)
+def test_several_networks_go_to_a_file_and_back(tmp_path: Path) -> None:
+    """Along the dimension `network`, to the bit; of runs at other times there is no data set."""
+    one = dataclasses.replace(_batch(), statistics=Statistics(7, 0, 5, 2, 0.25, 0.125))
+    one = jax.tree.map(np.asarray, one)
+    other = eqx.tree_at(
+        lambda t: (t.activities, t.status_codes, t.statistics.run_seconds), one,
+        (tuple(2 * x for x in one.activities), np.array(Status.MAX_STEPS), np.array(0.5)),
+    )  # fmt: skip
+    runs = jax.tree.map(lambda *x: np.stack(x), one, other, one)
+    data = runs.to_xarray()
+    assert data.activity_1.dims == ("network", "time", "sample", "unit_1")
+    assert data.run_seconds.values.tolist() == [0.125, 0.5, 0.125]
+    pcdyn.save(runs, tmp_path / "runs.nc")
+    loaded = pcdyn.load(tmp_path / "runs.nc")
+    assert loaded.networks == 3
+    assert_same(loaded, runs)
+    later = eqx.tree_at(lambda t: t.times, runs, runs.times + np.arange(3.0)[:, None])
+    with pytest.raises(ShapeError, match="no data set in common"):
+        later.to_xarray()
+
+
+def test_equilibria_of_several_networks_go_to_a_file_with_their_problems(tmp_path: Path) -> None:
+    one = jax.tree.map(np.asarray, _equilibrium())
+    other = jax.tree.map(lambda x: 2 * x if x.dtype.kind in "fi" else ~x, one)
+    other = eqx.tree_at(
+        lambda e: (e.status_codes, e.problem.input), other, (one.status_codes, one.problem.input)
+    )
+    found = jax.tree.map(lambda *x: np.stack(x), one, other)
+    pcdyn.save(found, tmp_path / "found.nc")
+    with xarray.open_dataset(tmp_path / "found.nc") as dataset:
+        assert dataset.weight_1.dims == ("network", "unit_1", "unit_0")
+    loaded = pcdyn.load(tmp_path / "found.nc")
+    assert loaded.networks == 2 and jax.tree.structure(loaded) == jax.tree.structure(found)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(found), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.tobytes() == theirs.tobytes()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*absent\.nc: check the path"):
-        trajectories.load(tmp_path / "absent.nc")
+        pcdyn.load(tmp_path / "absent.nc")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9, 0.999])
@@ -182,14 +305,14 @@ def test_a_truncated_file_is_named(kept: float, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(DataError, match=r"run\.nc cannot be read .*truncated.*copy it again"):
-        trajectories.load(path)
+        pcdyn.load(path)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.nc"
     path.write_text("These are notes. " * 100)
     with pytest.raises(DataError, match=r"notes\.nc cannot be read as NetCDF"):
-        trajectories.load(path)
+        pcdyn.load(path)
 
 
 @pytest.mark.parametrize("missing", ["energy", "time", "free_layer", "activity_1", "message"])
@@ -202,7 +325,7 @@ def test_a_netcdf_file_of_something_else_is_named(missing: str, tmp_path: Path) 
     path = tmp_path / "other.nc"
     dataset.to_netcdf(path, engine="h5netcdf")
     with pytest.raises(DataError, match=r"other\.nc: .*not a trajectory of pcdyn"):
-        trajectories.load(path)
+        pcdyn.load(path)
     with pytest.raises(DataError, match="it lacks"):
         trajectories.from_xarray(dataset)
 
@@ -246,4 +369,4 @@ def test_an_earlier_file_is_replaced(tmp_path: Path) -> None:
     _batch().to_netcdf(tmp_path / "run.nc")
     trajectory = _single()
     trajectory.to_netcdf(str(tmp_path / "run.nc"))
-    assert_same(trajectories.load(str(tmp_path / "run.nc")), trajectory)
+    assert_same(pcdyn.load(str(tmp_path / "run.nc")), trajectory)

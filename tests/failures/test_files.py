@@ -150,9 +150,9 @@ _SAVING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from pcdyn.io import trajectories
+import pcdyn
 folder = Path(sys.argv[2])
-each = [trajectories.load(folder / name) for name in ("one.nc", "two.nc")]
+each = [pcdyn.load(folder / name) for name in ("one.nc", "two.nc")]
 print("ready", flush=True)
 while True:
     for one in each:
@@ -178,10 +178,10 @@ def test_saving_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path: Pa
         for _ in range(10):
             time.sleep(rng.uniform(0, 0.02))
             # What others read meanwhile is whole as well.
-            assert flatten(trajectories.load(tmp_path / "run.nc").activities) in expected
+            assert flatten(pcdyn.load(tmp_path / "run.nc").activities) in expected
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert flatten(trajectories.load(tmp_path / "run.nc").activities) in expected
+        assert flatten(pcdyn.load(tmp_path / "run.nc").activities) in expected
     both[0].to_netcdf(tmp_path / "run.nc")
     assert {path.name for path in tmp_path.iterdir()} == {"run.nc", "one.nc", "two.nc"}
 
@@ -247,7 +247,7 @@ def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
         bad[bit // 8] ^= 1 << bit % 8
         (tmp_path / "run.nc").write_bytes(bad)
         with pytest.raises(DataError, match="cannot be read as NetCDF"):
-            trajectories.load(tmp_path / "run.nc")
+            pcdyn.load(tmp_path / "run.nc")
 
 
 def test_other_programs_read_and_change_our_files(tmp_path: Path) -> None:
@@ -259,11 +259,11 @@ def test_other_programs_read_and_change_our_files(tmp_path: Path) -> None:
     with xarray.open_dataset(path) as dataset:
         dataset.load()
     dataset.to_netcdf(path)
-    assert flatten(trajectories.load(path).activities) == flatten(trajectory().activities)
+    assert flatten(pcdyn.load(path).activities) == flatten(trajectory().activities)
     trajectory().to_netcdf(path)
     with h5py.File(path, "r+") as file:
         file["energy"][0, 0] = 7.0
-    assert trajectories.load(path).energies[0, 0] == 7.0
+    assert pcdyn.load(path).energies[0, 0] == 7.0
 
 
 def test_axes_are_found_by_their_names(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_axes_are_found_by_their_names(tmp_path: Path) -> None:
 
 def _through_a_file(dataset: xarray.Dataset, folder: Path) -> pcdyn.Trajectory:
     netcdf.write_dataset(dataset, folder / "other.nc")
-    return trajectories.load(folder / "other.nc")
+    return pcdyn.load(folder / "other.nc")
 
 
 def test_a_transposed_problem_is_the_same_problem() -> None:
@@ -342,7 +342,7 @@ def test_what_no_trajectory_has_is_refused_by_name(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("value", [None, 3, [], "", "a\0b", b"run.nc", 1.5])
 @pytest.mark.unchecked
 def test_what_is_no_path_is_refused_by_name(value: Any) -> None:
-    for call in (trajectories.load, pcdyn.load_problem, trajectory().to_netcdf):
+    for call in (pcdyn.load, pcdyn.load_problem, trajectory().to_netcdf):
         with pytest.raises(DataError, match="path"):
             call(value)
     with pytest.raises(DataError, match=r"data set|Dataset"):
@@ -353,7 +353,7 @@ def test_what_is_no_path_is_refused_by_name(value: Any) -> None:
 def test_what_is_no_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     """A folder, devices (which as a superuser one could replace), names that are too long."""
     path = tmp_path / name
-    for call in (trajectories.load, pcdyn.load_problem, trajectory().to_netcdf):
+    for call in (pcdyn.load, pcdyn.load_problem, trajectory().to_netcdf):
         with pytest.raises(
             DataError, match=r"not a file|is a directory|too long|no file|folder|Is"
         ):
@@ -383,7 +383,7 @@ def test_float64_is_not_rounded_in_silence(tmp_path: Path) -> None:
             )
         assert pcdyn.load_problem(tmp_path / "exact.nc").dtype == np.float32
         # A trajectory is of NumPy arrays, which float64 stays in.
-        assert flatten(trajectories.load(tmp_path / "run.nc").final) == flatten(trajectory().final)
+        assert flatten(pcdyn.load(tmp_path / "run.nc").final) == flatten(trajectory().final)
     finally:
         jax.config.update("jax_enable_x64", True)
     assert pcdyn.load_problem(path, dtype=np.float32).dtype == np.float32

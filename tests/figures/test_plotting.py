@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pcdyn import Trajectory, plotting, simulate
-from pcdyn.errors import ShapeError
+from pcdyn.errors import ShapeError, Status
 from tests.networks import build_case
 
 TIME = "time (activity time constants)"
@@ -219,8 +221,36 @@ def test_a_figure_drawn_outside_the_style_keeps_it(single: Trajectory) -> None:
     assert {label.get_fontsize() for label in ax.get_xticklabels()} == {size}
 
 
+def test_several_networks_are_drawn_as_medians_in_bands(batch: Trajectory) -> None:
+    """Made of one run times 1 … 5, and a run that failed: quantiles of a straight line."""
+    scaled = [
+        dataclasses.replace(
+            batch, activities=tuple(k * x for x in batch.activities), energies=k * batch.energies
+        )
+        for k in (1.0, 2.0, 3.0, 4.0, 5.0, np.nan)
+    ]
+    codes = np.array([Status.REACHED_T1] * 5 + [Status.NON_FINITE])
+    several = jax.tree.map(lambda *x: np.stack(x), *scaled)
+    several = eqx.tree_at(lambda t: t.status_codes, several, codes)
+    lines = plotting.activities(several, layer=1, sample=2)
+    ax = _axes(lines[0])
+    for unit, (line, band) in enumerate(zip(lines, ax.collections, strict=True)):
+        values = batch.activities[1][:, 2, unit]
+        np.testing.assert_allclose(line.get_ydata(), 3 * values, rtol=1e-12)
+        edges = np.concatenate([1.4 * values, 4.6 * values])
+        drawn = band.get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose((drawn.min(), drawn.max()), (edges.min(), edges.max()))
+    _, _, free_energy = plotting.energies(several, sample=1)
+    np.testing.assert_allclose(free_energy.get_ydata(), 3 * batch.free_energy[:, 1], rtol=1e-12)
+    text = repr(several)
+    assert "6 networks" in text and "5 REACHED_T1, 1 NON_FINITE" in text
+    plt.close("all")
+
+
 def test_what_is_not_there_is_refused(single: Trajectory, batch: Trajectory) -> None:
     several = jax.tree.map(lambda x: np.stack([x, x]), single)
+    failed = eqx.tree_at(lambda t: t.status_codes, several, np.array([Status.MAX_STEPS] * 2))
+    shifted = eqx.tree_at(lambda t: t.times, several, several.times + np.array([[0.0], [1.0]]))
     for draw, message in (
         (lambda: plotting.activities(single, layer=4), "layer must be .* at most 3, got 4"),
         (lambda: plotting.activities(single, layer=-1), "layer must be .* got -1"),
@@ -228,8 +258,9 @@ def test_what_is_not_there_is_refused(single: Trajectory, batch: Trajectory) -> 
         (lambda: plotting.energies(batch, sample=3), "sample must be .* at most 2, got 3"),
         (lambda: plotting.activities(single, equilibrium=single.final[1:]), "got 3 layers"),
         (lambda: plotting.activities(single, equilibrium=single.final[::-1]), "has shape"),
-        (lambda: plotting.activities(several), "several networks"),
-        (lambda: plotting.energies(several), "several networks"),
+        (lambda: plotting.activities(failed), "ended with a failure"),
+        (lambda: plotting.energies(failed), "ended with a failure"),
+        (lambda: plotting.energies(shifted), "different times"),
         (lambda: plotting.distance(single.times, np.ones(3)), "got \\(3,\\)"),
         (lambda: plotting.mean_band(np.ones(3), np.ones((3, 4))), "do not match"),
     ):

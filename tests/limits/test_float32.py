@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from pcdyn.io.problems import save_problem
+from pcdyn.io.results import save_problem
 from tests import float32_user as user
 from tests.networks import FUNCTIONS, Case
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from pcdyn.errors import InputError, SimulationError
@@ -116,6 +117,10 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     records = json.loads(json.dumps(found.records()))
     assert [len(r["evidence"]) for r in records] == [2, 2]
     assert len(found.table().splitlines()) == 2 + 4 + 1
+    assert str(found) == found.summary() == found.table().splitlines()[-1]
+    figure, ax = plt.subplots()
+    assert len(found.plot(ax)) >= len(found.evidence)
+    plt.close(figure)
     data = found.to_xarray()
     assert data.measured.values.tolist() == [e.measured for e in found.evidence]
     assert found.ok

@@ -27,7 +27,7 @@ from pcdyn.cli import main
 from pcdyn.cli.network import build_problem, settings_of
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.errors import CheckpointError, DataError, InputError
-from pcdyn.io import datasets, trajectories
+from pcdyn.io import datasets
 from pcdyn.learning import Backpropagation, checkpoint, train
 
 Rng = np.random.Generator
@@ -87,7 +87,7 @@ def netcdf(rng: Rng, folder: Path) -> None:
     path = folder / "bad.nc"
     path.write_bytes(mutated(good, rng))
     with contextlib.suppress(DataError):
-        assert same(trajectories.load(path), run)
+        assert same(pcdyn.load(path), run)
     with contextlib.suppress(DataError):
         pcdyn.load_problem(path)
 

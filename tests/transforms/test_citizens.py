@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -178,15 +179,19 @@ def test_the_end_of_several_networks_is_that_of_each() -> None:
     one = jax.tree.map(lambda x: x[1], runs)
     assert all(np.array_equal(a[1], b) for a, b in zip(runs.final, one.final, strict=True))
     target = [None, np.zeros(4), None]
-    for use in (lambda: runs.status, lambda: runs(0.5), lambda: runs.plot(), runs.to_xarray,
-                lambda: runs.distance_to(target), lambda: runs.cosine_to(target)):  # fmt: skip
+    for use in (lambda: runs(0.5), lambda: runs.distance_to(target),
+                lambda: runs.cosine_to(target)):  # fmt: skip
         with pytest.raises(ShapeError, match="several networks"):
             use()
-    assert "several networks" in repr(runs) and runs.ok
+    assert f"{runs.networks} networks" in repr(runs) and runs.ok
+    assert runs.status == (Status.REACHED_T1,) * runs.networks
+    data = runs.to_xarray()
+    assert data.activity_1.dims[0] == "network"
+    assert np.array_equal(data.activity_1, runs.activities[1])
 
 
 @pytest.mark.unchecked
-def test_stacked_networks_are_refused_by_name() -> None:
+def test_stacked_networks_are_refused_by_name(tmp_path: Path) -> None:
     """The verbs take one network; that of a mapped result holds several."""
     found = thing("equilibrium, several networks")
     for use in (found.basin, lambda: pcdyn.equilibrium(found.problem),
@@ -194,12 +199,13 @@ def test_stacked_networks_are_refused_by_name() -> None:
                 lambda: found.problem.network.feedforward(X[0])):  # fmt: skip
         with pytest.raises(ShapeError, match="several networks"):
             use()
+    pcdyn.save(found, tmp_path / "found.nc")
+    again = pcdyn.load(tmp_path / "found.nc")
+    assert again.networks == 3 and np.array_equal(again.activities[1], found.activities[1])
     batches = eqx.filter_vmap(
         lambda x: pcdyn.equilibrium(pcdyn.InferenceProblem(network(), input=x, output=Y))
     )(jnp.stack([X, X + 1]))
-    assert batches.ok
-    with pytest.raises(ShapeError, match="several networks"):
-        _ = batches.status
+    assert batches.ok and batches.networks == 2 and len(batches.status) == 2 * len(X)
 
 
 def test_many_statuses_print_as_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def _checked_ladder(values: Any, name: str, error: type[InputError]) -> tuple[fl
 
 def _row(rung: Rung, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:
     errors = truth.errors(run)
-    jacobians = _count(run.jacobian_evaluations)
+    statistics = run.statistics.mean()
     return Run(
         integrator=rung.label,
         setting=rung.setting,
@@ -136,13 +137,7 @@ def _row(rung: Rung, run: Trajectory, truth: Reference, compiling: float, spent:
         energy_error=errors.energy_error,
         equilibrium_time=errors.equilibrium_time,
         below_reference=_below(errors, truth.uncertainty),
-        vector_field_evaluations=_count(run.vector_field_evaluations),
-        jacobian_evaluations=jacobians,
-        linear_solves=0.0 if jacobians == 0 else float("nan"),
-        accepted_steps=_count(run.accepted_steps),
-        rejected_steps=_count(run.rejected_steps),
-        compile_seconds=compiling,
-        run_seconds=spent,
+        statistics=dataclasses.replace(statistics, compile_seconds=compiling, run_seconds=spent),
     )
 
 
@@ -150,7 +145,3 @@ def _below(errors: Errors, uncertainty: Errors) -> tuple[str, ...]:
     return tuple(
         name for name in ERROR_METRICS if getattr(errors, name) < getattr(uncertainty, name)
     )
-
-
-def _count(count: Any) -> float:
-    return float("nan") if count is None else float(np.mean(count))

@@ -17,6 +17,7 @@ from pcdyn._support.checks import check_choice, check_instance, check_path, chec
 from pcdyn._support.files import write_atomically
 from pcdyn.analysis.comparison.reference_solution import Errors
 from pcdyn.errors import DataError, InputError, Status
+from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics, WithStatistics
 
 if TYPE_CHECKING:
     import xarray
@@ -25,25 +26,19 @@ ERROR_METRICS = ("final_error", "maximum_error", "l2_error", "energy_error")
 METRICS = (
     *ERROR_METRICS,
     "equilibrium_time",
-    "vector_field_evaluations",
-    "jacobian_evaluations",
     "linear_solves",
-    "accepted_steps",
-    "rejected_steps",
-    "compile_seconds",
-    "run_seconds",
+    *MEASURES,
 )
 UNITS = {
     **dict.fromkeys(ERROR_METRICS[:3], "displacement to the reference's end"),
     "energy_error": "energy that the reference loses",
     "equilibrium_time": "activity time constants",
-    "compile_seconds": "s",
-    "run_seconds": "s",
+    **{name: measure["units"] for name, measure in MEASURES.items()},
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Run:
+class Run(WithStatistics):
     """One row of a comparison: an integrator at one setting.
 
     - `integrator`; `setting`, "rtol", "dt" or empty, and `value`, its number (NaN if none).
@@ -51,12 +46,12 @@ class Run:
     - `final_error`, `maximum_error`, `l2_error`, `energy_error`, `equilibrium_time`: see
       `reference_solution.Errors`; NaN where the run did not reach t1.
     - `below_reference`: the errors that are smaller than what the reference can tell.
-    - `vector_field_evaluations`, `jacobian_evaluations`, `accepted_steps`, `rejected_steps`: of
-      the whole batch at once, the mean over samples with `per_sample=True`; NaN where the method
-      does not report them. `linear_solves` is 0 where no Jacobian was evaluated, NaN otherwise.
-    - `compile_seconds`: of all programs of this integrator, which its runs share; 0 if they were
-      compiled before. `run_seconds`: the median of the repeats, of a whole call of
-      `pcdyn.simulate` with what it derives at the saved times.
+    - `statistics`: the `pcdyn.integrators.Statistics`, whose names are attributes here as well.
+      Counts are of the whole batch at once, the mean over samples with `per_sample=True`; NaN where
+      the method does not report them. `compile_seconds` is of all programs of this integrator,
+      which its runs share; 0 if they were compiled before. `run_seconds` is the median of the
+      repeats, of a whole call of `pcdyn.simulate` with what it derives at the saved times.
+    - `linear_solves`: 0 where no Jacobian was evaluated, NaN otherwise.
     """
 
     integrator: str
@@ -70,19 +65,24 @@ class Run:
     energy_error: float
     equilibrium_time: float
     below_reference: tuple[str, ...]
-    vector_field_evaluations: float
-    jacobian_evaluations: float
-    linear_solves: float
-    accepted_steps: float
-    rejected_steps: float
-    compile_seconds: float
-    run_seconds: float
+    statistics: Statistics
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Run) and _content(self) == _content(other)
 
     def __hash__(self) -> int:
         return hash(_content(self))
+
+    @property
+    def linear_solves(self) -> float:
+        """0 where no Jacobian was evaluated, NaN otherwise."""
+        return 0.0 if self.jacobian_evaluations == 0 else math.nan
+
+    def record(self) -> dict[str, Any]:
+        """What it is, as names and values of plain types."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "statistics"]
+        record = {name: getattr(self, name) for name in dict.fromkeys((*names, *METRICS))}
+        return {**record, "status": self.status.name}
 
     @property
     def title(self) -> str:
@@ -147,10 +147,23 @@ class Comparison:
     def __hash__(self) -> int:
         return hash(_content(self))
 
-    def __str__(self) -> str:
+    @property
+    def ok(self) -> bool:
+        """Whether every run reached its end without a failure."""
+        return all(row.status.ok for row in self.rows)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The table of the runs."""
         return self.table()
 
-    __repr__ = __str__
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw one metric against another; see `pcdyn.plotting.work_precision`."""
+        import pcdyn
+
+        return pcdyn.plotting.work_precision(ax, self, **options)
 
     @property
     def integrators(self) -> tuple[str, ...]:
@@ -226,11 +239,7 @@ class Comparison:
             ("<" if metric in row.below_reference else "") + _number(self.told(row, metric), ".1e")
             for metric in ERROR_METRICS
         ]
-        counts = [
-            _number(getattr(row, name), ".0f")
-            for name in ("vector_field_evaluations", "jacobian_evaluations", "accepted_steps",
-                         "rejected_steps")
-        ]  # fmt: skip
+        counts = [_number(getattr(row, name), ".0f") for name in COUNTS]
         return (
             row.integrator,
             f"{row.setting} {row.value:g}" if row.setting else "",
@@ -258,7 +267,7 @@ class Comparison:
         variables["message"] = ("run", column("message"))
         coordinates = {name: ("run", column(name)) for name in ("integrator", "setting", "value")}
         coordinates["status"] = ("run", [row.status.name for row in self.rows])
-        notes = {f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS}
+        notes = {f"reference_{name}": error for name, error in vars(self.reference_error).items()}
         names = ("reference", "second", "displacement", "energy_loss", "t1", "repeats")
         attributes = {name: getattr(self, name) for name in names} | notes
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
@@ -276,15 +285,12 @@ class Comparison:
             "reference": self.reference,
             **{f"reference_{name}": getattr(self.reference_error, name) for name in ERROR_METRICS},
         }
-        names = [field.name for field in dataclasses.fields(Run)]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [*names, *reference])
+        records = [row.record() | reference for row in self.rows]
+        writer = csv.DictWriter(text, records[0])
         writer.writeheader()
-        for row in self.rows:
-            values = {name: getattr(row, name) for name in names} | reference
-            values["status"] = row.status.name
-            values["below_reference"] = " ".join(row.below_reference)
-            writer.writerow(values)
+        for record in records:
+            writer.writerow({**record, "below_reference": " ".join(record["below_reference"])})
         if path is not None:
             write_atomically(Path(path), text.getvalue().encode())
         return text.getvalue()

@@ -61,5 +61,6 @@ class FlowToRest(Solver):
             (Status.NON_FINITE, EquilibriumStatus.NON_FINITE),
         ):
             status = jnp.where(run.status == outcome, int(meaning), status)
-        passes = 0 if run.evaluations is None else 2 * run.evaluations
-        return Solution(run.end_state, status, run.accepted_steps, jnp.asarray(passes))
+        evaluations = run.statistics.vector_field_evaluations
+        passes = 0 if evaluations is None else 2 * evaluations
+        return Solution(run.end_state, status, run.statistics.accepted_steps, jnp.asarray(passes))

@@ -1,0 +1,49 @@
+"""Results of several networks: a data set of each, along the dimension `network`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from pcdyn.errors import ShapeError
+
+if TYPE_CHECKING:
+    import xarray
+
+NETWORK = "network"
+# Attributes of one network's data set that may differ between networks.
+_SECONDS = ("compile_seconds", "run_seconds")
+
+
+def stacked_dataset(result: Any, to_xarray: Callable[[Any], xarray.Dataset]) -> xarray.Dataset:
+    """One data set of a result of several networks; raises `ShapeError` if their times differ."""
+    import xarray
+
+    each: list[xarray.Dataset] = []
+    for i in range(result.networks):
+        # Seconds that nothing has measured are one number for all.
+        one = to_xarray(jax.tree.map(lambda x, i=i: np.asarray(x)[i] if np.ndim(x) else x, result))
+        each.append(one.assign({name: one.attrs.pop(name) for name in _SECONDS}))
+    # xarray would fill what one lacks with NaN.
+    if any(set(one.variables) != set(each[0].variables) for one in each):
+        raise ShapeError("the networks have no data set in common: not all hold the same")
+    try:
+        return xarray.concat(
+            each, NETWORK, data_vars="all", coords="minimal", compat="override", join="exact",
+            combine_attrs="override",
+        )  # fmt: skip
+    except ValueError as error:
+        raise ShapeError(f"the networks have no data set in common ({error})") from error
+
+
+def unstacked_result(dataset: xarray.Dataset, from_xarray: Callable[[Any], Any]) -> Any:
+    """The result of several networks from their data set."""
+    each = []
+    for i in range(dataset.sizes[NETWORK]):
+        one = dataset.isel({NETWORK: i})
+        seconds = {name: float(one[name]) for name in _SECONDS if name in one}
+        each.append(from_xarray(one.drop_vars(seconds).assign_attrs(seconds)))
+    return jax.tree.map(lambda *x: np.stack(x), *each)

@@ -1,0 +1,95 @@
+"""Axes in, artists out: several equilibria, orders of convergence, and training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from pcdyn._support.checks import check_choice, check_instance
+from pcdyn.analysis.convergence_order import ConvergenceOrder
+from pcdyn.equilibria.multiple import Equilibria
+from pcdyn.plotting.curves import checked_axes
+
+if TYPE_CHECKING:
+    from pcdyn.learning.train import Training
+
+# Of the seeds of a training: four fifths of them are within.
+_BAND = (0.1, 0.9)
+
+
+def equilibria(found: Equilibria, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw the activity of each unit at each equilibrium: filled where stable, open elsewhere.
+
+    The units of the free layers stand side by side in their order. Returns a line for each
+    equilibrium, in the order of the free energy.
+    """
+    check_instance(found, "found", Equilibria, "what pcdyn.multiple_equilibria returns")
+    ax = checked_axes(ax)
+    free = [found.activities[l] for l in found.searches.problem.free_layers]
+    lines = []
+    for i, energy in enumerate(found.free_energy):
+        values = np.concatenate([x[i] for x in free])
+        fill = None if found.stable[i] else "none"
+        label = f"F = {energy:.4g}"
+        lines += ax.plot(values, "o-", markerfacecolor=fill, linewidth=0.8, label=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("unit of the free layers (open: not stable)")
+    ax.set_ylabel("activity at equilibrium")
+    if lines:
+        ax.legend()
+    return lines
+
+
+def convergence_order(found: ConvergenceOrder, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw the error against the step: filled where the order is measured, open elsewhere.
+
+    A dotted line is the floor of round-off and reference. Returns the line of all steps and that of
+    the usable ones.
+    """
+    check_instance(found, "found", ConvergenceOrder, "what pcdyn.convergence_order returns")
+    ax = checked_axes(ax)
+    lines = ax.plot(found.steps, found.errors, "o", markerfacecolor="none")
+    lines += ax.plot(
+        found.steps[found.usable], found.errors[found.usable], "o-", color=lines[0].get_color(),
+        label=f"{found.integrator}: order {found.order:.2f}",
+    )  # fmt: skip
+    ax.axhline(found.floor, color="0.5", linestyle=":", linewidth=1)
+    ax.set(xscale="log", yscale="log", ylabel="error at the end")
+    ax.set_xlabel("step (activity time constants)")
+    ax.legend()
+    return lines
+
+
+def training(found: Training, *, ax: Axes | None = None, metric: str = "loss") -> list[Artist]:
+    """Draw a record of each batch against the epoch; of several seeds the median and a band.
+
+    Arguments: `metric`, a name of the `history` that has one number for each batch. The band is
+    from the 10 % to the 90 % quantile of the seeds. Returns the line, and the band if there is one.
+    """
+    # Optax is imported by those who train.
+    from pcdyn.learning.train import Training
+
+    check_instance(found, "found", Training, "what pcdyn.learning.train returns")
+    loss = found.history["loss"]
+    names = [name for name, values in found.history.items() if values.ndim == loss.ndim]
+    check_choice(metric, "metric", names)
+    ax = checked_axes(ax)
+    epochs, batches = loss.shape[-2:]
+    time = np.arange(1, epochs * batches + 1) / batches
+    values = np.asarray(found.history[metric]).reshape(-1, epochs * batches)
+    (line,) = ax.plot(time, np.median(values, axis=0), label=found.rule)
+    artists: list[Artist] = [line]
+    if len(values) > 1:
+        low, high = np.quantile(values, _BAND, axis=0)
+        artists.append(
+            ax.fill_between(time, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+        )
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(metric.replace("_", " "))
+    ax.legend()
+    return artists
