@@ -108,7 +108,17 @@ def _failed(kind: Any, codes: Any) -> Any:
     return functools.reduce(operator.and_, (codes != int(s) for s in kind if s.ok))
 
 
-class Status(enum.IntEnum):
+class _Outcome(enum.IntEnum):
+    """Integers that print as their names."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
+
+class Status(_Outcome):
     """How a simulation ended; `explanation` gives cause and remedy.
 
     The integer values are what `pcdyn.Trajectory.status_codes` holds under `jax.vmap` and in files.
@@ -122,12 +132,6 @@ class Status(enum.IntEnum):
     UNSTABLE_STEP = 5
     SOLVER_FAILED = 6
     TIME_LIMIT = 7
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __format__(self, spec: str) -> str:
-        return format(self.name, spec)
 
     @property
     def ok(self) -> bool:
@@ -200,7 +204,7 @@ def status_counts(statuses: Any) -> str:
     return ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(each).items()))
 
 
-class EquilibriumStatus(enum.IntEnum):
+class EquilibriumStatus(_Outcome):
     """How the search for an equilibrium ended; `explanation` gives cause and remedy."""
 
     CONVERGED = 0
@@ -208,12 +212,6 @@ class EquilibriumStatus(enum.IntEnum):
     ITERATION_LIMIT = 2
     STALLED = 3
     NON_FINITE = 4
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __format__(self, spec: str) -> str:
-        return format(self.name, spec)
 
     @property
     def ok(self) -> bool:

@@ -92,8 +92,8 @@ MISTAKES = (
     Mistake(
         "energy: the precision of the layer below",
         "pcdyn/model/problem.py",
-        "return self.energy[index - 1].value(error, self._target_of(index))",
-        "return self.energy[max(index - 2, 0)].value(error, self._target_of(index))",
+        "return self.energy[index - 1].value(error, self.target_of(index))",
+        "return self.energy[max(index - 2, 0)].value(error, self.target_of(index))",
         ("tests/exact/test_energy.py::test_free_energy_is_the_sum_of_layers",),
     ),
     Mistake(
@@ -844,8 +844,8 @@ MISTAKES = (
     Mistake(
         "plotting: the band begins at the mean",
         "pcdyn/plotting/curves.py",
-        "x, mean - deviation, mean + deviation,",
-        "x, mean, mean + deviation,",
+        "line, mean - deviation, mean + deviation)",
+        "line, mean, mean + deviation)",
         ("tests/figures/test_plotting.py::test_mean_band",),
     ),
     Mistake(

@@ -150,5 +150,5 @@ EXPERIMENT = Experiment(
         "batch": 8, "mnist": False, "depths": (2,), "widths": (8,), "width": 16,
         "deep": ((4, "orthogonal"),), "solvers": ("Gauss–Newton", "Euler"), "seconds": 0.05,
     },
-    run, check, plot, timed=True,
+    run, check, plot,
 )  # fmt: skip

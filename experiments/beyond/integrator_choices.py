@@ -228,5 +228,5 @@ EXPERIMENT = Experiment(
         "width": 4, "batch": 4, "digits": False, "t1": 5.0, "saves": 6, "tolerances": (1e-3, 1e-5),
         "coarse": (1e-3,), "repeats": 1,
     },
-    run, check, plot, timed=True,
+    run, check, plot,
 )  # fmt: skip

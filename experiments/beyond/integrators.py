@@ -357,5 +357,5 @@ EXPERIMENT = Experiment(
         "integrators": ("euler", "tsit5"), "tolerances": (1e-4, 1e-7), "shares": (0.3, 0.03),
         "errors": (1e-2, 1e-3), "orders": ("heun",),
     },
-    run, check, plot, page=page, timed=True,
+    run, check, plot, page=page,
 )  # fmt: skip

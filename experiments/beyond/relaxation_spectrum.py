@@ -77,8 +77,8 @@ def run(config: Config) -> xarray.Dataset:
     wide_rates = wide_layer(config)
     counts = np.histogram(wide_rates, wide_edges)[0] / wide_rates.size
     evidence = (
-        *condition_numbers(depths=config.depths, networks=config.networks),
-        *marchenko_pastur_edges(width=config.wide, networks=config.wide_networks),
+        *condition_numbers(depths=config.depths, networks=config.networks, seed=config.seed),
+        *marchenko_pastur_edges(width=config.wide, networks=config.wide_networks, seed=config.seed),
     )
     return xarray.Dataset(
         {

@@ -87,7 +87,7 @@ def run(config: Config) -> xarray.Dataset:
             "high": (("ratio", "hidden"), [_far(x[1:-1], targets[1:]) for x, _ in high]),
             "fixed_gradient": rule_distance(problem, fixed, bp.weight_gradient),
             "first_gradient": rule_distance(problem, first, bp.weight_gradient),
-            "cosines": (("reference", "layer"), neither(problem, high[0], bp, targets)),
+            "cosines": (("reference", "layer"), neither(high[0], bp, targets)),
         },
         coords={"box": list(BOXES), "odds": odds, "ratio": ratios, "time": times,
                 "early": early_times, "free_time": free_times, "reference": ["BP", "TP"]},
@@ -183,7 +183,7 @@ def rule_distance(problem: pcdyn.InferenceProblem, rule: learning.Rule, gradient
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def neither(problem: pcdyn.InferenceProblem, rest: Any, bp: Any, targets: Any) -> np.ndarray:
+def neither(rest: Any, bp: Any, targets: Any) -> np.ndarray:
     """Cosines of the prediction errors at unit precisions to BP's deltas and TP's errors."""
     local = [t - x for t, x in zip(targets[1:], bp.activities[1:], strict=True)]
     return np.stack([cosine(np.stack(rest[1]), np.stack(each)) for each in (bp.deltas, local)])

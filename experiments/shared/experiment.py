@@ -41,7 +41,6 @@ class Experiment(Generic[Config]):
     - `check`, `plot`: the claims and the picture, in the style of all, of these data alone.
     - `summary`: the text of the index in place of the table of claims.
     - `page`: a page of its own, given the folder it will be in.
-    - `timed`: whether the data hold measured seconds, which no two runs share.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Experiment(Generic[Config]):
     plot: Callable[[xarray.Dataset], Figure]
     summary: Callable[[xarray.Dataset], str] | None = None
     page: Callable[[xarray.Dataset, Path], str] | None = None
-    timed: bool = False
 
     def __post_init__(self) -> None:
         chosen = list(self.presets.values())

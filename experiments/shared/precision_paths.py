@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import pcdyn
+from pcdyn._support.states import largest_norm
 
 # Of ‖∂F/∂x_l‖ at each equilibrium.
 TOLERANCE = 1e-7
@@ -45,5 +46,4 @@ def followed_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
 
 def largest_slope(problem: pcdyn.InferenceProblem, activities: Any) -> Any:
     """The largest ‖∂F/∂x_l‖."""
-    slope = problem.gradient(problem.state_of(activities))
-    return jnp.max(jnp.stack([jnp.linalg.norm(g) for g in slope]))
+    return largest_norm(problem.gradient(problem.state_of(activities)))

@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.checks import Numbers, check_instance, is_traced
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
@@ -23,7 +22,13 @@ from pcdyn.errors import (
 )
 from pcdyn.integrators.run import on_host
 from pcdyn.integrators.stability_function import stability_interval
-from pcdyn.linearisation.spectrum import MOST_DENSE_UNITS, Spectrum, extreme_spectrum, full_spectrum
+from pcdyn.linearisation.spectrum import (
+    MOST_DENSE_UNITS,
+    Spectrum,
+    extreme_spectrum,
+    flow_spectrum,
+    full_spectrum,
+)
 from pcdyn.model.flow import Flow, State, check_contract, check_flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
@@ -365,7 +370,7 @@ def _of_flow(flow: Flow, at: Any) -> Stability:
 
 
 def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
-    """The rates at several times and states, by dense eigendecompositions on the host."""
+    """`Stability` of any flow at several times and states."""
     name, units = type(flow).__name__, sum(x[0].size for x in states)
     if is_traced(flow, states):
         raise InputError(f"the rates of a {name} come from the host, which JAX cannot transform")
@@ -374,33 +379,14 @@ def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
         raise InputError(
             f"the {name} moves {units} units, but all rates are known only up to {MOST_DENSE_UNITS}"
         )
-    matrices = np.asarray(_jacobians(flow, np.asarray(times, flow.dtype), states))
-    if not np.isfinite(matrices).all():
-        raise SpectrumError(f"the Jacobian of the {name} at {where} is not finite")
-    rates: Any
-    rates, modes = np.linalg.eig(-matrices)
-    order = np.lexsort((rates.imag, rates.real), axis=-1)
-    rates = np.take_along_axis(rates, order, -1).astype(np.result_type(matrices, np.complex64))
-    squares = np.abs(np.take_along_axis(modes, order[:, None], -1)) ** 2
-    sizes = [x[0].size for x in states]
-    parts = np.split(squares, np.cumsum(sizes)[:-1], axis=1)
-    shares = np.stack([part.sum(axis=1) for part in parts], axis=-1) / squares.sum(1)[..., None]
+    try:
+        found = flow_spectrum(flow, np.asarray(times, flow.dtype), states)
+    except SpectrumError as error:
+        raise SpectrumError(f"{error}, at {where}") from error
     return Stability(
-        rates, shares[:, 0], shares[:, -1], np.zeros(len(rates), bool), units=units,
-        free_layers=tuple(range(len(states))), at=where,
+        found.rates, found.slowest_mode, found.fastest_mode, np.zeros(len(found.rates), bool),
+        units=units, free_layers=tuple(range(len(states))), at=where,
     )  # fmt: skip
-
-
-@eqx.filter_jit
-def _jacobians(flow: Flow, times: Any, states: State) -> Any:
-    """∂(dx/dt)/∂x at several times and states, as matrices."""
-    prepared = flow.prepared()
-
-    def one(t: Any, state: State) -> Any:
-        vector, unravel = ravel_pytree(state)
-        return jax.jacfwd(lambda x: ravel_pytree(prepared.vector_field(t, unravel(x)))[0])(vector)
-
-    return jax.vmap(one)(times, states)
 
 
 def _states(problem: Flow, trajectory: Trajectory, activities: Any) -> State:

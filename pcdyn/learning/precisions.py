@@ -1,4 +1,4 @@
-"""BatchGradient precisions: gradient flow of the variational free energy on Π, which stays SPD."""
+"""Learned precisions: gradient flow of the variational free energy on Π, which stays SPD."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from pcdyn.learning.epoch import (
     run_epoch,
     share_right,
 )
-from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, energies_of
+from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, one_per_prediction
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import feedforward
@@ -175,7 +175,7 @@ def train(
         epochs, batch_size, checkpoint_every, len(data[0])
     )
     check_choice(reduction, "reduction", ("sum", "mean"))
-    energy = energies_of(energy, network.depth)
+    energy = one_per_prediction(energy, network.depth)
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)

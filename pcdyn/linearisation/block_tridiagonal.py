@@ -79,9 +79,9 @@ class BlockCholesky(eqx.Module):
             partial.append(jsl.solve_triangular(factor, columns, lower=True))
         solution: list[Array] = []
         for i, factor in reversed(list(enumerate(self.factors))):
-            columns = (
-                partial[i] - matmul(self.couplings[i], solution[0]) if solution else partial[i]
-            )
+            columns = partial[i]
+            if solution:
+                columns = columns - matmul(self.couplings[i], solution[0])
             solution.insert(0, jsl.solve_triangular(factor, columns, lower=True, trans="T"))
         return tuple(x.T.reshape(r.shape) for x, r in zip(solution, rhs, strict=True))
 

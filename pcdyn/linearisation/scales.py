@@ -31,11 +31,9 @@ def smallest_precision(problem: Flow) -> Any:
             for run in problem.runs
         ]
     elif isinstance(problem, InferenceProblem):
-        depth, widths = problem.network.depth, problem.network.widths
-        targets = [*[None] * (depth - 1), problem.output]
         each = [
-            _smallest(energy, width, target, problem.dtype)
-            for energy, width, target in zip(problem.energy, widths[1:], targets, strict=True)
+            _smallest(energy, problem.network.widths[i], problem.target_of(i), problem.dtype)
+            for i, energy in enumerate(problem.energy, start=1)
         ]
     else:
         return jnp.asarray(jnp.inf, problem.dtype)

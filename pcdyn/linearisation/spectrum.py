@@ -1,4 +1,4 @@
-"""Decay rates and modes of an inference flow around a state, from the Hessian of F.
+"""Decay rates and modes of a flow around a state, of inference from the Hessian of F.
 
 `τ dx/dt = −∂F/∂x` has the Jacobian −τ⁻¹H with H = ∂²F/∂x² symmetric. It is similar to the
 symmetric −τ^{-½} H τ^{-½}, so that its eigenvalues are real: the rates here are those of the
@@ -14,13 +14,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.states import dot, scale
 from pcdyn.errors import SpectrumError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.relaxation import symmetric_modes
-from pcdyn.model.problem import InferenceFlow, InferenceProblem, State
+from pcdyn.model.flow import Flow, State
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 # Above so many units, full eigendecompositions take seconds for each sample.
 MOST_DENSE_UNITS = 600
@@ -86,6 +88,39 @@ def _shares(problem: InferenceProblem, mode: Any) -> Any:
         [xp.sum((part / root) ** 2) for part, root in zip(parts, _roots(problem), strict=True)]
     )
     return squares / xp.sum(squares)
+
+
+def flow_spectrum(flow: Flow, times: Any, states: State) -> Spectrum:
+    """All rates of any flow at several times and states, complex numbers, in NumPy arrays.
+
+    By dense eigendecompositions of its Jacobian on the host, in ascending order of the real parts;
+    modes have a share for each array of the state. Raises `SpectrumError` for a Jacobian that is
+    not finite.
+    """
+    matrices = np.asarray(_jacobians(flow, times, states))
+    if not np.isfinite(matrices).all():
+        raise SpectrumError(f"the Jacobian of the {type(flow).__name__} is not finite")
+    rates: Any
+    rates, modes = np.linalg.eig(-matrices)
+    order = np.lexsort((rates.imag, rates.real), axis=-1)
+    rates = np.take_along_axis(rates, order, -1).astype(np.result_type(matrices, np.complex64))
+    squares = np.abs(np.take_along_axis(modes, order[:, None], -1)) ** 2
+    ends = np.cumsum([x[0].size for x in states])[:-1]
+    parts = [part.sum(axis=1) for part in np.split(squares, ends, axis=1)]
+    shares = np.stack(parts, axis=-1) / squares.sum(1)[..., None]
+    return Spectrum(rates, shares[:, 0], shares[:, -1])
+
+
+@eqx.filter_jit
+def _jacobians(flow: Flow, times: Any, states: State) -> Any:
+    """∂(dx/dt)/∂x at several times and states, as matrices."""
+    prepared = flow.prepared()
+
+    def one(t: Any, state: State) -> Any:
+        vector, unravel = ravel_pytree(state)
+        return jax.jacfwd(lambda x: ravel_pytree(prepared.vector_field(t, unravel(x)))[0])(vector)
+
+    return jax.vmap(one)(times, states)
 
 
 def extreme_spectrum(problem: InferenceProblem, state: State) -> Spectrum:

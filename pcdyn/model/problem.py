@@ -28,7 +28,7 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.model.energies.energy import Energy, energies_of, in_dtype, naming_layer
+from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.flow import Flow, State
 from pcdyn.model.network import Activities, Network
@@ -125,11 +125,10 @@ class InferenceProblem(InferenceFlow):
         self.output = _clamped_layer(output, "output", network.widths[-1], network.dtype)
         if self.input is not None and self.output is not None:
             _check_same_batch(self.input, self.output)
-        self.energy = in_dtype(energies_of(energy, network.depth), network.dtype)
-        targets = [*[None] * (network.depth - 1), self.output]
-        for index, (each, target) in enumerate(zip(self.energy, targets, strict=True), start=1):
+        self.energy = in_dtype(one_per_prediction(energy, network.depth), network.dtype)
+        for index, each in enumerate(self.energy, start=1):
             with naming_layer(index):
-                each.check(network.widths[index], target)
+                each.check(network.widths[index], self.target_of(index))
         self.time_constants = _checked_time_constants(time_constants, network)
         self.first_prediction = None
         if not self.free_layers:
@@ -227,18 +226,18 @@ class InferenceProblem(InferenceFlow):
 
     def layer_energy(self, index: int, error: Array) -> Array:
         """E_l of layer l = `index` for its prediction error, per sample."""
-        return self.energy[index - 1].value(error, self._target_of(index))
+        return self.energy[index - 1].value(error, self.target_of(index))
 
     def weighted_error(self, index: int, error: Array) -> Array:
         """∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
-        return self.energy[index - 1].gradient(error, self._target_of(index))
+        return self.energy[index - 1].gradient(error, self.target_of(index))
 
     def curvature(self, index: int, error: Array) -> Precision | None:
         """The precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
 
         Π_l where the energy is Gaussian, `None` where it is not known.
         """
-        return self.energy[index - 1].curvature(error, self._target_of(index))
+        return self.energy[index - 1].curvature(error, self.target_of(index))
 
     def output_error(self, prediction: Array) -> Array:
         """Subtract a prediction from the target, T − μ_L; `InputError` if the output is free."""
@@ -246,7 +245,8 @@ class InferenceProblem(InferenceFlow):
             raise InputError("there is no output error: this problem's output is free")
         return self.output - prediction
 
-    def _target_of(self, index: int) -> Array | None:
+    def target_of(self, index: int) -> Array | None:
+        """What layer l = `index` is compared with as a target: the clamped output, or `None`."""
         return self.output if index == self.network.depth else None
 
     def free_energy(self, state: State) -> Float[Array, "*batch"]:

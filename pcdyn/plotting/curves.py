@@ -38,6 +38,8 @@ TIME_LABEL = "time (activity time constants)"
 _LARGEST_LEGEND = 8
 _MARKERS = ("o", "s", "^", "D")
 _DASHES = ("-", "--", "-.", ":")
+# Of several networks or seeds: the lower end of the band, the median, and the upper end.
+QUANTILES = (0.1, 0.5, 0.9)
 
 
 def activities(
@@ -99,7 +101,7 @@ def activities(
         lines += drawn
         if trajectory.networks is not None:
             for line, low, high in zip(drawn, bands[index][0].T, bands[index][2].T, strict=True):
-                _fill(ax, line, low, high)
+                fill_band(ax, line, low, high)
         dashed += [
             ax.axhline(level, color=line.get_color(), linestyle="--", linewidth=1)
             for line, level in zip(drawn, rest.get(index, ()), strict=False)
@@ -169,7 +171,7 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
     for label, (low, middle, high) in zip(shown, bands, strict=True):
         lines += ax.plot(times, middle, label=label)
         if trajectory.networks is not None:
-            _fill(ax, lines[-1], low, high)
+            fill_band(ax, lines[-1], low, high)
     ax.set_xlabel(TIME_LABEL)
     ax.set_ylabel("energy")
     ax.legend()
@@ -314,12 +316,16 @@ def mean_band(
     mean, deviation = values.mean(axis=axis), values.std(axis=axis)
     ax = checked_axes(ax)
     (line,) = ax.plot(x, mean, label=label, color=color)
-    band = ax.fill_between(
-        x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25, linewidth=0
-    )
+    band = fill_band(ax, line, mean - deviation, mean + deviation)
     if label is not None:
         ax.legend()
     return [line, band]
+
+
+def fill_band(ax: Axes, line: Line2D, low: Any, high: Any) -> Artist:
+    """Draw the band of a line, in its colour."""
+    x: Any = line.get_xdata()
+    return ax.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
 
 
 def checked_axes(ax: Axes | None) -> Axes:
@@ -362,11 +368,7 @@ def _bands(result: Any, values: Any, sample: int, *, axis: int, dimensions: int)
     if not ok.any():
         raise ShapeError("there is nothing to draw: each of these networks ended with a failure")
     each = _of_sample(values, sample, axis=axis + 1, dimensions=dimensions + 1)
-    return np.quantile(each[ok], (0.1, 0.5, 0.9), axis=0)
-
-
-def _fill(ax: Axes, line: Line2D, low: Any, high: Any) -> None:
-    ax.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+    return np.quantile(each[ok], QUANTILES, axis=0)
 
 
 def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:

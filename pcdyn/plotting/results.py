@@ -13,13 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from pcdyn._support.checks import check_choice, check_instance
 from pcdyn.analysis.convergence_order import ConvergenceOrder
 from pcdyn.equilibria.multiple import Equilibria
-from pcdyn.plotting.curves import checked_axes
+from pcdyn.plotting.curves import QUANTILES, checked_axes, fill_band
 
 if TYPE_CHECKING:
     from pcdyn.learning.train import Training
-
-# Of the seeds of a training: four fifths of them are within.
-_BAND = (0.1, 0.9)
 
 
 def equilibria(found: Equilibria, *, ax: Axes | None = None) -> list[Line2D]:
@@ -82,13 +79,11 @@ def training(found: Training, *, ax: Axes | None = None, metric: str = "loss") -
     epochs, batches = loss.shape[-2:]
     time = np.arange(1, epochs * batches + 1) / batches
     values = np.asarray(found.history[metric]).reshape(-1, epochs * batches)
-    (line,) = ax.plot(time, np.median(values, axis=0), label=found.rule)
+    low, middle, high = np.quantile(values, QUANTILES, axis=0)
+    (line,) = ax.plot(time, middle, label=found.rule)
     artists: list[Artist] = [line]
     if len(values) > 1:
-        low, high = np.quantile(values, _BAND, axis=0)
-        artists.append(
-            ax.fill_between(time, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-        )
+        artists.append(fill_band(ax, line, low, high))
     ax.set_xlabel("epoch")
     ax.set_ylabel(metric.replace("_", " "))
     ax.legend()

@@ -69,7 +69,7 @@ class OutputErrorFlow(eqx.Module):
 
     def loss(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
-        return 0.5 * jnp.sum((matmul(self.whitened(t), self._start(error))) ** 2)
+        return 0.5 * jnp.sum(matmul(self.whitened(t), self._start(error)) ** 2)
 
     def loss_rate(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """dℒ/dt; the energy gradient bound of A.6.3 says that it is negative."""

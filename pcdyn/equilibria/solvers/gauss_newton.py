@@ -209,13 +209,13 @@ def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int 
     known = set()
     for index in layers:
         energy, width = problem.energy[index - 1], problem.network.widths[index]
-        output = problem.output if index == problem.network.depth else None
-        kind = (jax.tree.structure(energy), width, output is None)
+        target = problem.target_of(index)
+        kind = (jax.tree.structure(energy), width, target is None)
         if energy.quadratic_form is not None or kind in known:
             continue
         # Of one sample.
         error = jnp.zeros(width, problem.dtype)
-        target = None if output is None else jnp.atleast_2d(output)[0]
+        target = None if target is None else jnp.atleast_2d(target)[0]
         found = eqx.filter_eval_shape(energy.curvature, error, target)
         if found is None:
             return index

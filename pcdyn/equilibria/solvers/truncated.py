@@ -116,7 +116,7 @@ class TruncatedGaussNewton(eqx.Module):
         for products in self.products:
             errors = _stepped(chain, errors, products, preconditioner)
         point, iterations = self._more_steps(
-            chain, preconditioner, _look(chain, errors), jnp.asarray(len(self.products))
+            chain, preconditioner, _evaluated(chain, errors), jnp.asarray(len(self.products))
         )
         left = self._left(problem, chain, point)
         point, _ = _while(
@@ -135,7 +135,7 @@ class TruncatedGaussNewton(eqx.Module):
         def body(constant: Any, carry: Any) -> Any:
             (chain, preconditioner), (point, iterations) = constant, carry
             products = _MORE_PRODUCTS if preconditioner is None else _MORE_PRECONDITIONED
-            new = _look(chain, _stepped(chain, point.errors, products, preconditioner))
+            new = _evaluated(chain, _stepped(chain, point.errors, products, preconditioner))
             return _chosen(new.energy <= point.energy, new, point), iterations + 1
 
         def far(carry: Any) -> Any:
@@ -168,7 +168,7 @@ class TruncatedGaussNewton(eqx.Module):
         size = jnp.sqrt(jnp.maximum(dot(start, chain.weighted(start)), 0))
         goal = jnp.where(left, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
         solved = solver.solve(problem, chain.unstack(hidden), goal)
-        return _chosen(left, _look(chain, chain.errors(solved.state)), point)
+        return _chosen(left, _evaluated(chain, chain.errors(solved.state)), point)
 
 
 class _Point(eqx.Module):
@@ -206,7 +206,7 @@ def _chosen(condition: Any, yes: _Point, no: _Point) -> _Point:
     return jax.tree.map(lambda a, b: choose(condition, a, b), yes, no)
 
 
-def _look(chain: ErrorCoordinates, errors: Stacked) -> _Point:
+def _evaluated(chain: ErrorCoordinates, errors: Stacked) -> _Point:
     """F and the relative residual, by a forward and a backward pass."""
     output_error, pull, hidden = jax.vjp(chain.output_error, errors, has_aux=True)
     weighted = chain.weighted(errors)

@@ -268,7 +268,7 @@ _NO_TARGET = (
 )
 
 
-def energies_of(energy: Any, depth: int) -> tuple[Energy, ...]:
+def one_per_prediction(energy: Any, depth: int) -> tuple[Energy, ...]:
     """One energy for each of `depth` predictions, from one for all of them, a list, or `None`.
 
     Raises what `check_energy` raises, and `ShapeError` for another number of energies.
