@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,5 +325,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 
 def least_curvature(problem: InferenceProblem, state: Any) -> float:
     """The smallest eigenvalue of ∂²F/∂x², over the batch."""
-    hessians = problem.map_samples(lambda one, at: free_energy_hessian(one, at).dense(), state)
+
+    def one(input: Any, output: Any, state: Any) -> Any:
+        return free_energy_hessian(problem.with_data(input, output), state).dense()
+
+    hessians = eqx.filter_vmap(one)(problem.input, problem.output, state)
     return float(np.min(np.linalg.eigvalsh(hessians)))

@@ -31,6 +31,7 @@ from experiments.shared.saving import (
     save_text,
     values_hash,
 )
+from pcdyn._support.files import read_bytes
 from pcdyn.errors import InputError
 from pcdyn.io.netcdf import read_dataset
 from pcdyn.theory import Evidence
@@ -174,7 +175,8 @@ def run_experiment(
     started = time.perf_counter()
     if options.redraw:
         data = read_dataset(folder / "data.nc")
-        about = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = folder / "manifest.json"
+        about = json.loads(read_bytes(manifest, hint="--redraw takes what a run has saved"))
         about["values_sha256"] = values_hash(data)
     else:
         data = experiment.run(settings)

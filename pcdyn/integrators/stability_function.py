@@ -24,7 +24,7 @@ from pcdyn.integrators.euler import Euler
 def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
     """The largest s with |R(−x)| ≤ 1 for all 0 ≤ x ≤ s: stable are steps up to s / fastest rate.
 
-    With a `direction`, a complex number of size 1 and positive real part, x is on the ray from 0
+    With a `direction`, a complex number of size 1 and no negative real part, x is on the ray from 0
     through it, for a mode that oscillates as it decays: its rate is |rate| · direction.
 
     2 for explicit Euler, infinite for diffrax's implicit methods. `method` is a name, a diffrax
@@ -32,8 +32,12 @@ def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
     Runge–Kutta method of diffrax: multistep, stochastic, splitting or unknown; `InputError` for
     what is no direction.
     """
-    if not (isinstance(direction, numbers.Complex) and abs(abs(direction) - 1) < 1e-6):
-        raise InputError(f"direction must be a complex number of size 1, got {direction!r}")
+    known = isinstance(direction, numbers.Complex) and not isinstance(direction, bool)
+    if not (known and abs(abs(direction) - 1) < 1e-6 and direction.real >= 0):
+        raise InputError(
+            "direction must be a complex number of size 1 and no negative real part, got "
+            f"{direction!r}"
+        )
     interval = known_interval(method, direction)
     if interval is None:
         label = method if isinstance(method, str) else getattr(method, "name", None)

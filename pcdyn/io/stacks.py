@@ -27,9 +27,6 @@ def stacked_dataset(result: Any, to_xarray: Callable[[Any], xarray.Dataset]) -> 
         # Seconds that nothing has measured are one number for all.
         one = to_xarray(jax.tree.map(lambda x, i=i: np.asarray(x)[i] if np.ndim(x) else x, result))
         each.append(one.assign({name: one.attrs.pop(name) for name in _SECONDS}))
-    # xarray would fill what one lacks with NaN.
-    if any(set(one.variables) != set(each[0].variables) for one in each):
-        raise ShapeError("the networks have no data set in common: not all hold the same")
     try:
         return xarray.concat(
             each, NETWORK, data_vars="all", coords="minimal", compat="override", join="exact",

@@ -14,6 +14,7 @@ from scipy.special import log_softmax, softmax
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.model.energies.generalised import LogCosh
+from pcdyn.model.energies.precision import Precision
 from pcdyn.model.problem import InferenceProblem
 from tests.networks import (
     EPS,
@@ -130,6 +131,18 @@ def test_what_is_scaled() -> None:
         def value(self, error: Any, target: Any) -> Any:
             return jnp.sum(error**4, axis=-1)
 
+    class Curved(Own):
+        def curvature(self, error: Any, target: Any) -> Any:
+            return Precision(12 * error**2)
+
+    class Quadratic(Energy):
+        def value(self, error: Any, target: Any) -> Any:
+            return jnp.sum(error**2, axis=-1)
+
+        @property
+        def quadratic_form(self) -> Any:
+            return Precision(jnp.asarray(2.0))
+
     for energy in (
         Gaussian(),
         Gaussian(3.0),
@@ -137,6 +150,8 @@ def test_what_is_scaled() -> None:
         LogCosh(2.0),
         CrossEntropy(),
         Own(),
+        Curved(),
+        Quadratic(),
     ):
         for scaled in (energy.scaled(0.1), energy.scaled(0.5).scaled(0.2)):
             for found, expected in (

@@ -301,6 +301,8 @@ def test_files_from_before_energies_were_listed_are_read(tmp_path: Path) -> None
         time_constants=[1.0, 2.0, 1.0],
     )  # fmt: skip
     assert eqx.tree_equal(pcdyn.load_problem(file), expected)
+    # Nor did files say what they hold.
+    assert eqx.tree_equal(pcdyn.load(file), expected)
 
 
 def test_own_energies_are_citizens_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +320,9 @@ def test_own_energies_are_citizens_of_jax(monkeypatch: pytest.MonkeyPatch) -> No
     hidden = split(REST)
     error = hidden[1] - np.tanh(hidden[0] @ WEIGHTS[1].T)
     np.testing.assert_allclose(found[0], (error**2).sum(0) / 2, atol=1e-8)
+    # Differences err by h² = 1e-8 times a third derivative and by the tolerance over h.
+    moved = [least(2 * UNITS + 1e-4 * sign * np.eye(len(UNITS))[0]) for sign in (1, -1)]
+    np.testing.assert_allclose(found[1][0], (moved[0] - moved[1]) / 2e-4, atol=1e-6)
     monkeypatch.setattr(stacked, "MOST_WRITTEN_OUT", 2)
     monkeypatch.setattr(networks, "MOST_WRITTEN_OUT", 2)
     deep = stacked.stacked(ours)

@@ -16,6 +16,7 @@ from pcdyn.analysis.convergence_order import ConvergenceOrder
 from pcdyn.equilibria.equilibrium import Basin, Equilibrium
 from pcdyn.equilibria.multiple import Equilibria
 from pcdyn.errors import EquilibriumStatus, InputError
+from pcdyn.integrators.statistics import Statistics
 from tests.networks import Case, build_case
 
 CASE = build_case(seed=3, widths=(3, 4, 2), activations=("tanh",), batch=3)
@@ -124,6 +125,7 @@ def test_an_order_prints_draws_and_is_a_data_set() -> None:
     every, used = order.plot(ax)
     assert len(every.get_xdata()) == 4
     np.testing.assert_array_equal(used.get_ydata(), steps[1:] ** 2)
+    assert [line.get_ydata() for line in ax.lines[2:]] == [[1e-9, 1e-9]]
     plt.close(figure)
 
 
@@ -131,13 +133,14 @@ def test_a_training_prints_and_draws_its_history() -> None:
     """Three seeds, two epochs of two batches: quantiles of 1, 2, 3 are those of a straight line."""
     loss = np.array([1.0, 2.0, 3.0])[:, None, None] * np.array([[4.0, 3.0], [2.0, 1.0]])
     network = pcdyn.mlp([2, 2], activation="identity", key=jax.random.key(0))
-    done = learning.Training(network, {"loss": loss, "cosine": loss[..., None]}, {}, None, "bp")
+    history = {"loss": loss, "accuracy": loss / 12, "cosine": loss[..., None]}
+    done = learning.Training(network, history, {}, None, "bp")
     assert str(done) == repr(done) == done.summary()
     assert done.summary().splitlines() == [
         "Training by bp: 3 seeds, 2 epochs of 2 batches",
         "  loss 7 in the first epoch, 3 in the last",
     ]
-    figure, ax = plt.subplots()
+    _, ax = plt.subplots()
     line, band = done.plot(ax)
     np.testing.assert_array_equal(line.get_xdata(), [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_array_equal(line.get_ydata(), [8, 6, 4, 2])
@@ -145,7 +148,21 @@ def test_a_training_prints_and_draws_its_history() -> None:
     np.testing.assert_allclose((corners.min(), corners.max()), (1.2, 11.2), rtol=1e-12)
     with pytest.raises(InputError, match="metric"):
         plotting.training(done, ax=ax, metric="cosine")
-    plt.close(figure)
+    # One seed has no band; without axes there is a figure of its own.
+    alone = learning.Training(network, {k: v[0] for k, v in history.items()}, {}, None, "bp")
+    (single,) = alone.plot(metric="accuracy")
+    np.testing.assert_allclose(single.get_ydata(), np.array([4, 3, 2, 1]) / 12)
+    plt.close("all")
+
+
+def test_statistics_of_some_samples_are_replaced() -> None:
+    """The others stay, each sample has its own, and what one side does not know nobody does."""
+    ours = Statistics(np.array([1, 2, 3]), None, 4, np.array([5, 6, 7]))
+    theirs = Statistics(np.array([7, 9]), np.array([1, 1]), np.array([8, 10]), None)
+    found = ours.replaced(np.array([0, 2]), theirs, 3)
+    np.testing.assert_array_equal(found.vector_field_evaluations, [7, 2, 9])
+    np.testing.assert_array_equal(found.accepted_steps, [8, 4, 10])
+    assert found.jacobian_evaluations is None and found.rejected_steps is None
 
 
 def test_several_networks_print_draw_and_are_a_data_set(found: Equilibrium) -> None:

@@ -189,6 +189,21 @@ def test_the_classical_runge_kutta_method_and_any_tableau_have_theirs():
     )
     classical = type("Classical", (diffrax.Heun,), {"tableau": tableau})
     assert abs(stability_interval(classical()) - 2.785293563405282) < 1e-9
+    # On the imaginary axis |R(iy)|² = 1 − y⁶/72 + y⁸/576, which is 1 again at y = √8.
+    assert abs(stability_interval(classical(), 1j) - 8**0.5) < 1e-9
+
+
+@pytest.mark.unchecked
+def test_the_interval_along_a_ray():
+    """Of Euler, |1 − s e^{iφ}| = 1 at s = 2 cos φ; a ray that grows has none."""
+    for angle in (0.0, 0.4, np.pi / 3, -1.2):
+        ray = complex(np.exp(1j * angle))
+        assert abs(stability_interval("euler", ray) - 2 * np.cos(angle)) < 1e-9
+    assert stability_interval("euler", 1j) == 0
+    assert np.isinf(stability_interval("kvaerno3", 1j))
+    for wrong in (2, -1, complex(-0.6, 0.8), "x", None, True, float("nan")):
+        with pytest.raises(InputError, match="direction"):
+            stability_interval("euler", wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_implicit_methods_have_no_bound_and_others_are_refused_by_name():

@@ -89,6 +89,7 @@ def test_every_verb_lowers_for_cuda() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from tests.transforms import test_accelerators as t; t.lower()"],
         env={**os.environ, "EQX_ON_ERROR": "nan"}, capture_output=True, text=True, check=False,
+        timeout=600,
     )  # fmt: skip
     assert run.stdout.split("\n")[:-1] == list(_VERBS), run.stderr
 
