@@ -23,12 +23,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from pcdyn.errors import DtypeError, InputError, NonFiniteError, SizeError
 
-# What users may pass as an array; JAX's ArrayLike leaves lists out.
-Numbers = ArrayLike | Sequence[Any]
 # Narrower floating-point numbers than float32 are widened: LAPACK and files know none.
 _LEAST_BYTES = 4
 # What one call may take of the machine's memory: results are copied while they are put together.

@@ -11,10 +11,11 @@ import numpy as np
 
 from pcdyn._support.products import matmul
 from pcdyn._support.states import layer_norms
+from pcdyn._support.types import State
 from pcdyn.equilibria.multiple import multiple_equilibria
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.linearisation.spectrum import decay_matrix
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 KINDS: tuple[str, ...] = ("minimum", "saddle", "maximum", "at a kink", "degenerate")
 # Lowest and highest first coordinate, lowest and highest second one.

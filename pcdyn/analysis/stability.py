@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import Numbers, check_instance, is_traced
+from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.types import Numbers, State
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
@@ -29,7 +30,7 @@ from pcdyn.linearisation.spectrum import (
     flow_spectrum,
     full_spectrum,
 )
-from pcdyn.model.flow import Flow, State, check_contract, check_flow
+from pcdyn.model.flow import Flow, check_contract, check_flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
 

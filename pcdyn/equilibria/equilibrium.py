@@ -12,16 +12,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn._support.checks import (
-    Numbers,
-    check_flag,
-    check_instance,
-    check_key,
-    checked_number,
-    is_traced,
-)
+from pcdyn._support.checks import check_flag, check_instance, check_key, checked_number, is_traced
 from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import Stopwatch
+from pcdyn._support.types import Numbers, State
 from pcdyn.equilibria.solvers import FlowToRest, Solver, default_solvers, get_solvers
 from pcdyn.equilibria.solvers.run import Ran, solve_in_turn, solve_on_host, within_round_off
 from pcdyn.errors import (
@@ -36,7 +30,7 @@ from pcdyn.errors import (
 from pcdyn.integrators.run import on_host
 from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.model.energies.energy import LayerEnergies
-from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.model.stacked import StackedProblem, stacked
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import dot, step
+from pcdyn._support.types import State
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.network import Dense, Network
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 _MOST_ROUNDS = 100
 _RADII = (1e-4, 1e-3, 1e-2, 3e-2)

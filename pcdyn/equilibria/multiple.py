@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import Numbers, as_float_array, as_sequence, checked_number
+from pcdyn._support.checks import as_float_array, as_sequence, checked_number
+from pcdyn._support.types import Numbers, State
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import Solver
 from pcdyn.errors import MOST_SAMPLES_NAMED, EquilibriumStatus, ShapeError
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.model.problem import InferenceProblem, check_problem
 
 if TYPE_CHECKING:
     import xarray

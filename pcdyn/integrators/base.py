@@ -12,10 +12,11 @@ from jaxtyping import Array
 
 from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
+from pcdyn._support.types import State
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from pcdyn._support.checks import check_instance, checked_integer
 from pcdyn._support.functions import Name
+from pcdyn._support.types import State
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
@@ -25,7 +26,7 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.statistics import Statistics
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
 

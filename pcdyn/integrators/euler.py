@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite
+from pcdyn._support.types import State
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
@@ -19,7 +20,7 @@ from pcdyn.integrators.base import (
     check_step,
 )
 from pcdyn.integrators.statistics import Statistics
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 
 # Of a step: so far from a multiple of dt a time still counts as one.
 _MOST_SLACK = 0.1

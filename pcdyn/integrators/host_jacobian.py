@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pcdyn._support.types import State
 from pcdyn.integrators.structured import PaddedChain, sample_hessians
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
 
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import choose
+from pcdyn._support.types import State
 from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
 from pcdyn.integrators.base import Integration, Integrator, Request, default_tolerances
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
 from pcdyn.integrators.statistics import stacked
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 
 _GAVE_UP = (Status.MAX_STEPS, Status.STEP_TOO_SMALL, Status.SOLVER_FAILED)

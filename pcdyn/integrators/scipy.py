@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn._support.checks import check_choice, integer, is_traced
+from pcdyn._support.types import State
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
@@ -23,7 +24,7 @@ from pcdyn.integrators.base import (
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.integrators.host_steps import Course, march
 from pcdyn.integrators.statistics import Statistics
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem
 

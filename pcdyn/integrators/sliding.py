@@ -16,8 +16,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from pcdyn._support.types import State
 from pcdyn.model.activations import Activation
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.network import Dense
 from pcdyn.model.problem import InferenceProblem
 

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn._support.products import einsum, matmul
+from pcdyn._support.types import State
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 # Layers whose indices differ by this much do not share a neighbour.
 _COLOURS = 3

@@ -9,7 +9,8 @@ import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn._support.checks import checked_integer, checked_number
-from pcdyn.model.network import Activities, Network
+from pcdyn._support.types import Activities
+from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 
 

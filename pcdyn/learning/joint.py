@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn._support.checks import Numbers, checked_number, is_traced, number, optional
+from pcdyn._support.checks import checked_number, is_traced, number, optional
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
-from pcdyn.model.flow import Flow, State
-from pcdyn.model.network import Activities, Network
+from pcdyn.model.flow import Flow
+from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 

@@ -12,8 +12,9 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, as_sequence, check_instance, is_traced, number, optional
+from pcdyn._support.checks import as_sequence, check_instance, is_traced, number, optional
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.joint import activities_at_rest, as_jax
@@ -25,8 +26,7 @@ from pcdyn.learning.variational import (
 )
 from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.energy import Gaussian
-from pcdyn.model.flow import Flow, State
-from pcdyn.model.network import Activities
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.algorithms import feedforward
 from pcdyn.references.linear import linear_equilibrium, output_covariance

@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn._support.checks import checked_number, number, optional
 from pcdyn._support.states import dot, step
+from pcdyn._support.types import State
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
@@ -22,7 +23,7 @@ from pcdyn.errors import InputError, ToleranceError
 from pcdyn.learning.base import BatchGradient, Rule, check_steps
 from pcdyn.model.energies.energy import in_dtype
 from pcdyn.model.network import Network
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import local_gradient
 
 

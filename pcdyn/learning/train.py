@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from pcdyn._support.checks import Numbers, as_float_array, check_choice, check_flag, check_path
+from pcdyn._support.checks import as_float_array, check_choice, check_flag, check_path
 from pcdyn._support.files import check_writable
+from pcdyn._support.types import Numbers
 from pcdyn.errors import (
     CheckpointError,
     ShapeError,

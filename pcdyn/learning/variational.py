@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, as_float_array, is_traced
+from pcdyn._support.checks import as_float_array, is_traced
+from pcdyn._support.types import Numbers, State
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.precision import Precision, asymmetry_of
-from pcdyn.model.problem import InferenceProblem, State, check_problem
+from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.linear import hessian
 
 Posterior = Literal["delta", "laplace"]

@@ -10,7 +10,7 @@ import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
 from pcdyn._support.products import matmul
-from pcdyn.model.problem import State
+from pcdyn._support.types import State
 
 
 class BlockTridiagonal(eqx.Module):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.states import scale
+from pcdyn._support.types import State
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.whitened import error_factor, has_linear_flow
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 
 def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiagonal:

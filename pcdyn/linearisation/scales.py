@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import largest_norm, layer_norms
+from pcdyn._support.types import State
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import Run, StackedProblem, stacked
 
 _PROBES = 4

@@ -17,11 +17,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from pcdyn._support.states import dot, scale
+from pcdyn._support.types import State
 from pcdyn.errors import SpectrumError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.relaxation import symmetric_modes
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 # Above so many units, full eigendecompositions take seconds for each sample.

@@ -13,7 +13,6 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from pcdyn._support.checks import (
-    Numbers,
     as_float_array,
     as_sequence,
     check_dtype,
@@ -21,11 +20,8 @@ from pcdyn._support.checks import (
     converted,
 )
 from pcdyn._support.states import layer_norms
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.errors import DtypeError, InputError, ShapeError
-from pcdyn.model.network import Activities
-
-# One array for each layer that moves, and for what else moves.
-State = tuple[Any, ...]
 
 
 class Flow(eqx.Module):

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn._support.checks import (
-    Numbers,
     as_float_array,
     as_sequence,
     check_callable,
@@ -30,12 +29,11 @@ from pcdyn._support.checks import (
 )
 from pcdyn._support.functions import as_part
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Activities, Numbers
 from pcdyn.errors import DtypeError, InputError, ShapeError
 from pcdyn.model.activations import Activation, get_activation, identity
 
 Layer = Callable[[Array], Array]
-# Arrays of JAX inside a computation, of NumPy once a result is on the host.
-Activities = tuple[Any, ...]
 
 
 class Dense(eqx.Module):

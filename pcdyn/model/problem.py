@@ -14,7 +14,6 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn._support.checks import (
-    Numbers,
     as_float_array,
     as_sequence,
     check_dtype,
@@ -27,11 +26,12 @@ from pcdyn._support.checks import (
     converted,
     is_traced,
 )
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.flow import Flow, State
-from pcdyn.model.network import Activities, Network
+from pcdyn.model.flow import Flow
+from pcdyn.model.network import Network
 
 
 class InferenceFlow(Flow):

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import is_traced
+from pcdyn._support.types import Activities, State
 from pcdyn.model.energies.energy import Energy
-from pcdyn.model.flow import Flow, State
-from pcdyn.model.network import MOST_WRITTEN_OUT, Activities, apply_layer, stack, structure_of
+from pcdyn.model.flow import Flow
+from pcdyn.model.network import MOST_WRITTEN_OUT, apply_layer, stack, structure_of
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from pcdyn._support.checks import is_traced
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Activities
 from pcdyn.errors import (
     ActivationError,
     InputError,
@@ -21,7 +22,7 @@ from pcdyn.errors import (
     UnreachableTargetError,
 )
 from pcdyn.model.activations import Elementwise
-from pcdyn.model.network import Activities, Dense, Network, apply_layer
+from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 

@@ -17,23 +17,17 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import (
-    Numbers,
-    as_sequence,
-    check_choice,
-    check_size,
-    checked_integer,
-    is_traced,
-)
+from pcdyn._support.checks import as_sequence, check_choice, check_size, checked_integer, is_traced
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.linearisation.relaxation import factor_modes, relaxed, singular_modes, square
 from pcdyn.linearisation.whitened import error_factor, error_matrix, linear_parts
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.network import Activities, Network
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.network import Network
+from pcdyn.model.problem import InferenceProblem
 
 # The first solves, the others take out what round-off has left of it.
 _CORRECTIONS = 3

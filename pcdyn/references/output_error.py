@@ -17,8 +17,9 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, as_float_array, as_host_array, is_traced
+from pcdyn._support.checks import as_float_array, as_host_array, is_traced
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, ShapeError, TimesError
 from pcdyn.linearisation.whitened import linear_parts
 from pcdyn.model.problem import InferenceProblem, check_problem

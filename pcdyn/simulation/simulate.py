@@ -14,16 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import (
-    Numbers,
-    as_host_array,
-    check_flag,
-    check_size,
-    checked_number,
-    is_traced,
-)
+from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
 from pcdyn._support.forward_only import forward_only
 from pcdyn._support.timing import Stopwatch
+from pcdyn._support.types import Numbers, State
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
     MOST_SAMPLES_NAMED,
@@ -48,7 +42,7 @@ from pcdyn.integrators.base import Request, check_step_count
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.linearisation.spectrum import estimated_fastest_rate
-from pcdyn.model.flow import Flow, State, check_contract, check_flow, depends_on_time
+from pcdyn.model.flow import Flow, check_contract, check_flow, depends_on_time
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem, stacked
 from pcdyn.simulation.trajectory import Trajectory, round_off

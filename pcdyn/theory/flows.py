@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from pcdyn._support.types import State
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.errors import EquilibriumStatus, NotConvergedError, SimulationError
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import linear_equilibrium
 from pcdyn.theory.networks import Layers, Networks, on_each
 

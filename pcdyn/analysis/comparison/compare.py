@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pcdyn._support.checks import Numbers, as_sequence, checked_integer, checked_number
+from pcdyn._support.checks import as_sequence, checked_integer, checked_number
+from pcdyn._support.types import Numbers
 from pcdyn.analysis.comparison.reference_solution import Errors, Reference, reference_for
 from pcdyn.analysis.comparison.settings import Rung, labelled, rungs, unstable_steps_expected
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcdyn._support.types import State
 from pcdyn.errors import InputError, NotLinearError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
-from pcdyn.model.flow import Flow, State
+from pcdyn.model.flow import Flow
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn._support.states import dot, step
+from pcdyn._support.types import State
 from pcdyn.errors import EquilibriumStatus
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 # A step that solves for a gradient of nothing but round-off moves activities by some of their last
 # places, for each passes through several layers.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import check_choice
 from pcdyn._support.states import all_finite
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status
 from pcdyn.errors import EquilibriumStatus
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import hessian, linear_equilibrium
 
 

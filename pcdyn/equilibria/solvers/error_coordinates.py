@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn._support.states import dot, largest_norm
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import round_off
 from pcdyn.equilibria.solvers.damped import PointEvaluation
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.network import apply_layer, stack, structure_of
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 Stacked = tuple[Any, ...]
 # Loops of up to so many layers are written out, which is faster to run and not slow to compile.

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import flag, integer, number, optional
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature, curvatures
 from pcdyn.errors import EquilibriumStatus, InputError
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 
 class GradientDescent(Solver):

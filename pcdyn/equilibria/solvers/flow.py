@@ -8,11 +8,12 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from pcdyn._support.checks import number
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import Solution, Solver, solve_each
 from pcdyn.errors import EquilibriumStatus, IntegratorError, Status, TimesError
 from pcdyn.integrators import Diffrax, Integrator, UntilEquilibrium, get_integrator
 from pcdyn.integrators.base import Request
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 
 class FlowToRest(Solver):

@@ -20,13 +20,14 @@ import jax.scipy.linalg as jsl
 
 from pcdyn._support.checks import integer, number
 from pcdyn._support.states import largest_norm, scale, step
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
 from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propose, descend
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.errors import InputError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import gauss_newton_hessian
 
 

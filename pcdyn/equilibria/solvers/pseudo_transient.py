@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import integer, number
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
+from pcdyn._support.types import State
 from pcdyn.equilibria.solvers.base import (
     Solution,
     Solver,
@@ -20,7 +21,7 @@ from pcdyn.equilibria.solvers.base import (
 )
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.linearisation.scales import smallest_precision
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 
 class PseudoTransient(Solver):

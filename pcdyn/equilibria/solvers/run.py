@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import all_finite, choose, layer_norms
+from pcdyn._support.types import State
 from pcdyn.equilibria.kinks import SlidingPoint, has_kinks, slide, step_off_ridges
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.integrators.run import on_host
 from pcdyn.linearisation.scales import gradient_round_off, resting_tolerance
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 # How often a search may end on a ridge and go on from beside it.
 _MOST_RIDGES = 4

@@ -19,13 +19,14 @@ from pcdyn._support.checks import as_sequence, checked_integer, integer, number
 from pcdyn._support.forward_only import without_derivative
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.states import choose, dot, scale, step
+from pcdyn._support.types import State
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.first_order import ErrorDescent
 from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, check_curvature, has_curvature
 from pcdyn.errors import InputError
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 # The relative residual above which a sample counts as unsettled.
 UNSETTLED = 0.3

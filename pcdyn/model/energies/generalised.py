@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import Numbers, check_callable, check_instance, is_traced
+from pcdyn._support.checks import check_callable, check_instance, is_traced
 from pcdyn._support.functions import as_part
+from pcdyn._support.types import Numbers
 from pcdyn.errors import (
     EnergyWarning,
     IllPosedEnergyError,

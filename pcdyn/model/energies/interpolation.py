@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pcdyn._support.checks import Numbers, as_float_array, checked_integer, is_traced
+from pcdyn._support.checks import as_float_array, checked_integer, is_traced
+from pcdyn._support.types import Numbers
 from pcdyn.errors import PrecisionError, ShapeError
 from pcdyn.model.energies.energy import Gaussian
 

@@ -1,0 +1,22 @@
+"""Types that many floors speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Array, ArrayLike
+
+# What users may pass as an array; JAX's ArrayLike leaves lists out.
+Numbers = ArrayLike | Sequence[Any]
+# Arrays of JAX inside a computation, of NumPy once a result is on the host. What both can do is all
+# that is asked of them, so that static checks need one of the two only.
+if TYPE_CHECKING:
+    Values = Array
+else:
+    Values = Array | np.ndarray
+# One array for each layer 0 … L.
+Activities = tuple[Values, ...]
+# One array for each layer that moves, and for what else moves.
+State = tuple[Values, ...]
