@@ -144,7 +144,8 @@ def compared(problem: pcdyn.InferenceProblem, precisions: Any) -> Any:
         now = with_precisions(problem, precisions)
         activities = pcdyn.linear_equilibrium(now, method="output_space")
         before = pcdyn.feedforward(now)
-        target = (now.output - before[-1]) @ jnp.linalg.pinv(now.network.layers[-1].weight).T
+        left = now.output_error(before[-1])
+        target = left @ jnp.linalg.pinv(now.network.layers[-1].weight).T
 
         def angle(x: Any, y: Any, rest: Any) -> Any:
             one = now.with_data(x, y)

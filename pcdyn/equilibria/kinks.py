@@ -218,7 +218,7 @@ class _ActiveSet:
         if not (at_rest and local.attracts[held].all() and np.all(norms <= self.tolerance)):
             return None
         masks = tuple(np.split(held, np.cumsum(self.predicted)[:-1]))
-        return SlidingPoint(tuple(np.asarray(x) for x in self.state(y)), masks, norms)
+        return SlidingPoint(jax.tree.map(np.asarray, self.state(y)), masks, norms)
 
 
 @dataclasses.dataclass(frozen=True)

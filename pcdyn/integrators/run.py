@@ -293,8 +293,7 @@ class _Stacked(eqx.Module):
     interpolations: tuple[Any, ...]
 
     def __call__(self, t: Any) -> State:
-        states = [each(t) for each in self.interpolations]
-        return tuple(np.stack(layer) for layer in zip(*states, strict=True))
+        return _stacked_rows([each(t) for each in self.interpolations])
 
 
 class _Replaced(eqx.Module):
@@ -310,10 +309,14 @@ class _Replaced(eqx.Module):
 
 def _with_rows(mine: State, theirs: State, samples: np.ndarray, axis: int) -> State:
     """A state in which some samples, along an axis, are those of another."""
-    layers = tuple(np.array(x) for x in mine)
+    layers = jax.tree.map(np.array, mine)
     for layer, part in zip(layers, theirs, strict=True):
         np.moveaxis(layer, axis, 0)[samples] = np.moveaxis(np.asarray(part), axis, 0)
     return layers
+
+
+def _stacked_rows(states: list[State], axis: int = 0) -> State:
+    return jax.tree.map(lambda *layer: np.stack(layer, axis=axis), *states)
 
 
 def _stack(runs: list[Integration]) -> Integration:
@@ -321,13 +324,9 @@ def _stack(runs: list[Integration]) -> Integration:
     interpolations = [run.interpolation for run in runs]
     message = next((run.message for run in runs if run.message), "")
     return Integration(
-        states=tuple(
-            np.stack(layer, axis=1) for layer in zip(*[r.states for r in runs], strict=True)
-        ),
+        states=_stacked_rows([run.states for run in runs], axis=1),
         end_time=np.stack([run.end_time for run in runs]),
-        end_state=tuple(
-            np.stack(layer) for layer in zip(*[r.end_state for r in runs], strict=True)
-        ),
+        end_state=_stacked_rows([run.end_state for run in runs]),
         status=np.stack([run.status for run in runs]),
         statistics=stacked([run.statistics for run in runs]),
         interpolation=None if interpolations[0] is None else _Stacked(tuple(interpolations)),

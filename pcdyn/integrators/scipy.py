@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -220,7 +220,7 @@ def _jacobian(flow: Flow, widths: tuple[int, ...], t: Any, rows: Any) -> Array:
 
 def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> State:
     rows = y.reshape(*y.shape[:-1], *batch, sum(widths)).astype(dtype)
-    return tuple(np.split(rows, np.cumsum(widths)[:-1], axis=-1))
+    return cast(State, tuple(np.split(rows, np.cumsum(widths)[:-1], axis=-1)))
 
 
 class _Interpolants:

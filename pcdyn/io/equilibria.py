@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.types import Values
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
 from pcdyn.integrators.run import on_host
@@ -103,9 +104,10 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
     problem = on_host(problem_from_xarray(dataset))
     sample = "present" if "sample" in dataset.sizes else "absent"
 
-    def values(name: str, *last: str, kind: str = "real numbers") -> np.ndarray:
-        return named_values(dataset, name, *last, kind=kind, sample=sample)
+    def values(name: str, *last: str, kind: str = "real numbers") -> Values:
+        return cast(Values, named_values(dataset, name, *last, kind=kind, sample=sample))
 
+    codes = named_values(dataset, "status", kind="integers", sample=sample)
     layers = range(len(problem.network.widths))
     given = "given_tolerance" in dataset.attrs
     return Equilibrium(
@@ -116,7 +118,7 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
         energies=values("energy", "predicted_layer"),
         residual_norms=values("residual_norm", "free_layer"),
         tolerance=values("tolerance", "free_layer"),
-        status_codes=checked_codes(values("status", kind="integers"), EquilibriumStatus),
+        status_codes=checked_codes(codes, EquilibriumStatus),
         at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in layers[1:]),
         iterations=values("iterations", kind="integers"),
         passes=values("passes", kind="integers"),

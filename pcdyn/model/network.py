@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn._support.checks import (
+    array_namespace,
     as_float_array,
     as_sequence,
     check_callable,
@@ -203,8 +204,7 @@ def stack(parts: list[Any]) -> Any:
     """Layers of one structure as one, each array with their axis first."""
     arrays = [eqx.filter(part, eqx.is_array) for part in parts]
     static = eqx.filter(parts[0], eqx.is_array, inverse=True)
-    # On the host, where nothing need be compiled.
-    xp = jnp if is_traced(arrays) else np
+    xp = array_namespace(arrays)
     return eqx.combine(jax.tree.map(lambda *each: xp.stack(each), *arrays), static)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.checks import array_namespace
 from pcdyn._support.types import Activities, State
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
@@ -99,7 +99,7 @@ class StackedProblem(InferenceFlow):
 
     def pack(self, layers: Sequence[Any]) -> State:
         """One array of what the free layers have an array each of."""
-        xp = jnp if is_traced(layers) else np
+        xp = array_namespace(layers)
         return (xp.concatenate([xp.asarray(x) for x in layers], axis=-1),)
 
     def unpack(self, state: State) -> State:
@@ -181,7 +181,7 @@ def stacked(problem: Flow) -> Any:
 
     runs = [list(run) for _, run in itertools.groupby(each, kind)]
     taus = problem.state_time_constants
-    xp = jnp if is_traced(taus) else np
+    xp = array_namespace(taus)
     repeated = [xp.broadcast_to(xp.asarray(tau), (network.widths[index],))
                 for index, tau in zip(problem.free_layers, taus, strict=True)]  # fmt: skip
     return StackedProblem(
