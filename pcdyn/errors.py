@@ -12,12 +12,21 @@ import collections
 import enum
 import functools
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import pcdyn
+    import pcdyn.learning
+
 # Messages name so many samples one by one, and count them beyond.
 MOST_SAMPLES_NAMED = 20
+
+
+_Status = TypeVar("_Status", bound="_Outcome")
+# Integers, and booleans in their place.
+_Codes = TypeVar("_Codes")
 
 
 class PcdynError(Exception):
@@ -104,12 +113,19 @@ class DataError(InputError):
     """A file or a folder of data is missing, corrupt, truncated or not what it claims to be."""
 
 
-def _failed(kind: Any, codes: Any) -> Any:
-    return functools.reduce(operator.and_, (codes != int(s) for s in kind if s.ok))
-
-
 class _Outcome(enum.IntEnum):
-    """Integers that print as their names."""
+    """How a computation ended: integers that print as their names."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a success."""
+        raise NotImplementedError
+
+    @classmethod
+    def failed(cls, codes: _Codes) -> _Codes:
+        """Tell which integers, alone or in an array of any kind, are no success."""
+        unlike: Any = (codes != int(s) for s in cls if s.ok)
+        return functools.reduce(operator.and_, unlike)
 
     def __str__(self) -> str:
         return self.name
@@ -137,11 +153,6 @@ class Status(_Outcome):
     def ok(self) -> bool:
         """Whether the trajectory is an accurate solution up to its last time."""
         return self in (Status.REACHED_T1, Status.CONVERGED)
-
-    @classmethod
-    def failed(cls, codes: Any) -> Any:
-        """Which of these integers, alone or in an array of any kind, are no success."""
-        return _failed(cls, codes)
 
     @property
     def explanation(self) -> str:
@@ -183,7 +194,7 @@ _EXPLANATIONS = {
 }
 
 
-class Statuses(tuple[Any, ...]):
+class Statuses(tuple[_Status, ...]):
     """The status of each sample; those of many samples print as counts."""
 
     def __repr__(self) -> str:
@@ -192,13 +203,13 @@ class Statuses(tuple[Any, ...]):
         return f"({len(self)} samples: {status_counts(self)})"
 
 
-def all_well(kind: Any, codes: Any) -> Any:
+def all_well(kind: type[_Outcome], codes: object) -> np.ndarray:
     """Which networks, on the first axis of the codes, have no failure."""
-    failed = np.asarray(kind.failed(np.asarray(codes)))
-    return ~failed.reshape(len(failed), -1).any(axis=1)
+    failed = kind.failed(np.asarray(codes))
+    return np.logical_not(np.any(failed.reshape(len(failed), -1), axis=1))
 
 
-def status_counts(statuses: Any) -> str:
+def status_counts(statuses: _Outcome | tuple[_Outcome, ...]) -> str:
     """How many of each status there are, in one line."""
     each = statuses if isinstance(statuses, tuple) else (statuses,)
     return ", ".join(f"{n} {s.name}" for s, n in sorted(collections.Counter(each).items()))
@@ -217,11 +228,6 @@ class EquilibriumStatus(_Outcome):
     def ok(self) -> bool:
         """Whether the point is stationary, in the generalised sense at kinks."""
         return self in (EquilibriumStatus.CONVERGED, EquilibriumStatus.SLIDING)
-
-    @classmethod
-    def failed(cls, codes: Any) -> Any:
-        """Which of these integers, alone or in an array of any kind, are no success."""
-        return _failed(cls, codes)
 
     @property
     def explanation(self) -> str:
@@ -252,7 +258,7 @@ _EQUILIBRIUM_EXPLANATIONS = {
 class NotConvergedError(PcdynError, RuntimeError):
     """No equilibrium was found; `equilibrium` holds what was, with the status of each sample."""
 
-    def __init__(self, message: str, equilibrium: Any = None):
+    def __init__(self, message: str, equilibrium: pcdyn.Equilibrium | None = None):
         super().__init__(message)
         self.equilibrium = equilibrium
 
@@ -263,7 +269,7 @@ class SimulationError(PcdynError, RuntimeError):
     `trajectory` holds what was computed, with the status of each sample, so that nothing is lost.
     """
 
-    def __init__(self, message: str, trajectory: Any = None):
+    def __init__(self, message: str, trajectory: pcdyn.Trajectory | None = None):
         super().__init__(message)
         self.trajectory = trajectory
 
@@ -291,7 +297,7 @@ class EnergyWarning(UserWarning):
 class TrainingDivergedError(PcdynError, RuntimeError):
     """A loss or a weight became NaN or infinite; `training` holds the last finite network."""
 
-    def __init__(self, message: str, training: Any = None):
+    def __init__(self, message: str, training: pcdyn.learning.Training | None = None):
         super().__init__(message)
         self.training = training
 
@@ -302,7 +308,9 @@ class NoUsableRangeError(PcdynError, RuntimeError):
     The errors are at round-off or at that of the reference, or the steps are unstable.
     """
 
-    def __init__(self, message: str, steps: Any = None, errors: Any = None):
+    def __init__(
+        self, message: str, steps: np.ndarray | None = None, errors: np.ndarray | None = None
+    ):
         super().__init__(message)
         self.steps = steps
         self.errors = errors
@@ -316,13 +324,13 @@ class StepLimitError(SimulationError):
     """The solver ran out of steps, its step vanished, or it gave up."""
 
 
-def simulation_error(status: Status, message: str, trajectory: Any) -> SimulationError:
+def simulation_error(status: Status, message: str, trajectory: pcdyn.Trajectory) -> SimulationError:
     """The exception for a status that is not ok."""
     diverged = status in (Status.NON_FINITE, Status.UNSTABLE_STEP)
     return (DivergedError if diverged else StepLimitError)(message, trajectory)
 
 
-def worst_status(codes: Any) -> Status:
+def worst_status(codes: object) -> Status:
     """The status to report for several samples: the failure that most of them share, or success."""
     values, counts = np.unique(np.asarray(codes), return_counts=True)
     failed = Status.failed(values)

@@ -15,8 +15,8 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from types import ModuleType, UnionType
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import jax
 import jax.core
@@ -24,17 +24,20 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pcdyn.errors import DtypeError, InputError, NonFiniteError, SizeError
 
+_Number = TypeVar("_Number")
+_Result = TypeVar("_Result")
 # Narrower floating-point numbers than float32 are widened: LAPACK and files know none.
 _LEAST_BYTES = 4
 # What one call may take of the machine's memory: results are copied while they are put together.
 _LARGEST_SHARE = 0.5
 
 
-def is_traced(*trees: Any) -> bool:
+def is_traced(*trees: object) -> bool:
     """Whether any leaf is an abstract value of a JAX transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in _leaves(trees))
 
@@ -44,12 +47,12 @@ def array_namespace(*trees: object) -> ModuleType:
     return jnp if is_traced(*trees) else np
 
 
-def _leaves(trees: Any) -> list[Any]:
+def _leaves(trees: object) -> list[Any]:
     # JAX warns of iterators, which are refused by name elsewhere.
     return jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Iterator))
 
 
-def as_float_array(value: Any, name: str) -> Array:
+def as_float_array(value: object, name: str) -> Array:
     """`value` as a JAX array of float32 or float64 with finite entries.
 
     Python numbers and nested lists become the default float dtype; an array of float32 or float64
@@ -99,7 +102,7 @@ def _on_automatic_axes(array: Array) -> Array:
     return jax.device_put(array, NamedSharding(automatic, spec))
 
 
-def check_sharding(*trees: Any) -> None:
+def check_sharding(*trees: object) -> None:
     """Raise `InputError` for traced arrays whose sharding is a part of their type."""
     for leaf in _leaves(trees):
         if not is_traced(leaf):
@@ -122,7 +125,7 @@ def check_sharding(*trees: Any) -> None:
 
 
 def as_host_array(
-    value: Any, name: str, *, finite: bool = True, error: type[InputError] = DtypeError
+    value: object, name: str, *, finite: bool = True, error: type[InputError] = DtypeError
 ) -> np.ndarray:
     """`value` as a NumPy array of float64, such as times or what is drawn, with `finite` entries.
 
@@ -145,14 +148,14 @@ def as_host_array(
     return array
 
 
-def _traced_array(value: Any, name: str) -> Array:
+def _traced_array(value: object, name: str) -> Array:
     try:
         return jnp.asarray(value, dtype=float)
     except (TypeError, ValueError) as error:
         raise DtypeError(_not_numbers(value, name)) from error
 
 
-def _numpy_array(value: Any, name: str) -> tuple[np.ndarray, bool]:
+def _numpy_array(value: object, name: str) -> tuple[np.ndarray, bool]:
     """`value` in a dtype that JAX knows, and whether it should take JAX's default dtype."""
     leaves = jax.tree.leaves(value) if isinstance(value, list | tuple) else [value]
     masked = sum(int(np.ma.getmaskarray(x).sum()) for x in leaves if np.ma.isMaskedArray(x))
@@ -184,21 +187,21 @@ def _numpy_array(value: Any, name: str) -> tuple[np.ndarray, bool]:
     return array.astype(array.dtype.newbyteorder("=")), is_default
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: object) -> bool:
     # Real numbers of Python, such as fractions and decimals, and arrays of one number.
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
     return isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool)
 
 
-def _not_numbers(value: Any, name: str) -> str:
+def _not_numbers(value: object, name: str) -> str:
     return (
         f"{name} is a {type(value).__name__} that does not convert to an array of real "
         "numbers: give a number, an array, or lists of equal lengths"
     )
 
 
-def check_dtype(dtype: Any, name: str) -> None:
+def check_dtype(dtype: DTypeLike, name: str) -> None:
     """Raise `DtypeError` unless `dtype` is one that pcdyn computes in, and JAX is set to allow."""
     if dtype not in (np.float32, np.float64):
         raise DtypeError(f"{name} is {dtype}, but pcdyn computes in float32 or float64: use one")
@@ -209,7 +212,7 @@ def check_dtype(dtype: Any, name: str) -> None:
         )
 
 
-def converted(array: Array, dtype: Any, name: str) -> Array:
+def converted(array: Array, dtype: np.dtype, name: str) -> Array:
     """A finite array in another dtype; raises `NonFiniteError` for numbers too large for that."""
     if array.dtype == dtype:
         return array
@@ -218,7 +221,7 @@ def converted(array: Array, dtype: Any, name: str) -> Array:
     return narrow
 
 
-def check_finite(array: Any, name: str) -> None:
+def check_finite(array: object, name: str) -> None:
     """Raise `NonFiniteError` if a known array has a NaN or infinite entry."""
     if is_traced(array):
         return
@@ -233,7 +236,7 @@ def check_finite(array: Any, name: str) -> None:
 
 
 def checked_number(
-    value: Any,
+    value: object,
     name: str,
     *,
     above: float | int = -math.inf,
@@ -253,11 +256,11 @@ def checked_number(
             "known before anything runs: pass a Python number"
         )
     wanted = _range_text("a finite number", above, at_least, below, at_most)
-    number = _as_scalar(value, numbers.Real)
-    if number is None:
+    scalar = _as_scalar(value, numbers.Real)
+    if scalar is None:
         raise error(f"{name} must be {wanted}, got {_shown(value)}")
     try:
-        number = float(number)
+        number = float(scalar)
     except OverflowError:
         raise error(f"{name} must be {wanted}, got an integer beyond the range of floats") from None
     inside = above < number < below and at_least <= number <= at_most
@@ -267,7 +270,7 @@ def checked_number(
 
 
 def checked_integer(
-    value: Any,
+    value: object,
     name: str,
     *,
     at_least: float | int = -math.inf,
@@ -276,20 +279,20 @@ def checked_integer(
 ) -> int:
     """`value` as an int in a range; raises `error` for floats, booleans, texts and the rest."""
     wanted = _range_text("an integer", -math.inf, at_least, math.inf, at_most)
-    number = None if is_traced(value) else _as_scalar(value, numbers.Integral)
-    if number is None or not at_least <= number <= at_most:
+    scalar = None if is_traced(value) else _as_scalar(value, numbers.Integral)
+    if scalar is None or not at_least <= (number := int(scalar)) <= at_most:
         raise error(f"{name} must be {wanted}, got {_shown(value)}")
-    return int(number)
+    return number
 
 
-def check_flag(value: Any, name: str, *, error: type[InputError] = InputError) -> None:
+def check_flag(value: object, name: str, *, error: type[InputError] = InputError) -> None:
     """Raise `error` unless `value` is `True` or `False`."""
     if not isinstance(value, bool | np.bool_):
         raise error(f"{name} must be True or False, got {_shown(value)}")
 
 
 def check_choice(
-    value: Any, name: str, choices: Iterable[str], *, error: type[InputError] = InputError
+    value: object, name: str, choices: Iterable[str], *, error: type[InputError] = InputError
 ) -> None:
     """Raise `error` unless `value` is one of the texts `choices`."""
     known = tuple(choices)
@@ -299,7 +302,12 @@ def check_choice(
 
 
 def check_instance(
-    value: Any, name: str, kind: Any, wanted: str, *, error: type[InputError] = InputError
+    value: object,
+    name: str,
+    kind: type | UnionType,
+    wanted: str,
+    *,
+    error: type[InputError] = InputError,
 ) -> None:
     """Raise `error`, which says what is `wanted`, unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
@@ -307,7 +315,7 @@ def check_instance(
         raise error(f"{name} must be {wanted}, got {_shown(value)}{hint}")
 
 
-def check_key(value: Any, name: str = "key") -> None:
+def check_key(value: object, name: str = "key") -> None:
     """Raise `InputError` unless `value` is one random key, of the new or of the old kind."""
     if isinstance(value, np.ndarray | jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -319,36 +327,35 @@ def check_key(value: Any, name: str = "key") -> None:
 
 
 def check_callable(
-    value: Any, name: str, wanted: str, *, error: type[InputError] = InputError
+    value: object, name: str, wanted: str, *, error: type[InputError] = InputError
 ) -> None:
     """Raise `error`, which says what is `wanted`, unless `value` can be called."""
     if not callable(value):
         raise error(f"{name} must be {wanted}, got {_shown(value)}")
 
 
-def check_path(value: Any, name: str, *, error: type[InputError] = InputError) -> None:
+def check_path(value: object, name: str, *, error: type[InputError] = InputError) -> None:
     """Raise `error` unless `value` can be the path of a file."""
-    is_text = isinstance(value, str) or (
-        isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
-    )
-    if not is_text or not os.fspath(value) or "\0" in os.fspath(value):
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
         raise error(f"{name} must be the path of a file, got {_shown(value)}")
-    if os.path.isdir(value):
-        raise error(f"{name} must be the path of a file, but {os.fspath(value)!r} is a folder")
+    if os.path.isdir(path):
+        raise error(f"{name} must be the path of a file, but {path!r} is a folder")
 
 
 def as_sequence(
-    value: Any, name: str, wanted: str, *, error: type[InputError] = InputError
+    value: object, name: str, wanted: str, *, error: type[InputError] = InputError
 ) -> tuple[Any, ...]:
     """`value` as a tuple, from a list, a tuple, a range or an array; raises `error` for the rest.
 
     An iterator is refused: it can be read only once, and need not end.
     """
-    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
-    if not (is_array or (isinstance(value, Sequence) and not isinstance(value, str | bytes))):
-        hint = "; make it a list first" if isinstance(value, Iterator) else ""
-        raise error(f"{name} must be {wanted}, got {_shown(value)}{hint}")
-    return tuple(value)
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim > 0:
+        return tuple(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(value)
+    hint = "; make it a list first" if isinstance(value, Iterator) else ""
+    raise error(f"{name} must be {wanted}, got {_shown(value)}{hint}")
 
 
 def check_size(size: float | int, what: str) -> None:
@@ -381,32 +388,43 @@ def _machine_memory() -> float | int:
     return min(sizes)
 
 
-def number(name: str, **limits: Any) -> Callable[[Any], float]:
+class _Limits(TypedDict, total=False):
+    at_least: float | int
+    at_most: float | int
+    error: type[InputError]
+
+
+class _StrictLimits(_Limits, total=False):
+    above: float | int
+    below: float | int
+
+
+def number(name: str, **limits: Unpack[_StrictLimits]) -> Callable[[object], float]:
     """`checked_number` as the converter of a field of an equinox module."""
     return lambda value: checked_number(value, name, **limits)
 
 
-def integer(name: str, **limits: Any) -> Callable[[Any], int]:
+def integer(name: str, **limits: Unpack[_Limits]) -> Callable[[object], int]:
     """`checked_integer` as the converter of a field."""
     return lambda value: checked_integer(value, name, **limits)
 
 
-def flag(name: str) -> Callable[[Any], bool]:
+def flag(name: str) -> Callable[[object], bool]:
     """`check_flag` as the converter of a field."""
 
-    def convert(value: Any) -> bool:
+    def convert(value: object) -> bool:
         check_flag(value, name)
         return bool(value)
 
     return convert
 
 
-def optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def optional(convert: Callable[[Any], _Result]) -> Callable[[Any], _Result | None]:
     """The converter of a field that may be `None`."""
     return lambda value: None if value is None else convert(value)
 
 
-def _as_scalar(value: Any, kind: type) -> Any:
+def _as_scalar(value: object, kind: type[_Number]) -> _Number | None:
     """The number in `value`, or `None` where it holds no single number of this kind."""
     if isinstance(value, np.ndarray | jax.Array):
         if value.ndim != 0 or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -434,7 +452,7 @@ def _range_text(
     return f"{kind} {' and '.join(limits)}" if limits else kind
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A short text of any value."""
     if isinstance(value, np.ndarray | jax.Array):
         traced = "a traced " if is_traced(value) else "an "

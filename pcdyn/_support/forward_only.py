@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any
+from typing import NoReturn
 
 import equinox as eqx
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from pcdyn._support.types import Tree
 from pcdyn.errors import IntegratorError
 
 _forward_only = Primitive("pcdyn_forward_only")
@@ -20,7 +21,7 @@ mlir.register_lowering(_forward_only, mlir.lower_fun(lambda x, **_: x, multiple_
 batching.defvectorized(_forward_only)
 
 
-def _refuse(_: Any, x: Any, *, name: str) -> None:
+def _refuse(_: object, x: object, *, name: str) -> NoReturn:
     raise IntegratorError(
         f"{name} has no derivatives in reverse mode (jax.grad, jax.vjp, jax.jacrev): take them "
         "forward, by jax.jvp or jax.jacfwd; or differentiate a linear network's flow by "
@@ -31,7 +32,7 @@ def _refuse(_: Any, x: Any, *, name: str) -> None:
 ad.deflinear2(_forward_only, _refuse)
 
 
-def _refuse_first(*_: Any, name: str) -> None:
+def _refuse_first(*_: object, name: str) -> NoReturn:
     _refuse(None, None, name=name)
 
 
@@ -43,24 +44,24 @@ with contextlib.suppress(ImportError, AttributeError):
     primitive_linearizations[_forward_only] = _refuse_first
 
 
-def forward_only(tree: Any, name: str) -> Any:
+def forward_only(tree: Tree, name: str) -> Tree:
     """The same arrays, whose transposed derivatives are refused by an error that names `name`."""
     return jax.tree.map(
         lambda x: _forward_only.bind(x, name=name) if eqx.is_inexact_array(x) else x, tree
     )
 
 
-def without_derivative(tree: Any, error: Exception) -> Any:
+def without_derivative(tree: Tree, error: Exception) -> Tree:
     """The same values, any derivative of which raises `error`."""
     arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
     return eqx.combine(_without_derivative(arrays, error), rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _without_derivative(arrays: Any, error: Exception) -> Any:
+def _without_derivative(arrays: Tree, error: Exception) -> Tree:
     return arrays
 
 
 @_without_derivative.defjvp
-def _(error: Exception, primals: Any, tangents: Any) -> Any:
+def _(error: Exception, primals: object, tangents: object) -> NoReturn:
     raise error

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+
+_Result = TypeVar("_Result")
+# A function, or its module and its name in it.
+Reference = Callable[..., Any] | tuple[str, str]
 
 
 @jax.tree_util.register_static
@@ -15,56 +21,52 @@ class Name(str):
     """A text that is no leaf of a pytree, so that JAX takes values that hold it."""
 
 
-class Function(eqx.Module):
+class Function(eqx.Module, Generic[_Result]):
     """A function without arrays: no leaf of a pytree, so that JAX takes values that hold it.
 
     Two are equal where their functions are. It pickles where its function does, and where that is
     found under its name in its module, as JAX's own are.
     """
 
-    function: Callable[..., Any] = eqx.field(static=True)
+    function: Callable[..., _Result] = eqx.field(static=True)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> _Result:
         return self.function(*args)
 
-    def __deepcopy__(self, memo: Any) -> Function:
+    def __deepcopy__(self, memo: object) -> Function:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[Reference], Function], tuple[Reference]]:
         return _function, (reference(self.function),)
 
 
-def as_part(function: Any) -> Any:
+def as_part(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """A function as a part of a pytree: itself if it is a tree of its own, such as a module."""
-    is_leaf = jax.tree_util.all_leaves([function])
-    return Function(function) if is_leaf and callable(function) else function
+    return Function(function) if jax.tree_util.all_leaves([function]) else function
 
 
-def reference(function: Any) -> Any:
+def reference(function: Callable[..., Any]) -> Reference:
     """Module and name of a function where it is found by them; otherwise the function itself.
 
     Jitted functions of JAX are found so, but not by pickle.
     """
     module = getattr(function, "__module__", None)
     name = getattr(function, "__qualname__", None)
-    known = isinstance(module, str) and isinstance(name, str) and _find(module, name) is function
-    return (module, name) if known else function
+    if isinstance(module, str) and isinstance(name, str):
+        with contextlib.suppress(ImportError, AttributeError):
+            if _find(module, name) is function:
+                return module, name
+    return function
 
 
-def referred(reference: Any) -> Any:
-    """Find the function that `reference` has put into words; other objects are themselves."""
+def referred(reference: Reference) -> Callable[..., Any]:
+    """The function that has this `reference`."""
     return _find(*reference) if isinstance(reference, tuple) else reference
 
 
-def _function(reference: Any) -> Function:
+def _function(reference: Reference) -> Function:
     return Function(referred(reference))
 
 
-def _find(module: str, name: str) -> Any:
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        return None
-    return found
+def _find(module: str, name: str) -> Callable[..., Any]:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -6,7 +6,6 @@ import functools
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
 import jax.monitoring
 
@@ -55,7 +54,7 @@ def _running() -> tuple[list[tuple[float, float]], ...]:
 # Listeners of JAX are global, and threads that add and remove theirs would lose events.
 @functools.cache
 def _listen_to_jax() -> None:
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
             for spans in _running():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
+# What comes back as it was given, with other arrays: a state, a problem, any tree of arrays.
+Tree = TypeVar("Tree")
 # What users may pass as an array; JAX's ArrayLike leaves lists out.
 Numbers = ArrayLike | Sequence[Any]
 # Arrays of JAX inside a computation, of NumPy once a result is on the host. What both can do is all
@@ -15,7 +17,10 @@ Numbers = ArrayLike | Sequence[Any]
 if TYPE_CHECKING:
     Values = Array
 else:
-    Values = Array | np.ndarray
+    # NumPy's own scalars are its arrays without axes.
+    Values = Array | np.ndarray | np.generic
+# One number, such as a time.
+Scalar = Values | float | int
 # One array for each layer 0 … L.
 Activities = tuple[Values, ...]
 # One array for each layer that moves, and for what else moves.

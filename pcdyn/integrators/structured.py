@@ -95,7 +95,7 @@ def _times(matrix: Array, vector: Array) -> Array:
     return einsum("...ij,...j->...i", matrix, vector)
 
 
-def chain_blocks(product: Any, like: State) -> BlockTridiagonal:
+def chain_blocks(product: Any, like: State | tuple[jax.ShapeDtypeStruct, ...]) -> BlockTridiagonal:
     """The blocks of a symmetric block-tridiagonal linear map of states shaped like `like`.
 
     Layers three apart share no neighbour, so that 3 · max n_l products give the blocks of all
@@ -194,7 +194,9 @@ class PaddedChain:
         """Take the padding of `pad` away."""
         return x.reshape(*x.shape[:-2], -1)[..., self._units]
 
-    def blocks(self, product: Any, like: Array, *, symmetric: bool = True) -> PaddedBlocks:
+    def blocks(
+        self, product: Any, like: Array | jax.ShapeDtypeStruct, *, symmetric: bool = True
+    ) -> PaddedBlocks:
         """As `chain_blocks`, of a linear map of arrays shaped like `like`."""
         layers, colours = np.arange(len(self.widths)), min(_COLOURS, len(self.widths))
         chosen = (layers % _COLOURS == np.arange(colours)[:, None])[:, None, :, None]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_sequence, check_callable, check_instance, checked_number
-from pcdyn._support.functions import reference, referred
+from pcdyn._support.functions import Reference, reference, referred
 from pcdyn.errors import ActivationError
 
 Elementwise = Callable[[Array], Array]
@@ -75,15 +75,15 @@ class Activation:
     def __repr__(self) -> str:
         return f"Activation({self.name!r})"
 
-    def __deepcopy__(self, memo: Any) -> Activation:
+    def __deepcopy__(self, memo: object) -> Activation:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., Activation], tuple[object, ...]]:
         # Functions of JAX are jitted objects, which pickle does not find under their name.
         if _BY_NAME.get(self.name) == self:
             return get_activation, (self.name,)
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return _activation, tuple(reference(value) for value in values)
+        function, inverse = reference(self.function), self.inverse and reference(self.inverse)
+        return _activation, (self.name, function, inverse, self.lower, self.upper, self.kinks)
 
 
 def _is_infinite(value: object) -> bool:
@@ -136,9 +136,10 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     return Activation(f"leaky_relu({slope:g})", forward, inverse, kinks=(0.0,))
 
 
-def _activation(*values: Any) -> Activation:
-    name, function, inverse, lower, upper, kinks = values
-    return Activation(name, referred(function), referred(inverse), lower, upper, kinks)
+def _activation(
+    name: str, function: Reference, inverse: Reference | None, *rest: Any
+) -> Activation:
+    return Activation(name, referred(function), inverse and referred(inverse), *rest)
 
 
 _BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}

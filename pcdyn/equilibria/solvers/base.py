@@ -111,10 +111,11 @@ def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State
         return (squared > target) & (count < 2 * units) & ~flat
 
     def body(carry: Any) -> Any:
+        squared: jax.Array
         x, residual, direction, squared, count, flat = carry
         active = unsolved(carry)
         image = product(direction)
-        curvature: jax.Array = dot(direction, image)
+        curvature = dot(direction, image)
         flat = flat | (active & ~(curvature > 0))
         length: Any = squared / jnp.where(curvature > 0, curvature, 1)
         # Downhill without curvature: the right-hand side itself, if there is nothing better.

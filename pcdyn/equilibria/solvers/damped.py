@@ -150,7 +150,7 @@ class _Search(eqx.Module):
     seen: PointEvaluation
     memory: _Memory
     direction: Any
-    length: Any
+    length: jax.Array
     fresh: Any
     damping: Any
     status: Any
