@@ -66,7 +66,9 @@ def run(config: Config) -> xarray.Dataset:
                     learning.JointFlow(problem, ratio), t1=config.slow_time / ratio,
                     times=slow / ratio, initial=start, integrator=pcdyn.Diffrax(name, **options),
                 )  # fmt: skip
-                distance[i, j, k] = weight_distance(joint.network, adiabatic.network)
+                distance[i, j, k] = weight_distance(
+                    joint.moving["network"], adiabatic.moving["network"]
+                )
                 steps[i, j, k] = joint.accepted_steps
                 if not i and not j:
                     energy[k] = joint.free_energy.sum(-1)

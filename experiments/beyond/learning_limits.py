@@ -165,7 +165,7 @@ def growth(config: Config, times: np.ndarray) -> dict[str, Any]:
         flow, t1=config.t1, times=times,
         integrator=pcdyn.Diffrax("kvaerno5", rtol=1e-8, atol=1e-12, max_steps=4096),
     )  # fmt: skip
-    first, second = (np.asarray(layer.weight) for layer in solved.network.layers)
+    first, second = (np.asarray(layer.weight) for layer in solved.moving["network"].layers)
     norm = np.linalg.norm(second, axis=(1, 2))
     weights = np.concatenate([first[:, 0], second[:, :, 0]], axis=-1)
     return {

@@ -15,7 +15,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import UnionType
 from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import jax
@@ -40,11 +40,6 @@ _LARGEST_SHARE = 0.5
 def is_traced(*trees: object) -> bool:
     """Whether any leaf is an abstract value of a JAX transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in _leaves(trees))
-
-
-def array_namespace(*trees: object) -> ModuleType:
-    """`jax.numpy` if any leaf is traced, otherwise NumPy, for which nothing is compiled."""
-    return jnp if is_traced(*trees) else np
 
 
 def _leaves(trees: object) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcdyn._support.types import Values
 from pcdyn.analysis.comparison.reference_solution import Errors
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
 from pcdyn.analysis.stability import Stability
@@ -62,7 +63,7 @@ def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
     """
     axes = ("time",) if "time" in dataset.dims else ()
 
-    def values(name: str, *last: str, kind: str = "real numbers") -> np.ndarray:
+    def values(name: str, *last: str, kind: str = "real numbers") -> Values:
         return named_values(dataset, name, *axes, *last, kind=kind, sample="optional")
 
     rates = values("rates", "rate")

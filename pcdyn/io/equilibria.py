@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -105,9 +105,8 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
     sample = "present" if "sample" in dataset.sizes else "absent"
 
     def values(name: str, *last: str, kind: str = "real numbers") -> Values:
-        return cast(Values, named_values(dataset, name, *last, kind=kind, sample=sample))
+        return named_values(dataset, name, *last, kind=kind, sample=sample)
 
-    codes = named_values(dataset, "status", kind="integers", sample=sample)
     layers = range(len(problem.network.widths))
     given = "given_tolerance" in dataset.attrs
     return Equilibrium(
@@ -118,7 +117,7 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
         energies=values("energy", "predicted_layer"),
         residual_norms=values("residual_norm", "free_layer"),
         tolerance=values("tolerance", "free_layer"),
-        status_codes=checked_codes(codes, EquilibriumStatus),
+        status_codes=checked_codes(values("status", kind="integers"), EquilibriumStatus),
         at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in layers[1:]),
         iterations=values("iterations", kind="integers"),
         passes=values("passes", kind="integers"),

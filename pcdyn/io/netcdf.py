@@ -13,12 +13,13 @@ import io
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pcdyn._support.checks import check_instance, check_path
 from pcdyn._support.files import check_unpacked, read_bytes, write_atomically
+from pcdyn._support.types import Values
 from pcdyn.errors import DataError, DtypeError
 
 # xarray and h5py are imported where they are used: `import pcdyn` stays fast.
@@ -98,7 +99,7 @@ def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
 
 def named_values(
     dataset: xarray.Dataset, name: str, *dimensions: str, kind: str, sample: str = "absent"
-) -> np.ndarray:
+) -> Values:
     """The values of a variable with its axes in the order of these names, whatever it was.
 
     Arguments: `kind`, `"real numbers"`, `"integers"`, `"booleans"` or `"texts"`; `sample`, whether
@@ -126,8 +127,8 @@ def named_values(
     if values.dtype.kind not in _KINDS[kind]:
         raise DataError(f"{name} holds {values.dtype}, but should hold {kind}")
     if kind == "texts":
-        return values
-    return values.astype(values.dtype.newbyteorder("="), order="C", copy=False)
+        return cast(Values, values)
+    return cast(Values, values.astype(values.dtype.newbyteorder("="), order="C", copy=False))
 
 
 def attribute(dataset: xarray.Dataset, name: str) -> Any:
@@ -146,7 +147,7 @@ def number(dataset: xarray.Dataset, name: str) -> float:
         raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 
 
-def checked_codes(codes: np.ndarray, kind: type[enum.IntEnum]) -> np.ndarray:
+def checked_codes(codes: Values, kind: type[enum.IntEnum]) -> Values:
     """Codes of statuses; raises `DataError` for one that there is not."""
     unknown = set(codes.ravel().tolist()) - {int(status) for status in kind}
     if unknown:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from pcdyn._support.checks import check_instance
+from pcdyn._support.types import Values
 from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
 from pcdyn.io.netcdf import check_dataset, named_values
 from pcdyn.model.activations import Activation, get_activation
@@ -144,7 +145,7 @@ def with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.D
     return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
 
 
-def _as_jax(values: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarray:
+def _as_jax(values: Values, dtype: DTypeLike | None, name: str) -> Values:
     """`values` in a dtype that JAX does not round any more."""
     try:
         wanted = values.dtype if dtype is None else np.dtype(dtype)

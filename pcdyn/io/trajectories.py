@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.types import Values
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
 from pcdyn.io.netcdf import attribute, check_dataset, checked_codes, named_values, number
@@ -154,10 +155,10 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
     variables = dataset.variables
     sample = "present" if "sample" in dataset.sizes else "absent"
 
-    def in_time(name: str, *last: str) -> np.ndarray:
+    def in_time(name: str, *last: str) -> Values:
         return named_values(dataset, name, "time", *last, kind="real numbers", sample=sample)
 
-    def once(name: str, kind: str) -> np.ndarray:
+    def once(name: str, kind: str) -> Values:
         return named_values(dataset, name, kind=kind, sample="optional")
 
     predicted = named_values(dataset, "predicted_layer", "predicted_layer", kind="integers")
@@ -189,7 +190,7 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
     )
 
 
-def _checked_times(times: np.ndarray) -> np.ndarray:
+def _checked_times(times: Values) -> Values:
     if not np.isfinite(times).all() or np.any(np.diff(times) <= 0):
         raise DataError("its times are not finite and increasing, such as after sorting or concat")
     return times

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
 from pcdyn._support.products import matmul
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 
 
 class BlockTridiagonal(eqx.Module):
@@ -42,7 +40,7 @@ class BlockTridiagonal(eqx.Module):
             products[i + 1] = products[i + 1] + matmul(block.T, vector[i])
         return tuple(products)
 
-    def plus_diagonal(self, amount: Any) -> BlockTridiagonal:
+    def plus_diagonal(self, amount: Scalar) -> BlockTridiagonal:
         """The matrix plus `amount` times the identity."""
         eyes = (jnp.eye(len(block), dtype=block.dtype) for block in self.diagonal)
         diagonal = tuple(b + amount * eye for b, eye in zip(self.diagonal, eyes, strict=True))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.states import scale
-from pcdyn._support.types import State
+from pcdyn._support.types import State, Values
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.whitened import error_factor, has_linear_flow
 from pcdyn.model.problem import InferenceProblem
@@ -25,12 +25,12 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
     """
     depth, activities = problem.network.depth, problem.activities(state)
 
-    def pair_energy(index: int, below: Any, here: Any) -> Any:
+    def pair_energy(index: int, below: Values, here: Values) -> Array:
         """E_l as a function of x_{l−1} and x_l."""
         error = here - problem.network.predict(index, below)
         return problem.layer_energy(index, error)
 
-    def own_energy(index: int, here: Any) -> Any:
+    def own_energy(index: int, here: Values) -> Array:
         """The energies in which x_l appears, as a function of it."""
         total = jnp.zeros((), problem.network.dtype)
         if index > 0:
@@ -50,7 +50,7 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
 
 
 @eqx.filter_custom_jvp
-def with_derivatives(problem: InferenceProblem, state: State, certain: Any) -> State:
+def with_derivatives(problem: InferenceProblem, state: State, certain: Values) -> State:
     """`state`, equilibria of a problem, with the derivatives of equilibria.
 
     `∂F/∂x(x*, θ) = 0` gives `dx*/dθ = −(∂²F/∂x²)⁻¹ ∂²F/∂x∂θ`, of any order. They are NaN for the
@@ -60,7 +60,9 @@ def with_derivatives(problem: InferenceProblem, state: State, certain: Any) -> S
 
 
 @with_derivatives.def_jvp
-def _implicit_jvp(primals: Any, tangents: Any) -> Any:
+def _implicit_jvp(
+    primals: tuple[InferenceProblem, State, Values], tangents: tuple[PyTree, PyTree, PyTree]
+) -> tuple[State, State]:
     problem, state, certain = primals
     # Of what the rule returns only this has derivatives: without it those of a second derivative
     # would take the equilibrium to be constant.
@@ -71,7 +73,7 @@ def _implicit_jvp(primals: Any, tangents: Any) -> Any:
 # Compiled as one program also where nothing around it is.
 @eqx.filter_jit
 def _change_of_equilibrium(
-    problem: InferenceProblem, tangent: Any, state: State, certain: Any
+    problem: InferenceProblem, tangent: PyTree, state: State, certain: Values
 ) -> State:
     _, change = eqx.filter_jvp(lambda p: p.gradient(state), (problem,), (tangent,))
     # Layers that do not depend on what moves have no tangent at all.

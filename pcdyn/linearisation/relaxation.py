@@ -7,11 +7,9 @@ those of the relaxation by linear systems, in which no differences of eigenvalue
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pcdyn._support.products import matmul
 
@@ -36,7 +34,9 @@ def factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
 
 
 @factor_modes.defjvp
-def _factor_modes_jvp(primals: Any, tangents: Any) -> Any:
+def _factor_modes_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (factor,), (tangent,) = primals, tangents
     rates, modes = factor_modes(factor)
     half = matmul(matmul(factor, modes).T, matmul(tangent, modes))
@@ -55,7 +55,9 @@ def symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
 
 
 @symmetric_modes.defjvp
-def _symmetric_modes_jvp(primals: Any, tangents: Any) -> Any:
+def _symmetric_modes_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (matrix,), (tangent,) = primals, tangents
     rates, modes = symmetric_modes(matrix)
     bent = matmul(matmul(modes.T, tangent), modes)
@@ -87,7 +89,10 @@ def singular_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array, Array]:
 
 @jax.custom_jvp
 def relaxed(
-    factor: Float[Array, "M N"], modes: Any, residual: Float[Array, "*batch M"], t: Any
+    factor: Float[Array, "M N"],
+    modes: tuple[Array, Array, Array],
+    residual: Float[Array, "*batch M"],
+    t: Float[Array, ""],
 ) -> Float[Array, "*batch N"]:
     """y(t) of `ẏ = Aᵀ(residual − A y)` from y(0) = 0, with A and its singular modes.
 
@@ -96,14 +101,16 @@ def relaxed(
     """
     left, sizes, right = modes
     rates, flat = sizes**2, sizes == 0
-    divisor: Any = jnp.where(flat, 1, rates)
+    divisor = jnp.where(flat, 1, rates)
     driven = jnp.where(flat, t, -jnp.expm1(-rates * t) / divisor)
     amplitudes = matmul(residual, left)
     return matmul(amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape), right.T)
 
 
 @relaxed.defjvp
-def _relaxed_jvp(primals: Any, tangents: Any) -> Any:
+def _relaxed_jvp(
+    primals: tuple[Array, tuple[Array, Array, Array], Array, Array], tangents: PyTree
+) -> tuple[Array, Array]:
     factor, _, residual, t = primals
     d_factor, _, d_residual, d_t = tangents
     moved = _tangent(factor, residual, t, d_factor, d_residual, d_t)
@@ -112,11 +119,13 @@ def _relaxed_jvp(primals: Any, tangents: Any) -> Any:
 
 # Compiled as one program also where nothing around it is.
 @jax.jit
-def _tangent(factor: Any, residual: Any, t: Any, d_factor: Any, d_residual: Any, d_t: Any) -> Array:
+def _tangent(
+    factor: Array, residual: Array, t: Array, d_factor: Array, d_residual: Array, d_t: Array
+) -> Array:
     return jax.jvp(_rational, (factor, residual, t), (d_factor, d_residual, d_t))[1]
 
 
-def _rational(factor: Any, residual: Any, t: Any) -> Any:
+def _rational(factor: Array, residual: Array, t: Array) -> Array:
     """`relaxed` by solving linear systems, with (e^x − 1)/x as a sum over poles.
 
     With `(t AᵀA + θ) u = Aᵀ residual` written as one system for u and `t A u − residual`, which
@@ -130,7 +139,7 @@ def _rational(factor: Any, residual: Any, t: Any) -> Any:
     given = jnp.atleast_2d(residual).astype(kind).T
     rhs = jnp.concatenate([jnp.zeros((columns, given.shape[1]), kind), given])
 
-    def term(pole: Any, weight: Any) -> Any:
+    def term(pole: Array, weight: Array) -> Array:
         upper = jnp.concatenate([pole * units, matrix.T], axis=1)
         lower = jnp.concatenate([time * matrix, -errors], axis=1)
         return -weight / pole * jnp.linalg.solve(jnp.concatenate([upper, lower]), rhs)[:columns]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from pcdyn._support.states import largest_norm, layer_norms
-from pcdyn._support.types import State
+from pcdyn._support.types import Activities, Scalar, State, Values
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
@@ -21,7 +20,7 @@ _PROBES = 4
 _PLACES = 32
 
 
-def smallest_precision(problem: Flow) -> Any:
+def smallest_precision(problem: Flow) -> Float[Array, ""]:
     """The smallest eigenvalue of any Π_l, of the curvature at zero error where there is no Π_l.
 
     Infinite where no energy has a curvature.
@@ -41,14 +40,18 @@ def smallest_precision(problem: Flow) -> Any:
     return jnp.min(jnp.stack(each))
 
 
-def _smallest_of_run(run: Run, width: int, target: Any, dtype: Any) -> Any:
+def _smallest_of_run(
+    run: Run, width: int, target: Values | None, dtype: np.dtype
+) -> Float[Array, ""]:
     """`_smallest` of the stacked energies of a run of predictions."""
     if not jax.tree.leaves(eqx.filter(run.energy, eqx.is_array)):
         return _smallest(run.energy, width, target, dtype)
     return jnp.min(eqx.filter_vmap(lambda e: _smallest(e, width, target, dtype))(run.energy))
 
 
-def _smallest(energy: Energy, width: int, target: Any, dtype: Any) -> Any:
+def _smallest(
+    energy: Energy, width: int, target: Values | None, dtype: np.dtype
+) -> Float[Array, ""]:
     precision = energy.quadratic_form
     if precision is None and target is not None and target.ndim > 1:
         return jnp.min(jax.vmap(lambda t: _smallest(energy, width, t, dtype))(target))
@@ -57,7 +60,7 @@ def _smallest(energy: Energy, width: int, target: Any, dtype: Any) -> Any:
     return jnp.asarray(jnp.inf, dtype) if precision is None else precision.smallest(dtype)
 
 
-def gradient_scale(problem: InferenceProblem, state: State) -> Any:
+def gradient_scale(problem: InferenceProblem, state: State) -> Float[Array, "*batch"]:
     """What ‖∂F/∂x_l‖ at an equilibrium is small beside, seen from a start, per sample.
 
     The least of 1, of the largest ‖∂F/∂x_l‖ at the start, and of the largest prediction error there
@@ -75,7 +78,9 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Any:
     return jnp.minimum(1, jnp.minimum(field, smallest_precision(deep) * largest))
 
 
-def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) -> Any:
+def resting_tolerance(
+    problem: InferenceProblem, start: State, relative: Scalar
+) -> Float[Array, "*batch"]:
     """Scale a relative tolerance by `gradient_scale`, per sample.
 
     Where the gradient at the start is no more than its round-off, the start is at rest, and the
@@ -94,7 +99,7 @@ def resting_tolerance(problem: InferenceProblem, start: State, relative: Any) ->
     return jnp.where(at_rest, jnp.maximum(wanted, 2 * jnp.max(floor, axis=-1)), wanted)
 
 
-def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
+def gradient_round_off(problem: InferenceProblem, state: State) -> Float[Array, "*batch free"]:
     """How well ‖∂F/∂x_l‖ can vanish in the dtype of the problem, per sample and free layer.
 
     It is what a unit in the last place of every activity and of every prediction makes of the
@@ -104,8 +109,8 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     sizes, eps = _error_sizes(problem, state), float(jnp.finfo(problem.dtype).eps)
     energies = range(1, problem.network.depth + 1)
 
-    def slope(state: State, offsets: Any) -> State:
-        def total(state: State) -> Any:
+    def slope(state: State, offsets: State) -> State:
+        def total(state: State) -> Array:
             errors = problem.prediction_errors(problem.activities(state))
             each = [
                 jnp.sum(problem.layer_energy(i, error + offset))
@@ -119,7 +124,7 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     _, tangent = jax.linearize(slope, state, zeros)
     signs = np.random.default_rng(0)
 
-    def rounded(x: Any) -> Any:
+    def rounded(x: Array) -> Array:
         each = signs.choice([-1.0, 1.0], x.shape[-1:]).astype(x.dtype)
         return eps * jnp.abs(x) * jnp.broadcast_to(each, x.shape)
 
@@ -129,7 +134,7 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Any:
     return _PLACES * jnp.sqrt(jnp.mean(jnp.stack(squares), axis=0))
 
 
-def _error_sizes(problem: InferenceProblem, state: State) -> tuple[Any, ...]:
+def _error_sizes(problem: InferenceProblem, state: State) -> Activities:
     """|x_l| + |μ_l|, the numbers whose difference a prediction error is."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)

@@ -8,22 +8,28 @@ latter with the sign reversed, and a mode v of it is the mode τ^{-½} v of the 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike
 
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import dot, scale
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Tree, Values
 from pcdyn.errors import SpectrumError
-from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.relaxation import symmetric_modes
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 # Above so many units, full eigendecompositions take seconds for each sample.
 MOST_DENSE_UNITS = 600
@@ -39,9 +45,9 @@ class Spectrum(eqx.Module):
     is over states.
     """
 
-    rates: Any
-    slowest_mode: Any
-    fastest_mode: Any
+    rates: Values
+    slowest_mode: Values
+    fastest_mode: Values
 
 
 def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
@@ -56,7 +62,7 @@ def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
     )  # fmt: skip
 
 
-def _roots(problem: InferenceFlow) -> list[Any]:
+def _roots(problem: InferenceFlow) -> list[Array]:
     """√τ for each array of a state."""
     return [jnp.sqrt(tau) for tau in problem.state_time_constants]
 
@@ -70,7 +76,7 @@ def full_spectrum(problem: InferenceProblem, states: State) -> Spectrum:
     units = sum(x.shape[-1] for x in states)
     rows = states[0].shape[0]
 
-    def one(row: Any) -> Spectrum:
+    def one(row: tuple[Values | None, Values | None, State]) -> Spectrum:
         input, output, state = row
         sample = problem.with_data(input, output)
         rates, modes = symmetric_modes(decay_matrix(sample, state).dense())
@@ -80,9 +86,9 @@ def full_spectrum(problem: InferenceProblem, states: State) -> Spectrum:
     return jax.lax.map(one, (problem.input, problem.output, states), batch_size=at_once)
 
 
-def _shares(problem: InferenceProblem, mode: Any) -> Any:
+def _shares(problem: InferenceProblem, mode: Values) -> Values:
     """The share of each free layer in the squared norm of a mode of the activities."""
-    xp = np if isinstance(mode, np.ndarray) else jnp
+    xp = array_namespace(mode)
     widths = [problem.network.widths[index] for index in problem.free_layers]
     parts = xp.split(mode, [sum(widths[:i]) for i in range(1, len(widths))])
     squares = xp.stack(
@@ -91,14 +97,14 @@ def _shares(problem: InferenceProblem, mode: Any) -> Any:
     return squares / xp.sum(squares)
 
 
-def flow_spectrum(flow: Flow, times: Any, states: State) -> Spectrum:
+def flow_spectrum(flow: Flow, times: ArrayLike, states: State) -> Spectrum:
     """All rates of any flow at several times and states, complex numbers, in NumPy arrays.
 
     By dense eigendecompositions of its Jacobian on the host, in ascending order of the real parts;
     modes have a share for each array of the state. Raises `SpectrumError` for a Jacobian that is
     not finite.
     """
-    matrices = np.asarray(_jacobians(flow, times, states))
+    matrices = np.asarray(_jacobians(flow, jnp.asarray(times), states))
     if not np.isfinite(matrices).all():
         raise SpectrumError(f"the Jacobian of the {type(flow).__name__} is not finite")
     rates: Any
@@ -113,11 +119,11 @@ def flow_spectrum(flow: Flow, times: Any, states: State) -> Spectrum:
 
 
 @eqx.filter_jit
-def _jacobians(flow: Flow, times: Any, states: State) -> Any:
+def _jacobians(flow: Flow, times: Array, states: State) -> Array:
     """∂(dx/dt)/∂x at several times and states, as matrices."""
     prepared = flow.prepared()
 
-    def one(t: Any, state: State) -> Any:
+    def one(t: Array, state: State) -> Array:
         vector, unravel = ravel_pytree(state)
         return jax.jacfwd(lambda x: ravel_pytree(prepared.vector_field(t, unravel(x)))[0])(vector)
 
@@ -131,23 +137,25 @@ def extreme_spectrum(problem: InferenceProblem, state: State) -> Spectrum:
     O(Σ n³), shifted where the matrix is not positive definite. Raises `SpectrumError` where the
     iterations do not converge.
     """
-    from scipy.sparse.linalg import ArpackNoConvergence
+    from scipy.sparse import linalg
 
+    # SciPy's stubs take the types of its options from their defaults.
+    eigsh: Any = linalg.eigsh
     matrix = _decay_matrix(problem, state)
     product, shift, inverse = _operators(matrix)
     options: dict[str, Any] = {
         "k": 1,
-        "v0": _start(product.shape, product.dtype)[0],
+        "v0": _start(product.shape, problem.dtype)[0],
         # Of the residual: the error of a rate is of the order of its square.
-        "tol": float(np.finfo(product.dtype).eps) ** (2 / 3),
+        "tol": float(np.finfo(problem.dtype).eps) ** (2 / 3),
     }
     try:
-        fast, fast_modes = _eigsh(product, which="LA", **options)
-        slow, slow_modes = _eigsh(product, sigma=shift, OPinv=inverse, which="LM", **options)
-    except ArpackNoConvergence as error:
+        fast, fast_modes = eigsh(product, which="LA", **options)
+        slow, slow_modes = eigsh(product, sigma=shift, OPinv=inverse, which="LM", **options)
+    except linalg.ArpackNoConvergence as error:
         raise SpectrumError(f"Lanczos iterations did not find the rates: {error}") from error
     return Spectrum(
-        np.concatenate([slow, fast]),
+        cast(Values, np.concatenate([slow, fast])),
         _shares(problem, slow_modes[:, 0]),
         _shares(problem, fast_modes[:, 0]),
     )
@@ -158,21 +166,18 @@ def _decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
     return decay_matrix(problem, state)
 
 
-def _eigsh(operator: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.sparse.linalg import eigsh
-
-    values, vectors = eigsh(operator, **options)
-    return np.asarray(values), np.asarray(vectors)
-
-
-def _operators(matrix: BlockTridiagonal) -> tuple[Any, float, Any]:
+def _operators(
+    matrix: BlockTridiagonal,
+) -> tuple[scipy.sparse.linalg.LinearOperator, float, scipy.sparse.linalg.LinearOperator]:
     """The matrix A and (A − shift)⁻¹ for SciPy, the shift being below every eigenvalue."""
     sizes = [len(block) for block in matrix.diagonal]
     offsets = [sum(sizes[:i]) for i in range(1, len(sizes))]
     units, dtype = sum(sizes), np.dtype(matrix.diagonal[0].dtype)
     factors, shift = _factorised_below(matrix)
 
-    def operator(function: Any, tree: Any) -> Any:
+    def operator(
+        function: Callable[[Tree, State], State], tree: Tree
+    ) -> scipy.sparse.linalg.LinearOperator:
         from scipy.sparse.linalg import LinearOperator
 
         def apply(vector: np.ndarray) -> np.ndarray:
@@ -186,7 +191,7 @@ def _operators(matrix: BlockTridiagonal) -> tuple[Any, float, Any]:
     return operator(_times, matrix), shift, operator(_solve, factors)
 
 
-def _factorised_below(matrix: BlockTridiagonal) -> tuple[Any, float]:
+def _factorised_below(matrix: BlockTridiagonal) -> tuple[BlockCholesky, float]:
     """The factors of A − shift, and a shift that is zero or a little below the least eigenvalue."""
     factors = _shifted_cholesky(matrix, 0.0)
     if _is_finite(factors):
@@ -210,21 +215,21 @@ def _factorised_below(matrix: BlockTridiagonal) -> tuple[Any, float]:
 
 
 @jax.jit
-def _shifted_cholesky(matrix: BlockTridiagonal, shift: Any) -> Any:
+def _shifted_cholesky(matrix: BlockTridiagonal, shift: Scalar) -> BlockCholesky:
     return matrix.plus_diagonal(-jnp.asarray(shift, matrix.diagonal[0].dtype)).cholesky()
 
 
-def _is_finite(factors: Any) -> bool:
+def _is_finite(factors: BlockCholesky) -> bool:
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
 
 
 @jax.jit
-def _times(matrix: Any, vector: State) -> State:
+def _times(matrix: BlockTridiagonal, vector: State) -> State:
     return matrix.times(vector)
 
 
 @jax.jit
-def _solve(factors: Any, rhs: State) -> State:
+def _solve(factors: BlockCholesky, rhs: State) -> State:
     return factors.solve(rhs)
 
 
@@ -251,20 +256,24 @@ def estimated_fastest_rate(problem: InferenceFlow, state: State) -> np.ndarray:
     return np.reshape(largest, state[0].shape[:-1])
 
 
-def _start(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _start(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Unit vectors to start Lanczos iterations from, the same in every call."""
     vectors = np.random.default_rng(0).normal(size=shape).astype(dtype)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 @eqx.filter_jit
-def _lanczos(problem: InferenceFlow, state: State, start: State, iterations: int) -> Any:
+def _lanczos(
+    problem: InferenceFlow, state: State, start: State, iterations: int
+) -> tuple[Array, Array]:
     """The diagonal and off-diagonal coefficients of each iteration, iterations first."""
     roots = tuple(jnp.broadcast_to(r, x.shape) for r, x in zip(_roots(problem), state, strict=True))
     flow = problem.prepared()
     _, tangent = jax.linearize(lambda x: flow.vector_field(0.0, x), state)
 
-    def iterate(carry: Any, _: None) -> Any:
+    def iterate(
+        carry: tuple[State, State, Array], _: None
+    ) -> tuple[tuple[State, State, Array], tuple[Array, Array]]:
         before, here, coupling = carry
         moved = tangent(tuple(x / root for x, root in zip(here, roots, strict=True)))
         image = tuple(-x * root for x, root in zip(moved, roots, strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +136,15 @@ def leaky_relu(slope: float = 0.01) -> Activation:
 
 
 def _activation(
-    name: str, function: Reference, inverse: Reference | None, *rest: Any
+    name: str,
+    function: Reference,
+    inverse: Reference | None,
+    lower: float,
+    upper: float,
+    kinks: tuple[float, ...],
 ) -> Activation:
-    return Activation(name, referred(function), inverse and referred(inverse), *rest)
+    inverse = inverse and referred(inverse)
+    return Activation(name, referred(function), inverse, lower, upper, kinks)
 
 
 _BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}

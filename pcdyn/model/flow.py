@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.checks import (
     as_float_array,
@@ -20,7 +20,7 @@ from pcdyn._support.checks import (
     converted,
 )
 from pcdyn._support.states import layer_norms
-from pcdyn._support.types import Activities, Numbers, State
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.errors import DtypeError, InputError, ShapeError
 
 
@@ -47,11 +47,11 @@ class Flow(eqx.Module):
         """
 
     @abc.abstractmethod
-    def vector_field(self, t: Any, state: State) -> State:
+    def vector_field(self, t: Scalar, state: State) -> State:
         """Compute the time derivative of the state at time t, shaped like the state."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The floating-point dtype of the state: that of the arrays of the flow, if it has any."""
         arrays = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         return jnp.result_type(*arrays) if arrays else jnp.zeros(()).dtype
@@ -72,15 +72,15 @@ class Flow(eqx.Module):
         """
         return state
 
-    def state_of(self, activities: Sequence[Any]) -> State:
+    def state_of(self, activities: Sequence[Values]) -> State:
         """The state of given `activities`, if nothing else moves; their free layers."""
         return tuple(activities[index] for index in self.free_layers)
 
-    def moving(self, state: State) -> dict[str, Any]:
+    def moving(self, state: State) -> dict[str, PyTree]:
         """What moves besides activities, by name, at a state or at several; nothing."""
         return {}
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         """The prediction errors ε_1 … ε_L and the energies E_1 … E_L, on the last axis; none."""
         return (), jnp.zeros((*state[0].shape[:-1], 0), state[0].dtype)
 
@@ -117,7 +117,7 @@ class Flow(eqx.Module):
         return tuple(converted(x, y.dtype, "initial") for x, y in zip(arrays, default, strict=True))
 
 
-def check_flow(flow: Any) -> None:
+def check_flow(flow: Flow) -> None:
     """Raise the named error for what is no flow, or one in a dtype that JAX is not set to."""
     check_instance(flow, "problem", Flow, "a pcdyn.InferenceProblem or another pcdyn.Flow")
     check_dtype(flow.dtype, f"dtype of the {type(flow).__name__}")
@@ -160,7 +160,7 @@ def _time(flow: Flow) -> Array:
     return jnp.zeros((), flow.dtype)
 
 
-def depends_on_time(field: Any, t: Any, state: State) -> bool:
+def depends_on_time(field: Callable[[Scalar, State], State], t: Scalar, state: State) -> bool:
     """Whether a vector field makes any use of the time that it is given."""
     program = jax.make_jaxpr(field)(t, state).jaxpr
     return dce_jaxpr(program, [True] * len(program.outvars))[1][0]

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import (
-    array_namespace,
     as_float_array,
     as_sequence,
     check_callable,
@@ -29,8 +29,9 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn._support.functions import as_part
+from pcdyn._support.namespaces import host_namespace
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Activities, Numbers
+from pcdyn._support.types import Activities, Numbers, Scalar, Tree
 from pcdyn.errors import DtypeError, InputError, ShapeError
 from pcdyn.model.activations import Activation, get_activation, identity
 
@@ -107,7 +108,7 @@ class Network(eqx.Module):
         return len(self.layers)
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> np.dtype:
         """The floating-point dtype of the weights."""
         arrays = jax.tree.leaves(eqx.filter(self.layers, eqx.is_inexact_array))
         return arrays[0].dtype if arrays else jnp.zeros(()).dtype
@@ -148,7 +149,7 @@ def _in_one_dtype(layers: tuple[Any, ...]) -> tuple[Any, ...]:
     return eqx.combine(jax.tree.map(lambda x: x.astype(np.float64), arrays), rest)
 
 
-def apply_layer(layer: Any, x: Any) -> Any:
+def apply_layer(layer: Layer, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
     """What a layer predicts from activities of shape `(*batch, n_in)`."""
     return jnp.vectorize(layer, signature="(n)->(m)")(x)
 
@@ -170,7 +171,7 @@ MOST_WRITTEN_OUT = 16
 def _feedforward_in_runs(runs: list[Any], is_stacked: list[bool], input: Array) -> list[Array]:
     """The activities x_1 … x_L, those of each run of equal layers stacked."""
 
-    def climb(x: Array, arrays: Any, static: Any) -> tuple[Array, Array]:
+    def climb(x: Array, arrays: PyTree, static: PyTree) -> tuple[Array, Array]:
         x = apply_layer(eqx.combine(arrays, static), x)
         return x, x
 
@@ -193,18 +194,18 @@ def _rows(run: Array) -> list[Array]:
     return [jnp.asarray(x) for x in np.asarray(run)]
 
 
-def structure_of(part: Any) -> Any:
+def structure_of(part: PyTree) -> tuple[object, ...]:
     """What layers share that one loop can run."""
     arrays, static = eqx.partition(part, eqx.is_array)
     leaves, tree = jax.tree.flatten(arrays)
     return [(x.shape, x.dtype) for x in leaves], tree, static
 
 
-def stack(parts: list[Any]) -> Any:
+def stack(parts: list[Tree]) -> Tree:
     """Layers of one structure as one, each array with their axis first."""
     arrays = [eqx.filter(part, eqx.is_array) for part in parts]
     static = eqx.filter(parts[0], eqx.is_array, inverse=True)
-    xp = array_namespace(arrays)
+    xp = host_namespace(arrays)
     return eqx.combine(jax.tree.map(lambda *each: xp.stack(each), *arrays), static)
 
 
@@ -262,7 +263,7 @@ def mlp(
     initialisation: Initialisation | None = None,
     output_activation: str | Activation | None = None,
     bias: bool = False,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """A network of `Dense` layers with random weights.
 
@@ -305,7 +306,7 @@ def mlp(
     return Network(layers)
 
 
-def _checked_dtype(dtype: Any) -> Any:
+def _checked_dtype(dtype: DTypeLike) -> np.dtype:
     try:
         known = jnp.dtype(dtype)
     except (TypeError, ValueError) as error:
@@ -323,10 +324,10 @@ def _shortened(widths: tuple[int, ...]) -> str:
 @functools.partial(jax.jit, static_argnames=("shapes", "initialisation", "dtype"))
 def _draw_weights(
     key: PRNGKeyArray,
-    std: Any,
+    std: Scalar | None,
     shapes: tuple[tuple[int, int], ...],
     initialisation: str,
-    dtype: Any,
+    dtype: np.dtype,
 ) -> list[Array]:
     if std is not None:
         draw = jax.nn.initializers.normal(std)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import (
     as_float_array,
@@ -26,12 +27,15 @@ from pcdyn._support.checks import (
     converted,
     is_traced,
 )
-from pcdyn._support.types import Activities, Numbers, State
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.flow import Flow
 from pcdyn.model.network import Network
+
+# Some flow of inference, of which the same kind comes back.
+Problem = TypeVar("Problem", bound="InferenceFlow")
 
 
 class InferenceFlow(Flow):
@@ -39,37 +43,37 @@ class InferenceFlow(Flow):
 
     @property
     @abc.abstractmethod
-    def data(self) -> tuple[Any, Any]:
+    def data(self) -> tuple[Values | None, Values | None]:
         """The clamped input and output; `None` for an end that is free."""
 
     @property
     @abc.abstractmethod
-    def state_time_constants(self) -> tuple[Array, ...]:
+    def state_time_constants(self) -> tuple[Values, ...]:
         """τ of every array of a state: one number, or one for each unit."""
 
     @abc.abstractmethod
-    def with_data(self, input: Any, output: Any) -> Any:
+    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
         """The same with other clamped data, such as one sample of a batch."""
 
     @abc.abstractmethod
     def gradient(self, state: State) -> State:
         """∂F/∂x, shaped like `state`, whatever the time constants."""
 
-    def vector_field(self, t: Any, state: State) -> State:
+    def vector_field(self, t: Scalar, state: State) -> State:
         """dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
         return tuple(
             -g / jnp.broadcast_to(tau, g.shape)
             for g, tau in zip(self.gradient(state), self.state_time_constants, strict=True)
         )
 
-    def sample(self, index: Any) -> Any:
+    def sample(self: Problem, index: ArrayLike) -> Problem:
         """The problem of one sample of a batch (an index), or of several (an array of indices)."""
         return self.with_data(*jax.tree.map(lambda x: x[index], self.data))
 
-    def map_samples(self, function: Callable[..., Any], *trees: Any) -> Any:
+    def map_samples(self, function: Callable[..., Tree], *trees: PyTree) -> Tree:
         """`function` of the problem of each sample and of its rows of `trees`, sample first."""
 
-        def one(data: Any, *rows: Any) -> Any:
+        def one(data: tuple[Values | None, Values | None], *rows: PyTree) -> Tree:
             return function(self.with_data(*data), *rows)
 
         return eqx.filter_vmap(one)(self.data, *trees)
@@ -137,7 +141,7 @@ class InferenceProblem(InferenceFlow):
             )
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The floating-point dtype of the weights, and so of everything."""
         return self.network.dtype
 
@@ -155,7 +159,7 @@ class InferenceProblem(InferenceFlow):
         return None if clamped is None else clamped.shape[:-1]
 
     @property
-    def data(self) -> tuple[Array | None, Array | None]:
+    def data(self) -> tuple[Values | None, Values | None]:
         """The clamped input and output; `None` for an end that is free."""
         return self.input, self.output
 
@@ -169,7 +173,7 @@ class InferenceProblem(InferenceFlow):
         """The time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
-    def with_data(self, input: Any, output: Any) -> InferenceProblem:
+    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
             lambda p: (p.input, p.output, p.first_prediction), self, (input, output, None),
@@ -210,7 +214,7 @@ class InferenceProblem(InferenceFlow):
             errors.append(activities[index] - prediction)
         return tuple(errors)
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
         """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
         errors = self.prediction_errors(self.activities(state))
         return errors, self.energies_of(errors)
@@ -364,13 +368,13 @@ class InferenceProblem(InferenceFlow):
         return shapes
 
 
-def check_problem(problem: Any) -> None:
+def check_problem(problem: InferenceProblem) -> None:
     """Raise `InputError` unless `problem` is one of inference, in a dtype that JAX is set to."""
     check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     check_dtype(problem.dtype, "dtype of the problem")
 
 
-def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: Any) -> Array | None:
+def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: np.dtype) -> Array | None:
     if value is None:
         return None
     array = as_float_array(value, name)

@@ -12,35 +12,41 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-from pcdyn._support.checks import array_namespace
-from pcdyn._support.types import Activities, State
+from pcdyn._support.namespaces import host_namespace
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
-from pcdyn.model.network import MOST_WRITTEN_OUT, apply_layer, stack, structure_of
-from pcdyn.model.problem import InferenceFlow, InferenceProblem
+from pcdyn.model.network import MOST_WRITTEN_OUT, Layer, apply_layer, stack, structure_of
+from pcdyn.model.problem import InferenceFlow, InferenceProblem, Problem
 
 
 class Run(eqx.Module):
     """Predictions of consecutive layers l = `first` … of one kind, their arrays stacked."""
 
-    layer: Any
+    layer: Layer
     energy: Energy
     first: int = eqx.field(static=True)
     length: int = eqx.field(static=True)
 
-    def observe(self, lower: Any, here: Any, prediction: Any, target: Any) -> tuple[Any, Any]:
+    def observe(
+        self,
+        lower: Float[Array, "*batch length below"],
+        here: Float[Array, "*batch length n"],
+        prediction: Float[Array, "*batch n"] | None,
+        target: Float[Array, "*batch n"] | None,
+    ) -> tuple[Float[Array, "*batch length n"], Float[Array, "*batch length"]]:
         """Prediction errors and energies from activities `(*batch, length, n)` below and here."""
         arrays, static = eqx.partition((self.layer, self.energy), eqx.is_array)
         by_layer = tuple(jnp.moveaxis(x, -2, 0) for x in (lower, here))
 
-        def one(_: None, now: Any) -> tuple[None, Any]:
+        def one(_: None, now: PyTree) -> tuple[None, tuple[Array, Array]]:
             mine, (below, x) = now
             layer, energy = eqx.combine(mine, static)
             error = x - (apply_layer(layer, below) if prediction is None else prediction)
@@ -62,12 +68,12 @@ class StackedProblem(InferenceFlow):
     """
 
     runs: tuple[Run, ...]
-    input: Any
-    output: Any
-    time_constants: Any
+    input: Values | None
+    output: Values | None
+    time_constants: Values
     widths: tuple[int, ...] = eqx.field(static=True)
     free: tuple[int, ...] = eqx.field(static=True)
-    first_prediction: Any = None
+    first_prediction: Values | None = None
 
     @property
     def free_layers(self) -> tuple[int, ...]:
@@ -79,27 +85,27 @@ class StackedProblem(InferenceFlow):
         """n_l of the layers that make up the state."""
         return tuple(self.widths[index] for index in self.free)
 
-    def initial_state(self, initial: Any = "feedforward") -> State:
+    def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """The state of activities of the free layers, which need to be given."""
         return self.pack(initial)
 
     @property
-    def data(self) -> tuple[Any, Any]:
+    def data(self) -> tuple[Values | None, Values | None]:
         """The clamped input and output; `None` for an end that is free."""
         return self.input, self.output
 
     @property
-    def state_time_constants(self) -> tuple[Any, ...]:
+    def state_time_constants(self) -> tuple[Values, ...]:
         """τ of the one array of the state."""
         return (self.time_constants,)
 
-    def with_data(self, input: Any, output: Any) -> StackedProblem:
+    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return dataclasses.replace(self, input=input, output=output, first_prediction=None)
 
-    def pack(self, layers: Sequence[Any]) -> State:
+    def pack(self, layers: Sequence[Numbers]) -> State:
         """One array of what the free layers have an array each of."""
-        xp = array_namespace(layers)
+        xp = host_namespace(layers)
         return (xp.concatenate([xp.asarray(x) for x in layers], axis=-1),)
 
     def unpack(self, state: State) -> State:
@@ -122,12 +128,12 @@ class StackedProblem(InferenceFlow):
         layer = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, self.runs[0].layer)
         return dataclasses.replace(self, first_prediction=apply_layer(layer, self.input))
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Any]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
         """The prediction errors of all layers side by side, and the energies E_1 … E_L."""
         (x,) = self.activities(state)
         starts, errors, energies = np.cumsum([0, *self.widths]), [], []
 
-        def layers(first: int, length: int) -> Any:
+        def layers(first: int, length: int) -> Array:
             width = self.widths[first]
             part = x[..., starts[first] : starts[first] + length * width]
             return part.reshape(*part.shape[:-1], length, width)
@@ -143,11 +149,11 @@ class StackedProblem(InferenceFlow):
             energies.append(found[1])
         return (jnp.concatenate(errors, axis=-1),), jnp.concatenate(energies, axis=-1)
 
-    def target_of(self, run: Run) -> Any:
+    def target_of(self, run: Run) -> Values | None:
         """What the output is clamped to, for the run of its prediction; `None` for others."""
         return self.output if run.first == len(self.widths) - 1 else None
 
-    def free_energy(self, state: State) -> Any:
+    def free_energy(self, state: State) -> Float[Array, "*batch"]:
         """Compute the free energy F of each sample."""
         return jnp.sum(self.observe(0.0, state)[1], axis=-1)
 
@@ -155,16 +161,16 @@ class StackedProblem(InferenceFlow):
         """Compute ∂F/∂x of all free units."""
         return jax.grad(lambda x: jnp.sum(self.free_energy(x)))(state)
 
-    def norms(self, state: State) -> Any:
+    def norms(self, state: State) -> Array:
         """The Euclidean norm of each free layer, per sample."""
         return _norms(state[0], self.free_widths)
 
-    def error_norms(self, errors: Activities) -> Any:
+    def error_norms(self, errors: Activities) -> Array:
         """The Euclidean norm of ε_1 … ε_L, per sample."""
         return _norms(errors[0], self.widths[1:])
 
 
-def stacked(problem: Flow) -> Any:
+def stacked(problem: Flow) -> Flow:
     """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself."""
     if not isinstance(problem, InferenceProblem):
         return problem
@@ -175,13 +181,13 @@ def stacked(problem: Flow) -> Any:
     alone = {1 if problem.input is not None else 0, depth if problem.output is not None else 0}
     each = list(enumerate(zip(network.layers, problem.energy, strict=True), start=1))
 
-    def kind(item: Any) -> Any:
+    def kind(item: tuple[int, tuple[Layer, Energy]]) -> tuple[object, ...]:
         index, parts = item
         return (index if index in alone else 0), structure_of(parts)
 
     runs = [list(run) for _, run in itertools.groupby(each, kind)]
     taus = problem.state_time_constants
-    xp = array_namespace(taus)
+    xp = host_namespace(taus)
     repeated = [xp.broadcast_to(xp.asarray(tau), (network.widths[index],))
                 for index, tau in zip(problem.free_layers, taus, strict=True)]  # fmt: skip
     return StackedProblem(
@@ -194,13 +200,13 @@ def stacked(problem: Flow) -> Any:
     )
 
 
-def _run(numbered: list[Any]) -> Run:
+def _run(numbered: list[tuple[int, tuple[Layer, Energy]]]) -> Run:
     """Consecutive predictions, each with its index, its layer and its energy, as one run."""
     layer, energy = stack([parts for _, parts in numbered])
     return Run(layer, energy, numbered[0][0], len(numbered))
 
 
-def _norms(x: Any, widths: tuple[int, ...]) -> Any:
+def _norms(x: Values, widths: tuple[int, ...]) -> Array:
     start, norms = 0, []
     for width, group in itertools.groupby(widths):
         length = len(list(group))
@@ -210,6 +216,6 @@ def _norms(x: Any, widths: tuple[int, ...]) -> Any:
     return jnp.concatenate(norms, axis=-1)
 
 
-def _split(x: Any, widths: tuple[int, ...]) -> tuple[Any, ...]:
+def _split(x: Values, widths: tuple[int, ...]) -> State:
     ends = np.cumsum(widths)
     return tuple(x[..., end - width : end] for width, end in zip(widths, ends, strict=True))

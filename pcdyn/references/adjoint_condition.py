@@ -9,7 +9,6 @@ J_{l+1} = ∂μ_{l+1}/∂x_l. (The paper divides A by B, which is this with B on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,6 +25,7 @@ from pcdyn._support.checks import (
     checked_number,
 )
 from pcdyn._support.products import matmul
+from pcdyn._support.types import Numbers
 from pcdyn.errors import ShapeError, ToleranceError
 from pcdyn.model.network import Network
 
@@ -69,7 +69,7 @@ class AdjointCondition(eqx.Module):
 
 def adjoint_condition(
     network: Network,
-    activities: Sequence[Any],
+    activities: Sequence[Numbers],
     *,
     interaction: Interaction = difference,
     tolerance: float | None = None,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from pcdyn._support.checks import is_traced
 from pcdyn._support.products import matmul
@@ -22,7 +21,7 @@ from pcdyn.errors import (
     UnreachableTargetError,
 )
 from pcdyn.model.activations import Elementwise
-from pcdyn.model.network import Dense, Network, apply_layer
+from pcdyn.model.network import Dense, Layer, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 
@@ -97,15 +96,15 @@ def local_gradient(
     return _as_network(network, gradients)
 
 
-def _as_network(network: Network, gradients: Sequence[Any]) -> Network:
+def _as_network(network: Network, gradients: Sequence[Layer]) -> Network:
     return eqx.tree_at(lambda n: n.layers, network, tuple(gradients))
 
 
-def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[Any, Array]:
+def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[Layer, Array]:
     layers = network.layers
     arrays, rest = eqx.partition(layers[index - 1], eqx.is_inexact_array)
 
-    def predict(arrays: Any, x: Array) -> Array:
+    def predict(arrays: PyTree, x: Array) -> Array:
         return apply_layer(eqx.combine(arrays, rest), x)
 
     _, vjp = jax.vjp(predict, arrays, x)

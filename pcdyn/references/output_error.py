@@ -8,6 +8,7 @@ loss is a square of it, and squares need not fall with what is squared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -120,7 +121,7 @@ class OutputErrorFlow(eqx.Module):
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))
         return 2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)) / jnp.pi
 
-    def _start(self, error: Any) -> Array:
+    def _start(self, error: Numbers) -> Array:
         vector = as_float_array(error, "error").astype(self.root.dtype)
         if vector.shape != self.root.shape[:1]:
             raise ShapeError(f"error has shape {vector.shape}, but {self.root.shape[:1]} is needed")
@@ -130,7 +131,7 @@ class OutputErrorFlow(eqx.Module):
         return matmul(self.visible * jnp.broadcast_to(shares, self.visible.shape), self.visible.T)
 
 
-def _known_times(times: Any, dtype: Any) -> Array:
+def _known_times(times: Numbers, dtype: np.dtype) -> Array:
     """Times as an array, which may hold infinity but not NaN."""
     if is_traced(times):
         return jnp.asarray(times, dtype)
@@ -140,7 +141,7 @@ def _known_times(times: Any, dtype: Any) -> Array:
     return jnp.asarray(array, dtype)
 
 
-def _moment(t: Any, dtype: Any) -> Float[Array, ""]:
+def _moment(t: Numbers, dtype: np.dtype) -> Float[Array, ""]:
     moment = _known_times(t, dtype)
     if moment.ndim:
         raise TimesError(f"t must be one time, got shape {moment.shape}: use jax.vmap for several")
@@ -177,7 +178,9 @@ def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch 
     return problem.output_error(problem.network.feedforward(problem.input)[-1])
 
 
-def energy_gradient_margin(problem: InferenceProblem, state: Any) -> Float[Array, "*batch"]:
+def energy_gradient_margin(
+    problem: InferenceProblem, state: str | Sequence[Numbers]
+) -> Float[Array, "*batch"]:
     """−dℒ/dt at a state of any network and energy: what the energy gradient bound says is positive.
 
     `g·(g + ∂Ẽ/∂x_{L−1})/τ_{L−1}` with g = ∂ℒ/∂x_{L−1}, Eq 47 of A.6.3 for the one hidden layer of

@@ -6,18 +6,20 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
 from pcdyn._support.forward_only import forward_only
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.timing import Stopwatch
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
     MOST_SAMPLES_NAMED,
@@ -149,7 +151,7 @@ def simulate(
             run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
             # The last row is that of the end.
             times = np.append(request.times, np.max(run.end_time)).astype(problem.dtype)
-            observed = on_host(_observe(integrated, times, run.states))
+            observed = on_host(_observe(integrated, jnp.asarray(times), run.states))
         return run, fallback, observed, clock
 
     # SciPy's loops are Python's own, and end where they are interrupted.
@@ -254,7 +256,7 @@ def _stopping(until: str | UntilEquilibrium | None) -> UntilEquilibrium | None:
     )
 
 
-def _checked_times(t1: Any, times: Numbers | None) -> np.ndarray:
+def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
     given, t1 = t1, checked_number(t1, "t1", above=0, error=TimesError)
     if times is None:
         return np.linspace(0.0, t1, _DEFAULT_SAVES)
@@ -281,16 +283,16 @@ def _checked_times(t1: Any, times: Numbers | None) -> np.ndarray:
 class Observed(eqx.Module):
     """What is derived from the activities at the saved times."""
 
-    errors: tuple[Any, ...]
-    energies: Any
-    norms: Any
+    errors: Activities
+    energies: Values
+    norms: Values
 
 
 @eqx.filter_jit
-def _observe(problem: Flow, times: Any, states: State) -> Observed:
+def _observe(problem: Flow, times: Array, states: State) -> Observed:
     flow = problem.prepared()
 
-    def at(t: Any, state: State) -> Observed:
+    def at(t: Array, state: State) -> Observed:
         errors, energies = flow.observe(t, state)
         return Observed(errors, energies, flow.norms(flow.vector_field(t, state)))
 
@@ -311,10 +313,10 @@ def _traced_trajectory(
 def _without_overflow(run: Integration, observed: Observed) -> Integration:
     """A field can vanish because the energy it is of has overflowed: that is no equilibrium."""
     last = observed.energies[-1]
-    module = jnp if isinstance(last, jax.Array) else np
-    finite = module.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
+    xp = array_namespace(last)
+    finite = xp.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
     vanished = (run.status == Status.CONVERGED) & ~finite
-    status = module.where(vanished, int(Status.NON_FINITE), run.status)
+    status = xp.where(vanished, int(Status.NON_FINITE), run.status)
     return dataclasses.replace(run, status=status)
 
 
@@ -323,10 +325,12 @@ def _build(
     run: Integration,
     observed: Observed,
     states: State,
-    times: Any,
+    times: Values,
     method: Integrator,
     integrated: Flow,
-    **rest: Any,
+    *,
+    fallback: str = "",
+    message: str = "",
 ) -> Trajectory:
     """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
     errors, interpolation = observed.errors, run.interpolation
@@ -335,11 +339,11 @@ def _build(
     states = _layers_of(integrated, states)
     if isinstance(integrated, StackedProblem):
         errors = integrated.unpack_errors(errors)
-    module = np if isinstance(times, np.ndarray) else jnp
+    xp = array_namespace(times)
     activities = tuple(
-        module.broadcast_to(module.asarray(x), (len(times), *x.shape))
+        xp.broadcast_to(xp.asarray(x), (len(times), *x.shape))
         if index not in problem.free_layers
-        else module.asarray(x)
+        else xp.asarray(x)
         for index, x in enumerate(problem.activities(states))
     )
     return Trajectory(
@@ -356,7 +360,8 @@ def _build(
         free_layers=problem.free_layers,
         moving=problem.moving(states),
         round_off=run.round_off,
-        **rest,
+        fallback=fallback,
+        message=message,
     )
 
 
@@ -365,9 +370,9 @@ class _DenseActivities(eqx.Module):
 
     problem: Flow
     integrated: Flow
-    interpolation: Any
+    interpolation: Callable[[Array], State]
 
-    def __call__(self, t: Any) -> tuple[Any, ...]:
+    def __call__(self, t: Scalar) -> Activities:
         state = self.interpolation(jnp.asarray(t))
         return self.problem.activities(_layers_of(self.integrated, state))
 
@@ -393,7 +398,7 @@ def _trajectory(
     ended_early = worst is not Status.REACHED_T1 and (rows.size == 0 or times[rows[-1]] < end)
     if ended_early and np.isfinite(observed.norms[-1]).any():
         rows = np.append(rows, len(times))
-    all_times = np.append(times, end)[rows]
+    all_times = cast(Values, np.append(times, end)[rows])
     states = tuple(x[rows] for x in run.states)
     observed = jax.tree.map(lambda x: x[rows], observed)
     statistics = dataclasses.replace(

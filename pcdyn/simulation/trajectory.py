@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from pcdyn._support.checks import (
     as_host_array,
@@ -17,6 +20,8 @@ from pcdyn._support.checks import (
     checked_number,
     is_traced,
 )
+from pcdyn._support.namespaces import array_namespace
+from pcdyn._support.types import Activities, Numbers, Scalar, Values
 from pcdyn.errors import (
     DenseOutputError,
     ShapeError,
@@ -29,9 +34,28 @@ from pcdyn.errors import (
 )
 from pcdyn.integrators.statistics import Statistics, WithStatistics
 from pcdyn.model.energies.energy import LayerEnergies
+from pcdyn.model.network import Network
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
+
+    import pcdyn
+
+
+@runtime_checkable
+class HasActivities(Protocol):
+    """What has activities x_0 … x_L, such as an equilibrium or a trajectory."""
+
+    @property
+    def activities(self) -> Activities:
+        """The activities of all layers, the units on the last axis."""
+        ...
+
+
+# Activities x_0 … x_L, with `None` where they are not needed, or what has them.
+Reference = Sequence[Numbers | None] | HasActivities
 
 
 class Trajectory(LayerEnergies, WithStatistics):
@@ -68,29 +92,29 @@ class Trajectory(LayerEnergies, WithStatistics):
     is saved as a whole, and `jax.tree.map(lambda x: x[0], trajectory)` is that of the first.
     """
 
-    times: Any
-    activities: tuple[Any, ...]
-    prediction_errors: tuple[Any, ...]
-    energies: Any
-    vector_field_norms: Any
-    status_codes: Any
-    end_time: Any
+    times: Values
+    activities: Activities
+    prediction_errors: Activities
+    energies: Values
+    vector_field_norms: Values
+    status_codes: Values
+    end_time: Scalar
     statistics: Statistics = Statistics()
-    interpolation: Callable[[Any], tuple[Any, ...]] | None = None
-    moving: dict[str, Any] = eqx.field(default_factory=dict)
-    round_off: Any = None
+    interpolation: Callable[[Scalar], Activities] | None = None
+    moving: dict[str, PyTree] = eqx.field(default_factory=dict)
+    round_off: Values | None = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
     free_layers: tuple[int, ...] = eqx.field(static=True, default=())
 
     @property
-    def network(self) -> Any:
+    def network(self) -> Network | None:
         """The network in time where weights moved, otherwise `None`."""
         return self.moving.get("network")
 
     @property
-    def precisions(self) -> Any:
+    def precisions(self) -> tuple[Values, ...] | None:
         """Π_1 … Π_L in time where precisions moved, otherwise `None`."""
         return self.moving.get("precisions")
 
@@ -121,7 +145,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         return worst_status(self.status_codes).ok
 
     @property
-    def final(self) -> tuple[Any, ...]:
+    def final(self) -> Activities:
         """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
         # Before the axis of time is that of several networks, if there are any.
         *networks, count = np.shape(self.times)
@@ -129,7 +153,7 @@ class Trajectory(LayerEnergies, WithStatistics):
             raise TimesError(f"no time was saved before the run ended: {self.message}")
         return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
 
-    def distance_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+    def distance_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
         """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
 
         Arguments: `reference`, activities x_0 … x_L (entries may be `None` where not needed), or
@@ -137,26 +161,26 @@ class Trajectory(LayerEnergies, WithStatistics):
         reference without a time axis is held constant in time.
         """
         here, there = self._pair(reference, layers)
-        return np.linalg.norm(here - there, axis=-1) if _on_host(here) else _norm(here - there)
+        return array_namespace(here).linalg.norm(here - there, axis=-1)
 
-    def cosine_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+    def cosine_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
         """Cosine similarity of the activities with `reference`; arguments as `distance_to`.
 
         NaN where either vanishes, for it has no direction there.
         """
         here, there = self._pair(reference, layers)
-        module = np if _on_host(here) else jnp
+        xp = array_namespace(here)
         product = (here * there).sum(-1)
-        lengths = module.sqrt((here**2).sum(-1) * (there**2).sum(-1))
-        return product / module.where(lengths > 0, lengths, np.nan)
+        lengths = xp.sqrt((here**2).sum(-1) * (there**2).sum(-1))
+        return product / xp.where(lengths > 0, lengths, np.nan)
 
-    def angle_to(self, reference: Any, *, layers: Sequence[int] | None = None) -> Any:
+    def angle_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
         """Angle of the activities to `reference` in radians; arguments as `distance_to`."""
         cosine = self.cosine_to(reference, layers=layers)
-        module = np if _on_host(cosine) else jnp
-        return module.arccos(module.clip(cosine, -1, 1))
+        xp = array_namespace(cosine)
+        return xp.arccos(xp.clip(cosine, -1, 1))
 
-    def _pair(self, reference: Any, layers: Sequence[int] | None) -> tuple[Any, Any]:
+    def _pair(self, reference: Reference, layers: Sequence[int] | None) -> tuple[Values, Values]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""
         self._one_network()
         wanted = "activities x_0 … x_L, or what has them, such as an Equilibrium or a Trajectory"
@@ -168,15 +192,15 @@ class Trajectory(LayerEnergies, WithStatistics):
             )
         self._check_same_times(reference)
         chosen = self.free_layers if layers is None else self._checked_layers(layers)
-        module = np if _on_host(self.times) and not is_traced(there) else jnp
-        here = module.concatenate([self.activities[i] for i in chosen], axis=-1)
-        parts = [_layer_of(there[i], i, module) for i in chosen]
+        xp = jnp if is_traced(there) else array_namespace(self.times)
+        here = xp.concatenate([self.activities[i] for i in chosen], axis=-1)
+        parts = [_layer_of(there[i], i, xp) for i in chosen]
         if len({part.shape[:-1] for part in parts}) != 1:
             raise ShapeError(
                 f"the layers of the reference have the shapes {[part.shape for part in parts]}, "
                 "which differ in their times or samples"
             )
-        stacked = module.concatenate(parts, axis=-1)
+        stacked = xp.concatenate(parts, axis=-1)
         if isinstance(reference, Trajectory):
             # One sample against a batch: the same for every sample, time by time.
             if (here.ndim, stacked.ndim) == (3, 2):
@@ -192,9 +216,9 @@ class Trajectory(LayerEnergies, WithStatistics):
                 f"the reference of shape {stacked.shape} does not fit the trajectory of shape "
                 f"{here.shape}: (time, [batch,] units of the layers that are compared)"
             )
-        return here, module.broadcast_to(stacked, here.shape)
+        return here, xp.broadcast_to(stacked, here.shape)
 
-    def _checked_layers(self, layers: Any) -> tuple[int, ...]:
+    def _checked_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         most = len(self.activities) - 1
         chosen = tuple(
             checked_integer(index, "each of layers", at_least=0, at_most=most, error=ShapeError)
@@ -204,7 +228,7 @@ class Trajectory(LayerEnergies, WithStatistics):
             raise ShapeError(f"layers is empty: name some of 0 … {most}, or leave it out")
         return chosen
 
-    def _check_same_times(self, reference: Any) -> None:
+    def _check_same_times(self, reference: Reference) -> None:
         if not isinstance(reference, Trajectory) or is_traced(self.times, reference.times):
             return
         mine, theirs = np.asarray(self.times), np.asarray(reference.times)
@@ -222,7 +246,7 @@ class Trajectory(LayerEnergies, WithStatistics):
                 "jax.tree.map(lambda x: x[0], trajectory)"
             )
 
-    def __call__(self, t: Any) -> tuple[Any, ...]:
+    def __call__(self, t: Scalar) -> Activities:
         """The activities x_0 … x_L at any time between 0 and the end, by dense output.
 
         A sample that ended before the others is held, or NaN if it failed. Raises
@@ -242,12 +266,21 @@ class Trajectory(LayerEnergies, WithStatistics):
             t = min(checked_number(known, what, at_most=latest, error=TimesError), end)
         return self.interpolation(t)
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(
+        self,
+        ax: matplotlib.axes.Axes | None = None,
+        *,
+        layer: int | None = None,
+        sample: int = 0,
+        equilibrium: Sequence[Values | None] | pcdyn.Equilibrium | None = None,
+    ) -> list[matplotlib.lines.Line2D]:
         """Draw the activities of the free layers; see `pcdyn.plotting.activities`."""
         # plotting stands above this module: importing it here keeps matplotlib out of start-up.
         import pcdyn
 
-        return pcdyn.plotting.activities(self, ax=ax, **options)
+        return pcdyn.plotting.activities(
+            self, ax=ax, layer=layer, sample=sample, equilibrium=equilibrium
+        )
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set with named dimensions and units; see `pcdyn.io.trajectories`."""
@@ -255,7 +288,7 @@ class Trajectory(LayerEnergies, WithStatistics):
 
         return pcdyn.io.trajectories.to_xarray(self)
 
-    def to_netcdf(self, path: Any) -> None:
+    def to_netcdf(self, path: str | os.PathLike[str]) -> None:
         """Write to a NetCDF file, at once or not at all: `pcdyn.save`."""
         import pcdyn
 
@@ -304,7 +337,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         if not ok.any():
             return "\n".join([*lines, "  no network without a failure"])
 
-        def median(values: Any) -> str:
+        def median(values: Scalar | None) -> str:
             return "not reported" if values is None else f"{np.median(np.asarray(values)[ok]):.4g}"
 
         lines.append(
@@ -317,7 +350,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         return "\n".join(lines)
 
 
-def round_off(*times: Any) -> float:
+def round_off(*times: Numbers) -> float:
     """By how much, relative to them, times that are meant to be equal can differ in their dtypes.
 
     A few eps: 3 · 0.1 > 0.3, and every second float32 is above its decimal.
@@ -327,28 +360,20 @@ def round_off(*times: Any) -> float:
     return 4 * max(float(jnp.finfo(dtype).eps) for dtype in floats)
 
 
-def _layer_of(values: Any, index: int, module: Any) -> Any:
+def _layer_of(values: Numbers | None, index: int, xp: ModuleType) -> Values:
     """A layer of a reference as an array of JAX or NumPy with an axis of units."""
     if values is None:
         raise ShapeError(f"the reference has no layer {index}, which is compared")
     name = f"layer {index} of the reference"
     is_array = isinstance(values, np.ndarray | jax.Array)
     if is_array and jnp.issubdtype(values.dtype, jnp.floating):
-        array = module.asarray(values)
+        array = xp.asarray(values)
     else:
-        array = as_host_array(values, name, finite=False)
+        array = xp.asarray(as_host_array(values, name, finite=False))
     if array.ndim == 0:
         raise ShapeError(f"{name} is a single number, not one for each unit")
     return array
 
 
-def _total(count: Any) -> str:
+def _total(count: Scalar | None) -> str:
     return "not reported" if count is None else str(int(np.sum(count)))
-
-
-def _on_host(array: Any) -> bool:
-    return isinstance(array, np.ndarray)
-
-
-def _norm(x: Any) -> Any:
-    return jnp.linalg.norm(x, axis=-1)

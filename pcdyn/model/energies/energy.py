@@ -8,8 +8,8 @@ per sample: the flow of one sample never depends on how many others are simulate
 # No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
 import contextlib
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,35 +18,34 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import is_traced
+from pcdyn._support.types import Scalar, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.precision import (
     Precision,
+    Precisions,
     checked_precision,
     checked_precisions,
     positive,
 )
 
-# As given: a number, one per unit or a matrix; one such for each prediction; `None` is 1.
-Precisions = Float[Array, "..."] | tuple[Float[Array, "..."], ...] | None
-
 
 class LayerEnergies(eqx.Module):
     """What follows from `energies`, E_1 … E_L on the last axis."""
 
-    energies: eqx.AbstractVar[Any]
+    energies: eqx.AbstractVar[Values]
 
     @property
-    def free_energy(self) -> Any:
+    def free_energy(self) -> Values:
         """F = Σ_l E_l, shaped like `energies` without the last axis."""
         return self.energies.sum(-1)
 
     @property
-    def output_loss(self) -> Any:
+    def output_loss(self) -> Values:
         """ℒ = E_L, shaped like `energies` without the last axis."""
         return self.energies[..., -1]
 
     @property
-    def residual_energy(self) -> Any:
+    def residual_energy(self) -> Values:
         """Ẽ = F − ℒ, shaped like `energies` without the last axis."""
         return self.energies[..., :-1].sum(-1)
 
@@ -92,7 +91,7 @@ class Energy(eqx.Module):
         """Π if the energy is ½ εᵀ Π ε for every ε, for which there are closed forms."""
         return None
 
-    def scaled(self, factor: Any) -> "Energy":
+    def scaled(self, factor: Scalar) -> "Energy":
         """The same energy times a positive factor."""
         return _Scaled(self, jnp.asarray(factor))
 
@@ -133,7 +132,7 @@ class Weighted(Energy):
             )
         return Precision(self.precision)
 
-    def scaled(self, factor: Any) -> "Weighted":
+    def scaled(self, factor: Scalar) -> "Weighted":
         return _with_precision(self, self.weights.scaled(factor).values)
 
     def check(self, width: int, target: Array | None) -> None:
@@ -157,6 +156,9 @@ class Weighted(Energy):
                 "l = 1 … L"
             )
         return tuple(_with_precision(self, each) for each in self.precision)
+
+
+_Weighted = TypeVar("_Weighted", bound=Weighted)
 
 
 class Gaussian(Weighted):
@@ -215,7 +217,7 @@ class CrossEntropy(Energy):
         log_probabilities = jax.nn.log_softmax(target - error, axis=-1)
         return -self.weight * jnp.sum(target * log_probabilities, axis=-1)
 
-    def scaled(self, factor: Any) -> "CrossEntropy":
+    def scaled(self, factor: Scalar) -> "CrossEntropy":
         return eqx.tree_at(lambda e: e.weight, self, factor * self.weight)
 
     def check(self, width: int, target: Array | None) -> None:
@@ -268,7 +270,7 @@ _NO_TARGET = (
 )
 
 
-def one_per_prediction(energy: Any, depth: int) -> tuple[Energy, ...]:
+def one_per_prediction(energy: Energy | Sequence[Energy] | None, depth: int) -> tuple[Energy, ...]:
     """One energy for each of `depth` predictions, from one for all of them, a list, or `None`.
 
     Raises what `check_energy` raises, and `ShapeError` for another number of energies.
@@ -299,17 +301,17 @@ def naming_layer(index: int) -> Iterator[None]:
         raise type(error)(f"energy of layer {index}: {error}") from error
 
 
-def in_dtype(energies: tuple[Energy, ...], dtype: Any) -> tuple[Energy, ...]:
+def in_dtype(energies: tuple[Energy, ...], dtype: np.dtype) -> tuple[Energy, ...]:
     """The same energies with all their arrays, of NumPy as well, in one dtype of JAX."""
 
-    def convert(leaf: Any) -> Any:
+    def convert(leaf: object) -> object:
         is_array = isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating)
         return jnp.asarray(leaf, dtype) if is_array or eqx.is_inexact_array(leaf) else leaf
 
     return jax.tree.map(convert, energies)
 
 
-def check_energy(energy: Any, name: str) -> None:
+def check_energy(energy: object, name: str) -> None:
     """Raise `InputError` for what is neither an energy nor a list of energies."""
     if isinstance(energy, Energy):
         return
@@ -327,7 +329,7 @@ def check_energy(energy: Any, name: str) -> None:
     )
 
 
-def _with_precision(energy: Any, values: Any) -> Any:
+def _with_precision(energy: _Weighted, values: Array | None) -> _Weighted:
     """The same energy with another precision, which is known to be one."""
     return eqx.tree_at(
         lambda e: e.precision, energy, values, is_leaf=lambda x: x is None or x is energy.precision

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.checks import check_callable, check_instance, is_traced
 from pcdyn._support.functions import as_part
-from pcdyn._support.types import Numbers
+from pcdyn._support.types import Numbers, Values
 from pcdyn.errors import (
     EnergyWarning,
     IllPosedEnergyError,
@@ -33,10 +33,9 @@ from pcdyn.model.energies.energy import (
     CrossEntropy,
     Energy,
     Gaussian,
-    Precisions,
     Weighted,
 )
-from pcdyn.model.energies.precision import Precision, checked_precisions, positive
+from pcdyn.model.energies.precision import Precision, Precisions, checked_precisions, positive
 from pcdyn.model.energies.well_posedness import WellPosedness, well_posedness
 
 # The least curvature of the solvers' model, in parts of h'(ε)/ε. At 1 each step of the model lowers
@@ -188,7 +187,7 @@ class Divisive(_WithParameter):
         return 0.5 * jnp.log1p(error**2 / self.delta)
 
 
-def _checked_function(function: Any) -> Any:
+def _checked_function(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     check_callable(function, "h", "a function of an array")
     return as_part(function)
 
@@ -220,7 +219,9 @@ _NAMED: dict[str | None, Any] = {
 }
 
 
-def named_energy(name: str, *, precision: Numbers | None = None, parameter: Any = None) -> Energy:
+def named_energy(
+    name: str, *, precision: Numbers | None = None, parameter: Numbers | None = None
+) -> Energy:
     """Build the energy of that name: gaussian, log_cosh, pseudo_huber, student, divisive …
 
     Arguments: `precision`, which for cross_entropy is its weight; `parameter`, the δ of
@@ -243,7 +244,7 @@ def named_energy(name: str, *, precision: Numbers | None = None, parameter: Any 
     return kind(*arguments, precision=precision)
 
 
-def arguments_of(energy: Energy) -> tuple[str, Any, Any]:
+def arguments_of(energy: Energy) -> tuple[str, Values | None, Values | None]:
     """Name, precision and parameter from which `named_energy` makes this energy.
 
     Raises `InputError` if it has no name that `named_energy` knows.
@@ -310,6 +311,6 @@ def _log_cosh(error: Array) -> Array:
 
 
 @_log_cosh.defjvp
-def _log_cosh_jvp(primals: Any, tangents: Any) -> Any:
+def _log_cosh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (error,), (tangent,) = primals, tangents
     return _log_cosh(error), jnp.tanh(error) * tangent

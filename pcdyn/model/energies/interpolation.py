@@ -7,9 +7,8 @@ prediction errors are BP's; where it is high, activities move to the targets of 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_float_array, checked_integer, is_traced
 from pcdyn._support.types import Numbers
@@ -72,7 +71,7 @@ _ENDPOINTS = {
 }
 
 
-def _number(value: Numbers, name: str) -> Any:
+def _number(value: Numbers, name: str) -> Float[Array, ""]:
     array = as_float_array(value, name)
     if array.ndim:
         raise ShapeError(f"{name} must be one number, got shape {array.shape}")

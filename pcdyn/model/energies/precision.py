@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_float_array, is_traced
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Numbers
+from pcdyn._support.types import Numbers, Scalar
 from pcdyn.errors import PrecisionError, ShapeError
+
+# As given: a number, one per unit or a matrix; one such for each prediction; `None` is 1.
+Precisions = Float[Array, "..."] | tuple[Float[Array, "..."], ...] | None
 
 
 class Precision(eqx.Module):
@@ -70,11 +73,11 @@ class Precision(eqx.Module):
         identity = jnp.eye(len(self.values), dtype=self.values.dtype)
         return Precision(jsl.cho_solve(jsl.cho_factor(self.values, lower=True), identity))
 
-    def scaled(self, factor: Any) -> Precision:
+    def scaled(self, factor: Scalar) -> Precision:
         """Return the precision times a positive factor."""
         return Precision(jnp.asarray(factor) if self.values is None else factor * self.values)
 
-    def matrix(self, width: int, dtype: Any) -> Float[Array, "n n"]:
+    def matrix(self, width: int, dtype: DTypeLike) -> Float[Array, "n n"]:
         """Write Π as a full matrix of `width` rows."""
         if self.values is None:
             return jnp.eye(width, dtype=dtype)
@@ -82,7 +85,7 @@ class Precision(eqx.Module):
             return self.values
         return jnp.diag(jnp.broadcast_to(self.values, (width,)))
 
-    def smallest(self, dtype: Any) -> Float[Array, ""]:
+    def smallest(self, dtype: DTypeLike) -> Float[Array, ""]:
         """Return the smallest eigenvalue of Π."""
         if self.values is None:
             return jnp.ones((), dtype)
@@ -90,7 +93,7 @@ class Precision(eqx.Module):
             return jnp.linalg.eigvalsh(self.values)[0]
         return jnp.min(self.values)
 
-    def log_determinant(self, width: int) -> Any:
+    def log_determinant(self, width: int) -> Scalar:
         """Compute log det Π for a layer of `width` units."""
         if self.values is None:
             return 0.0
@@ -114,7 +117,7 @@ def positive(name: str) -> Callable[[Numbers], Float[Array, ""]]:
     return convert
 
 
-def checked_precisions(given: Numbers | None) -> Any:
+def checked_precisions(given: Numbers | None) -> Precisions:
     """A precision, or the tuple of those of a list; `None` stays."""
     if given is None:
         return None

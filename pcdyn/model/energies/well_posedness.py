@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pcdyn.errors import IllPosedEnergyError
@@ -54,7 +54,7 @@ class WellPosedness:
         return self.finite and self.bounded_below and self.lipschitz is not False
 
 
-def well_posedness(h: Callable[[Any], Any], dtype: Any = None) -> WellPosedness:
+def well_posedness(h: Callable[[Array], Array], dtype: DTypeLike | None = None) -> WellPosedness:
     """Look at an elementwise h and its derivative on a grid of errors from −1e4 to 1e4.
 
     It is looked at in float64, whatever JAX's default, unless another `dtype` is given. Raises
@@ -69,7 +69,7 @@ def well_posedness(h: Callable[[Any], Any], dtype: Any = None) -> WellPosedness:
         return _inspect(h, jnp.float64 if dtype is None else dtype)
 
 
-def _inspect(h: Callable[[Any], Any], dtype: Any) -> WellPosedness:
+def _inspect(h: Callable[[Array], Array], dtype: DTypeLike) -> WellPosedness:
     grid = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
     errors = jnp.asarray(grid, dtype)
     slope = jax.jit(jax.vmap(jax.grad(lambda error: h(error[None])[0])))
@@ -108,7 +108,7 @@ def _inspect(h: Callable[[Any], Any], dtype: Any) -> WellPosedness:
     )
 
 
-def _check_elementwise(h: Callable[[Any], Any], errors: Array, found: Any) -> None:
+def _check_elementwise(h: Callable[[Array], Array], errors: Array, found: object) -> None:
     """Raise `IllPosedEnergyError` unless h of an array is a real array of h of its entries."""
     if not isinstance(found, jax.Array):
         raise IllPosedEnergyError(
@@ -138,7 +138,7 @@ def _keeps_falling(values: np.ndarray) -> bool:
     return bool(new_minima and middle - end >= 0.5 * (inner - middle))
 
 
-def _growing(slope: Any, grid: np.ndarray) -> float | None:
+def _growing(slope: Callable[[np.ndarray], Array], grid: np.ndarray) -> float | None:
     """An error at which difference quotients of h' grow as the spacing shrinks, if there is one."""
     near = grid[np.abs(grid) <= 10]
     lower, upper = near[:-1], near[1:]

@@ -1,0 +1,21 @@
+"""Which of NumPy and `jax.numpy` computes with given arrays."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.checks import is_traced
+from pcdyn._support.types import Values
+
+
+def array_namespace(array: Values) -> ModuleType:
+    """The library that an array is of."""
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
+
+
+def host_namespace(*trees: object) -> ModuleType:
+    """NumPy, for which nothing is compiled, unless a leaf is traced by JAX."""
+    return jnp if is_traced(*trees) else np
