@@ -3,7 +3,7 @@
 Two kinds of failure are kept apart. What can be known before anything runs (a wrong shape, a
 precision that is not SPD, times in reverse) is raised at once as an `InputError`. What is known
 only while a solver runs (a diverging step, too many steps) is a `Status` of the trajectory, which
-`pcdyn.simulate` raises as a `SimulationError` unless it is told not to.
+`pcdyn.simulate` raises as a `SimulationError` unless `throw=False`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checks of what comes from the user; values are looked at only where they are known.
+"""Checks of what comes from the user, of values only where they are known.
 
 Under `jax.jit`, `jax.vmap` or `jax.grad` an array has a shape and a dtype but no values yet, so
 that only those two can be checked there. Every check names the argument and raises an
-`InputError`, or the kind of it that it is told.
+`InputError`, or the kind of it that is given.
 """
 
 from __future__ import annotations

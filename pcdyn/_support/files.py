@@ -55,7 +55,7 @@ def write_all(files: Mapping[Path, Contents], *, replace: bool = True) -> None:
                 partial = stack.enter_context(_partial(target))
                 _fill(partial, contents)
             staged.append((given, partial, target))
-        made: list[Path] = []
+        new: list[Path] = []
         try:
             for given, partial, target in staged:
                 with _named(given):
@@ -63,9 +63,9 @@ def write_all(files: Mapping[Path, Contents], *, replace: bool = True) -> None:
                         os.replace(partial, target)
                     else:
                         _rename_to_new(partial, target)
-                        made.append(target)
+                        new.append(target)
         except BaseException:
-            for target in made:
+            for target in new:
                 target.unlink(missing_ok=True)
             raise
 

@@ -36,8 +36,8 @@ def _refuse_first(*_: object, name: str) -> NoReturn:
     _refuse(None, None, name=name)
 
 
-# JAX transposes in the end. Where it linearises, before anything runs, some versions can be told as
-# well, but by no public name.
+# JAX transposes in the end. Some versions also let a primitive refuse where JAX linearises, before
+# anything runs, but under no public name.
 with contextlib.suppress(ImportError, AttributeError):
     from jax._src.interpreters.ad import primitive_linearizations
 

@@ -1,7 +1,7 @@
 """A bounded number of compiled programs: a process that meets ever new shapes does not die.
 
 XLA maps each program that it compiles into memory, a few hundred times for a network of a new
-shape, and JAX keeps all programs. Linux allows a process 65530 maps, unless told otherwise, and XLA
+shape, and JAX keeps all programs. Linux allows a process 65530 maps, unless set otherwise, and XLA
 ends it by a segmentation fault when there are none left.
 """
 

@@ -26,7 +26,7 @@ def factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
     """The eigenvalues of AᵀA in ascending order, M ≥ N, and its eigenvectors as columns.
 
     Where eigenvalues coincide within round-off, the derivative of each is that of their mean, and
-    their eigenvectors do not turn into one another: what is symmetric in them has the right
+    their eigenvectors do not rotate among themselves: what is symmetric in them has the right
     derivatives.
     """
     _, sizes, modes = singular_modes(factor)

@@ -24,14 +24,22 @@ class Activation:
     A target propagation target exists only for values strictly inside `(lower, upper)`, the set
     on which `inverse` is the unique preimage (for ReLU, the positive numbers).
 
-    Arguments: `name` for messages; `function`, applied to arrays of any shape; `inverse`, or
-    `None` if f is not injective; `lower` and `upper`, the ends of the open range; `kinks`, the
-    points where the derivative jumps.
-
     Calling an activation applies it. Two activations are equal, and share compiled code, when
     they hold the same functions: build a custom one once and reuse it. Those of pcdyn pickle by
     their name; a custom one pickles where its functions do, that is, with a `def` of their own at
     the top of a module.
+
+    **Arguments:**
+
+    - `name`: for messages.
+    - `function`: f, applied to arrays of any shape.
+    - `inverse`: f⁻¹, or `None` if f is not injective.
+    - `lower`, `upper`: the ends of the open range.
+    - `kinks`: the points where the derivative jumps.
+
+    **Raises:**
+
+    - `ActivationError` for what is no function, an empty range or a kink that is no number.
     """
 
     name: str
@@ -68,7 +76,7 @@ class Activation:
         return self.function(x)
 
     def in_range(self, y: Float[Array, "..."]) -> Array:
-        """Whether each entry lies strictly inside the open range, a boolean array like `y`."""
+        """Tell which entries lie strictly inside the open range, a boolean array like `y`."""
         return (y > self.lower) & (y < self.upper)
 
     def __repr__(self) -> str:
@@ -126,9 +134,11 @@ class _TwoSlopesInverse:
 
 
 def leaky_relu(slope: float = 0.01) -> Activation:
-    """max(x, slope·x) for 0 < slope < 1; invertible on the whole line.
+    """Make max(x, slope·x) with 0 < slope < 1, which is invertible on the whole line.
 
-    Raises `ActivationError` for a slope outside (0, 1).
+    **Raises:**
+
+    - `ActivationError` for a slope outside (0, 1).
     """
     slope = checked_number(slope, "slope", above=0, below=1, error=ActivationError)
     forward, inverse = _TwoSlopes(slope), _TwoSlopesInverse(slope)
@@ -151,9 +161,11 @@ _BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """The activation of that name, or the given `Activation` itself.
+    """Find the activation of that name; an `Activation` is returned as it is.
 
-    Raises `ActivationError` for an unknown name.
+    **Raises:**
+
+    - `ActivationError` for an unknown name.
     """
     if isinstance(activation, Activation):
         return activation

@@ -42,8 +42,8 @@ class Flow(eqx.Module):
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the state to start from, checked.
 
-        `initial` is what `pcdyn.simulate` was given: unless anything was, `"feedforward"`, which
-        stands for the start that is natural for the flow. See `checked_state`.
+        `initial` is that of `pcdyn.simulate`, where `"feedforward"`, the default, stands for the
+        start that is natural for the flow. See `checked_state`.
         """
 
     @abc.abstractmethod
@@ -52,54 +52,62 @@ class Flow(eqx.Module):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating-point dtype of the state: that of the arrays of the flow, if it has any."""
+        """Floating-point dtype of the state: that of the arrays of the flow, if it has any."""
         arrays = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         return jnp.result_type(*arrays) if arrays else jnp.zeros(()).dtype
 
     @property
     def free_layers(self) -> tuple[int, ...]:
-        """The indices of the layers of `activities` that move; all of them."""
+        """Indices of the layers of `activities` that move; all of them unless overridden."""
         return tuple(range(len(self.activities(self.initial_state()))))
 
     def prepared(self) -> Flow:
-        """The same flow with what is constant in a run computed; the flow itself."""
+        """Compute what is constant during a run; returns the flow itself unless overridden."""
         return self
 
     def activities(self, state: State) -> Activities:
-        """All layers at a state, or at several with a leading axis; the state itself.
+        """Return all layers at a state, or at several with a leading axis.
 
-        Layers that do not move need not have that axis.
+        Layers that do not move need not have that axis. Unless overridden it is the state itself.
         """
         return state
 
     def state_of(self, activities: Sequence[Values]) -> State:
-        """The state of given `activities`, if nothing else moves; their free layers."""
+        """Return the state of given `activities`, their free layers, if nothing else moves."""
         return tuple(activities[index] for index in self.free_layers)
 
     def moving(self, state: State) -> dict[str, PyTree]:
-        """What moves besides activities, by name, at a state or at several; nothing."""
+        """Return what moves besides activities, by name, at a state or at several.
+
+        Nothing unless overridden.
+        """
         return {}
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
-        """The prediction errors ε_1 … ε_L and the energies E_1 … E_L, on the last axis; none."""
+        """Compute the prediction errors ε_1 … ε_L, and the energies E_1 … E_L on the last axis.
+
+        None unless overridden.
+        """
         return (), jnp.zeros((*state[0].shape[:-1], 0), state[0].dtype)
 
     def free_energy(self, state: State) -> Array:
-        """What never rises along the flow, per sample or in all; 0.
+        """Compute what never rises along the flow, per sample or in all; 0 unless overridden.
 
         A fixed step that lets it rise has the status `UNSTABLE_STEP`.
         """
         return jnp.zeros((), state[0].dtype)
 
     def norms(self, state: State) -> Array:
-        """The Euclidean norm of each array of a state, per sample."""
+        """Compute the Euclidean norm of each array of a state, per sample."""
         return layer_norms(state)
 
     def checked_state(self, initial: str | Sequence[Numbers], default: State) -> State:
-        """`default` if `initial` is `"feedforward"`; otherwise `initial`, shaped like `default`.
+        """Return `default` for `"feedforward"`, otherwise `initial`, shaped like `default`.
 
-        Raises `InputError` for any other name, and `ShapeError`, `DtypeError` or `NonFiniteError`
-        for arrays that do not fit.
+        **Raises:**
+
+        - `InputError` for any other name.
+        - `ShapeError`, `DtypeError` or `NonFiniteError` for arrays that do not fit.
         """
         name = type(self).__name__
         if isinstance(initial, str):

@@ -41,10 +41,16 @@ Layer = Callable[[Array], Array]
 class Dense(eqx.Module):
     """The layer x ↦ f(W x + b), with the weights inside the activation as in the paper.
 
-    Arguments: `weight` of shape `(n_out, n_in)`; `bias` of shape `(n_out,)` or `None`;
-    `activation`, a name or a `pcdyn.Activation`.
+    **Arguments:**
 
-    Raises `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used.
+    - `weight`: W, shape `(n_out, n_in)`.
+    - `bias`: b, shape `(n_out,)`, or `None`.
+    - `activation`: f, a name or a `pcdyn.Activation`.
+
+    **Raises:**
+
+    - `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used.
+    - `ActivationError` for an unknown activation.
     """
 
     weight: Float[Array, "n_out n_in"]
@@ -83,10 +89,18 @@ class Dense(eqx.Module):
 class Network(eqx.Module):
     """A chain of layers; layer l predicts the activities x_l from x_{l-1}, l = 1 … L.
 
-    Arguments: `layers`, one callable `(n_{l-1},) → (n_l,)` for each prediction: `pcdyn.Dense` or
-    any equinox module; `input_width`, needed only when the first layer is not a `Dense`.
+    The attribute `widths` holds n_0 … n_L.
 
-    `widths` holds n_0 … n_L. Raises `ShapeError` where layers do not fit together.
+    **Arguments:**
+
+    - `layers`: one callable `(n_{l-1},) → (n_l,)` for each prediction, a `pcdyn.Dense` or any
+      equinox module.
+    - `input_width`: n_0, needed only where the first layer is not a `Dense`.
+
+    **Raises:**
+
+    - `ShapeError` where layers do not fit together.
+    - `DtypeError` for a layer that changes the dtype of activities.
     """
 
     layers: tuple[Any, ...]
@@ -104,21 +118,21 @@ class Network(eqx.Module):
 
     @property
     def depth(self) -> int:
-        """L, the number of predictions; there are L + 1 layers of activities."""
+        """Number L of predictions; there are L + 1 layers of activities."""
         return len(self.layers)
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating-point dtype of the weights."""
+        """Floating-point dtype of the weights."""
         arrays = jax.tree.leaves(eqx.filter(self.layers, eqx.is_inexact_array))
         return arrays[0].dtype if arrays else jnp.zeros(()).dtype
 
     def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
-        """The prediction μ_l of layer l = `index` from the activities x_{l-1}, any batch."""
+        """Predict the layer l = `index` from the activities x_{l-1}, any batch: μ_l."""
         return apply_layer(self.layers[index - 1], x)
 
     def feedforward(self, input: Float[Array, "*batch n_0"]) -> Activities:
-        """The activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
+        """Compute the activities x_0 … x_L of a feedforward pass (Theorem 3.1)."""
         self.check_one()
         if self.depth <= MOST_WRITTEN_OUT:
             return _feedforward(self, input)
@@ -265,16 +279,26 @@ def mlp(
     bias: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Network:
-    """A network of `Dense` layers with random weights.
+    """Draw a network of `Dense` layers with random weights.
 
-    Arguments: `widths`, n_0 … n_L; `activation` of every layer, except the last one if
-    `output_activation` is given; either `std`, the standard deviation of Gaussian weights (never
-    the variance: the paper's "variance .05" is `std=.05**.5`), or `initialisation`: `"fan_in"`
-    (Gaussian with standard deviation 1/√n_{l-1}, the default) or `"orthogonal"`; `bias`, whether
-    layers have a bias, which starts at zero.
+    **Arguments:**
 
-    Raises `ShapeError` for widths that are no positive integers, and `InputError` for an unknown
-    initialisation or one given together with `std`.
+    - `widths`: n_0 … n_L.
+    - `activation`: of every layer, except the last one if `output_activation` is given.
+    - `key`: for the weights.
+    - `std`: the standard deviation of Gaussian weights (never the variance: the paper's "variance
+      .05" is `std=.05**.5`).
+    - `initialisation`: in place of `std`, `"fan_in"` (Gaussian with standard deviation 1/√n_{l-1},
+      the default) or `"orthogonal"`.
+    - `output_activation`: that of the last layer.
+    - `bias`: whether layers have a bias, which starts at zero.
+    - `dtype`: of the weights, JAX's default unless given.
+
+    **Raises:**
+
+    - `ShapeError` for widths that are no positive integers.
+    - `SizeError` for a network that does not fit into memory.
+    - `InputError` for an unknown initialisation, or one given together with `std`.
     """
     wanted = "a list of two or more positive integers"
     widths = tuple(

@@ -44,34 +44,34 @@ class InferenceFlow(Flow):
     @property
     @abc.abstractmethod
     def data(self) -> tuple[Values | None, Values | None]:
-        """The clamped input and output; `None` for an end that is free."""
+        """Clamped input and output; `None` for an end that is free."""
 
     @property
     @abc.abstractmethod
     def state_time_constants(self) -> tuple[Values, ...]:
-        """τ of every array of a state: one number, or one for each unit."""
+        """Time constant τ of every array of a state: one number, or one for each unit."""
 
     @abc.abstractmethod
     def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
-        """The same with other clamped data, such as one sample of a batch."""
+        """Return the same with other clamped data, such as one sample of a batch."""
 
     @abc.abstractmethod
     def gradient(self, state: State) -> State:
-        """∂F/∂x, shaped like `state`, whatever the time constants."""
+        """Compute ∂F/∂x, shaped like `state`, whatever the time constants."""
 
     def vector_field(self, t: Scalar, state: State) -> State:
-        """dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
+        """Compute dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
         return tuple(
             -g / jnp.broadcast_to(tau, g.shape)
             for g, tau in zip(self.gradient(state), self.state_time_constants, strict=True)
         )
 
     def sample(self: Problem, index: ArrayLike) -> Problem:
-        """The problem of one sample of a batch (an index), or of several (an array of indices)."""
+        """Take one sample of a batch (an index), or several (an array of indices)."""
         return self.with_data(*jax.tree.map(lambda x: x[index], self.data))
 
     def map_samples(self, function: Callable[..., Tree], *trees: PyTree) -> Tree:
-        """`function` of the problem of each sample and of its rows of `trees`, sample first."""
+        """Map a function over the problem of each sample and its rows of `trees`, sample first."""
 
         def one(data: tuple[Values | None, Values | None], *rows: PyTree) -> Tree:
             return function(self.with_data(*data), *rows)
@@ -82,7 +82,14 @@ class InferenceFlow(Flow):
 class InferenceProblem(InferenceFlow):
     """Inference in a predictive coding network: `τ_l dx_l/dt = −∂F/∂x_l` for every free layer.
 
-    Arguments:
+    The *state* is the tuple of free layers from the input to the output, each `(n_l,)` or
+    `(batch, n_l)`; *activities* are all layers x_0 … x_L, clamped ones included. The dtype of the
+    network's weights is the dtype of everything: data are converted to it. With the input free
+    there is no prediction of x_0 and no prior on it. The flow is −∂F/∂x by automatic
+    differentiation of the energy (docs/maths.md: Eq 1; Eqs 6 and 30–33 have the sign
+    reversed).
+
+    **Arguments:**
 
     - `network`: predictions of the layers l = 1 … L.
     - `input`: the activities x_0 to clamp, shape `(n_0,)` or `(batch, n_0)`; `None` leaves the
@@ -95,15 +102,11 @@ class InferenceProblem(InferenceFlow):
     - `time_constants`: one positive number τ_l for each layer l = 0 … L (those of clamped layers
       play no part); 1 unless given. Time is in units of the activity time constant.
 
-    The *state* is the tuple of free layers from the input to the output, each `(n_l,)` or
-    `(batch, n_l)`; *activities* are all layers x_0 … x_L, clamped ones included. The dtype of the
-    network's weights is the dtype of everything: data are converted to it. With the input free
-    there is no prediction of x_0 and no prior on it. The flow is −∂F/∂x by automatic
-    differentiation of the energy (docs/maths.md: Eq 1; Eqs 6 and 30–33 have the sign
-    reversed).
+    **Raises:**
 
-    Raises `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit, and
-    `InputError` for what is no energy or does not fit, and time constants that are not positive.
+    - `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit.
+    - `InputError` for what is no energy or does not fit, time constants that are not positive, and
+      a network without hidden layers of which both ends are clamped.
     """
 
     network: Network
@@ -142,25 +145,25 @@ class InferenceProblem(InferenceFlow):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating-point dtype of the weights, and so of everything."""
+        """Floating-point dtype of the weights, and so of everything."""
         return self.network.dtype
 
     @property
     def free_layers(self) -> tuple[int, ...]:
-        """The indices l of the layers that make up the state."""
+        """Indices l of the layers that make up the state."""
         depth = self.network.depth
         clamped = {0: self.input is not None, depth: self.output is not None}
         return tuple(l for l in range(depth + 1) if not clamped.get(l, False))
 
     @property
     def batch_shape(self) -> tuple[int, ...] | None:
-        """`()` for a single sample, `(batch,)` for a batch, `None` if both ends are free."""
+        """Shape `()` for a single sample, `(batch,)` for a batch, `None` if both ends are free."""
         clamped = self.input if self.input is not None else self.output
         return None if clamped is None else clamped.shape[:-1]
 
     @property
     def data(self) -> tuple[Values | None, Values | None]:
-        """The clamped input and output; `None` for an end that is free."""
+        """Clamped input and output; `None` for an end that is free."""
         return self.input, self.output
 
     @property
@@ -170,20 +173,20 @@ class InferenceProblem(InferenceFlow):
 
     @property
     def state_time_constants(self) -> tuple[Float[Array, ""], ...]:
-        """The time constants τ_l of the free layers."""
+        """Time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
     def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
-        """The same problem with other clamped data, such as one sample of a batch."""
+        """Return the same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
             lambda p: (p.input, p.output, p.first_prediction), self, (input, output, None),
             is_leaf=lambda x: x is None,
         )  # fmt: skip
 
     def prepared(self) -> InferenceProblem:
-        """The same problem with μ_1 = f(W_1 d + b_1) in `first_prediction`, where it is constant.
+        """Put μ_1 = f(W_1 d + b_1) into `first_prediction` where the input is clamped.
 
-        It is for one network and its data: who puts others in prepares again.
+        It is for one network and its data: prepare again after putting in others.
         """
         if self.input is None:
             return self
@@ -204,7 +207,7 @@ class InferenceProblem(InferenceFlow):
         return tuple(layers)
 
     def prediction_errors(self, activities: Activities) -> Activities:
-        """ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes."""
+        """Compute ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes."""
         errors = []
         for index in range(1, self.network.depth + 1):
             if index == 1 and self.first_prediction is not None:
@@ -215,7 +218,7 @@ class InferenceProblem(InferenceFlow):
         return tuple(errors)
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
-        """The prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
+        """Compute the prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
         errors = self.prediction_errors(self.activities(state))
         return errors, self.energies_of(errors)
 
@@ -224,20 +227,20 @@ class InferenceProblem(InferenceFlow):
         return self.energies_of(self.prediction_errors(self.activities(state)))
 
     def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
-        """E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
+        """Compute E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
         energies = [self.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
         return jnp.stack(energies, axis=-1)
 
     def layer_energy(self, index: int, error: Array) -> Array:
-        """E_l of layer l = `index` for its prediction error, per sample."""
+        """Compute E_l of layer l = `index` for its prediction error, per sample."""
         return self.energy[index - 1].value(error, self.target_of(index))
 
     def weighted_error(self, index: int, error: Array) -> Array:
-        """∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
+        """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
         return self.energy[index - 1].gradient(error, self.target_of(index))
 
     def curvature(self, index: int, error: Array) -> Precision | None:
-        """The precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
+        """Return the precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
 
         Π_l where the energy is Gaussian, `None` where it is not known.
         """
@@ -250,7 +253,7 @@ class InferenceProblem(InferenceFlow):
         return self.output - prediction
 
     def target_of(self, index: int) -> Array | None:
-        """What layer l = `index` is compared with as a target: the clamped output, or `None`."""
+        """Return the target of layer l = `index`: the clamped output, or `None` below it."""
         return self.output if index == self.network.depth else None
 
     def free_energy(self, state: State) -> Float[Array, "*batch"]:
@@ -266,7 +269,7 @@ class InferenceProblem(InferenceFlow):
         return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
 
     def gradient(self, state: State) -> State:
-        """∂F/∂x_l of every free layer, shaped like `state`, whatever the time constants."""
+        """Compute ∂F/∂x_l of every free layer, shaped like `state`."""
 
         def total(state: State) -> Float[Array, ""]:
             return jnp.sum(self.free_energy(state))
@@ -274,9 +277,11 @@ class InferenceProblem(InferenceFlow):
         return jax.grad(total)(state)
 
     def feedforward_state(self, input: Numbers | None = None) -> State:
-        """The state of a feedforward pass from the clamped input, or from the `input` given.
+        """Return the state of a feedforward pass from the clamped input, or from the one given.
 
-        Raises `InputError` if the input is free and none is given.
+        **Raises:**
+
+        - `InputError` if the input is free and none is given.
         """
         if input is not None:
             x = _clamped_layer(input, "input", self.network.widths[0], self.network.dtype)
@@ -291,14 +296,29 @@ class InferenceProblem(InferenceFlow):
         return self.state_of(self.network.feedforward(x))
 
     def zeros_state(self, *, batch_size: int | None = None) -> State:
-        """The state with all free activities zero; `batch_size` only if both ends are free."""
+        """Return the state with all free activities zero.
+
+        `batch_size` is for problems with both ends free, as for `random_state`.
+        """
         shapes = self._state_shapes(batch_size)
         return tuple(jnp.zeros(shape, self.network.dtype) for shape in shapes)
 
     def random_state(
         self, key: PRNGKeyArray, *, std: float = 1.0, batch_size: int | None = None
     ) -> State:
-        """Independent Gaussian activities with mean 0; `batch_size` only if both ends are free."""
+        """Draw independent Gaussian activities with mean 0.
+
+        **Arguments:**
+
+        - `key`: for the activities.
+        - `std`: their standard deviation.
+        - `batch_size`: how many samples; only where both ends are free.
+
+        **Raises:**
+
+        - `InputError` for a `batch_size` where the clamped data have their own.
+        - `SizeError` for a state that does not fit into memory.
+        """
         check_key(key)
         std = checked_number(std, "std", at_least=0)
         shapes = self._state_shapes(batch_size)
@@ -309,10 +329,12 @@ class InferenceProblem(InferenceFlow):
         )
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """`"feedforward"`, `"zeros"`, or a given state, checked against this problem.
+        """Return the state `"feedforward"` or `"zeros"`, or a given one, checked.
 
-        Raises `InputError` for an unknown name, `ShapeError`, `DtypeError` or `NonFiniteError`
-        for a state that does not fit.
+        **Raises:**
+
+        - `InputError` for an unknown name.
+        - `ShapeError`, `DtypeError` or `NonFiniteError` for a state that does not fit.
         """
         self.network.check_one()
         check_sharding(self)

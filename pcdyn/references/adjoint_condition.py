@@ -56,7 +56,7 @@ class AdjointCondition(eqx.Module):
 
     @property
     def explanation(self) -> str:
-        """The verdict in one sentence, with the worst layer."""
+        """Verdict in one sentence, with the worst layer."""
         worst = int(np.argmax(np.asarray(self.residuals))) + 1
         size = float(np.asarray(self.residuals)[worst - 1])
         if self.holds:
@@ -74,15 +74,22 @@ def adjoint_condition(
     interaction: Interaction = difference,
     tolerance: float | None = None,
 ) -> AdjointCondition:
-    """Whether energies h(g(x_l, μ_l(x_{l−1}))) obey Eq 51 at some activities, by autodiff.
+    """Test at some activities, by autodiff, whether energies h(g(x_l, μ_l(x_{l−1}))) obey Eq 51.
 
-    Arguments: `network` with at least one hidden layer; `activities` x_0 … x_L of one sample, each
-    `(n_l,)`; `interaction`, g as a function of x_l and its prediction μ_l; `tolerance` of the
-    relative residual, 1000 units of round-off unless given.
+    One point can refute the condition and not prove it: try random activities.
 
-    One point can refute the condition and not prove it: try random activities. Raises `ShapeError`
-    for activities that do not fit, no hidden layer or a g that is not shaped like x_l, and
-    `DtypeError` or `NonFiniteError` for activities that are no real numbers.
+    **Arguments:**
+
+    - `network`: with at least one hidden layer.
+    - `activities`: x_0 … x_L of one sample, each `(n_l,)`.
+    - `interaction`: g as a function of x_l and its prediction μ_l.
+    - `tolerance`: of the relative residual, 1000 units of round-off unless given.
+
+    **Raises:**
+
+    - `ShapeError` for activities that do not fit, no hidden layer or a g that is not shaped like
+      x_l.
+    - `DtypeError` or `NonFiniteError` for activities that are no real numbers.
     """
     check_instance(network, "network", Network, "a pcdyn.Network")
     check_dtype(network.dtype, "dtype of the network")

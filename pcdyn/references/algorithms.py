@@ -26,10 +26,13 @@ from pcdyn.model.problem import InferenceProblem, check_problem
 
 
 def feedforward(problem: InferenceProblem) -> Activities:
-    """The activities x_0 … x_L of a feedforward pass from the clamped input.
+    """Compute the activities x_0 … x_L of a feedforward pass from the clamped input.
 
-    They are the equilibrium when the output is free, for any activation (Theorem 3.1). Raises
-    `InputError` if the input is free.
+    They are the equilibrium when the output is free, for any activation (Theorem 3.1).
+
+    **Raises:**
+
+    - `InputError` if the input is free.
     """
     check_problem(problem)
     if problem.input is None:
@@ -58,7 +61,11 @@ def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
     """Propagate the output loss ℒ back through the feedforward pass.
 
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
-    for any kind of layer and any energy. Raises `InputError` unless both ends are clamped.
+    for any kind of layer and any energy.
+
+    **Raises:**
+
+    - `InputError` unless both ends are clamped.
     """
     check_problem(problem)
     if problem.output is None:
@@ -85,9 +92,18 @@ def local_gradient(
 ) -> Network:
     """Compute `−(f'_l ∘ d_l) x_{l−1}ᵀ` for each layer, summed over the batch: local learning.
 
-    Arguments: `activities` x_0 … x_L and what is to be credited to each layer, `deltas` d_1 … d_L.
     With d_l = Π_l ε_l it is ∂F/∂(weights) of predictive coding (Eq 2); with BP's δ_l and the
-    feedforward pass it is ∂ℒ/∂(weights). A network whose arrays are the gradients.
+    feedforward pass it is ∂ℒ/∂(weights).
+
+    **Arguments:**
+
+    - `network`: whose weights it is the gradient of.
+    - `activities`: x_0 … x_L.
+    - `deltas`: d_1 … d_L, what is credited to each layer, shaped like it.
+
+    **Returns:**
+
+    A network whose arrays are the gradients.
     """
     gradients = [
         _layer_vjp(network, index, activities[index - 1], delta)[0]
@@ -129,7 +145,7 @@ class TargetPropagationPass(eqx.Module):
 
     @property
     def targets(self) -> Activities:
-        """t_0 … t_L; raises `UnreachableTargetError` if those of any sample do not exist."""
+        """Targets t_0 … t_L; raises `UnreachableTargetError` if a sample has none."""
         if not is_traced(self.exists) and not bool(jnp.all(self.exists)):
             raise UnreachableTargetError(self._explanation())
         return self.values
@@ -151,18 +167,21 @@ class TargetPropagationPass(eqx.Module):
 
 
 def target_propagation(problem: InferenceProblem) -> TargetPropagationPass:
-    """Target propagation by exact inverses: `t_L = T`, `t_{l−1} = W_l⁺ (f_l⁻¹(t_l) − b_l)`.
+    """Propagate targets by exact inverses: `t_L = T`, `t_{l−1} = W_l⁺ (f_l⁻¹(t_l) − b_l)`.
 
     The equilibrium of the flow with the input free, where the targets exist (Theorem 3.3, Eq 3).
     They exist only where every t_l, l ≥ 1, lies strictly inside the range of f_l; an unreachable
-    target is reported as such and never turned into a number. For weights that are not square the
+    target is reported as such and never replaced by a number. For weights that are not square the
     Moore–Penrose inverse is used (paper, A.9): a wide weight has many targets, of which this is
     the one of least norm; a tall one has none unless T happens to be consistent, and then
     `values` holds the least-squares solution while `exists` is false.
 
-    Raises `InputError` if the output is free, `ShapeError` for a layer that is not a `Dense`,
-    `ActivationError` for an activation without inverse and `SingularWeightError` for a singular
-    weight matrix.
+    **Raises:**
+
+    - `InputError` if the output is free.
+    - `ShapeError` for a layer that is not a `Dense`.
+    - `ActivationError` for an activation without inverse.
+    - `SingularWeightError` for a singular weight matrix.
     """
     check_problem(problem)
     if problem.output is None:

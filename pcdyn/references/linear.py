@@ -34,10 +34,14 @@ _CORRECTIONS = 3
 
 
 def hessian(problem: InferenceProblem) -> BlockTridiagonal:
-    """H = ∂²F/∂y², the same for every sample and every state of a linear network.
+    """Compute H = ∂²F/∂y², the same for every sample and every state of a linear network.
 
     `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
-    lacks Π_0, a free output the second term. Raises `NotLinearError` otherwise.
+    lacks Π_0, a free output the second term.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
     """
     layers, precisions = linear_parts(problem)
     jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
@@ -47,7 +51,7 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
 def gauss_newton_hessian(
     problem: InferenceProblem, precisions: Sequence[Precision], jacobians: Mapping[int, Array]
 ) -> BlockTridiagonal:
-    """`hessian` with any Jacobians J_l = ∂μ_l/∂x_{l−1}, shape (n_l, n_{l−1}), for the weights.
+    """Compute `hessian` with Jacobians J_l = ∂μ_l/∂x_{l−1}, `(n_l, n_{l−1})`, for the weights.
 
     For one sample of a nonlinear network it is the Hessian of F without the curvature of the
     predictions.
@@ -72,7 +76,7 @@ def gauss_newton_hessian(
 
 
 def forcing(problem: InferenceProblem, like: State | None = None) -> State:
-    """b = −∂F/∂y at y = 0: what data and biases add to `ẏ = −H y + b`, shaped like the state.
+    """Compute b = −∂F/∂y at y = 0, shaped like the state: data and biases in `ẏ = −H y + b`.
 
     `like` gives the batch size of a problem with both ends free.
     """
@@ -84,20 +88,27 @@ def forcing(problem: InferenceProblem, like: State | None = None) -> State:
 def linear_equilibrium(
     problem: InferenceProblem, *, method: Literal["cholesky", "output_space"] = "cholesky"
 ) -> Activities:
-    """The equilibrium activities x_0* … x_L* of a linear network, clamped layers included.
+    """Compute the equilibrium activities x_0* … x_L* of a linear network, clamped ones included.
 
-    Arguments: `method`, either `"cholesky"` (H⁻¹b with the block Cholesky factor of H, which comes
-    from QR factorisations of its square root; any clamps) or `"output_space"` (both ends clamped;
-    solves an n_L × n_L system, best for a narrow output):
-    `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
-    `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5, and correct
-    the solution by the gradient that is left of it, until that is round-off.
+    With the input clamped there is always one equilibrium, at any ratio of precisions. It has
+    derivatives of any order, by the implicit function theorem.
 
-    With the input clamped there is always one equilibrium, at any ratio of precisions. Raises
-    `NotLinearError`, `SingularHessianError` if a free end leaves a flat direction or a ratio is
-    beyond what the dtype can resolve, and `InputError` where the method does not apply. Under a
-    JAX transformation a singular problem gives NaN instead, never a point that is no equilibrium.
-    It has derivatives of any order, by the implicit function theorem.
+    **Arguments:**
+
+    - `method`: either `"cholesky"` (H⁻¹b with the block Cholesky factor of H, which comes from QR
+      factorisations of its square root; any clamps) or `"output_space"` (both ends clamped; solves
+      an n_L × n_L system, best for a narrow output):
+      `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
+      `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5, and correct
+      the solution by the gradient that is left of it, until that is round-off.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `SingularHessianError` if a free end leaves a flat direction, or a ratio is beyond what the
+      dtype can resolve. Under a JAX transformation such a problem gives NaN instead, never a point
+      that is no equilibrium.
+    - `InputError` where the method does not apply.
     """
     check_choice(method, "method", ("cholesky", "output_space"))
     linear_parts(problem)
@@ -185,13 +196,19 @@ def _relative(problem: InferenceProblem, before: State, after: State) -> Array:
 
 
 def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
-    """S = Σ_l P_l Π_l⁻¹ P_lᵀ, P_l = W_L … W_{l+1}: the covariance that the network predicts of T.
+    """Compute the covariance of T that the network predicts: S = Σ_l P_l Π_l⁻¹ P_lᵀ.
+
+    Here P_l = W_L … W_{l+1}.
 
     The generative model of a linear network, in which each layer is its prediction with Gaussian
     noise of covariance Π_l⁻¹ added, gives the output the mean of the feedforward pass and this
     covariance. It is the matrix through which predictive coding sees BP: `Π_l ε_l* = P_lᵀ S⁻¹ e0`
-    with e0 = T − feedforward(d). Raises `NotLinearError`, and `InputError` unless both ends are
-    clamped.
+    with e0 = T − feedforward(d).
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `InputError` unless both ends are clamped.
     """
     products, precisions = _products(problem)
     if not problem.both_ends_clamped:
@@ -203,10 +220,14 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
 
 
 def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
-    """−log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
+    """Compute −log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
 
-    The hidden layers are integrated out (`output_covariance` is S). Raises `NotLinearError`, and
-    `InputError` unless both ends are clamped.
+    The hidden layers are integrated out (`output_covariance` is S).
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `InputError` unless both ends are clamped.
     """
     factor = jnp.linalg.cholesky(output_covariance(problem))
     assert problem.input is not None, "output_covariance has refused others"
@@ -239,6 +260,10 @@ class ExactFlow(eqx.Module):
     inverse of H is needed, so that free ends with flat directions are covered. It has derivatives
     of any order, also where rates repeat.
 
+    - `factor`: A over √τ, which has at least as many rows as columns; `modes`: its left singular
+      vectors, singular values in ascending order and right singular vectors.
+    - `initial`: y(0); `residual`: c − A y(0); `scale`: τ^{-½} of each unit; `widths`: n_l of the
+      free layers.
     - `round_off`: an estimate of how far any activity may be off by round-off, per sample: the
       singular values of A are known to eps times the largest, so that a rate that is smaller by a
       factor r has √r · eps as its relative error.
@@ -253,17 +278,21 @@ class ExactFlow(eqx.Module):
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, ""]) -> State:
-        """The state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
+        """Evaluate the state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
         moved = relaxed(self.factor, self.modes, self.residual, t)
         return _split(self.initial + _times(moved, self.scale), self.widths)
 
 
 def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
-    """The exact trajectory of a linear network from `initial`, as a function of time.
+    """Solve the flow of a linear network from `initial` exactly, as a function of time.
 
     `y(t) = y* + e^{−Ht}(y(0) − y*)` for the whole network at once. The paper (A.4) says that no
     closed form exists for more than one free layer; stacked, the layers are one linear ODE with
-    constant coefficients. Raises `NotLinearError`.
+    constant coefficients.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
     """
     _, precisions = linear_parts(problem)
     initial = problem.initial_state(initial)
@@ -299,13 +328,24 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
 def single_layer_flow(
     problem: InferenceProblem, layer: int, activities: Sequence[Numbers]
 ) -> ExactFlow:
-    """The exact trajectory of one hidden layer with its neighbours held fixed (A.4).
+    """Solve the flow of one hidden layer with its neighbours held fixed exactly (A.4).
 
     `x(t) = e^{−At} x(0) + (I − e^{−At}) A⁻¹ [Π_l W_l x_{l−1} + W_{l+1}ᵀ Π_{l+1} x_{l+1}]` with
     `A = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}`; Eq 31 as printed runs backwards in time.
 
-    Arguments: `layer`, the index l of a hidden layer; `activities` x_0 … x_L, of which the layer
-    gives the start and its two neighbours the data. The flow's state has one entry.
+    **Arguments:**
+
+    - `layer`: the index l of a hidden layer.
+    - `activities`: x_0 … x_L, of which the layer gives the start and its two neighbours the data.
+
+    **Returns:**
+
+    The trajectory, whose state has the one layer.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `InputError` for a layer that is not hidden, `ShapeError` for another number of activities.
     """
     linear_parts(problem)
     network = problem.network
@@ -327,17 +367,20 @@ def single_layer_flow(
 
 
 def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
-    """The decay rates of a linear network's flow in ascending order, in 1/(time units).
+    """Compute the decay rates of a linear network's flow in ascending order, in 1/(time units).
 
     They are the eigenvalues of H (of τ⁻¹H with time constants). Explicit Euler is stable for
     steps below 2 / the largest. Where rates coincide, the derivative of each is that of their mean.
-    Raises `NotLinearError`.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
     """
     return linear_modes(problem)[0]
 
 
 def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
-    """1 / `spectrum`, in descending order; infinite for flat directions (within round-off)."""
+    """Compute 1 / `spectrum`, descending; infinite for flat directions (within round-off)."""
     rates = spectrum(problem)
     flat = _is_flat(rates)
     return jnp.where(flat, jnp.inf, 1 / jnp.where(flat, 1, rates))
@@ -349,9 +392,10 @@ def _is_flat(rates: Float[Array, " N"]) -> Array:
 
 
 def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
-    """Eigenvalues (ascending) and vectors of `τ^{-½} H τ^{-½}`, and the scale τ^{-½} of each unit.
+    """Compute the ascending eigenvalues and vectors of `τ^{-½} H τ^{-½}`, and τ^{-½} per unit.
 
-    A state y moves as `scale · (modes @ a)` with amplitudes a that decay at these rates.
+    With that scale, a state y moves as `scale · (modes @ a)`, the amplitudes a decaying at these
+    rates.
     """
     linear_parts(problem)
     units = sum(problem.network.widths[i] for i in problem.free_layers)

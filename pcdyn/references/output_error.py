@@ -54,11 +54,11 @@ class OutputErrorFlow(eqx.Module):
     root: Float[Array, "n_L n_L"]
 
     def __call__(self, t: Numbers) -> Float[Array, "n_L n_L"]:
-        """M(t); t may be infinite."""
+        """Compute M(t); t may be infinite."""
         return jsl.solve_triangular(self.root.T, matmul(self.whitened(t), self.root.T), lower=False)
 
     def whitened(self, t: Numbers) -> Float[Array, "n_L n_L"]:
-        """N(t), symmetric; t may be infinite."""
+        """Compute N(t), symmetric; t may be infinite."""
         time = _moment(t, self.rates.dtype)
         # The derivative by a rate at an infinite time would be 0 times infinity.
         finite = jnp.where(jnp.isinf(time), 0, time)
@@ -66,31 +66,39 @@ class OutputErrorFlow(eqx.Module):
         return jnp.eye(len(self.root), dtype=self.root.dtype) - self._sum(shares)
 
     def speed(self, t: Numbers) -> Float[Array, "n_L n_L"]:
-        """−dN/dt, symmetric and positive semidefinite."""
+        """Compute −dN/dt, symmetric and positive semidefinite."""
         return self._sum(jnp.exp(-self.rates * _moment(t, self.rates.dtype)))
 
     def loss(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
-        """ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
+        """Compute ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
         return 0.5 * jnp.sum(matmul(self.whitened(t), self._start(error)) ** 2)
 
     def loss_rate(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
-        """dℒ/dt; the energy gradient bound of A.6.3 says that it is negative."""
+        """Compute dℒ/dt; the energy gradient bound of A.6.3 says that it is negative."""
         start = self._start(error)
         return -jnp.sum(matmul(self.whitened(t), start) * matmul(self.speed(t), start))
 
     def rise(self, start: Numbers, end: Numbers) -> Float[Array, ""]:
-        """The largest (ℒ(end) − ℒ(start))/ℒ(0) over all targets; negative if ℒ falls for all.
+        """Compute the largest (ℒ(end) − ℒ(start))/ℒ(0) over all targets.
 
-        It never exceeds `LARGEST_RISE` for end ≥ start; both may be infinite.
+        It is negative if ℒ falls for all, and never exceeds `LARGEST_RISE` for end ≥ start; both
+        may be infinite.
         """
         before, after = self.whitened(start), self.whitened(end)
         return jnp.linalg.eigvalsh(matmul(after, after) - matmul(before, before))[-1]
 
     def largest_rise(self, times: Numbers) -> Float[Array, ""]:
-        """The largest `rise` from one to a later one of `times`, over all pairs and targets.
+        """Find the largest `rise` from one to a later one of `times`, over all pairs and targets.
 
-        Arguments: `times`, at least two in ascending order, of which the last may be infinite; a
-        rise between them is missed by what ℒ does within a step. Raises `TimesError` otherwise.
+        A rise that ends between neighbouring times is missed.
+
+        **Arguments:**
+
+        - `times`: at least two in ascending order, of which the last may be infinite.
+
+        **Raises:**
+
+        - `TimesError` for other times.
         """
         moments = _known_times(times, self.rates.dtype)
         if moments.ndim != 1 or len(moments) < 2:
@@ -103,19 +111,19 @@ class OutputErrorFlow(eqx.Module):
         return jnp.max(jnp.linalg.eigvalsh(squares[late] - squares[early])[:, -1])
 
     def rising_share(self) -> Float[Array, ""]:
-        """The share of directions of the whitened error with which ℒ is rising in the end.
+        """Compute the share of directions of the whitened error with which ℒ rises in the end.
 
-        The slowest mode that is seen at the output alone moves then, so that
+        The slowest mode that is visible at the output alone moves then, so that
         `dℒ/dt ∝ −(z·N(∞)v)(z·v)` with its v: positive between the planes orthogonal to v and to
         N(∞)v, a share θ/π of directions for the angle θ of the two. Zero where v is an eigenvector
         of N(∞): with a scalar output, with one hidden layer of scalar precision. NaN if no mode is
-        seen at the output. Rates are taken to be different: of equal ones a single mode is used.
+        visible at the output. Rates are taken to be different: of equal ones a single mode is used.
         """
         sizes = jnp.linalg.norm(self.visible, axis=0)
         # v = 0 comes out as round-off, which has a direction too.
         round_off = 10 * len(self.rates) * jnp.finfo(self.rates.dtype).eps
-        seen = sizes > round_off * jnp.max(sizes)
-        slowest = jnp.where(jnp.any(seen), self.visible[:, jnp.argmax(seen)], jnp.nan)
+        has_output = sizes > round_off * jnp.max(sizes)
+        slowest = jnp.where(jnp.any(has_output), self.visible[:, jnp.argmax(has_output)], jnp.nan)
         moved = matmul(self.whitened(jnp.inf), slowest)
         # The arc cosine of a number near 1 would lose half of the digits.
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))
@@ -149,10 +157,14 @@ def _moment(t: Numbers, dtype: np.dtype) -> Float[Array, ""]:
 
 
 def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
-    """`ε_L(t) = M(t) e0` during inference in a linear network, from a feedforward start.
+    """Find M(t) of `ε_L(t) = M(t) e0`, inference in a linear network from its feedforward pass.
 
     The data of `problem` only say that both ends are clamped. Works under `jax.vmap` over networks.
-    Raises `NotLinearError` for other networks and energies, `InputError` if an end is free.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `InputError` if an end is free.
     """
     rates, modes, scale = linear_modes(problem)
     if not problem.both_ends_clamped:
@@ -171,7 +183,7 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
 
 
 def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch n_L"]:
-    """e0 = T − feedforward(d), the output error at which inference starts."""
+    """Compute e0 = T − feedforward(d), the output error at which inference starts."""
     check_problem(problem)
     if problem.input is None:
         raise InputError("there is no feedforward pass: this problem's input is free")
@@ -181,7 +193,7 @@ def feedforward_output_error(problem: InferenceProblem) -> Float[Array, "*batch 
 def energy_gradient_margin(
     problem: InferenceProblem, state: str | Sequence[Numbers]
 ) -> Float[Array, "*batch"]:
-    """−dℒ/dt at a state of any network and energy: what the energy gradient bound says is positive.
+    """Compute −dℒ/dt at a state of any network, which the energy gradient bound says is positive.
 
     `g·(g + ∂Ẽ/∂x_{L−1})/τ_{L−1}` with g = ∂ℒ/∂x_{L−1}, Eq 47 of A.6.3 for the one hidden layer of
     which ℒ depends; for every layer below both sides of the bound are zero.

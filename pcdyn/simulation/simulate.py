@@ -67,7 +67,7 @@ def simulate(
 ) -> Trajectory:
     """Integrate `τ_l dx_l/dt = −∂F/∂x_l`, or any other `pcdyn.Flow`, from t = 0 to `t1`.
 
-    Arguments:
+    **Arguments:**
 
     - `problem`: a `pcdyn.InferenceProblem`, a flow in which weights or precisions move as well,
       such as `pcdyn.learning.JointFlow`, or a `pcdyn.Flow` of your own.
@@ -105,8 +105,11 @@ def simulate(
     handed to SciPy: look at `status_codes`. The times must be known then. Derivatives are taken
     in forward mode (`jax.jvp`, `jax.jacfwd`); `pcdyn.Exact` has reverse mode as well.
 
-    Raises `TimesError`, `IntegratorError`, `ToleranceError` and what the problem and the initial
-    state raise, before anything runs.
+    **Raises:**
+
+    - `TimesError`, `IntegratorError`, `ToleranceError`, `ShapeError`, `SizeError` and what the
+      problem and the initial state raise, before anything runs.
+    - `SimulationError` if a sample fails, unless `throw=False`.
     """
     check_flow(problem)
     for name, value in (("per_sample", per_sample), ("dense", dense), ("throw", throw)):
@@ -179,8 +182,8 @@ def _check_other(
         )
     if until is not None and depends_on_time(flow.vector_field, 0.0, state):
         raise IntegratorError(
-            f"until would stop at a turn of the {name}: its vector field depends on time, so that "
-            "it does not come to rest; leave until out"
+            f"until would stop where the {name} reverses: its vector field depends on time, so "
+            "that it does not come to rest; leave until out"
         )
 
 

@@ -110,17 +110,17 @@ class Trajectory(LayerEnergies, WithStatistics):
 
     @property
     def network(self) -> Network | None:
-        """The network in time where weights moved, otherwise `None`."""
+        """Network in time where weights moved, otherwise `None`."""
         return self.moving.get("network")
 
     @property
     def precisions(self) -> tuple[Values, ...] | None:
-        """Π_1 … Π_L in time where precisions moved, otherwise `None`."""
+        """Precisions Π_1 … Π_L in time where they moved, otherwise `None`."""
         return self.moving.get("precisions")
 
     @property
     def status(self) -> Status | tuple[Status, ...]:
-        """How it ended: one `pcdyn.Status`, or one per sample with `per_sample=True`.
+        """Outcome: one `pcdyn.Status`, or one per sample with `per_sample=True`.
 
         Those of several networks stand one after the other.
         """
@@ -131,12 +131,12 @@ class Trajectory(LayerEnergies, WithStatistics):
 
     @property
     def networks(self) -> int | None:
-        """How many networks it is of, where `jax.vmap` made it of several; otherwise `None`."""
+        """Number of networks, where `jax.vmap` made it of several; otherwise `None`."""
         return np.shape(self.times)[0] if np.ndim(self.times) == 2 else None
 
     @property
     def without_failure(self) -> np.ndarray | None:
-        """Which of several networks ended well in every sample; `None` of one network."""
+        """Mask of the networks that ended well in every sample; `None` of one network."""
         return None if self.networks is None else all_well(Status, self.status_codes)
 
     @property
@@ -146,7 +146,7 @@ class Trajectory(LayerEnergies, WithStatistics):
 
     @property
     def final(self) -> Activities:
-        """The activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
+        """Activities x_0 … x_L at the last saved time; raises `TimesError` if there is none."""
         # Before the axis of time is that of several networks, if there are any.
         *networks, count = np.shape(self.times)
         if count == 0:
@@ -154,17 +154,28 @@ class Trajectory(LayerEnergies, WithStatistics):
         return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
 
     def distance_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
-        """Euclidean distance of the activities from `reference`, shape `(time, [batch])`.
+        """Compute the Euclidean distance of the activities from `reference`.
 
-        Arguments: `reference`, activities x_0 … x_L (entries may be `None` where not needed), or
-        anything with such `activities`; `layers` to compare, the free ones unless given. A
-        reference without a time axis is held constant in time.
+        **Arguments:**
+
+        - `reference`: activities x_0 … x_L (entries may be `None` where not needed), or anything
+          with such `activities`. Without a time axis it is held constant in time.
+        - `layers`: those to compare, the free ones unless given.
+
+        **Returns:**
+
+        The distances, shape `(time, [batch])`.
+
+        **Raises:**
+
+        - `ShapeError` for a reference or layers that do not fit, and for several networks.
+        - `TimesError` for a trajectory saved at other times.
         """
         here, there = self._pair(reference, layers)
         return array_namespace(here).linalg.norm(here - there, axis=-1)
 
     def cosine_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
-        """Cosine similarity of the activities with `reference`; arguments as `distance_to`.
+        """Compute the cosine similarity of the activities with `reference`, as `distance_to`.
 
         NaN where either vanishes, for it has no direction there.
         """
@@ -175,7 +186,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         return product / xp.where(lengths > 0, lengths, np.nan)
 
     def angle_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
-        """Angle of the activities to `reference` in radians; arguments as `distance_to`."""
+        """Compute the angle of the activities to `reference` in radians, as `distance_to`."""
         cosine = self.cosine_to(reference, layers=layers)
         xp = array_namespace(cosine)
         return xp.arccos(xp.clip(cosine, -1, 1))
@@ -247,10 +258,14 @@ class Trajectory(LayerEnergies, WithStatistics):
             )
 
     def __call__(self, t: Scalar) -> Activities:
-        """The activities x_0 … x_L at any time between 0 and the end, by dense output.
+        """Evaluate the activities x_0 … x_L at a time between 0 and the end, by dense output.
 
-        A sample that ended before the others is held, or NaN if it failed. Raises
-        `DenseOutputError` without `dense=True`, and `TimesError` outside that range.
+        A sample that ended before the others is held, or NaN if it failed.
+
+        **Raises:**
+
+        - `DenseOutputError` without `dense=True`.
+        - `TimesError` outside that range.
         """
         self._one_network()
         if self.interpolation is None:
@@ -283,7 +298,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         )
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with named dimensions and units; see `pcdyn.io.trajectories`."""
+        """Return a labelled data set with named dimensions and units (`pcdyn.io.trajectories`)."""
         import pcdyn
 
         return pcdyn.io.trajectories.to_xarray(self)
@@ -298,7 +313,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account, for all samples together."""
+        """Write a readable account, for all samples together."""
         if is_traced(self.times):
             return f"Trajectory with {self.integrator} inside of a JAX transformation"
         if self.networks is not None:

@@ -36,17 +36,17 @@ class LayerEnergies(eqx.Module):
 
     @property
     def free_energy(self) -> Values:
-        """F = Σ_l E_l, shaped like `energies` without the last axis."""
+        """Free energy F = Σ_l E_l, shaped like `energies` without the last axis."""
         return self.energies.sum(-1)
 
     @property
     def output_loss(self) -> Values:
-        """ℒ = E_L, shaped like `energies` without the last axis."""
+        """Output loss ℒ = E_L, shaped like `energies` without the last axis."""
         return self.energies[..., -1]
 
     @property
     def residual_energy(self) -> Values:
-        """Ẽ = F − ℒ, shaped like `energies` without the last axis."""
+        """Residual energy Ẽ = F − ℒ, shaped like `energies` without the last axis."""
         return self.energies[..., :-1].sum(-1)
 
 
@@ -65,7 +65,7 @@ class Energy(eqx.Module):
     def value(
         self, error: Float[Array, "*batch n"], target: Float[Array, "*batch n"] | None
     ) -> Float[Array, "*batch"]:
-        """E of a prediction error, per sample.
+        """Compute E of a prediction error, per sample.
 
         `target` is what the output is clamped to for the prediction of the output, and `None` for
         every other.
@@ -74,32 +74,33 @@ class Energy(eqx.Module):
     def gradient(
         self, error: Float[Array, "*batch n"], target: Float[Array, "*batch n"] | None
     ) -> Float[Array, "*batch n"]:
-        """∂E/∂ε, which is −∂E/∂μ: by automatic differentiation unless written."""
+        """Compute ∂E/∂ε, which is −∂E/∂μ: by automatic differentiation unless overridden."""
         return jax.grad(lambda e: jnp.sum(self.value(e, target)))(error)
 
     def curvature(
         self, error: Float[Array, " n"], target: Float[Array, " n"] | None
     ) -> Precision | None:
-        """The precision that stands for ∂²E/∂ε² at the error of one sample; `None`: not known.
+        """Return the precision that stands for ∂²E/∂ε² at the error of one sample.
 
-        It must be positive definite, also where the energy is not convex.
+        It must be positive definite, also where the energy is not convex; `None`, unless
+        overridden, if it is not known.
         """
         return self.quadratic_form
 
     @property
     def quadratic_form(self) -> Precision | None:
-        """Π if the energy is ½ εᵀ Π ε for every ε, for which there are closed forms."""
+        """Precision Π if the energy is ½ εᵀ Π ε for every ε, for which there are closed forms."""
         return None
 
     def scaled(self, factor: Scalar) -> "Energy":
-        """The same energy times a positive factor."""
+        """Multiply the energy by a positive factor."""
         return _Scaled(self, jnp.asarray(factor))
 
     def check(self, width: int, target: Array | None) -> None:
         """Raise an `InputError` if this energy does not fit a prediction of `width` units.
 
-        `target` is as in `value`. A problem calls it once the energy's arrays have the dtype of the
-        network.
+        `target` is that of `value`. A problem calls it once the energy's arrays have the dtype of
+        the network.
         """
         leaves = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         dtype = leaves[0].dtype if leaves else None if target is None else target.dtype
@@ -113,7 +114,7 @@ class Energy(eqx.Module):
             )
 
     def per_prediction(self, depth: int) -> tuple["Energy", ...]:
-        """The energies of the predictions 1 … `depth` where this one is given for all of them."""
+        """Return the energies of the predictions 1 … `depth` where this one is given for all."""
         return (self,) * depth
 
 
@@ -124,7 +125,7 @@ class Weighted(Energy):
 
     @property
     def weights(self) -> Precision:
-        """The precision, with products; raises `InputError` while there is one for each layer."""
+        """Precision, with products; raises `InputError` while there is one for each layer."""
         if isinstance(self.precision, tuple):
             raise InputError(
                 f"this {type(self).__name__} has a precision for each of "
@@ -164,13 +165,18 @@ _Weighted = TypeVar("_Weighted", bound=Weighted)
 class Gaussian(Weighted):
     """`E = ½ εᵀ Π ε` with the precision Π.
 
-    Arguments: `precision`, either `None` (1), a positive number, a vector of shape `(n,)` (the
-    diagonal) or a symmetric positive definite matrix of shape `(n, n)`. A list has one of these
-    for each prediction l = 1 … L, which a problem takes apart.
+    **Arguments:**
 
-    Raises `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
-    otherwise the flow would not be a gradient flow) and `ShapeError` where shapes do not fit.
-    Under a JAX transformation the values are unknown and only shapes are checked.
+    - `precision`: Π, either `None` (1), a positive number, a vector of shape `(n,)` (the diagonal)
+      or a symmetric positive definite matrix of shape `(n, n)`. A list has one of these for each
+      prediction l = 1 … L, which a problem takes apart.
+
+    **Raises:**
+
+    - `PrecisionError` for a precision that is not symmetric positive definite (by Cholesky;
+      otherwise the flow would not be a gradient flow). Under a JAX transformation the values are
+      unknown and only shapes are checked.
+    - `ShapeError` where shapes do not fit.
     """
 
     name: ClassVar[str | None] = "gaussian"
@@ -194,11 +200,15 @@ class CrossEntropy(Energy):
     The prediction μ_L of the output layer are logits: give that layer the identity activation.
     Given alone for all predictions it is that of the output, with `Gaussian()` below.
 
-    Arguments: `weight`, λ > 0, the precision of the output so to speak: an average over a batch of
-    B samples in place of a sum, with the hidden layers as they are, is λ = 1/B.
+    **Arguments:**
 
-    The output must be clamped, and to probabilities. A problem raises `InputError` where it is not;
-    `PrecisionError` for a weight that is not positive.
+    - `weight`: λ > 0, the precision of the output so to speak: an average over a batch of B samples
+      in place of a sum, with the hidden layers as they are, is λ = 1/B.
+
+    **Raises:**
+
+    - `PrecisionError` for a weight that is not positive.
+    - `InputError`, by the problem, where the output is not clamped to probabilities.
     """
 
     name: ClassVar[str | None] = "cross_entropy"
@@ -208,7 +218,7 @@ class CrossEntropy(Energy):
 
     @property
     def precision(self) -> Float[Array, ""]:
-        """The factor λ, as a precision."""
+        """Factor λ, as a precision."""
         return self.weight
 
     def value(self, error: Array, target: Array | None) -> Array:

@@ -47,8 +47,11 @@ _FLOOR = 1e-6
 class Separable(Weighted):
     """Base of the energies `E = Σ_i Π_i h(ε_i)`, summed over the units of a layer.
 
-    A new one is a class with an `h`. `precision`, by keyword, is as in `pcdyn.Gaussian`, but a
-    number or one per unit: a matrix would mix units.
+    A new one is a class with an `h`.
+
+    **Arguments:**
+
+    - `precision`: Π as for `pcdyn.Gaussian`, but a number or one per unit: a matrix mixes units.
     """
 
     @abc.abstractmethod
@@ -83,7 +86,7 @@ class Separable(Weighted):
         return jax.jvp(self.slope, (error,), (jnp.ones_like(error),))[1]
 
     def bend(self, error: Float[Array, "..."]) -> Float[Array, "..."]:
-        """A positive stand-in for h''(ε), elementwise: what solvers take for the precision.
+        """Compute a positive stand-in for h''(ε), elementwise: the precision of solvers' models.
 
         h'' where it is large enough, otherwise a part of h'(ε)/ε, the weight of iteratively
         reweighted least squares; that is positive also where h is not convex.
@@ -97,7 +100,9 @@ class Separable(Weighted):
 class LogCosh(Separable):
     """`h(ε) = log cosh ε`: ½ε² for small errors, |ε| − log 2 for large; convex, |h'| < 1.
 
-    Arguments: `precision`, see `pcdyn.energies.Separable`.
+    **Arguments:**
+
+    - `precision`: see `pcdyn.energies.Separable`.
     """
 
     name: ClassVar[str | None] = "log_cosh"
@@ -113,16 +118,12 @@ class _WithParameter(Separable):
 
     @property
     def parameter(self) -> Float[Array, ""]:
-        """What is given first, and what files hold."""
+        """The field that is given first, and that files hold."""
         (name,) = (f.name for f in dataclasses.fields(self) if f.name != "precision")
         return getattr(self, name)
 
     def check(self, width: int, target: Array | None) -> None:
-        """Refuse parameters of which the square or its inverse is no number.
-
-        A problem converts it to the dtype of its network, in which it may vanish; h'' has its
-        square.
-        """
+        """Refuse a parameter whose square, which h'' has, is out of the range of the dtype."""
         super().check(width, target)
         value, name = self.parameter, f"the parameter of {type(self).__name__}"
         positive(name)(value)
@@ -137,7 +138,10 @@ class _WithParameter(Separable):
 class PseudoHuber(_WithParameter):
     """`h(ε) = δ² (√(1 + ε²/δ²) − 1)`: ½ε² below δ, about δ|ε| above; convex, |h'| < δ.
 
-    Arguments: `delta`, δ > 0, in units of the errors; `precision`, see `pcdyn.energies.Separable`.
+    **Arguments:**
+
+    - `delta`: δ > 0, in units of the errors.
+    - `precision`: see `pcdyn.energies.Separable`.
     """
 
     name: ClassVar[str | None] = "pseudo_huber"
@@ -159,7 +163,10 @@ class Student(_WithParameter):
     have several equilibria; |h'| ≤ 1/s, and an error far above s has little influence: h' → 2/ε.
     With ν degrees of freedom and a scale σ it is s = σ√ν and precision (ν + 1)/2.
 
-    Arguments: `scale`, s > 0, in units of the errors; `precision`, see `pcdyn.energies.Separable`.
+    **Arguments:**
+
+    - `scale`: s > 0, in units of the errors.
+    - `precision`: see `pcdyn.energies.Separable`.
     """
 
     name: ClassVar[str | None] = "student"
@@ -176,8 +183,10 @@ class Divisive(_WithParameter):
     log ε as δ → 0. That one is undefined for ε < 0, has no minimum, and its flow ends in finite
     time, ε₀²/2. Here |h'| ≤ 1/(2√δ); not convex beyond |ε| = √δ.
 
-    Arguments: `delta`, δ > 0, in units of squared errors; `precision`, see
-    `pcdyn.energies.Separable`.
+    **Arguments:**
+
+    - `delta`: δ > 0, in units of squared errors.
+    - `precision`: see `pcdyn.energies.Separable`.
     """
 
     name: ClassVar[str | None] = "divisive"
@@ -196,12 +205,18 @@ class CustomEnergy(Separable):
     """`E = Σ_i Π_i h(ε_i)` with any elementwise `function` h in terms of JAX.
 
     Build it once and reuse it: what is compiled for a function is kept for that very function. h is
-    looked at in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`): raises
-    `IllPosedEnergyError` if it is not elementwise, not finite or not bounded below there, and warns
-    with `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2. Raises
-    `InputError` for what is no function.
+    tested in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`), with an
+    `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2.
 
-    Arguments: `function`; `precision`, see `pcdyn.energies.Separable`.
+    **Arguments:**
+
+    - `function`: h, in terms of JAX.
+    - `precision`: see `pcdyn.energies.Separable`.
+
+    **Raises:**
+
+    - `IllPosedEnergyError` if h is not elementwise, not finite or not bounded below on the grid.
+    - `InputError` for what is no function.
     """
 
     function: Callable[[Array], Array] = eqx.field(converter=_checked_function)
@@ -222,14 +237,20 @@ _NAMED: dict[str | None, Any] = {
 def named_energy(
     name: str, *, precision: Numbers | None = None, parameter: Numbers | None = None
 ) -> Energy:
-    """Build the energy of that name: gaussian, log_cosh, pseudo_huber, student, divisive …
+    """Build the energy of that name.
 
-    Arguments: `precision`, which for cross_entropy is its weight; `parameter`, the δ of
-    pseudo_huber and divisive and the scale of student, 1 unless given. Another h is a
-    `CustomEnergy`, which has no name.
+    **Arguments:**
 
-    Raises `IllPosedEnergyError` for the paper's `"log"` and for `"power"`, with the reason, and
-    `InputError` for other names and a parameter of no use.
+    - `name`: `"gaussian"`, `"log_cosh"`, `"pseudo_huber"`, `"student"`, `"divisive"` or
+      `"cross_entropy"`. Another h is a `CustomEnergy`, which has no name.
+    - `precision`: for `"cross_entropy"` its weight.
+    - `parameter`: the δ of `"pseudo_huber"` and `"divisive"`, the scale of `"student"`; 1 unless
+      given.
+
+    **Raises:**
+
+    - `IllPosedEnergyError` for the paper's `"log"` and for `"power"`, with the reason.
+    - `InputError` for other names, and for a parameter of an energy that has none.
     """
     check_instance(name, "name", str, "the name of an energy")
     if name in _ILL_POSED:
@@ -272,20 +293,20 @@ _ILL_POSED = {
 }
 
 
-def _refuse_ill_posed(seen: WellPosedness) -> None:
-    if not seen.finite:
+def _refuse_ill_posed(test: WellPosedness) -> None:
+    if not test.finite:
         raise IllPosedEnergyError(
-            f"h or h' is not finite at ε = {seen.where:g}: prediction errors take any value and "
-            f"sign. {_remedy(seen.where)}"
+            f"h or h' is not finite at ε = {test.where:g}: prediction errors take any value and "
+            f"sign. {_remedy(test.where)}"
         )
-    if not seen.bounded_below:
+    if not test.bounded_below:
         raise IllPosedEnergyError(
-            f"h still falls at ε = {seen.where:g}: an energy that is not bounded below has no "
+            f"h still falls at ε = {test.where:g}: an energy that is not bounded below has no "
             "equilibrium, and its flow runs away"
         )
-    if seen.lipschitz is False:
+    if test.lipschitz is False:
         warnings.warn(
-            f"h' is not Lipschitz near ε = {seen.where:g}: explicit steps chatter there, and "
+            f"h' is not Lipschitz near ε = {test.where:g}: explicit steps chatter there, and "
             "equilibrium may not be found; smooth h, as PseudoHuber smooths |ε|",
             EnergyWarning,
             stacklevel=4,

@@ -17,9 +17,7 @@ from pcdyn.model.energies.energy import Gaussian
 
 
 def interpolated(weight: Numbers, depth: int) -> list[Gaussian]:
-    """The energies of `F = λ ℒ + (1 − λ) Ẽ` of Eq 48: Π_L = λ, and Π_l = 1 − λ for l < L.
-
-    Arguments: `weight`, λ with 0 < λ < 1; `depth`, L ≥ 2, the number of predicted layers.
+    """Make the energies of `F = λ ℒ + (1 − λ) Ẽ` of Eq 48: Π_L = λ, and Π_l = 1 − λ for l < L.
 
     The equilibrium is that of unit precisions with the output's multiplied by λ/(1 − λ). As λ → 0,
     `ε_l (1 − λ)/λ` tends to BP's deltas of unit precision in every hidden layer, with an error
@@ -27,8 +25,16 @@ def interpolated(weight: Numbers, depth: int) -> list[Gaussian]:
     layers below it minimise Ẽ. The endpoints are limits and no energies, for F does not determine
     the activities there (the paper takes λ = 0 for BP and λ = 1 for TP).
 
-    Raises `PrecisionError` for another λ, unless it is traced, `ShapeError` for one that is not a
-    number and `InputError` for a depth below 2 or not whole.
+    **Arguments:**
+
+    - `weight`: λ, 0 < λ < 1.
+    - `depth`: L ≥ 2, the number of predicted layers.
+
+    **Raises:**
+
+    - `PrecisionError` for another λ, unless it is traced.
+    - `ShapeError` for one that is not a number.
+    - `InputError` for a depth below 2 or not whole.
     """
     value, depth = _number(weight, "λ"), _depth(depth)
     if not is_traced(value) and not 0 < float(value) < 1:
@@ -38,17 +44,23 @@ def interpolated(weight: Numbers, depth: int) -> list[Gaussian]:
 
 
 def graded(ratio: Numbers, depth: int) -> list[Gaussian]:
-    """Energies whose precisions grow by the factor ρ from layer to layer: `Π_l = ρ^l`.
-
-    Arguments: `ratio`, ρ > 0; `depth`, L ≥ 2, the number of predicted layers.
+    """Make energies whose precisions grow by the factor ρ from layer to layer: `Π_l = ρ^l`.
 
     As ρ → ∞ all hidden layers tend to their TP targets where these exist, with an error O(1/ρ);
     as ρ → 0 `Π_l ε_l / Π_L` tends to BP's deltas of unit precision, with an error O(ρ). With one
     hidden layer it is `interpolated` at λ = ρ/(1 + ρ).
 
-    Raises `PrecisionError` for a ratio that is not positive or so far from 1 that a precision
-    leaves the range of floating-point numbers, `ShapeError` for one that is not a number and
-    `InputError` for a depth below 2 or not whole.
+    **Arguments:**
+
+    - `ratio`: ρ > 0.
+    - `depth`: L ≥ 2, the number of predicted layers.
+
+    **Raises:**
+
+    - `PrecisionError` for a ratio that is not positive, or so far from 1 that a precision leaves
+      the range of floating-point numbers.
+    - `ShapeError` for one that is not a number.
+    - `InputError` for a depth below 2 or not whole.
     """
     value, depth = _number(ratio, "ratio of precisions"), _depth(depth)
     precisions = [value**index for index in range(1, depth + 1)]

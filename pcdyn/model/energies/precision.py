@@ -21,10 +21,12 @@ Precisions = Float[Array, "..."] | tuple[Float[Array, "..."], ...] | None
 
 
 class Precision(eqx.Module):
-    """Π of one prediction, and products with it.
+    """The precision Π of one prediction, and products with it.
 
-    Arguments: `values`, a number, a vector of shape `(n,)` (the diagonal) or a symmetric positive
-    definite matrix of shape `(n, n)`, which is not checked; `None` is the unit matrix.
+    **Arguments:**
+
+    - `values`: a number, a vector of shape `(n,)` (the diagonal) or a symmetric positive definite
+      matrix of shape `(n, n)`, which is not checked; `None` is the unit matrix.
     """
 
     values: Float[Array, "..."] | None

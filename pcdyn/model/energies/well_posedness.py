@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from pcdyn.errors import IllPosedEnergyError
 
-# Errors at which h is looked at: from the smallest that matter to far outside any network.
+# Errors at which h is evaluated: from the smallest that matter to far outside any network.
 _MAGNITUDES = np.concatenate([np.geomspace(1e-4, 1.0, 41), np.geomspace(1.0, 1e4, 81)[1:]])
 # How many of them there are in each decade above 1.
 _DECADE = 20
@@ -55,12 +55,18 @@ class WellPosedness:
 
 
 def well_posedness(h: Callable[[Array], Array], dtype: DTypeLike | None = None) -> WellPosedness:
-    """Look at an elementwise h and its derivative on a grid of errors from −1e4 to 1e4.
+    """Test an elementwise h and its derivative on a grid of errors from −1e4 to 1e4.
 
-    It is looked at in float64, whatever JAX's default, unless another `dtype` is given. Raises
-    `IllPosedEnergyError` if h does not map a JAX array elementwise to a real one.
+    **Arguments:**
+
+    - `h`: the energy as a function of an array of errors.
+    - `dtype`: that of the grid, float64 unless given, whatever JAX's default.
+
+    **Raises:**
+
+    - `IllPosedEnergyError` if h does not map a JAX array elementwise to a real one.
     """
-    # An energy may be made inside a function that is being compiled, and h hold float32 constants.
+    # An energy may be built inside a function that is being compiled, and h hold float32 constants.
     with (
         jax.ensure_compile_time_eval(),
         jax.enable_x64(True),
@@ -146,7 +152,7 @@ def _growing(slope: Callable[[np.ndarray], Array], grid: np.ndarray) -> float | 
     size = np.maximum(np.abs(at_lower), np.abs(at_upper))
 
     def quotients(spacing: float) -> np.ndarray:
-        """Those of the intervals, halved to the spacing, always to where h' changes more."""
+        """Of each interval, bisected down to the spacing towards the half where h' changes more."""
         nonlocal lower, upper, at_lower, at_upper
         while (wide := upper - lower > spacing).any():
             middle = (lower + upper) / 2
