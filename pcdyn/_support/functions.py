@@ -13,7 +13,7 @@ import jax
 
 _Result = TypeVar("_Result")
 # A function, or its module and its name in it.
-Reference = Callable[..., Any] | tuple[str, str]
+ByName = Callable[..., Any] | tuple[str, str]
 
 
 @jax.tree_util.register_static
@@ -36,7 +36,7 @@ class Function(eqx.Module, Generic[_Result]):
     def __deepcopy__(self, memo: object) -> Function:
         return self
 
-    def __reduce__(self) -> tuple[Callable[[Reference], Function], tuple[Reference]]:
+    def __reduce__(self) -> tuple[Callable[[ByName], Function], tuple[ByName]]:
         return _function, (reference(self.function),)
 
 
@@ -45,7 +45,7 @@ def as_part(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return Function(function) if jax.tree_util.all_leaves([function]) else function
 
 
-def reference(function: Callable[..., Any]) -> Reference:
+def reference(function: Callable[..., Any]) -> ByName:
     """Module and name of a function where it is found by them; otherwise the function itself.
 
     Jitted functions of JAX are found so, but not by pickle.
@@ -59,12 +59,12 @@ def reference(function: Callable[..., Any]) -> Reference:
     return function
 
 
-def referred(reference: Reference) -> Callable[..., Any]:
+def referred(reference: ByName) -> Callable[..., Any]:
     """The function that has this `reference`."""
     return _find(*reference) if isinstance(reference, tuple) else reference
 
 
-def _function(reference: Reference) -> Function:
+def _function(reference: ByName) -> Function:
     return Function(referred(reference))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_sequence, check_callable, check_instance, checked_number
-from pcdyn._support.functions import Reference, reference, referred
+from pcdyn._support.functions import ByName, reference, referred
 from pcdyn.errors import ActivationError
 
 Elementwise = Callable[[Array], Array]
@@ -147,8 +147,8 @@ def leaky_relu(slope: float = 0.01) -> Activation:
 
 def _activation(
     name: str,
-    function: Reference,
-    inverse: Reference | None,
+    function: ByName,
+    inverse: ByName | None,
     lower: float,
     upper: float,
     kinks: tuple[float, ...],

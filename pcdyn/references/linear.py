@@ -255,10 +255,10 @@ def _products(problem: InferenceProblem) -> tuple[dict[int, Array], tuple[Precis
 class ExactFlow(eqx.Module):
     """The exact trajectory y(t) of a linear network, a function of time.
 
-    With F = ½ ‖A y − c‖² (see `pcdyn.whitened`) and each column of A over √τ, each mode moves from
-    the start by (1 − e^{−λt})/λ times its share of Aᵀ(c − A y(0)), which is t where λ = 0: no
-    inverse of H is needed, so that free ends with flat directions are covered. It has derivatives
-    of any order, also where rates repeat.
+    With F = ½ ‖A y − c‖² (`pcdyn.linearisation.whitened`) and each column of A over √τ, each mode
+    moves from the start by (1 − e^{−λt})/λ times its share of Aᵀ(c − A y(0)), which is t where
+    λ = 0: no inverse of H is needed, so that free ends with flat directions are covered. It has
+    derivatives of any order, also where rates repeat.
 
     - `factor`: A over √τ, which has at least as many rows as columns; `modes`: its left singular
       vectors, singular values in ascending order and right singular vectors.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -95,6 +96,28 @@ def test_no_two_public_classes_share_a_name() -> None:
         if inspect.isclass(value):
             seen.setdefault(name.rpartition(".")[2], set()).add(value)
     assert not {name for name, classes in seen.items() if len(classes) > 1}
+
+
+def test_what_texts_name_is_there() -> None:
+    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("pcdyn/**/*.py")]
+    named = re.findall(r"`(pcdyn(?:\.\w+)+)", "".join(path.read_text("utf-8") for path in texts))
+    missing = {name for name in named if not _exists(name)}
+    assert not missing
+
+
+def _exists(name: str) -> bool:
+    value: Any = pcdyn
+    for part in name.split(".")[1:]:
+        is_field = part in getattr(value, "__dataclass_fields__", ())
+        if isinstance(value, types.ModuleType) and not hasattr(value, part):
+            if importlib.util.find_spec(f"{value.__name__}.{part}") is None:
+                return False
+            value = importlib.import_module(f"{value.__name__}.{part}")
+        elif is_field or hasattr(value, part):
+            value = getattr(value, part, None)
+        else:
+            return False
+    return True
 
 
 def test_importing_costs_nothing_until_a_name_is_used() -> None:

@@ -205,8 +205,8 @@ class CustomEnergy(Separable):
     """`E = Σ_i Π_i h(ε_i)` with any elementwise `function` h in terms of JAX.
 
     Build it once and reuse it: what is compiled for a function is kept for that very function. h is
-    tested in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.well_posedness`), with an
-    `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2.
+    tested in float64 on a grid of errors from −1e4 to 1e4 (`pcdyn.model.energies.well_posedness`),
+    with an `EnergyWarning` if h' is not Lipschitz, like that of |ε|^p with 1 < p < 2.
 
     **Arguments:**
 
