@@ -123,7 +123,7 @@ class _Outcome(enum.IntEnum):
 
     @classmethod
     def failed(cls, codes: _Codes) -> _Codes:
-        """Tell which integers, alone or in an array of any kind, are no success."""
+        """Return which integers, alone or in an array of any kind, are no success."""
         unlike: Any = (codes != int(s) for s in cls if s.ok)
         return functools.reduce(operator.and_, unlike)
 

@@ -76,7 +76,7 @@ class Activation:
         return self.function(x)
 
     def in_range(self, y: Float[Array, "..."]) -> Array:
-        """Tell which entries lie strictly inside the open range, a boolean array like `y`."""
+        """Return whether each entry lies strictly inside the open range, shaped like `y`."""
         return (y > self.lower) & (y < self.upper)
 
     def __repr__(self) -> str:
