@@ -500,8 +500,8 @@ MISTAKES = (
     Mistake(
         "status: convergence is taken for a failure",
         "pcdyn/errors.py",
-        "(codes != int(s) for s in kind if s.ok)",
-        "(codes != int(s) for s in list(kind)[:1] if s.ok)",
+        "(codes != int(s) for s in cls if s.ok)",
+        "(codes != int(s) for s in list(cls)[:1] if s.ok)",
         ("tests/failures/test_statuses.py",),
     ),
     Mistake(
@@ -523,8 +523,8 @@ MISTAKES = (
     Mistake(
         "run: the wrong axis of samples",
         "pcdyn/integrators/run.py",
-        "np.stack(layer, axis=1) for layer in",
-        "np.stack(layer, axis=0) for layer in",
+        "_stacked_rows([run.states for run in runs], axis=1)",
+        "_stacked_rows([run.states for run in runs], axis=0)",
         ("tests/exact/test_integrators.py::test_each_sample_runs_as_if_it_were_alone",),
     ),
     Mistake(
@@ -548,7 +548,7 @@ MISTAKES = (
     Mistake(
         "trajectory: lengths are squared",
         "pcdyn/simulation/trajectory.py",
-        "lengths = module.sqrt((here**2).sum(-1) * (there**2).sum(-1))",
+        "lengths = xp.sqrt((here**2).sum(-1) * (there**2).sum(-1))",
         "lengths = (here**2).sum(-1) * (there**2).sum(-1)",
         ("tests/exact/test_integrators.py::test_distances_cosines_and_angles_are_those_of_numpy",),
     ),

@@ -6,27 +6,21 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import Literal
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
 from pcdyn._support.forward_only import forward_only
-from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.timing import Stopwatch
-from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
+from pcdyn._support.types import Numbers, State
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
-    MOST_SAMPLES_NAMED,
     IntegratorError,
     RoundOffWarning,
     ShapeError,
-    Status,
     StepSizeWarning,
     TimesError,
     simulation_error,
@@ -47,6 +41,7 @@ from pcdyn.linearisation.spectrum import estimated_fastest_rate
 from pcdyn.model.flow import Flow, check_contract, check_flow, depends_on_time
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem, stacked
+from pcdyn.simulation.assembly import Observed, observe, traced_trajectory, trajectory_of
 from pcdyn.simulation.trajectory import Trajectory, round_off
 
 _DEFAULT_SAVES = 101
@@ -146,7 +141,7 @@ def simulate(
             moving = forward_only(moving, f"simulate with {method.name}")
             request = dataclasses.replace(request, problem=moving[0], state=moving[1])
         run = integrate(method, request, per_sample)
-        return _traced_trajectory(problem, request, run, method)
+        return traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
 
     def compute() -> tuple[Integration, str, Observed, Stopwatch]:
@@ -154,14 +149,13 @@ def simulate(
             run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
             # The last row is that of the end.
             times = np.append(request.times, np.max(run.end_time)).astype(problem.dtype)
-            observed = on_host(_observe(integrated, jnp.asarray(times), run.states))
+            observed = on_host(observe(integrated, jnp.asarray(times), run.states))
         return run, fallback, observed, clock
 
     # SciPy's loops are Python's own, and end where they are interrupted.
     computed = interruptible(compute) if method.runs_in_jax else compute()
     run, fallback, observed, clock = computed
-    run = _without_overflow(run, observed)
-    trajectory = _trajectory(problem, request, run, observed, method, fallback, clock)
+    trajectory = trajectory_of(problem, request, run, observed, method, fallback, clock)
     _warn_of_round_off(trajectory)
     if throw and not trajectory.ok:
         worst = worst_status(trajectory.status_codes)
@@ -281,146 +275,3 @@ def _checked_times(t1: float, times: Numbers | None) -> np.ndarray:
             f"{t1:.17g}"
         )
     return array
-
-
-class Observed(eqx.Module):
-    """What is derived from the activities at the saved times."""
-
-    errors: Activities
-    energies: Values
-    norms: Values
-
-
-@eqx.filter_jit
-def _observe(problem: Flow, times: Array, states: State) -> Observed:
-    flow = problem.prepared()
-
-    def at(t: Array, state: State) -> Observed:
-        errors, energies = flow.observe(t, state)
-        return Observed(errors, energies, flow.norms(flow.vector_field(t, state)))
-
-    return jax.vmap(at)(times, states)
-
-
-def _traced_trajectory(
-    problem: Flow, request: Request, run: Integration, method: Integrator
-) -> Trajectory:
-    states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
-    observed = _observe(request.problem, times.astype(problem.dtype), states)
-    run = _without_overflow(run, observed)
-    found = _build(problem, run, observed, states, times, method, request.problem)
-    # As arrays, counts and times get the axis of the networks as all the rest does.
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, int | float) else x, found)
-
-
-def _without_overflow(run: Integration, observed: Observed) -> Integration:
-    """A field can vanish because the energy it is of has overflowed: that is no equilibrium."""
-    last = observed.energies[-1]
-    xp = array_namespace(last)
-    finite = xp.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
-    vanished = (run.status == Status.CONVERGED) & ~finite
-    status = xp.where(vanished, int(Status.NON_FINITE), run.status)
-    return dataclasses.replace(run, status=status)
-
-
-def _build(
-    problem: Flow,
-    run: Integration,
-    observed: Observed,
-    states: State,
-    times: Values,
-    method: Integrator,
-    integrated: Flow,
-    *,
-    fallback: str = "",
-    message: str = "",
-) -> Trajectory:
-    """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
-    errors, interpolation = observed.errors, run.interpolation
-    if interpolation is not None:
-        interpolation = _DenseActivities(problem, integrated, interpolation)
-    states = _layers_of(integrated, states)
-    if isinstance(integrated, StackedProblem):
-        errors = integrated.unpack_errors(errors)
-    xp = array_namespace(times)
-    activities = tuple(
-        xp.broadcast_to(xp.asarray(x), (len(times), *x.shape))
-        if index not in problem.free_layers
-        else xp.asarray(x)
-        for index, x in enumerate(problem.activities(states))
-    )
-    return Trajectory(
-        times=times,
-        activities=activities,
-        prediction_errors=errors,
-        energies=observed.energies,
-        vector_field_norms=observed.norms,
-        status_codes=run.status,
-        end_time=run.end_time,
-        statistics=run.statistics,
-        interpolation=interpolation,
-        integrator=method.name,
-        free_layers=problem.free_layers,
-        moving=problem.moving(states),
-        round_off=run.round_off,
-        fallback=fallback,
-        message=message,
-    )
-
-
-class _DenseActivities(eqx.Module):
-    """Dense output of the state as activities of all layers."""
-
-    problem: Flow
-    integrated: Flow
-    interpolation: Callable[[Array], State]
-
-    def __call__(self, t: Scalar) -> Activities:
-        state = self.interpolation(jnp.asarray(t))
-        return self.problem.activities(_layers_of(self.integrated, state))
-
-
-def _layers_of(problem: Flow, state: State) -> State:
-    """An array for each free layer, whatever the state of the problem is."""
-    return problem.unpack(state) if isinstance(problem, StackedProblem) else state
-
-
-def _trajectory(
-    problem: Flow,
-    request: Request,
-    run: Integration,
-    observed: Observed,
-    method: Integrator,
-    fallback: str,
-    clock: Stopwatch,
-) -> Trajectory:
-    """The trajectory without padding: the times reached, and the end if it came early."""
-    times, end = request.times, float(np.max(run.end_time))
-    worst = worst_status(run.status)
-    rows = np.flatnonzero(times <= end)
-    ended_early = worst is not Status.REACHED_T1 and (rows.size == 0 or times[rows[-1]] < end)
-    if ended_early and np.isfinite(observed.norms[-1]).any():
-        rows = np.append(rows, len(times))
-    all_times = cast(Values, np.append(times, end)[rows])
-    states = tuple(x[rows] for x in run.states)
-    observed = jax.tree.map(lambda x: x[rows], observed)
-    statistics = dataclasses.replace(
-        run.statistics, compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds
-    )
-    run = dataclasses.replace(run, statistics=statistics)
-    return _build(
-        on_host(problem), run, observed, states, all_times, method, request.problem,
-        fallback=fallback, message=_message(worst, run, method),
-    )  # fmt: skip
-
-
-def _message(status: Status, run: Integration, method: Integrator) -> str:
-    text = f"{status.name}: {status.explanation}"
-    if method.fixed_step is not None and status in (Status.NON_FINITE, Status.UNSTABLE_STEP):
-        text += f" (dt={method.fixed_step:g})"
-    failed = np.flatnonzero(Status.failed(np.atleast_1d(run.status)))
-    if np.ndim(run.status) and failed.size:
-        shown = ", ".join(map(str, failed[:MOST_SAMPLES_NAMED]))
-        more = ", ..." if failed.size > MOST_SAMPLES_NAMED else ""
-        text += f"; {failed.size} of {np.size(run.status)} samples: {shown}{more}"
-    return f"{text}. {run.message}" if run.message else text
