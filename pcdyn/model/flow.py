@@ -86,7 +86,7 @@ class Flow(eqx.Module):
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         """Compute the prediction errors ε_1 … ε_L, and the energies E_1 … E_L on the last axis.
 
-        None unless overridden.
+        Empty unless overridden.
         """
         return (), jnp.zeros((*state[0].shape[:-1], 0), state[0].dtype)
 
