@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
@@ -21,6 +22,7 @@ from pcdyn.errors import (
     ShapeError,
     SpectrumError,
 )
+from pcdyn.integrators import Integrator
 from pcdyn.integrators.run import on_host
 from pcdyn.integrators.stability_function import stability_interval
 from pcdyn.linearisation.spectrum import (
@@ -35,6 +37,9 @@ from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    import diffrax
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
 
 # An explicit method takes about as many steps as the stiffness to cover one slowest relaxation
@@ -42,14 +47,16 @@ if TYPE_CHECKING:
 _MILDLY_STIFF = 100.0
 _STIFF = 2000.0
 _MOST_LAYERS_NAMED = 4
+# Where a flow is linearised.
+_Point = str | Equilibrium | Trajectory | Sequence[Numbers]
 
 
 class Stability(eqx.Module):
     """The linearised flow `τ dδ/dt = −H δ` around states of a problem, H = ∂²F/∂x².
 
     Of any other flow, `dδ/dt = J δ` with J the Jacobian of its vector field, which need not be
-    symmetric: then the rates are complex, and each mode turns by the imaginary part of its rate as
-    it decays by the real part.
+    symmetric: then the rates are complex, and each mode oscillates with the imaginary part of its
+    rate as it decays with the real part.
 
     Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are time first,
     for a spectrum along a trajectory, then the sample if there is a batch. Rates are in
@@ -69,33 +76,33 @@ class Stability(eqx.Module):
     - `at`: where the flow was linearised.
     """
 
-    rates: Any
-    slowest_mode: Any
-    fastest_mode: Any
-    at_kink: Any
-    times: Any = None
+    rates: Values
+    slowest_mode: Values
+    fastest_mode: Values
+    at_kink: Values
+    times: Values | None = None
     units: int = eqx.field(static=True, default=0)
     complete: bool = eqx.field(static=True, default=True)
     free_layers: tuple[int, ...] = eqx.field(static=True, default=())
     at: str = eqx.field(static=True, default="")
 
     @property
-    def slowest_rate(self) -> Any:
+    def slowest_rate(self) -> Values:
         """The smallest rate, or real part of one; negative at a saddle."""
         return self._decay[..., 0]
 
     @property
-    def fastest_rate(self) -> Any:
+    def fastest_rate(self) -> Values:
         """The largest rate, or real part of one, which bounds the step of explicit methods."""
         return self._decay[..., -1]
 
     @property
-    def relaxation_times(self) -> Any:
+    def relaxation_times(self) -> Values:
         """1 / `rates`, or real parts; infinite where one is not positive (within round-off)."""
         return _reciprocal(self._decay, self._decay > self._round_off)
 
     @property
-    def condition_number(self) -> Any:
+    def condition_number(self) -> Values:
         """The largest |rate| over the smallest; infinite with a flat direction."""
         xp = self._module
         # The smallest |rate| of a saddle may lie between the extremes: then it is not known.
@@ -107,7 +114,7 @@ class Stability(eqx.Module):
         return xp.where(known, number, xp.nan)
 
     @property
-    def stiffness(self) -> Any:
+    def stiffness(self) -> Values:
         """The fastest rate times the longest finite relaxation time: how far time scales lie apart.
 
         Zero where nothing relaxes; NaN where the smallest positive rate is not known.
@@ -122,34 +129,44 @@ class Stability(eqx.Module):
         return xp.where(known, xp.where(xp.any(positive, axis=-1), ratio, 0), xp.nan)
 
     @property
-    def unstable(self) -> Any:
+    def unstable(self) -> Values:
         """Whether a rate is negative beyond round-off: the state is a saddle or a maximum."""
         return self._module.any(self._decay < -self._round_off, axis=-1)
 
     @property
-    def largest_euler_step(self) -> Any:
+    def largest_euler_step(self) -> Values:
         """2 / `fastest_rate` where rates are real: with any larger step explicit Euler diverges."""
         return self.largest_step("euler")
 
-    def largest_step(self, method: Any) -> Any:
-        """The largest step with which a method damps every mode that the flow damps.
+    def largest_step(self, method: str | Integrator | diffrax.AbstractSolver) -> Values:
+        """Compute the largest step with which a method damps every mode that the flow damps.
 
-        `method` is a name (`"heun"`, `"tsit5"`, `"kvaerno5"`, …), a diffrax solver,
-        `pcdyn.Euler(dt=…)` or `pcdyn.Diffrax(…)`. The bound is the length of the real stability
-        interval over `fastest_rate` (of complex rates, the least over all of how far the stability
-        region reaches in the direction of one); it is infinite for implicit methods, and where
-        nothing decays. Accuracy is another matter. Raises `IntegratorError` for methods that are no
-        Runge–Kutta methods of diffrax.
+        The bound is the length of the real stability interval over `fastest_rate` (of complex
+        rates, the least over all of how far the stability region reaches in the direction of one);
+        it is infinite for implicit methods, and where nothing decays. Accuracy is another matter.
+
+        **Arguments:**
+
+        - `method`: a name (`"heun"`, `"tsit5"`, `"kvaerno5"`, …), a diffrax solver,
+          `pcdyn.Euler(dt=…)` or `pcdyn.Diffrax(…)`.
+
+        **Returns:**
+
+        One step for each linearised state, in units of the activity time constant.
+
+        **Raises:**
+
+        - `IntegratorError` for methods that are no Runge–Kutta methods of diffrax.
         """
-        if self._turns:
-            return self._largest_step_of_turning(method)
+        if self._is_complex:
+            return self._largest_step_of_complex(method)
         xp, interval = self._module, stability_interval(method)
         if np.isinf(interval):
             return xp.where(self.at_kink, xp.nan, xp.full_like(self.fastest_rate, xp.inf))
         decays = self.fastest_rate > self._round_off[..., 0]
         return interval * _reciprocal(self.fastest_rate, decays)
 
-    def _largest_step_of_turning(self, method: Any) -> Any:
+    def _largest_step_of_complex(self, method: str | Integrator | diffrax.AbstractSolver) -> Values:
         """`largest_step` where rates are complex, mode by mode."""
         decays = self._decay > self._round_off
         sizes = np.where(decays, np.abs(self.rates), 1)
@@ -159,11 +176,11 @@ class Stability(eqx.Module):
         rays, places = np.unique(np.where(decays, rays, 1), return_inverse=True)
         intervals = np.array([stability_interval(method, complex(ray)) for ray in rays])
         steps = np.where(decays, intervals[places.reshape(decays.shape)] / sizes, np.inf)
-        return steps.min(axis=-1)
+        return cast(Values, steps.min(axis=-1))
 
     @property
     def verdict(self) -> str:
-        """In words: whether the samples are stiff, by the worst of them, and what to use."""
+        """Whether the samples are stiff, by the worst of them, and what to use, in words."""
         worst = _largest(self.stiffness)
         if np.isnan(worst):
             return "stiffness not known"
@@ -171,24 +188,23 @@ class Stability(eqx.Module):
             word, advice = "not stiff", 'an explicit method such as "tsit5"'
         elif worst < _STIFF:
             word = "mildly stiff"
-            advice = 'explicit ("tsit5") or implicit ("kvaerno5"): pcdyn.compare tells'
+            advice = 'explicit ("tsit5") or implicit ("kvaerno5"): pcdyn.compare measures both'
         else:
             word, advice = "stiff", 'an implicit method such as "rodas5p" or "lsoda"'
         return f"{word} (fastest over slowest {worst:.3g}): {advice}"
 
     @property
     def recommended(self) -> str:
-        """`"explicit"`, `"either"` or `"implicit"`: the family of integrators, by the verdict."""
+        """The family of integrators by the verdict: `"explicit"`, `"either"` or `"implicit"`."""
         worst = _largest(self.stiffness)
         if np.isnan(worst) or _MILDLY_STIFF <= worst < _STIFF:
             return "either"
         return "explicit" if worst < _MILDLY_STIFF else "implicit"
 
     def summary(self) -> str:
-        """A readable account, for all samples together."""
+        """Return the rates, the modes and the stable steps in words, over all samples."""
         if self._several_networks:
             return "Stability of several networks: not indexed yet"
-        xp = np.asarray
         lines = [
             f"Stability at {self.at}: {self.units} units in the {self._kind}s {self.free_layers}, "
             f"{self._population}",
@@ -203,16 +219,18 @@ class Stability(eqx.Module):
                 for name in ("euler", "heun", "bosh3", "tsit5", "dopri8")
             ) + "; implicit methods: any",
         ]  # fmt: skip
-        count = xp(self.at_kink).size
+        count = np.size(self.at_kink)
         if not self.complete:
             lines.insert(1, "  by Lanczos iterations: only the slowest and the fastest rate")
         if np.any(self.unstable):
-            what = "left by the flow" if self._turns else "saddles or maxima of the free energy"
-            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {what}, "
+            kind = "saddles or maxima of the free energy"
+            if self._is_complex:
+                kind = "left by the flow"
+            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {kind}, "
                             "with rates below zero")  # fmt: skip
-        if self._turns and np.any(self.rates.imag):
+        if self._is_complex and np.any(self.rates.imag):
             fastest = _range(np.max(np.abs(self.rates.imag), axis=-1))
-            lines.insert(-1, f"  modes turn at up to {fastest} radians per unit of time")
+            lines.insert(-1, f"  modes oscillate at up to {fastest} radians per unit of time")
         if np.any(self.at_kink):
             lines.insert(1, f"  {np.sum(self.at_kink)} of {count} samples rest at a kink of an "
                             "activation and have no linearisation: left out")  # fmt: skip
@@ -221,14 +239,14 @@ class Stability(eqx.Module):
     def __repr__(self) -> str:
         return self.summary()
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.lines.Line2D]:
         """Draw the decay rates, or their real parts; see `pcdyn.plotting.decay_rates`."""
         import pcdyn
 
-        return pcdyn.plotting.decay_rates(self._decay, ax=ax, **options)
+        return pcdyn.plotting.decay_rates(self._decay, ax=ax)
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with the dimensions `time`, `sample`, `rate` and `free_layer`."""
+        """Return a labelled data set: dimensions `time`, `sample`, `rate` and `free_layer`."""
         import xarray
 
         if self._several_networks:
@@ -249,7 +267,7 @@ class Stability(eqx.Module):
         return xarray.Dataset(data, coords, attrs)
 
     @property
-    def _decay(self) -> Any:
+    def _decay(self) -> Values:
         """The real parts of the rates."""
         return self.rates.real
 
@@ -258,21 +276,21 @@ class Stability(eqx.Module):
         return is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3)
 
     @property
-    def _turns(self) -> bool:
-        """Whether the flow is none of inference, so that its rates are complex numbers."""
+    def _is_complex(self) -> bool:
+        """Whether the rates are complex numbers: those of any flow but inference."""
         return np.iscomplexobj(self.rates)
 
     @property
     def _kind(self) -> str:
         """What the state is made of."""
-        return "array" if self._turns else "layer"
+        return "array" if self._is_complex else "layer"
 
     @property
-    def _module(self) -> Any:
-        return np if isinstance(self.rates, np.ndarray) else jnp
+    def _module(self) -> ModuleType:
+        return _module_of(self.rates)
 
     @property
-    def _round_off(self) -> Any:
+    def _round_off(self) -> Values:
         """What is zero within round-off beside the largest rate, with an axis for the rates."""
         largest = self._module.max(self._module.abs(self.rates), axis=-1, keepdims=True)
         return self.units * float(np.finfo(self.rates.dtype).eps) * largest
@@ -284,7 +302,7 @@ class Stability(eqx.Module):
         samples = shape if self.times is None else shape[1:]
         return times + (f"{samples[0]} samples" if samples else "one sample")
 
-    def _layers(self, shares: Any) -> str:
+    def _layers(self, shares: Values) -> str:
         """The mean share of each layer, over everything that is not NaN."""
         rows = np.reshape(np.asarray(shares), (-1, len(self.free_layers)))
         rows = rows[~np.isnan(rows).any(axis=-1)]
@@ -300,12 +318,7 @@ def stability(
     *,
     at: str | Equilibrium | Trajectory | Sequence[Numbers] = "equilibrium",
 ) -> Stability:
-    """The spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
-
-    Arguments: `problem`, with any clamps, precisions and time constants, one sample or a batch, or
-    another `pcdyn.Flow`; `at`, which is `"equilibrium"` (found by `pcdyn.equilibrium`),
-    `"feedforward"`, `"zeros"`, a state, an `Equilibrium`, or a `Trajectory`, whose last state is
-    taken.
+    """Compute the spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
 
     Up to 600 free units all rates are computed; above, Lanczos iterations on the block-tridiagonal
     Hessian give the extreme ones only, and `complete` is false.
@@ -313,10 +326,20 @@ def stability(
     Another flow is linearised by automatic differentiation as a whole, all samples together, at a
     state or a trajectory's end; a field that depends on time at the time there, 0 at a given state.
 
-    Raises `NotConvergedError` where no equilibrium is found, `InputError` for what another flow
-    does not have (an equilibrium to be found, more than 600 units, JAX transformations), what the
-    state and the trajectory raise that do not fit the problem, and `SpectrumError` where Lanczos
-    iterations fail or the Jacobian is not finite.
+    **Arguments:**
+
+    - `problem`: with any clamps, precisions and time constants, one sample or a batch; or another
+      `pcdyn.Flow`.
+    - `at`: `"equilibrium"` (found by `pcdyn.equilibrium`), `"feedforward"`, `"zeros"`, a state, an
+      `Equilibrium`, or a `Trajectory`, whose last state is taken.
+
+    **Raises:**
+
+    - `NotConvergedError` where no equilibrium is found.
+    - `InputError` for what another flow does not have: an equilibrium to be found, more than 600
+      units, JAX transformations.
+    - `SpectrumError` where Lanczos iterations fail or the Jacobian is not finite.
+    - What a state or a trajectory raises that does not fit the problem.
     """
     check_flow(problem)
     if not isinstance(problem, InferenceProblem):
@@ -335,7 +358,7 @@ def stability(
 
 
 def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
-    """`stability` at every saved time of a trajectory of the problem, time on the first axis.
+    """Compute `stability` at every saved time of a trajectory, time on the first axis.
 
     Raises as `stability` does.
     """
@@ -348,12 +371,12 @@ def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     where = "all times of a trajectory"
     if not isinstance(problem, InferenceProblem):
-        found = _linearised(problem, trajectory.times, stacked, where)
+        found = _linearised(problem, np.asarray(trajectory.times), stacked, where)
         return dataclasses.replace(found, times=trajectory.times)
     return _build(problem, stacked, at=where, times=trajectory.times)
 
 
-def _of_flow(flow: Flow, at: Any) -> Stability:
+def _of_flow(flow: Flow, at: _Point) -> Stability:
     """`stability` of a flow that is none of inference."""
     name = type(flow).__name__
     if isinstance(at, Equilibrium) or (isinstance(at, str) and at == "equilibrium"):
@@ -370,7 +393,7 @@ def _of_flow(flow: Flow, at: Any) -> Stability:
     return jax.tree.map(lambda x: x[0], _linearised(flow, np.array([time]), states, where))
 
 
-def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
+def _linearised(flow: Flow, times: np.ndarray, states: State, where: str) -> Stability:
     """`Stability` of any flow at several times and states."""
     name, units = type(flow).__name__, sum(x[0].size for x in states)
     if is_traced(flow, states):
@@ -381,16 +404,17 @@ def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
             f"the {name} moves {units} units, but all rates are known only up to {MOST_DENSE_UNITS}"
         )
     try:
-        found = flow_spectrum(flow, np.asarray(times, flow.dtype), states)
+        found = flow_spectrum(flow, times.astype(flow.dtype), states)
     except SpectrumError as error:
         raise SpectrumError(f"{error}, at {where}") from error
     return Stability(
-        found.rates, found.slowest_mode, found.fastest_mode, np.zeros(len(found.rates), bool),
+        found.rates, found.slowest_mode, found.fastest_mode,
+        cast(Values, np.zeros(len(found.rates), bool)),
         units=units, free_layers=tuple(range(len(states))), at=where,
     )  # fmt: skip
 
 
-def _states(problem: Flow, trajectory: Trajectory, activities: Any) -> State:
+def _states(problem: Flow, trajectory: Trajectory, activities: Activities) -> State:
     """The free layers of `activities`, checked against the problem."""
     if trajectory.moving:
         raise InputError(
@@ -431,8 +455,8 @@ def _build(
     state: State,
     *,
     at: str,
-    times: Any = None,
-    at_kink: Any = None,
+    times: Values | None = None,
+    at_kink: Values | None = None,
 ) -> Stability:
     leading, units = state[0].shape[:-1], sum(x.shape[-1] for x in state)
     traced = is_traced(problem, state)
@@ -442,8 +466,8 @@ def _build(
         )
     spectrum = _spectrum(problem, state, units)
     spectrum = jax.tree.map(lambda x: x.reshape(*leading, x.shape[-1]), spectrum)
-    xp = jnp if traced else np
     spectrum = spectrum if traced else on_host(spectrum)
+    xp = _module_of(spectrum.rates)
     kink = xp.broadcast_to(xp.asarray(False if at_kink is None else at_kink), leading)
     hidden = jax.tree.map(lambda x: xp.where(kink[..., None], xp.nan, x), spectrum)
     return Stability(
@@ -456,7 +480,7 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
     """The spectrum of every state, in rows."""
     leading = state[0].shape[:-1]
 
-    def row(x: Any) -> Any:
+    def row(x: Values) -> Values:
         return jnp.broadcast_to(x, (*leading, x.shape[-1])).reshape(-1, x.shape[-1])
 
     data, states = jax.tree.map(row, (problem.data, state))
@@ -470,28 +494,32 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
     return jax.tree.map(lambda *x: np.stack(x), *found)
 
 
-def _reciprocal(values: Any, finite: Any) -> Any:
+def _reciprocal(values: Values, finite: Values) -> Values:
     """1 / values, infinite where not `finite`; NaN stays NaN."""
-    xp: Any = np if isinstance(values, np.ndarray | np.generic) else jnp
+    xp = _module_of(values)
     safe = xp.where(finite, values, 1)
     return xp.where(finite, 1 / safe, xp.where(xp.isnan(values), xp.nan, xp.inf))
 
 
-def _known(values: Any) -> np.ndarray:
+def _module_of(values: Values) -> ModuleType:
+    return np if isinstance(values, np.ndarray | np.generic) else jnp
+
+
+def _known(values: Values) -> np.ndarray:
     flat = np.ravel(np.asarray(values))
     return flat[~np.isnan(flat)]
 
 
-def _largest(values: Any) -> float:
+def _largest(values: Values) -> float:
     known = _known(values)
     return float(known.max()) if known.size else float("nan")
 
 
-def _smallest(values: Any) -> float:
+def _smallest(values: Values) -> float:
     known = _known(values)
     return float(known.min()) if known.size else float("nan")
 
 
-def _range(values: Any) -> str:
+def _range(values: Values) -> str:
     low, high = _smallest(values), _largest(values)
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

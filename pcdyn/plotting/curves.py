@@ -255,7 +255,7 @@ def work_precision(
     for index, name in enumerate(comparison.integrators):
         runs = [run for run in comparison.of(name) if run.status.ok]
         points = np.array(
-            [(comparison.told(run, x), comparison.told(run, y)) for run in runs]
+            [(comparison.resolved(run, x), comparison.resolved(run, y)) for run in runs]
         ).reshape(-1, 2)
         # A logarithmic axis has no place for zero or NaN.
         shown = (points > 0).all(axis=1)

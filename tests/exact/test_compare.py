@@ -134,7 +134,7 @@ def test_adaptive_methods_keep_their_tolerance_and_the_reference_is_better(
     (exact,) = comparison.of("exact")
     assert exact.maximum_error < 1e-13
     assert "maximum_error" in exact.below_reference
-    assert comparison.told(exact, "maximum_error") == comparison.reference_error.maximum_error
+    assert comparison.resolved(exact, "maximum_error") == comparison.reference_error.maximum_error
 
 
 def test_runs_that_fail_stay_as_such(comparison: Comparison) -> None:
