@@ -19,7 +19,7 @@ from pcdyn._support.checks import (
     converted,
 )
 from pcdyn.errors import InputError, LabelError, ShapeError
-from pcdyn.learning.base import Rule
+from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem

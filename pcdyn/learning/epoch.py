@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
-from pcdyn.learning.base import BatchGradient, Rule
+from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem

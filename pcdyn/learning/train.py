@@ -24,7 +24,6 @@ from pcdyn.errors import (
     TrainingDivergedError,
 )
 from pcdyn.learning import checkpoint as checkpoints
-from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import (
     check_evaluate,
     check_optimiser,
@@ -41,6 +40,7 @@ from pcdyn.learning.epoch import (
     run_epoch,
     share_right,
 )
+from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, one_per_prediction
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem

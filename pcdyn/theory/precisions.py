@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from pcdyn.learning.precisions import PrecisionFlow, output_noise
-from pcdyn.learning.variational import variational_free_energy
+from pcdyn.learning.flows.precisions import PrecisionFlow, output_noise
+from pcdyn.learning.flows.variational import variational_free_energy
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network, mlp
 from pcdyn.model.problem import InferenceProblem

@@ -20,7 +20,7 @@ from jaxtyping import Array, PRNGKeyArray
 from pcdyn._support.checks import checked_number, flag, integer, optional
 from pcdyn._support.types import Activities
 from pcdyn.errors import ShapeError
-from pcdyn.learning.base import BatchGradient, Rule
+from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem

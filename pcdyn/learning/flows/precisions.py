@@ -17,8 +17,8 @@ from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
-from pcdyn.learning.joint import activities_at_rest, as_jax
-from pcdyn.learning.variational import (
+from pcdyn.learning.flows.joint import activities_at_rest, as_jax
+from pcdyn.learning.flows.variational import (
     Posterior,
     check_gaussian,
     check_posterior,

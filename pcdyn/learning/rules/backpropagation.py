@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 from pcdyn._support.states import step
 from pcdyn._support.types import State
 from pcdyn.errors import InputError
-from pcdyn.learning.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient

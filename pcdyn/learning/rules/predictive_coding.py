@@ -20,7 +20,7 @@ from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
-from pcdyn.learning.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
 from pcdyn.model.energies.energy import in_dtype
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
