@@ -427,7 +427,7 @@ def calls() -> dict[str, Call]:
         ),
         "plotting.work_precision": lambda: (
             pcdyn.plotting.work_precision,
-            {"axes": None, "comparison": KNOWN.comparison},
+            {"comparison": KNOWN.comparison},
         ),
         "plotting.phase_portrait": lambda: (
             pcdyn.plotting.phase_portrait,

@@ -175,7 +175,9 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         summary="\n\n".join(parts),
         record=record,
         dataset=lambda: with_problem(file_of(comparison), problem),
-        draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
+        draw=lambda: _figure(
+            lambda plotting, axes: plotting.work_precision(comparison, ax=axes[0])
+        ),
         table=comparison.to_csv,
     )
 

@@ -294,7 +294,7 @@ def test_the_plot_shows_successful_runs_and_names_the_failed(made: Comparison) -
     assert len({line.get_color() for line in (fast, slow, wrong, broken)}) == 4
     assert axes.get_xlabel() == "run seconds (s)" and axes.get_ylabel() == "maximum error"
     with pytest.raises(InputError, match="x must be one of"):
-        plotting.work_precision(axes, made, x="speed")
+        plotting.work_precision(made, ax=axes, x="speed")
     plt.close(figure)
 
 

@@ -174,7 +174,7 @@ class Comparison:
         """Draw one metric against another; see `pcdyn.plotting.work_precision`."""
         import pcdyn
 
-        return pcdyn.plotting.work_precision(ax, self, x, y)
+        return pcdyn.plotting.work_precision(self, ax=ax, x=x, y=y)
 
     @property
     def integrators(self) -> tuple[str, ...]:
