@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcdyn._support.types import Values
 from pcdyn.analysis.comparison.reference_solution import Errors
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
 from pcdyn.analysis.stability import Stability
@@ -22,12 +23,12 @@ _IMAGINARY = "_imaginary"
 
 
 def comparison_from_xarray(dataset: xarray.Dataset) -> Comparison:
-    """The comparison of a data set that `Comparison.to_xarray` made.
+    """Make the comparison of a data set that `Comparison.to_xarray` made.
 
     Raises `DataError` if the data set lacks a part of one.
     """
 
-    def column(name: str, kind: str = "real numbers") -> Any:
+    def column(name: str, kind: str = "real numbers") -> list[Any]:
         return named_values(dataset, name, "run", kind=kind).tolist()
 
     texts = {name: column(name, "texts") for name in ("integrator", "setting", "message")}
@@ -56,13 +57,13 @@ def comparison_from_xarray(dataset: xarray.Dataset) -> Comparison:
 
 
 def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
-    """The stability of a data set that `Stability.to_xarray` made, with NumPy arrays.
+    """Make the stability of a data set that `Stability.to_xarray` made, with NumPy arrays.
 
     Raises `DataError` if the data set lacks a part of one.
     """
     axes = ("time",) if "time" in dataset.dims else ()
 
-    def values(name: str, *last: str, kind: str = "real numbers") -> np.ndarray:
+    def values(name: str, *last: str, kind: str = "real numbers") -> Values:
         return named_values(dataset, name, *axes, *last, kind=kind, sample="optional")
 
     rates = values("rates", "rate")
@@ -83,10 +84,10 @@ def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
 
 
 def real_valued(dataset: xarray.Dataset) -> xarray.Dataset:
-    """The same with complex variables, which NetCDF lacks, as two: real and imaginary parts."""
-    turning = {name: x for name, x in dataset.data_vars.items() if np.iscomplexobj(x)}
-    parts = {f"{name}{_IMAGINARY}": x.imag for name, x in turning.items()}
-    return dataset.assign({name: x.real for name, x in turning.items()} | parts)
+    """Split complex variables, which NetCDF lacks, into their real and imaginary parts."""
+    complex_ones = {name: x for name, x in dataset.data_vars.items() if np.iscomplexobj(x)}
+    parts = {f"{name}{_IMAGINARY}": x.imag for name, x in complex_ones.items()}
+    return dataset.assign({name: x.real for name, x in complex_ones.items()} | parts)
 
 
 def _status(name: str) -> Status:

@@ -53,12 +53,11 @@ _LARGEST = 2**28  # bytes, five times the images of the largest set
 class Dataset:
     """Labelled images of ten classes, with where they came from.
 
-    Attributes:
-        images: shape `(n, 784)`, floating point, one image a row (28 rows of 28 pixels).
-        labels: shape `(n,)`, int64, each from 0 to 9.
-        name: `"mnist"` or `"fashion-mnist"`.
-        source: `"folder"`, `"cache"`, `"download"` or `"sample"`; only `"sample"` is not the
-            full set.
+    - `images`: shape `(n, 784)`, floating point, one image a row (28 rows of 28 pixels).
+    - `labels`: shape `(n,)`, int64, each from 0 to 9.
+    - `name`: `"mnist"` or `"fashion-mnist"`.
+    - `source`: `"folder"`, `"cache"`, `"download"` or `"sample"`; only `"sample"` is not the full
+      set.
     """
 
     images: NDArray[np.floating[Any]]
@@ -80,20 +79,22 @@ def mnist(
     source: Source = "auto",
     base_url: str | None = None,
 ) -> Dataset:
-    """MNIST: 60000 training or 10000 test digits, or the 1000 or 500 of the shipped sample.
+    """Load MNIST: 60000 training or 10000 test digits, or the 1000 or 500 of the shipped sample.
 
-    Args:
-        split: `"train"` or `"test"`.
-        limits: the values of an empty and of a full pixel; between them the scale is linear.
-        dtype: floating-point dtype of the images.
-        source: where to read from (see `pcdyn.datasets`). `"auto"` takes the folder if
-            `PCDYN_DATA` is set (and not empty), else the cache if it holds both files of the
-            split, else the sample; it never downloads.
-        base_url: address of the folder on the server; only with `source="download"`.
+    **Arguments:**
 
-    Raises:
-        DataError: an argument is not one of those above; or a file is missing, damaged, or not
-            what its name says. A folder that is set but incomplete is never passed over.
+    - `split`: `"train"` or `"test"`.
+    - `limits`: the values of an empty and of a full pixel; between them the scale is linear.
+    - `dtype`: floating-point dtype of the images.
+    - `source`: where to read from (see `pcdyn.datasets`). `"auto"` takes the folder if `PCDYN_DATA`
+      is set (and not empty), else the cache if it holds both files of the split, else the sample;
+      it never downloads.
+    - `base_url`: address of the folder on the server; only with `source="download"`.
+
+    **Raises:**
+
+    - `DataError` for an argument that is not one of those above, and for a file that is missing,
+      damaged, or not what its name says. A folder that is set but incomplete is never passed over.
     """
     return _load(_MNIST, split, limits, dtype, source, base_url)
 
@@ -106,7 +107,7 @@ def fashion_mnist(
     source: Source = "auto",
     base_url: str | None = None,
 ) -> Dataset:
-    """Fashion-MNIST: 60000 training or 10000 test images of clothing.
+    """Load Fashion-MNIST: 60000 training or 10000 test images of clothing.
 
     As `mnist`, but without a sample: `source="auto"` takes the folder if `PCDYN_DATA` is set, else
     the cache, and otherwise raises `DataError`, as `source="sample"` does.
