@@ -714,8 +714,8 @@ MISTAKES = (
     Mistake(
         "problem files: biases are lost",
         "pcdyn/io/problems.py",
-        'values(f"bias_{l}"',
-        'values(f"no_{l}"',
+        'values_if_any(f"bias_{l}"',
+        'values_if_any(f"no_{l}"',
         ("tests/exact/test_problem_files.py::test_a_saved_problem_is_the_same_problem",),
     ),
     Mistake(

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
+from pcdyn._support.types import Numbers
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
@@ -230,9 +232,9 @@ def reachable(networks: Networks, *, scale: float = 0.5) -> Networks:
 
 
 def on_each(
-    measure: Callable[..., Any], networks: Networks, *arrays: Any, clamp: str = "both"
-) -> Any:
-    """`measure(problem, *arrays)` of pcdyn for each network, as NumPy arrays.
+    measure: Callable[..., PyTree], networks: Networks, *arrays: PyTree, clamp: str = "both"
+) -> PyTree:
+    """Call `measure(problem, *arrays)` of pcdyn for each network; NumPy arrays come back.
 
     `clamp` says which ends are clamped: both, input or output. `arrays` have the networks as their
     leading axis. `measure` is a module-level function, so that it is compiled once.
@@ -243,8 +245,10 @@ def on_each(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mapped(measure: Any, activation: str, clamp: str, parts: Any, arrays: Any) -> Any:
-    def one(parts: Any, arrays: Any) -> Any:
+def _mapped(
+    measure: Callable[..., PyTree], activation: str, clamp: str, parts: PyTree, arrays: PyTree
+) -> PyTree:
+    def one(parts: PyTree, arrays: PyTree) -> PyTree:
         weights, precisions, input, target = parts
         problem = InferenceProblem(
             Network([Dense(weight, activation=activation) for weight in weights]),
@@ -272,26 +276,26 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return np.swapaxes(matrix, -1, -2)
 
 
-def largest(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+def largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """The largest absolute difference between two sequences of arrays."""
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+def relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
     return float(np.median(_relative_each(ours, theirs)))
 
 
-def largest_relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+def largest_relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """‖a − b‖ / ‖b‖ over all layers, the largest of the networks: for what is exact in each."""
     return float(np.max(_relative_each(ours, theirs)))
 
 
-def _relative_each(ours: Sequence[Any], theirs: Sequence[Any]) -> np.ndarray:
+def _relative_each(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
     a, b = (np.concatenate(list(each), axis=-1) for each in (ours, theirs))
     return np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def order(sizes: Any, errors: Any) -> float:
-    """The slope of log error against log size."""
+def order(sizes: Numbers, errors: Numbers) -> float:
+    """Fit the slope of log error against log size."""
     return float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
