@@ -736,14 +736,14 @@ MISTAKES = (
     ),
     Mistake(
         "datasets: a damaged file passes",
-        "pcdyn/io/datasets.py",
+        "pcdyn/io/idx_files.py",
         "if file.sha256 not in (None, found):",
         'if file.sha256 == "":',
         ("tests/exact/test_datasets.py::test_cached_file_with_other_contents_is_refused",),
     ),
     Mistake(
         "datasets: a label beyond the classes passes",
-        "pcdyn/io/datasets.py",
+        "pcdyn/io/idx_files.py",
         "if labels.max() >= CLASSES:",
         "if labels.max() > CLASSES:",
         ("tests/exact/test_datasets.py::test_labels_that_do_not_fit_the_images",),

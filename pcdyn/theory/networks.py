@@ -82,7 +82,7 @@ class Networks:
         return activities
 
     def start(self) -> Layers:
-        """The feedforward pass with the target as x_L."""
+        """Return the feedforward pass with the target as x_L."""
         return [*self.feedforward()[:-1], self.target]
 
     def errors(self, activities: Sequence[np.ndarray]) -> Layers:
@@ -107,7 +107,7 @@ class Networks:
         return self.layer_energies(activities).sum(-1)
 
     def gradient(self, activities: Sequence[np.ndarray]) -> Layers:
-        """∂F/∂x_0 … ∂F/∂x_L, by hand: Π_l ε_l − W_{l+1}ᵀ (f'_{l+1} ∘ Π_{l+1} ε_{l+1})."""
+        """Compute ∂F/∂x_0 … ∂F/∂x_L by hand: Π_l ε_l − W_{l+1}ᵀ (f'_{l+1} ∘ Π_{l+1} ε_{l+1})."""
         weighted = self.weighted_errors(activities)
         gradients = [np.zeros_like(self.input), *weighted]
         for layer in range(self.depth):
@@ -121,7 +121,7 @@ class Networks:
         return times(transpose(self.weights[layer - 1]), self.slope(layer, below) * credit)
 
     def deltas(self) -> Layers:
-        """BP's δ_1 … δ_L: δ_L = Π_L (T − x̂_L), δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)."""
+        """Compute BP's δ_1 … δ_L: δ_L = Π_L (T − x̂_L), δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)."""
         forward = self.feedforward()
         deltas = [times(self.precisions[-1], self.target - forward[-1])]
         for layer in range(self.depth, 1, -1):
@@ -129,7 +129,7 @@ class Networks:
         return deltas
 
     def weight_gradient(self, activities: Sequence[np.ndarray], credits: Layers) -> np.ndarray:
-        """−(f'_l ∘ d_l) x_{l−1}ᵀ of all layers as one vector for each network."""
+        """Compute −(f'_l ∘ d_l) x_{l−1}ᵀ of all layers, as one vector for each network."""
         parts = []
         for layer, credit in enumerate(credits, start=1):
             below = activities[layer - 1]
@@ -138,7 +138,7 @@ class Networks:
         return np.concatenate(parts, axis=-1)
 
     def targets(self) -> Layers:
-        """t_0 … t_L of target propagation: t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
+        """Compute t_0 … t_L of target propagation by t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
         targets = [self.target]
         for weight in reversed(self.weights):
             inner = np.arctanh(targets[0]) if self.activation == "tanh" else targets[0]
@@ -170,16 +170,16 @@ class Networks:
         return weighted @ matrix, -times(weighted, constant)
 
     def stack(self, activities: Sequence[np.ndarray]) -> np.ndarray:
-        """The hidden layers as one vector for each network."""
+        """Concatenate the hidden layers to one vector for each network."""
         return np.concatenate(list(activities[1:-1]), axis=-1)
 
     def unstack(self, hidden: np.ndarray) -> Layers:
-        """x_0 … x_L from the hidden layers as one vector."""
+        """Split the hidden layers as one vector into x_0 … x_L."""
         parts = np.split(hidden, np.cumsum(self.widths[1:-1])[:-1], axis=-1)
         return [self.input, *parts, self.target]
 
     def rest(self) -> Layers:
-        """x_0* … x_L* of linear networks by a dense solve."""
+        """Solve for x_0* … x_L* of linear networks, dense."""
         return self.unstack(solve(*self.linear_flow()))
 
 
@@ -193,7 +193,7 @@ def draw(
     full_precisions: bool = False,
     near_identity: float | None = None,
 ) -> Networks:
-    """Networks with weights N(0, std²), 1/√n_{l−1} unless given, and standard normal data.
+    """Draw networks with weights N(0, std²), 1/√n_{l−1} unless given, and standard normal data.
 
     `near_identity` draws W = I + N(0, near_identity²) instead; `full_precisions` draws SPD
     matrices with eigenvalues between 1/e and e in place of the identity.
@@ -226,7 +226,7 @@ def _random_spd(rng: np.random.Generator, networks: int, width: int) -> np.ndarr
 
 
 def reachable(networks: Networks, *, scale: float = 0.5) -> Networks:
-    """The same with reachable targets: the outputs for other inputs, times `scale`."""
+    """Replace the targets by reachable ones: the outputs for other inputs, times `scale`."""
     other = dataclasses.replace(networks, input=scale * networks.input[::-1])
     return dataclasses.replace(networks, target=other.feedforward()[-1])
 
@@ -277,17 +277,17 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
 
 
 def largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest absolute difference between two sequences of arrays."""
+    """Measure the largest absolute difference between two sequences of arrays."""
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
+    """Measure ‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
     return float(np.median(_relative_each(ours, theirs)))
 
 
 def largest_relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """‖a − b‖ / ‖b‖ over all layers, the largest of the networks: for what is exact in each."""
+    """Measure ‖a − b‖ / ‖b‖ over all layers, the largest of the networks."""
     return float(np.max(_relative_each(ours, theirs)))
 
 

@@ -163,8 +163,7 @@ class PrecisionFlow(Flow):
         return self._free_energy(state, self.problem.state_of(self.activities(state)))
 
     def free_energy_along(self, trajectory: Trajectory) -> Float[Array, " time"]:
-        """`free_energy` at the saved times of a trajectory of this flow."""
-
+        """Compute `free_energy` at the saved times of a trajectory of this flow."""
         check_instance(trajectory, "trajectory", Trajectory, "a trajectory of this flow")
         if trajectory.precisions is None:
             raise InputError("no precisions move along this trajectory: simulate this flow")
