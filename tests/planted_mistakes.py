@@ -237,7 +237,7 @@ MISTAKES = (
     ),
     Mistake(
         "stability: the largest step by the slowest rate",
-        "pcdyn/analysis/stability.py",
+        "pcdyn/analysis/time_scales.py",
         "return interval * _reciprocal(self.fastest_rate, decays)",
         "return interval * _reciprocal(self.slowest_rate, decays)",
         (
@@ -246,7 +246,7 @@ MISTAKES = (
     ),
     Mistake(
         "stability: complex rates bound the step by their size alone",
-        "pcdyn/analysis/stability.py",
+        "pcdyn/analysis/time_scales.py",
         "[stability_interval(method, complex(ray)) for ray in rays]",
         "[stability_interval(method) for ray in rays]",
         ("tests/exact/test_flows.py::test_stability_has_its_complex_rates",),

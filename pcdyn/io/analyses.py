@@ -10,7 +10,7 @@ import numpy as np
 from pcdyn._support.types import Values
 from pcdyn.analysis.comparison.reference_solution import Errors
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
-from pcdyn.analysis.stability import Stability
+from pcdyn.analysis.time_scales import Stability
 from pcdyn.errors import DataError, Status
 from pcdyn.integrators.statistics import MEASURES, Statistics
 from pcdyn.io.netcdf import attribute, named_values, number

@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 
 from pcdyn._support.checks import check_instance
 from pcdyn.analysis.comparison.table import Comparison
-from pcdyn.analysis.stability import Stability
+from pcdyn.analysis.time_scales import Stability
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import DataError, InputError
 from pcdyn.io import equilibria, trajectories

@@ -138,7 +138,7 @@ class Networks:
         return np.concatenate(parts, axis=-1)
 
     def targets(self) -> Layers:
-        """Compute t_0 … t_L of target propagation by t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
+        """Compute targets by t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
         targets = [self.target]
         for weight in reversed(self.weights):
             inner = np.arctanh(targets[0]) if self.activation == "tanh" else targets[0]
