@@ -295,8 +295,8 @@ def calls() -> dict[str, Call]:
             {"path": KNOWN.stored_trajectory},
         ),
         "recommendation": lambda: (KNOWN.comparison.recommendation, {"error": 0.1}),
-        "told": lambda: (
-            KNOWN.comparison.told,
+        "resolved": lambda: (
+            KNOWN.comparison.resolved,
             {"run": KNOWN.comparison.rows[0], "metric": "final_error"},
         ),
         "of": lambda: (KNOWN.comparison.of, {"integrator": "tsit5"}),

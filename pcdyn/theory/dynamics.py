@@ -24,7 +24,7 @@ EPS = float(np.finfo(np.float64).eps)
 
 @eqx.filter_jit
 def linear_spectra(
-    weights: Sequence[Array], precisions: Sequence[float | Array] | None = None
+    weights: Sequence[Array], precisions: Array | Sequence[float] | None = None
 ) -> Array:
     """Compute the eigenvalues of H = ∂²F/∂x² of linear networks with both ends clamped, ascending.
 
