@@ -166,7 +166,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     try:
         advice = comparison.recommendation(error=options.error)
         text, best = str(advice), advice.best
-    # A reference that cannot tell so small an error still leaves a table worth having.
+    # A reference that cannot resolve so small an error still leaves a table worth having.
     except InputError as error:
         text = f"No recommendation: {error}."
     record = {

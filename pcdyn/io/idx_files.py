@@ -50,7 +50,7 @@ def checked_contents(file: IdxFile) -> bytes:
     """
     try:
         packed = file.path.read_bytes()
-        # The first bytes tell, not the name: some servers unzip on the fly.
+        # By the first bytes, not by the name: some servers unzip on the fly.
         is_zipped = packed[:2] == b"\x1f\x8b"
         stream = io.BytesIO(packed)
         with gzip.GzipFile(fileobj=stream) if is_zipped else stream as unzipped:

@@ -183,7 +183,7 @@ def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0)
     times, sample = _checked(trajectory, sample)
     if trajectory.energies.shape[-1] == 0:
         raise ShapeError("there are no energies along this trajectory: its flow observes none")
-    # As mathematics, for ordinary fonts lack these letters.
+    # As mathematics: ordinary fonts lack these letters.
     shown = {
         r"output loss $\mathcal{L}$": trajectory.output_loss,
         r"residual energy $\widetilde{E}$": trajectory.residual_energy,
@@ -267,7 +267,7 @@ def work_precision(
     """Draw one metric of a comparison's runs against another, a line for each integrator.
 
     Runs that failed are not drawn; the legend says how many of an integrator's did, and how many
-    lack the metric. A hollow marker stands for an error below what the reference can tell; it is
+    lack the metric. A hollow marker stands for an error below what the reference can resolve; it is
     drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic.
 
     **Arguments:**
@@ -304,7 +304,7 @@ def work_precision(
         notes = [f"{failed} failed"] * bool(failed)
         notes += [f"{(~shown).sum()} without value"] * bool((~shown).any())
         label = f"{name} ({', '.join(notes)})" if notes else name
-        # More integrators than colours: the marker and the dashes tell those of one colour apart.
+        # More integrators than colours: markers and dashes distinguish those of one colour.
         repeat, color = index // len(colors), colors[index % len(colors)]
         shared: dict[str, Any] = {"color": color, "marker": _MARKERS[repeat % len(_MARKERS)]}
         (line,) = ax.plot(

@@ -91,7 +91,7 @@ def _background(portrait: PhasePortrait, ax: Axes) -> None:
     energy = portrait.free_energy
     low, high = energy.min(), energy.max()
     if high > low:
-        # As squares, for then a parabolic valley has contours at even distances.
+        # As squares: then a parabolic valley has contours at even distances.
         levels = low + (high - low) * np.linspace(0, 1, _LEVELS + 1)[1:-1] ** 2
         ax.contour(
             portrait.x, portrait.y, energy, levels=levels, colors="0.45", linewidths=0.5, zorder=1

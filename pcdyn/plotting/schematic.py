@@ -21,9 +21,9 @@ from pcdyn._support.types import Numbers
 from pcdyn.errors import ShapeError
 from pcdyn.model.network import Dense, Network
 
-# White at zero, so that what is silent looks empty.
+# White at zero, so that what is silent stays white.
 COLORS = "RdBu_r"
-# In points: an arrow that carries next to nothing is still seen.
+# In points: an arrow that carries next to nothing stays visible.
 THINNEST = 0.4
 
 

@@ -192,8 +192,8 @@ def _random_problem(
     for index, (below, width) in enumerate(itertools.pairwise(widths)):
         layers.append(Dense(rng.normal(size=(width, below)) / below**0.5))
         spread = np.exp(rng.uniform(-1, 1, width))
-        turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
-        precisions.append(((turn * spread) @ turn.T, spread, float(spread[0]))[index % 3])
+        rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+        precisions.append(((rotation * spread) @ rotation.T, spread, float(spread[0]))[index % 3])
     return InferenceProblem(
         Network(layers), input=rng.normal(size=(samples, widths[0])),
         output=rng.normal(size=(samples, widths[-1])), energy=Gaussian(precisions),

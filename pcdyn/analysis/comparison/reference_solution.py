@@ -63,7 +63,7 @@ class Reference:
     - `method`, `second`: how the reference and the solver that checks it were computed.
     - `trajectory`: the reference itself.
     - `uncertainty`: the errors of the second solver's run against the reference, each an estimate
-      of what the reference can tell, or the round-off that the reference knows of if that is
+      of what the reference can resolve, or the round-off that the reference knows of if that is
       larger; NaN if that solver failed and none is known, and `second` says so.
     - `displacement`, `energy_loss`: the units of the errors.
     """

@@ -50,7 +50,7 @@ class Run(WithStatistics):
     - `status`, `message`: how it ended; of several samples what most of the failed ones share.
     - `final_error`, `maximum_error`, `l2_error`, `energy_error`, `equilibrium_time`: see
       `reference_solution.Errors`; NaN where the run did not reach t1.
-    - `below_reference`: the errors that are smaller than what the reference can tell.
+    - `below_reference`: the errors that are smaller than what the reference can resolve.
     - `statistics`: the `pcdyn.integrators.Statistics`, whose names are attributes here as well.
       Counts are of the whole batch at once, the mean over samples with `per_sample=True`; NaN where
       the method does not report them. `compile_seconds` is of all programs of this integrator,
@@ -130,9 +130,9 @@ class Comparison:
 
     - `rows`: the runs, in the order of the integrators and their settings.
     - `reference`: how the reference was computed; `second` the solver that checked it.
-    - `reference_error`: the errors between the two: what the reference can tell. NaN if the second
-      solver failed. A smaller error of a run is kept as measured and named in its
-      `below_reference`: it is as good as the reference can tell, not better than another such.
+    - `reference_error`: the errors between the two: what the reference can resolve. NaN if the
+      second solver failed. A smaller error of a run is kept as measured and named in its
+      `below_reference`: it is as good as the reference can resolve, not better than another such.
     - `displacement`, `energy_loss`: the units of the errors, see `reference_solution.Errors`.
     - `t1`, `repeats`: as asked.
     """
@@ -187,7 +187,7 @@ class Comparison:
         return tuple(row for row in self.rows if row.integrator == integrator)
 
     def resolved(self, run: Run, metric: str) -> float:
-        """Return a metric of a run, an error not below what the reference can tell."""
+        """Return a metric of a run, an error not below what the reference can resolve."""
         check_instance(run, "run", Run, "one of the rows")
         check_choice(metric, "metric", (*METRICS, "value"))
         value = getattr(run, metric)
@@ -201,15 +201,15 @@ class Comparison:
         **Raises:**
 
         - `InputError` for an unknown metric, an error that is not positive, and where the
-          reference cannot tell an error so small.
+          reference cannot resolve an error so small.
         """
         check_choice(metric, "metric", ERROR_METRICS)
         error = checked_number(error, "error", above=0)
         limit = getattr(self.reference_error, metric)
         if limit > error:
             raise InputError(
-                f"the reference is known to a {_words(metric)} of {limit:.1g} only and cannot tell "
-                f"{error:g}; ask for a larger error, or give a better reference"
+                f"the reference is known to a {_words(metric)} of {limit:.1g} only and cannot "
+                f"resolve {error:g}; give a larger error, or a better reference"
             )
         enough = [row for row in self.rows if row.status.ok and self.resolved(row, metric) <= error]
         enough.sort(key=lambda row: row.run_seconds)
@@ -225,7 +225,7 @@ class Comparison:
     def table(self) -> str:
         """Return the runs as plain text, one line each, under a line on the reference.
 
-        `<` marks an error below what the reference can tell.
+        `<` marks an error below what the reference can resolve.
         """
         lines = [
             f"reference: {self.reference}; {self.second} differs by "
