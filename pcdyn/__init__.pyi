@@ -16,9 +16,9 @@ from .analysis.convergence_order import ConvergenceOrder as ConvergenceOrder
 from .analysis.convergence_order import convergence_order as convergence_order
 from .analysis.phase_portrait import PhasePortrait as PhasePortrait
 from .analysis.phase_portrait import phase_portrait as phase_portrait
-from .analysis.stability import Stability as Stability
 from .analysis.stability import stability as stability
 from .analysis.stability import stability_along as stability_along
+from .analysis.time_scales import Stability as Stability
 from .equilibria import solvers as solvers
 from .equilibria.equilibrium import Equilibrium as Equilibrium
 from .equilibria.equilibrium import equilibrium as equilibrium

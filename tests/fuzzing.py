@@ -295,8 +295,8 @@ def calls() -> dict[str, Call]:
             {"path": KNOWN.stored_trajectory},
         ),
         "recommendation": lambda: (KNOWN.comparison.recommendation, {"error": 0.1}),
-        "told": lambda: (
-            KNOWN.comparison.told,
+        "resolved": lambda: (
+            KNOWN.comparison.resolved,
             {"run": KNOWN.comparison.rows[0], "metric": "final_error"},
         ),
         "of": lambda: (KNOWN.comparison.of, {"integrator": "tsit5"}),
@@ -427,7 +427,7 @@ def calls() -> dict[str, Call]:
         ),
         "plotting.work_precision": lambda: (
             pcdyn.plotting.work_precision,
-            {"axes": None, "comparison": KNOWN.comparison},
+            {"comparison": KNOWN.comparison},
         ),
         "plotting.phase_portrait": lambda: (
             pcdyn.plotting.phase_portrait,

@@ -237,7 +237,7 @@ MISTAKES = (
     ),
     Mistake(
         "stability: the largest step by the slowest rate",
-        "pcdyn/analysis/stability.py",
+        "pcdyn/analysis/time_scales.py",
         "return interval * _reciprocal(self.fastest_rate, decays)",
         "return interval * _reciprocal(self.slowest_rate, decays)",
         (
@@ -246,7 +246,7 @@ MISTAKES = (
     ),
     Mistake(
         "stability: complex rates bound the step by their size alone",
-        "pcdyn/analysis/stability.py",
+        "pcdyn/analysis/time_scales.py",
         "[stability_interval(method, complex(ray)) for ray in rays]",
         "[stability_interval(method) for ray in rays]",
         ("tests/exact/test_flows.py::test_stability_has_its_complex_rates",),
@@ -611,28 +611,28 @@ MISTAKES = (
     ),
     Mistake(
         "learning: inverses descend the batch's sum for its mean",
-        "pcdyn/learning/targets.py",
+        "pcdyn/learning/rules/target_propagation.py",
         "jnp.mean(jnp.sum(e**2, -1))",
         "jnp.sum(jnp.sum(e**2, -1))",
         ("tests/limits/test_rules.py::test_inverses_learn_by_the_corrected_equation",),
     ),
     Mistake(
         "learning: inference climbs",
-        "pcdyn/learning/predictive_coding.py",
+        "pcdyn/learning/rules/predictive_coding.py",
         "return step(x, -self.dt, prepared.gradient(x))",
         "return step(x, self.dt, prepared.gradient(x))",
         ("tests/limits/test_rules.py::test_euler_steps_are_the_updates_of_the_paper",),
     ),
     Mistake(
         "learning: incremental steps are not divided by their number",
-        "pcdyn/learning/predictive_coding.py",
+        "pcdyn/learning/rules/predictive_coding.py",
         "moved = self.ratio * self.steps * self.dt",
         "moved = self.ratio * self.dt",
         ("tests/limits/test_rules.py::test_incremental_coding_is_euler_on_the_joint_flow",),
     ),
     Mistake(
         "learning: Z-IL takes the errors of the layer below",
-        "pcdyn/learning/backpropagation.py",
+        "pcdyn/learning/rules/backpropagation.py",
         "problem.weighted_error(index, errors[index - 1])",
         "problem.weighted_error(index, errors[max(index - 2, 0)])",
         (
@@ -678,7 +678,7 @@ MISTAKES = (
     ),
     Mistake(
         "learning: weights move as fast as activities",
-        "pcdyn/learning/joint.py",
+        "pcdyn/learning/flows/joint.py",
         "*(-ratio * g for g in slope[count:])",
         "*(-g for g in slope[count:])",
         ("tests/limits/test_joint_flow.py::test_the_field_is_that_of_numpy",),
@@ -692,14 +692,14 @@ MISTAKES = (
     ),
     Mistake(
         "learning: the log-determinant has the wrong sign",
-        "pcdyn/learning/variational.py",
+        "pcdyn/learning/flows/variational.py",
         "(width * math.log(2 * math.pi) - log_determinant)",
         "(width * math.log(2 * math.pi) + log_determinant)",
         ("tests/exact/test_precisions.py::test_with_the_exact_posterior_it_is_the_log_likelihood",),
     ),
     Mistake(
         "learning: the precision of the output is not inverted",
-        "pcdyn/learning/precisions.py",
+        "pcdyn/learning/flows/precisions.py",
         "return precision.unweigh(jnp.eye(",
         "return precision.weigh(jnp.eye(",
         ("tests/exact/test_precisions.py::test_the_output_noise_maximises_the_likelihood",),
@@ -714,8 +714,8 @@ MISTAKES = (
     Mistake(
         "problem files: biases are lost",
         "pcdyn/io/problems.py",
-        'values(f"bias_{l}"',
-        'values(f"no_{l}"',
+        'values_if_any(f"bias_{l}"',
+        'values_if_any(f"no_{l}"',
         ("tests/exact/test_problem_files.py::test_a_saved_problem_is_the_same_problem",),
     ),
     Mistake(
@@ -736,14 +736,14 @@ MISTAKES = (
     ),
     Mistake(
         "datasets: a damaged file passes",
-        "pcdyn/io/datasets.py",
+        "pcdyn/io/idx_files.py",
         "if file.sha256 not in (None, found):",
         'if file.sha256 == "":',
         ("tests/exact/test_datasets.py::test_cached_file_with_other_contents_is_refused",),
     ),
     Mistake(
         "datasets: a label beyond the classes passes",
-        "pcdyn/io/datasets.py",
+        "pcdyn/io/idx_files.py",
         "if labels.max() >= CLASSES:",
         "if labels.max() > CLASSES:",
         ("tests/exact/test_datasets.py::test_labels_that_do_not_fit_the_images",),

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pcdyn.io.datasets import CLASSES, SIDE, Split, mnist
+from pcdyn.io.datasets import Split, mnist
+from pcdyn.io.idx_files import CLASSES, SIDE
 
 SEED = 20240
 PER_CLASS: dict[Split, int] = {"train": 100, "test": 50}

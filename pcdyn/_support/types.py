@@ -12,12 +12,12 @@ from jaxtyping import Array, ArrayLike
 Tree = TypeVar("Tree")
 # What users may pass as an array; JAX's ArrayLike leaves lists out.
 Numbers = ArrayLike | Sequence[Any]
-# Arrays of JAX inside a computation, of NumPy once a result is on the host. What both can do is all
-# that is asked of them, so that static checks need one of the two only.
+# Arrays of JAX inside a computation, of NumPy (whose reductions give scalars of its own) once a
+# result is on the host. What both can do is all that is asked of them, so that static checks need
+# one of the two only.
 if TYPE_CHECKING:
     Values = Array
 else:
-    # NumPy's own scalars are its arrays without axes.
     Values = Array | np.ndarray | np.generic
 # One number, such as a time.
 Scalar = Values | float | int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
 
 # Errors nearer to the round-off or to the reference's error than this are bent by them.
@@ -37,9 +39,9 @@ class ConvergenceOrder:
     - `order`: the slope of log error against log step over the usable range.
     - `steps`, `errors`: all that ran, from the coarsest; an error is the Euclidean distance of the
       free layers of the worst sample from the reference at t1, infinite where the run failed.
-    - `usable`: which of them the slope is taken from.
+    - `usable`: which steps the slope is taken from.
     - `floor`: the error of the reference or the round-off, whichever is larger.
-    - `integrator`: its name.
+    - `integrator`: the name of the method.
     """
 
     order: float
@@ -53,7 +55,7 @@ class ConvergenceOrder:
         return self.summary()
 
     def summary(self) -> str:
-        """The order, and the steps and errors that it is from."""
+        """Return the order in one line, with the steps and errors that it is taken from."""
         used = self.steps[self.usable]
         return (
             f"{self.integrator}: order {self.order:.2f} from {used.size} steps "
@@ -61,14 +63,14 @@ class ConvergenceOrder:
             f"{self.errors[self.usable][-1]:.1e}"
         )
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.lines.Line2D]:
         """Draw the errors against the steps; see `pcdyn.plotting.convergence_order`."""
         import pcdyn
 
-        return pcdyn.plotting.convergence_order(self, ax=ax, **options)
+        return pcdyn.plotting.convergence_order(self, ax=ax)
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with the dimension `step`."""
+        """Return a labelled data set with the dimension `step`."""
         import xarray
 
         variables = {"error": ("step", self.errors), "usable": ("step", self.usable)}
@@ -83,12 +85,16 @@ def convergence_order(
     t1: float,
     initial: str | Sequence[Numbers] = "feedforward",
     steps: Sequence[float] | None = None,
-    reference: Trajectory | Sequence[Any] | None = None,
+    reference: Trajectory | Sequence[Numbers | None] | None = None,
     most_steps: int = 2**13,
 ) -> ConvergenceOrder:
     """Measure the order of a method by integrating to `t1` with smaller and smaller fixed steps.
 
-    Arguments:
+    The usable range is the longest run of at least three steps over which the local slopes agree
+    within .1 (or a twentieth), above the floor of round-off and reference and below the steps that
+    are unstable or too coarse to show the order.
+
+    **Arguments:**
 
     - `integrator`: a name or value; diffrax solvers of variable step run with a fixed one.
     - `problem`, `t1`, `initial`: as for `pcdyn.simulate`. A smooth problem, far from equilibrium
@@ -98,14 +104,13 @@ def convergence_order(
       error meets round-off, stops falling, or `most_steps` steps are needed.
     - `reference`: activities x_0 … x_L at t1 (`None` for clamped layers) or a trajectory whose end
       they are; the reference of `pcdyn.compare` unless given.
+    - `most_steps`: how many steps the finest run may take, at least 3.
 
-    The usable range is the longest run of at least three steps over which the local slopes agree
-    within .1 (or a twentieth), above the floor of round-off and reference and below the steps that
-    are unstable or too coarse to show the order.
+    **Raises:**
 
-    Raises `NoUsableRangeError`, with what was measured, if there is none; `IntegratorError` for a
-    method without a fixed step, `InputError` for fewer than three steps, and what
-    `pcdyn.simulate` raises.
+    - `NoUsableRangeError`, with what was measured, if there is no usable range.
+    - `IntegratorError` for a method without a fixed step.
+    - `InputError` for fewer than three steps, and what `pcdyn.simulate` raises.
     """
     check_flow(problem)
     t1 = checked_number(t1, "t1", above=0, error=TimesError)
@@ -120,7 +125,7 @@ def convergence_order(
     scale = max(np.linalg.norm(x, axis=-1).max() for x in truth if x is not None)
     floor = max(uncertainty, float(np.finfo(problem.dtype).eps * scale))
     taken, errors = [], []
-    for dt in _ladder(t1, most_steps) if steps is None else sorted(set(steps), reverse=True):
+    for dt in _halvings(t1, most_steps) if steps is None else sorted(set(steps), reverse=True):
         with unstable_steps_expected():
             run = simulate(
                 problem, t1=t1, times=np.array([t1]), initial=initial, throw=False,
@@ -145,7 +150,7 @@ def convergence_order(
 
 
 def usable_range(steps: np.ndarray, errors: np.ndarray, least_error: float) -> np.ndarray | None:
-    """Which steps, from the coarsest, show one order; `None` if fewer than three do.
+    """Find which steps, from the coarsest, show one order; `None` if fewer than three do.
 
     The longest run of steps whose errors are finite, above `least_error`, and fall with slopes of
     at least ½ that agree; of equally long ones the finest.
@@ -169,7 +174,12 @@ def usable_range(steps: np.ndarray, errors: np.ndarray, least_error: float) -> n
     return usable
 
 
-def _truth(problem: Flow, t1: float, initial: Any, reference: Any) -> tuple[list[Any], float]:
+def _truth(
+    problem: Flow,
+    t1: float,
+    initial: str | Sequence[Numbers],
+    reference: Trajectory | Sequence[Numbers | None] | None,
+) -> tuple[list[np.ndarray | None], float]:
     """The activities at t1 (`None` where clamped), and how far a second solver is from them."""
     if isinstance(reference, Trajectory):
         reference = reference.final
@@ -198,7 +208,7 @@ def _truth(problem: Flow, t1: float, initial: Any, reference: Any) -> tuple[list
     return final, 0.0 if np.isnan(uncertainty) else uncertainty
 
 
-def _ladder(t1: float, most_steps: int) -> Iterator[float]:
+def _halvings(t1: float, most_steps: int) -> Iterator[float]:
     """t1 in 1, 2, 3, 4, 6, 8, 12, 16, … steps: halvings of t1 and of t1/3."""
     number = 1
     while number <= most_steps:
@@ -209,7 +219,7 @@ def _ladder(t1: float, most_steps: int) -> Iterator[float]:
 
 
 def _has_stopped_falling(errors: list[float], floor: float) -> bool:
-    """Two finer steps in a row that hardly helped, near to the floor of any accurate method."""
+    """Whether two finer steps in a row hardly helped, near to the floor of an accurate method."""
     if len(errors) < _LEAST_STEPS or not np.isfinite(errors[-_LEAST_STEPS:]).all():
         return False
     return errors[-1] < 1e6 * floor and min(errors[-2:]) > 0.7 * errors[-3]

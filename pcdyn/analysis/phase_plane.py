@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn._support.products import matmul
 from pcdyn._support.states import layer_norms
@@ -31,12 +32,12 @@ _LONGEST_STEP = 0.1
 class PlanarEquilibria(eqx.Module):
     """Equilibria in the order of their free energies; see `pcdyn.phase_portrait`."""
 
-    points: Any
+    points: np.ndarray
     kinds: tuple[str, ...] = eqx.field(static=True)
-    energies: Any
-    rates: Any
-    modes: Any
-    residuals: Any
+    energies: np.ndarray
+    rates: np.ndarray
+    modes: np.ndarray
+    residuals: np.ndarray
 
 
 def coordinates(problem: InferenceProblem) -> tuple[tuple[int, int], ...]:
@@ -56,7 +57,7 @@ def grid(problem: InferenceProblem, box: Box, resolution: int) -> np.ndarray:
     return np.stack(np.meshgrid(*sides), axis=-1).astype(problem.dtype)
 
 
-def state_at(problem: InferenceProblem, points: Any) -> State:
+def state_at(problem: InferenceProblem, points: Array) -> State:
     """Return the state of a problem with two free units at points of the plane, shape (…, 2)."""
     if len(problem.free_layers) == 1:
         return (points,)
@@ -64,10 +65,10 @@ def state_at(problem: InferenceProblem, points: Any) -> State:
 
 
 @eqx.filter_jit
-def _linearised(problem: InferenceProblem, points: Any) -> tuple[Any, Any, Any, Any]:
+def _linearised(problem: InferenceProblem, points: Array) -> tuple[Array, Array, Array, Array]:
     """F, the largest ‖∂F/∂x_l‖, and the rates and modes of the flow at points (n, 2)."""
 
-    def one(point: Any) -> tuple[Any, Any, Any, Any]:
+    def one(point: Array) -> tuple[Array, Array, Array, Array]:
         state = state_at(problem, point)
         rates, modes = jnp.linalg.eigh(decay_matrix(problem, state).dense())
         roots = [problem.time_constants[layer] ** 0.5 for layer, _ in coordinates(problem)]
@@ -80,14 +81,14 @@ def _linearised(problem: InferenceProblem, points: Any) -> tuple[Any, Any, Any, 
 
 
 def local_flow(problem: InferenceProblem, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F and dx/dt at points (n, 2)."""
+    """Compute F and dx/dt at points (n, 2)."""
     energy, velocity = _field(problem, jnp.asarray(points, problem.dtype))
     return np.asarray(energy), np.asarray(velocity)
 
 
 @eqx.filter_jit
-def _field(problem: InferenceProblem, points: Any) -> tuple[Any, Any]:
-    def one(point: Any) -> tuple[Any, Any]:
+def _field(problem: InferenceProblem, points: Array) -> tuple[Array, Array]:
+    def one(point: Array) -> tuple[Array, Array]:
         state = state_at(problem, point)
         return problem.free_energy(state), jnp.concatenate(problem.vector_field(0.0, state))
 
@@ -97,12 +98,13 @@ def _field(problem: InferenceProblem, points: Any) -> tuple[Any, Any]:
 def planar_equilibria(
     problem: InferenceProblem, box: Box, starts: np.ndarray, tolerance: float | None
 ) -> PlanarEquilibria:
-    """Minima that the starts lead to, and saddles and maxima by Newton's method from the box."""
+    """Find the minima that the starts lead to, and saddles and maxima by Newton's method."""
     fine = grid(problem, box, 21).reshape(-1, 2)
     if tolerance is None:
         largest = float(np.max(_linearised(problem, jnp.asarray(fine))[1]))
         tolerance = max(_TOLERANCE, 4 * float(jnp.finfo(problem.dtype).eps) * largest)
-    rests = multiple_equilibria(problem, state_at(problem, starts), tolerance=tolerance)
+    begin = state_at(problem, jnp.asarray(starts, problem.dtype))
+    rests = multiple_equilibria(problem, begin, tolerance=tolerance)
     codes, basins = rests.searches.status_codes, rests.basin_of
     firsts = [int(np.flatnonzero(basins == index)[0]) for index in range(len(rests))]
     at_kink = [codes[first] == EquilibriumStatus.SLIDING for first in firsts]
@@ -130,13 +132,13 @@ def planar_equilibria(
 
 
 @eqx.filter_jit
-def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
+def _roots(problem: InferenceProblem, starts: Array, longest: float) -> Array:
     """Where Newton's method for ∂F/∂x = 0 leads to, which stops at saddles and maxima as well."""
 
-    def velocity(point: Any) -> Any:
+    def velocity(point: Array) -> Array:
         return jnp.concatenate(problem.vector_field(0.0, state_at(problem, point)))
 
-    def one(point: Any) -> Any:
+    def one(point: Array) -> Array:
         # Of several solutions, where the Jacobian is singular, the shortest.
         step = -matmul(jnp.linalg.pinv(jax.jacfwd(velocity)(point)), velocity(point))
         length = jnp.linalg.norm(step)
@@ -145,7 +147,7 @@ def _roots(problem: InferenceProblem, starts: Any, longest: Any) -> Any:
     return jax.lax.fori_loop(0, _NEWTON_STEPS, lambda _, x: jax.vmap(one)(x), starts)
 
 
-def _kind(rates: np.ndarray, at_kink: Any) -> str:
+def _kind(rates: np.ndarray, at_kink: np.bool_) -> str:
     if at_kink:
         return "at a kink"
     if np.min(np.abs(rates)) <= 1e-7 * np.max(np.abs(rates)):
@@ -156,7 +158,7 @@ def _kind(rates: np.ndarray, at_kink: Any) -> str:
 def separatrices(
     problem: InferenceProblem, found: PlanarEquilibria, box: Box
 ) -> tuple[np.ndarray, ...]:
-    """From each saddle against the flow, starting to both sides along its stable direction."""
+    """Trace the flow back from each saddle, to both sides along its stable direction."""
     offset = 1e-4 * diagonal(box)
     return tuple(
         _against_the_flow(problem, point, sign * offset * modes[1], box)

@@ -29,6 +29,8 @@ from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.simulation.simulate import simulate
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
 
 # A flow has arrived at an equilibrium within this share of the diagonal. An explicit method hovers
@@ -65,21 +67,21 @@ class PhasePortrait(eqx.Module):
 
     problem: InferenceProblem | None
     coordinates: tuple[tuple[int, int], ...] = eqx.field(static=True)
-    x: Any
-    y: Any
-    free_energy: Any
-    velocity: Any
-    basin: Any
-    equilibria: Any
+    x: np.ndarray
+    y: np.ndarray
+    free_energy: np.ndarray
+    velocity: np.ndarray
+    basin: np.ndarray
+    equilibria: np.ndarray
     kinds: tuple[str, ...] = eqx.field(static=True)
-    equilibrium_energies: Any
-    rates: Any
-    modes: Any
-    residuals: Any
-    separatrices: tuple[Any, ...]
-    trajectories: Any
-    times: Any
-    ends: Any
+    equilibrium_energies: np.ndarray
+    rates: np.ndarray
+    modes: np.ndarray
+    residuals: np.ndarray
+    separatrices: tuple[np.ndarray, ...]
+    trajectories: np.ndarray
+    times: np.ndarray
+    ends: np.ndarray
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -93,7 +95,7 @@ class PhasePortrait(eqx.Module):
 
     @property
     def index_sum(self) -> int:
-        """Minima (those at kinks too) and maxima less saddles.
+        """The number of minima (those at kinks too) and maxima less that of saddles.
 
         It is 1 for every free energy that grows without bound in all directions and has no
         degenerate equilibrium (Poincaré and Hopf), if all of them were found.
@@ -101,23 +103,24 @@ class PhasePortrait(eqx.Module):
         signs = dict(zip(KINDS, (1, -1, 1, 1, 0), strict=True))
         return sum(signs[kind] for kind in self.kinds)
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Draw it; see `pcdyn.plotting.phase_portrait`."""
-        # plotting stands above this module: importing it here keeps matplotlib out of start-up.
+    def plot(
+        self, ax: matplotlib.axes.Axes | None = None, *, legend: bool = True, arrows: int = 17
+    ) -> list[matplotlib.lines.Line2D]:
+        """Draw flow, nullclines, equilibria and basins; see `pcdyn.plotting.phase_portrait`."""
         import pcdyn
 
-        return pcdyn.plotting.phase_portrait(self, ax=ax, **options)
+        return pcdyn.plotting.phase_portrait(self, ax=ax, legend=legend, arrows=arrows)
 
     def __repr__(self) -> str:
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account: how many equilibria of each kind."""
+        """Return in one line how many equilibria of each kind there are."""
         counts = [f"{kind}: {self.kinds.count(kind)}" for kind in KINDS if kind in self.kinds]
         return f"PhasePortrait of {self.coordinates} ({', '.join(counts) or 'no equilibrium'})"
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set; a point has its coordinates along the dimension `coordinate`.
+        """Return a labelled data set; points have their coordinates along `coordinate`.
 
         The other dimensions are `x` and `y` of the grid, `equilibrium`, `rate`, `start`, `time` and
         `separatrix`, whose points along `point` end with NaN where it is shorter than the longest.
@@ -153,34 +156,37 @@ def phase_portrait(
     *,
     extent: Numbers | None = None,
     resolution: int = 61,
-    starts: Any = None,
+    starts: Numbers | None = None,
     t1: float | None = None,
     integrator: str | Integrator | None = None,
     tolerance: float | None = None,
 ) -> PhasePortrait:
-    """The phase portrait of a problem with two free units and one sample.
-
-    Arguments:
-
-    - `problem`: two free units in all, in one layer or in two, with any clamps, layers, energy,
-      precisions and time constants.
-    - `extent`: lowest and highest first coordinate, then lowest and highest second one; what holds
-      the equilibria found, with a margin, unless given.
-    - `resolution`: points of the grid on each axis.
-    - `starts` of the trajectories, shape `(starts, 2)`; on the border of the extent unless given.
-    - `t1`: how long to follow the flow from the grid and the starts; twelve times the slowest
-      relaxation time of the minima unless given, between 10 and 1000.
-    - `integrator` of that flow, which runs as one batch; `"tsit5"` unless given.
-    - `tolerance` of the gradient at an equilibrium, absolute; unless given 1e-9, or in float32 what
-      round-off leaves of the largest gradient within the extent.
+    """Compute the phase portrait of a problem with two free units and one sample.
 
     Minima, and equilibria at kinks, are where `pcdyn.multiple_equilibria` leads to from a coarse
     grid; saddles and maxima are those that Newton's method for ∂F/∂x = 0 finds within the extent.
     An equilibrium with a basin narrower than that grid can be missed: see `index_sum`. Ridges at
     kinks, where no gradient vanishes, are not searched for.
 
-    Raises `ShapeError` for another number of free units or a batch, `InputError` for an extent, a
-    resolution or another problem that does not fit, and what `pcdyn.simulate` raises.
+    **Arguments:**
+
+    - `problem`: two free units in all, in one layer or in two, with any clamps, layers, energy,
+      precisions and time constants.
+    - `extent`: lowest and highest first coordinate, then lowest and highest second one; what holds
+      the equilibria found, with a margin, unless given.
+    - `resolution`: points of the grid on each axis.
+    - `starts`: of the trajectories, shape `(starts, 2)`; on the border of the extent unless given.
+    - `t1`: how long to follow the flow from the grid and the starts; twelve times the slowest
+      relaxation time of the minima unless given, between 10 and 1000.
+    - `integrator`: of that flow, which runs as one batch; `"tsit5"` unless given.
+    - `tolerance`: of the gradient at an equilibrium, absolute; unless given 1e-9, or in float32
+      what round-off leaves of the largest gradient within the extent.
+
+    **Raises:**
+
+    - `ShapeError` for another number of free units or a batch.
+    - `InputError` for an extent, a resolution or another problem that does not fit, and what
+      `pcdyn.simulate` raises.
     """
     _check_problem(problem)
     resolution = checked_integer(
@@ -238,7 +244,7 @@ def _search_starts(problem: InferenceProblem, box: Box, integrator: str | Integr
     return np.stack(chosen)
 
 
-def _check_problem(problem: Any) -> None:
+def _check_problem(problem: InferenceProblem) -> None:
     check_problem(problem)
     widths = {index: problem.network.widths[index] for index in problem.free_layers}
     if sum(widths.values()) != 2:

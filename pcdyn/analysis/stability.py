@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Activities, Numbers, State, Values
+from pcdyn.analysis.time_scales import Stability, module_of
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
@@ -22,7 +22,6 @@ from pcdyn.errors import (
     SpectrumError,
 )
 from pcdyn.integrators.run import on_host
-from pcdyn.integrators.stability_function import stability_interval
 from pcdyn.linearisation.spectrum import (
     MOST_DENSE_UNITS,
     Spectrum,
@@ -34,265 +33,8 @@ from pcdyn.model.flow import Flow, check_contract, check_flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    import xarray
-
-# An explicit method takes about as many steps as the stiffness to cover one slowest relaxation
-# time, divided by its stability interval (2 to 5); accuracy asks for some tens anyway.
-_MILDLY_STIFF = 100.0
-_STIFF = 2000.0
-_MOST_LAYERS_NAMED = 4
-
-
-class Stability(eqx.Module):
-    """The linearised flow `τ dδ/dt = −H δ` around states of a problem, H = ∂²F/∂x².
-
-    Of any other flow, `dδ/dt = J δ` with J the Jacobian of its vector field, which need not be
-    symmetric: then the rates are complex, and each mode turns by the imaginary part of its rate as
-    it decays by the real part.
-
-    Arrays are NumPy arrays on the host (JAX arrays under a transformation). Axes are time first,
-    for a spectrum along a trajectory, then the sample if there is a batch. Rates are in
-    1/(activity time constant).
-
-    - `rates`: the decay rates, eigenvalues of τ⁻¹H or of −J, in ascending order (of their real
-      parts) on the last axis. A negative one grows: the state is no minimum. All N of them if
-      `complete`, otherwise only the first and the last. NaN where a sample is `at_kink`.
-    - `slowest_mode`, `fastest_mode`: the share of each free layer (of each array of the state of
-      another flow) in the squared norm of the mode with the smallest and with the largest rate, on
-      the last axis.
-    - `at_kink`: whether a sample rests where an activation has a kink, so that the flow has no
-      linearisation there.
-    - `times`: of a spectrum along a trajectory, otherwise `None`.
-    - `units`: N, the number of free activities. `free_layers`: their layers; of another flow, the
-      numbers of all that moves and the indices of the arrays of its state.
-    - `at`: where the flow was linearised.
-    """
-
-    rates: Any
-    slowest_mode: Any
-    fastest_mode: Any
-    at_kink: Any
-    times: Any = None
-    units: int = eqx.field(static=True, default=0)
-    complete: bool = eqx.field(static=True, default=True)
-    free_layers: tuple[int, ...] = eqx.field(static=True, default=())
-    at: str = eqx.field(static=True, default="")
-
-    @property
-    def slowest_rate(self) -> Any:
-        """The smallest rate, or real part of one; negative at a saddle."""
-        return self._decay[..., 0]
-
-    @property
-    def fastest_rate(self) -> Any:
-        """The largest rate, or real part of one, which bounds the step of explicit methods."""
-        return self._decay[..., -1]
-
-    @property
-    def relaxation_times(self) -> Any:
-        """1 / `rates`, or real parts; infinite where one is not positive (within round-off)."""
-        return _reciprocal(self._decay, self._decay > self._round_off)
-
-    @property
-    def condition_number(self) -> Any:
-        """The largest |rate| over the smallest; infinite with a flat direction."""
-        xp = self._module
-        # The smallest |rate| of a saddle may lie between the extremes: then it is not known.
-        known = self.complete or xp.all(self._decay > -self._round_off, axis=-1)
-        sizes = xp.abs(self.rates)
-        smallest = xp.min(sizes, axis=-1, keepdims=True)
-        flat = smallest <= self._round_off
-        number = xp.max(sizes, axis=-1) * _reciprocal(smallest, ~flat)[..., 0]
-        return xp.where(known, number, xp.nan)
-
-    @property
-    def stiffness(self) -> Any:
-        """The fastest rate times the longest finite relaxation time: how far time scales lie apart.
-
-        Zero where nothing relaxes; NaN where the smallest positive rate is not known.
-        """
-        xp = self._module
-        positive = self._decay > self._round_off
-        smallest = xp.min(xp.where(positive, self._decay, xp.inf), axis=-1)
-        ratio = self.fastest_rate * _reciprocal(smallest, xp.ones(smallest.shape, bool))
-        known = ~self.at_kink
-        if not self.complete:
-            known = known & xp.any(positive[..., :1], axis=-1)
-        return xp.where(known, xp.where(xp.any(positive, axis=-1), ratio, 0), xp.nan)
-
-    @property
-    def unstable(self) -> Any:
-        """Whether a rate is negative beyond round-off: the state is a saddle or a maximum."""
-        return self._module.any(self._decay < -self._round_off, axis=-1)
-
-    @property
-    def largest_euler_step(self) -> Any:
-        """2 / `fastest_rate` where rates are real: with any larger step explicit Euler diverges."""
-        return self.largest_step("euler")
-
-    def largest_step(self, method: Any) -> Any:
-        """The largest step with which a method damps every mode that the flow damps.
-
-        `method` is a name (`"heun"`, `"tsit5"`, `"kvaerno5"`, …), a diffrax solver,
-        `pcdyn.Euler(dt=…)` or `pcdyn.Diffrax(…)`. The bound is the length of the real stability
-        interval over `fastest_rate` (of complex rates, the least over all of how far the stability
-        region reaches in the direction of one); it is infinite for implicit methods, and where
-        nothing decays. Accuracy is another matter. Raises `IntegratorError` for methods that are no
-        Runge–Kutta methods of diffrax.
-        """
-        if self._turns:
-            return self._largest_step_of_turning(method)
-        xp, interval = self._module, stability_interval(method)
-        if np.isinf(interval):
-            return xp.where(self.at_kink, xp.nan, xp.full_like(self.fastest_rate, xp.inf))
-        decays = self.fastest_rate > self._round_off[..., 0]
-        return interval * _reciprocal(self.fastest_rate, decays)
-
-    def _largest_step_of_turning(self, method: Any) -> Any:
-        """`largest_step` where rates are complex, mode by mode."""
-        decays = self._decay > self._round_off
-        sizes = np.where(decays, np.abs(self.rates), 1)
-        # A rate and its conjugate bound the step alike.
-        real = np.abs(self.rates.imag) <= self._round_off
-        rays = np.where(real, 1, (self._decay + 1j * np.abs(self.rates.imag)) / sizes)
-        rays, places = np.unique(np.where(decays, rays, 1), return_inverse=True)
-        intervals = np.array([stability_interval(method, complex(ray)) for ray in rays])
-        steps = np.where(decays, intervals[places.reshape(decays.shape)] / sizes, np.inf)
-        return steps.min(axis=-1)
-
-    @property
-    def verdict(self) -> str:
-        """In words: whether the samples are stiff, by the worst of them, and what to use."""
-        worst = _largest(self.stiffness)
-        if np.isnan(worst):
-            return "stiffness not known"
-        if worst < _MILDLY_STIFF:
-            word, advice = "not stiff", 'an explicit method such as "tsit5"'
-        elif worst < _STIFF:
-            word = "mildly stiff"
-            advice = 'explicit ("tsit5") or implicit ("kvaerno5"): pcdyn.compare tells'
-        else:
-            word, advice = "stiff", 'an implicit method such as "rodas5p" or "lsoda"'
-        return f"{word} (fastest over slowest {worst:.3g}): {advice}"
-
-    @property
-    def recommended(self) -> str:
-        """`"explicit"`, `"either"` or `"implicit"`: the family of integrators, by the verdict."""
-        worst = _largest(self.stiffness)
-        if np.isnan(worst) or _MILDLY_STIFF <= worst < _STIFF:
-            return "either"
-        return "explicit" if worst < _MILDLY_STIFF else "implicit"
-
-    def summary(self) -> str:
-        """A readable account, for all samples together."""
-        if self._several_networks:
-            return "Stability of several networks: not indexed yet"
-        xp = np.asarray
-        lines = [
-            f"Stability at {self.at}: {self.units} units in the {self._kind}s {self.free_layers}, "
-            f"{self._population}",
-            f"  {self.verdict}",
-            f"  decay rates {_range(self.slowest_rate)} (slowest) to {_range(self.fastest_rate)} "
-            f"(fastest), condition number {_range(self.condition_number)}",
-            f"  longest relaxation time {_range(self.relaxation_times[..., 0])}",
-            f"  slowest mode {self._layers(self.slowest_mode)}",
-            f"  fastest mode {self._layers(self.fastest_mode)}",
-            "  largest stable step " + ", ".join(
-                f"{name} {_smallest(self.largest_step(name)):.3g}"
-                for name in ("euler", "heun", "bosh3", "tsit5", "dopri8")
-            ) + "; implicit methods: any",
-        ]  # fmt: skip
-        count = xp(self.at_kink).size
-        if not self.complete:
-            lines.insert(1, "  by Lanczos iterations: only the slowest and the fastest rate")
-        if np.any(self.unstable):
-            what = "left by the flow" if self._turns else "saddles or maxima of the free energy"
-            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {what}, "
-                            "with rates below zero")  # fmt: skip
-        if self._turns and np.any(self.rates.imag):
-            fastest = _range(np.max(np.abs(self.rates.imag), axis=-1))
-            lines.insert(-1, f"  modes turn at up to {fastest} radians per unit of time")
-        if np.any(self.at_kink):
-            lines.insert(1, f"  {np.sum(self.at_kink)} of {count} samples rest at a kink of an "
-                            "activation and have no linearisation: left out")  # fmt: skip
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Draw the decay rates, or their real parts; see `pcdyn.plotting.decay_rates`."""
-        import pcdyn
-
-        return pcdyn.plotting.decay_rates(self._decay, ax=ax, **options)
-
-    def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with the dimensions `time`, `sample`, `rate` and `free_layer`."""
-        import xarray
-
-        if self._several_networks:
-            raise ShapeError("this is of several networks: take one first, with jax.tree.map")
-        axes = () if self.times is None else ("time",)
-        axes += ("sample",) if np.ndim(self.rates) > len(axes) + 1 else ()
-        per_state = ("slowest_rate", "fastest_rate", "condition_number", "stiffness", "unstable",
-                     "at_kink", "largest_euler_step")  # fmt: skip
-        data: dict[str, Any] = {name: (axes, np.asarray(getattr(self, name))) for name in per_state}
-        for name in ("rates", "relaxation_times"):
-            data[name] = ((*axes, "rate"), np.asarray(getattr(self, name)))
-        for name in ("slowest_mode", "fastest_mode"):
-            data[name] = ((*axes, "free_layer"), np.asarray(getattr(self, name)))
-        coords: dict[str, Any] = {"free_layer": list(self.free_layers)}
-        if self.times is not None:
-            coords["time"] = np.asarray(self.times)
-        attrs = {"at": self.at, "units": self.units, "complete": int(self.complete)}
-        return xarray.Dataset(data, coords, attrs)
-
-    @property
-    def _decay(self) -> Any:
-        """The real parts of the rates."""
-        return self.rates.real
-
-    @property
-    def _several_networks(self) -> bool:
-        return is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3)
-
-    @property
-    def _turns(self) -> bool:
-        """Whether the flow is none of inference, so that its rates are complex numbers."""
-        return np.iscomplexobj(self.rates)
-
-    @property
-    def _kind(self) -> str:
-        """What the state is made of."""
-        return "array" if self._turns else "layer"
-
-    @property
-    def _module(self) -> Any:
-        return np if isinstance(self.rates, np.ndarray) else jnp
-
-    @property
-    def _round_off(self) -> Any:
-        """What is zero within round-off beside the largest rate, with an axis for the rates."""
-        largest = self._module.max(self._module.abs(self.rates), axis=-1, keepdims=True)
-        return self.units * float(np.finfo(self.rates.dtype).eps) * largest
-
-    @property
-    def _population(self) -> str:
-        shape = np.shape(self.at_kink)
-        times = "" if self.times is None else f"{shape[0]} times, "
-        samples = shape if self.times is None else shape[1:]
-        return times + (f"{samples[0]} samples" if samples else "one sample")
-
-    def _layers(self, shares: Any) -> str:
-        """The mean share of each layer, over everything that is not NaN."""
-        rows = np.reshape(np.asarray(shares), (-1, len(self.free_layers)))
-        rows = rows[~np.isnan(rows).any(axis=-1)]
-        if not len(rows):
-            return "not known"
-        means = rows.mean(axis=0)
-        largest = sorted(np.argsort(-means, kind="stable")[:_MOST_LAYERS_NAMED])
-        return ", ".join(f"{self._kind} {self.free_layers[i]} {means[i]:.0%}" for i in largest)
+# Where a flow is linearised.
+_Point = str | Equilibrium | Trajectory | Sequence[Numbers]
 
 
 def stability(
@@ -300,12 +42,7 @@ def stability(
     *,
     at: str | Equilibrium | Trajectory | Sequence[Numbers] = "equilibrium",
 ) -> Stability:
-    """The spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
-
-    Arguments: `problem`, with any clamps, precisions and time constants, one sample or a batch, or
-    another `pcdyn.Flow`; `at`, which is `"equilibrium"` (found by `pcdyn.equilibrium`),
-    `"feedforward"`, `"zeros"`, a state, an `Equilibrium`, or a `Trajectory`, whose last state is
-    taken.
+    """Compute the spectrum of the flow linearised at a state: time scales, stable steps, stiffness.
 
     Up to 600 free units all rates are computed; above, Lanczos iterations on the block-tridiagonal
     Hessian give the extreme ones only, and `complete` is false.
@@ -313,10 +50,20 @@ def stability(
     Another flow is linearised by automatic differentiation as a whole, all samples together, at a
     state or a trajectory's end; a field that depends on time at the time there, 0 at a given state.
 
-    Raises `NotConvergedError` where no equilibrium is found, `InputError` for what another flow
-    does not have (an equilibrium to be found, more than 600 units, JAX transformations), what the
-    state and the trajectory raise that do not fit the problem, and `SpectrumError` where Lanczos
-    iterations fail or the Jacobian is not finite.
+    **Arguments:**
+
+    - `problem`: with any clamps, precisions and time constants, one sample or a batch; or another
+      `pcdyn.Flow`.
+    - `at`: `"equilibrium"` (found by `pcdyn.equilibrium`), `"feedforward"`, `"zeros"`, a state, an
+      `Equilibrium`, or a `Trajectory`, whose last state is taken.
+
+    **Raises:**
+
+    - `NotConvergedError` where no equilibrium is found.
+    - `InputError` for what another flow does not have: an equilibrium to be found, more than 600
+      units, JAX transformations.
+    - `SpectrumError` where Lanczos iterations fail or the Jacobian is not finite.
+    - What a state or a trajectory raises that does not fit the problem.
     """
     check_flow(problem)
     if not isinstance(problem, InferenceProblem):
@@ -335,7 +82,7 @@ def stability(
 
 
 def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
-    """`stability` at every saved time of a trajectory of the problem, time on the first axis.
+    """Compute `stability` at every saved time of a trajectory, time on the first axis.
 
     Raises as `stability` does.
     """
@@ -348,12 +95,12 @@ def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     where = "all times of a trajectory"
     if not isinstance(problem, InferenceProblem):
-        found = _linearised(problem, trajectory.times, stacked, where)
+        found = _linearised(problem, np.asarray(trajectory.times), stacked, where)
         return dataclasses.replace(found, times=trajectory.times)
     return _build(problem, stacked, at=where, times=trajectory.times)
 
 
-def _of_flow(flow: Flow, at: Any) -> Stability:
+def _of_flow(flow: Flow, at: _Point) -> Stability:
     """`stability` of a flow that is none of inference."""
     name = type(flow).__name__
     if isinstance(at, Equilibrium) or (isinstance(at, str) and at == "equilibrium"):
@@ -370,7 +117,7 @@ def _of_flow(flow: Flow, at: Any) -> Stability:
     return jax.tree.map(lambda x: x[0], _linearised(flow, np.array([time]), states, where))
 
 
-def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
+def _linearised(flow: Flow, times: np.ndarray, states: State, where: str) -> Stability:
     """`Stability` of any flow at several times and states."""
     name, units = type(flow).__name__, sum(x[0].size for x in states)
     if is_traced(flow, states):
@@ -381,16 +128,17 @@ def _linearised(flow: Flow, times: Any, states: State, where: str) -> Stability:
             f"the {name} moves {units} units, but all rates are known only up to {MOST_DENSE_UNITS}"
         )
     try:
-        found = flow_spectrum(flow, np.asarray(times, flow.dtype), states)
+        found = flow_spectrum(flow, times.astype(flow.dtype), states)
     except SpectrumError as error:
         raise SpectrumError(f"{error}, at {where}") from error
     return Stability(
-        found.rates, found.slowest_mode, found.fastest_mode, np.zeros(len(found.rates), bool),
+        found.rates, found.slowest_mode, found.fastest_mode,
+        cast(Values, np.zeros(len(found.rates), bool)),
         units=units, free_layers=tuple(range(len(states))), at=where,
     )  # fmt: skip
 
 
-def _states(problem: Flow, trajectory: Trajectory, activities: Any) -> State:
+def _states(problem: Flow, trajectory: Trajectory, activities: Activities) -> State:
     """The free layers of `activities`, checked against the problem."""
     if trajectory.moving:
         raise InputError(
@@ -431,8 +179,8 @@ def _build(
     state: State,
     *,
     at: str,
-    times: Any = None,
-    at_kink: Any = None,
+    times: Values | None = None,
+    at_kink: Values | None = None,
 ) -> Stability:
     leading, units = state[0].shape[:-1], sum(x.shape[-1] for x in state)
     traced = is_traced(problem, state)
@@ -442,8 +190,8 @@ def _build(
         )
     spectrum = _spectrum(problem, state, units)
     spectrum = jax.tree.map(lambda x: x.reshape(*leading, x.shape[-1]), spectrum)
-    xp = jnp if traced else np
     spectrum = spectrum if traced else on_host(spectrum)
+    xp = module_of(spectrum.rates)
     kink = xp.broadcast_to(xp.asarray(False if at_kink is None else at_kink), leading)
     hidden = jax.tree.map(lambda x: xp.where(kink[..., None], xp.nan, x), spectrum)
     return Stability(
@@ -456,7 +204,7 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
     """The spectrum of every state, in rows."""
     leading = state[0].shape[:-1]
 
-    def row(x: Any) -> Any:
+    def row(x: Values) -> Values:
         return jnp.broadcast_to(x, (*leading, x.shape[-1])).reshape(-1, x.shape[-1])
 
     data, states = jax.tree.map(row, (problem.data, state))
@@ -468,30 +216,3 @@ def _spectrum(problem: InferenceProblem, state: State, units: int) -> Spectrum:
         one = jax.tree.map(lambda x, i=i: x[i], states)
         found.append(extreme_spectrum(rows.sample(i), one))
     return jax.tree.map(lambda *x: np.stack(x), *found)
-
-
-def _reciprocal(values: Any, finite: Any) -> Any:
-    """1 / values, infinite where not `finite`; NaN stays NaN."""
-    xp: Any = np if isinstance(values, np.ndarray | np.generic) else jnp
-    safe = xp.where(finite, values, 1)
-    return xp.where(finite, 1 / safe, xp.where(xp.isnan(values), xp.nan, xp.inf))
-
-
-def _known(values: Any) -> np.ndarray:
-    flat = np.ravel(np.asarray(values))
-    return flat[~np.isnan(flat)]
-
-
-def _largest(values: Any) -> float:
-    known = _known(values)
-    return float(known.max()) if known.size else float("nan")
-
-
-def _smallest(values: Any) -> float:
-    known = _known(values)
-    return float(known.min()) if known.size else float("nan")
-
-
-def _range(values: Any) -> str:
-    low, high = _smallest(values), _largest(values)
-    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

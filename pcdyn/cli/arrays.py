@@ -14,7 +14,7 @@ _SUFFIXES = (".npy", ".npz", ".nc")
 
 
 def load_array(source: str, name: str, folder: Path) -> np.ndarray:
-    """The array `FILE` or `FILE:NAME`; in a file of several, the one called `name` unless said.
+    """Load the array `FILE` or `FILE:NAME`; of several arrays the one called `name` unless named.
 
     A relative path is relative to `folder`. Raises `DataError` if the file is missing, of another
     kind, corrupt, or without that array.

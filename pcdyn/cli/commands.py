@@ -1,4 +1,4 @@
-"""What each subcommand computes, and how it is told."""
+"""What each subcommand computes, and what it reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,13 @@ from pcdyn.cli.report import counts, describe, describe_record, lines
 from pcdyn.errors import DataError, InputError, IntegratorError, TimesError, worst_status
 from pcdyn.integrators import Diffrax, Euler, Integrator, SciPy, get_integrator
 from pcdyn.model.problem import InferenceProblem
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+    import pcdyn.equilibria.equilibrium
+    import pcdyn.simulation.trajectory
 
 # Tolerances belong to adaptive integrators; Euler has none, and needs steps.
 _EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
@@ -54,9 +61,9 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         ("status", trajectory.message),
         ("end time", f"{end_time:g} activity time constants"),
         ("free energy", f"{first:.6g} at the start, {last:.6g} at the end{_mean(problem)}"),
-        ("evaluations", f"{_told(statistics.vector_field_evaluations)} of the vector field; "
-         f"steps accepted {_told(statistics.accepted_steps)}, "
-         f"rejected {_told(statistics.rejected_steps)}"),
+        ("evaluations", f"{_reported(statistics.vector_field_evaluations)} of the vector field; "
+         f"steps accepted {_reported(statistics.accepted_steps)}, "
+         f"rejected {_reported(statistics.rejected_steps)}"),
         ("seconds", f"{trajectory.compile_seconds:.3g} to compile, {trajectory.run_seconds:.3g} "
          f"to run ({trajectory.integrator})"),
     ]  # fmt: skip
@@ -75,7 +82,9 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         **vars(statistics),
     }
 
-    def draw(plotting: Any, axes: Any) -> None:
+    def draw(axes: list[matplotlib.axes.Axes]) -> None:
+        from pcdyn import plotting
+
         plotting.activities(trajectory, ax=axes[0])
         plotting.energies(trajectory, ax=axes[1])
 
@@ -83,7 +92,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         summary=lines(summary),
         record=record,
         dataset=lambda: with_problem(file_of(trajectory), problem),
-        draw=lambda: _figure(draw, panels=2),
+        draw=lambda: _figure(draw, panels=2, height=7.2),
     )
 
 
@@ -130,7 +139,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
         summary=lines(summary),
         record=record,
         dataset=lambda: file_of(found),
-        draw=lambda: _figure(lambda plotting, axes: plotting.equilibrium(found, ax=axes[0])),
+        draw=lambda: _figure(lambda axes: found.plot(axes[0])),
     )
 
 
@@ -157,7 +166,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     try:
         advice = comparison.recommendation(error=options.error)
         text, best = str(advice), advice.best
-    # A reference that cannot tell so small an error still leaves a table worth having.
+    # A reference that cannot resolve so small an error still leaves a table worth having.
     except InputError as error:
         text = f"No recommendation: {error}."
     record = {
@@ -175,7 +184,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         summary="\n\n".join(parts),
         record=record,
         dataset=lambda: with_problem(file_of(comparison), problem),
-        draw=lambda: _figure(lambda plotting, axes: plotting.work_precision(axes[0], comparison)),
+        draw=lambda: _figure(lambda axes: comparison.plot(axes[0])),
         table=comparison.to_csv,
     )
 
@@ -204,11 +213,11 @@ def run_stability(options: Stability, settings: Settings) -> Result:
         summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
         record=record,
         dataset=lambda: with_problem(file_of(found), problem),
-        draw=lambda: _figure(lambda plotting, axes: plotting.decay_rates(found.rates, ax=axes[0])),
+        draw=lambda: _figure(lambda axes: found.plot(axes[0])),
     )
 
 
-def run_verify(options: Verify, settings: Settings) -> Result:
+def run_verify(options: Verify, _: Settings) -> Result:
     """Run `pcdyn verify` with these options."""
     from pcdyn.io.results import file_of
     from pcdyn.theory import verify
@@ -227,24 +236,17 @@ def run_verify(options: Verify, settings: Settings) -> Result:
             "statements": found.records(),
         },
         dataset=lambda: file_of(found),
-        draw=lambda: _margins(found.evidence),
+        draw=lambda: _figure(lambda axes: found.plot(axes[0]), height=6.4),
         failure=failure,
     )
 
 
-def _margins(evidence: Any) -> Any:
-    from matplotlib.figure import Figure
-
-    from pcdyn import plotting
-    from pcdyn.theory.pictures import margins
-
-    with plotting.style():
-        figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-        margins(evidence, ax=figure.subplots())
-    return figure
-
-
-def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
+def _stability_at(
+    at: str, settings: Settings
+) -> tuple[
+    InferenceProblem,
+    str | pcdyn.simulation.trajectory.Trajectory | pcdyn.equilibria.equilibrium.Equilibrium,
+]:
     """The problem and the state at which its flow is linearised."""
     if not at.endswith(".nc"):
         return build_problem(settings), at
@@ -262,7 +264,7 @@ def _stability_at(at: str, settings: Settings) -> tuple[InferenceProblem, Any]:
     return build_problem(settings if chosen else {**settings, "network": Path(at)}), result
 
 
-def _times(t1: float, count: int) -> Any:
+def _times(t1: float, count: int) -> np.ndarray | None:
     # Whether t1 is a time at all is for `simulate` to say.
     return np.linspace(0.0, t1, count) if 0 < t1 < float("inf") else None
 
@@ -294,19 +296,21 @@ def _mean(problem: InferenceProblem) -> str:
     return " (mean over samples)" if problem.batch_shape else ""
 
 
-def _told(count: Any) -> str:
+def _reported(count: object) -> str:
     return "not reported" if count is None else str(count)
 
 
-def _figure(draw: Callable[[Any, Any], Any], panels: int = 1) -> Any:
+def _figure(
+    draw: Callable[[list[matplotlib.axes.Axes]], object], *, panels: int = 1, height: float = 4.0
+) -> matplotlib.figure.Figure:
     """A figure of panels one above the other, in the style of pcdyn."""
     from matplotlib.figure import Figure
 
     from pcdyn import plotting
 
     with plotting.style():
-        figure = Figure(figsize=(6.4, 3.2 * panels + 0.8), layout="constrained")
-        draw(plotting, list(figure.subplots(panels, 1, squeeze=False).flat))
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        draw(list(figure.subplots(panels, 1, squeeze=False).flat))
     return figure
 
 

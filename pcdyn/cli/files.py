@@ -15,6 +15,7 @@ from pcdyn.errors import DataError
 from pcdyn.io.netcdf import netcdf_bytes
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -30,13 +31,13 @@ class Result:
     summary: str
     record: dict[str, Any]
     dataset: Callable[[], xarray.Dataset]
-    draw: Callable[[], Any]
+    draw: Callable[[], matplotlib.figure.Figure]
     table: Callable[[], str] | None = None
     failure: str | None = None
 
 
 def targets(options: OutputOptions, command: str) -> tuple[Path, ...]:
-    """The files that the command is to write.
+    """Find the files that the command is to write.
 
     Raises `DataError`, before anything runs, for a file that exists, a folder that does not and a
     kind of file that the command does not write.

@@ -1,4 +1,4 @@
-"""From arguments to an exit code: errors as one line, an interrupt that is heard at once."""
+"""From arguments to an exit code: errors as one line, and interrupts at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def run() -> None:
-    """The command `pcdyn`: run and leave with the exit code."""
+    """Run the command `pcdyn`, and leave the process with its exit code."""
     codecs.register_error("pcdyn", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # there is none where it was closed
@@ -35,11 +35,11 @@ def run() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command of these arguments, those of the process unless given; the exit code.
+    """Run the command of these arguments, those of the process unless given.
 
-    0 if all is done, 1 if the run failed (it diverged, did not converge, or found another verdict
-    than the one on record), 2 for bad input, 130 after Ctrl-C. JAX's settings are as before when it
-    returns.
+    Returns the exit code: 0 if all is done, 1 if the run failed (it diverged, did not converge, or
+    found another verdict than the one on record), 2 for bad input, 130 after Ctrl-C. JAX's settings
+    are as before when it returns.
     """
     try:
         code = _code(sys.argv[1:] if arguments is None else arguments)
@@ -127,7 +127,7 @@ def _float64(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    def show(message: Any, *rest: Any, **options: Any) -> None:
+    def show(message: Warning | str, *_: object, **options: object) -> None:
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from pcdyn._support.checks import check_size, checked_integer, checked_number
 from pcdyn._support.files import read_bytes
+from pcdyn._support.types import Numbers
 from pcdyn.cli.arrays import load_array
 from pcdyn.cli.options import NetworkOptions
 from pcdyn.errors import DataError, InputError
@@ -31,7 +32,7 @@ _ONLY_FOR_NEW_NETWORKS = ("widths", "activation", "output_activation", "weight_s
 
 
 def settings_of(options: NetworkOptions) -> Settings:
-    """The settings that were given, those of the command line before those of a TOML file.
+    """Collect the settings that were given, those of the command line before those of a file.
 
     `network` is among them if it is a NetCDF file. Raises `DataError` for a TOML file that is
     missing, broken or has a key or a value that does not fit, and `InputError` for an option that
@@ -57,7 +58,7 @@ def build_problem(settings: Settings) -> InferenceProblem:
     Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`. Raises `InputError` and its kinds
     for what does not fit, each naming what and where.
     """
-    dtype = jnp.float32 if settings.get("float32") else None
+    dtype = np.float32 if settings.get("float32") else None
     saved = load_problem(settings["network"], dtype=dtype) if "network" in settings else None
     key = _key(settings)
     network = _new_network(settings, key, dtype) if saved is None else saved.network
@@ -80,7 +81,7 @@ def build_problem(settings: Settings) -> InferenceProblem:
     )
 
 
-def _key(settings: Settings) -> Any:
+def _key(settings: Settings) -> PRNGKeyArray:
     # JAX takes only the last 32 bits where float64 is off, and no more than 64 otherwise.
     least, most = (-(2**31), 2**32 - 1) if settings.get("float32") else (-(2**63), 2**63 - 1)
     seed = settings.get("seed", 0)
@@ -89,7 +90,7 @@ def _key(settings: Settings) -> Any:
     return jr.key(seed)
 
 
-def _new_network(settings: Settings, key: Any, dtype: Any) -> Network:
+def _new_network(settings: Settings, key: PRNGKeyArray, dtype: type[np.float32] | None) -> Network:
     std = settings.get("bias")
     if std is not None:
         std = checked_number(std, "the standard deviation of biases", at_least=0)
@@ -113,11 +114,11 @@ def _new_network(settings: Settings, key: Any, dtype: Any) -> Network:
 
 
 def _clamped(
-    settings: Settings, network: Network, saved: InferenceProblem | None, key: Any
-) -> tuple[Any, Any]:
+    settings: Settings, network: Network, saved: InferenceProblem | None, key: PRNGKeyArray
+) -> tuple[Numbers | None, Numbers | None]:
     """Input and output: from files, random with the batch size of the other, or free."""
     sources = {name: settings.get(name) for name in ("input", "output")}
-    data: dict[str, Any] = {"input": None, "output": None}
+    data: dict[str, Numbers | None] = {"input": None, "output": None}
     random = []
     for name, source in sources.items():
         if source is None and saved is not None:
@@ -146,7 +147,7 @@ def _clamped(
     return data["input"], data["output"]
 
 
-def _named_energy(text: str, precisions: Any) -> Energy:
+def _named_energy(text: str, precisions: float | int | Sequence[Numbers] | None) -> Energy:
     """The energy of `"name"` or `"name:parameter"`."""
     name, colon, number = text.partition(":")
     try:
@@ -158,7 +159,9 @@ def _named_energy(text: str, precisions: Any) -> Energy:
     return named_energy(name, precision=_precisions(precisions), parameter=parameter)
 
 
-def _precisions(given: Any) -> Any:
+def _precisions(
+    given: float | int | Sequence[Numbers] | None,
+) -> np.ndarray | list[np.ndarray] | None:
     if given is None:
         return None
     if isinstance(given, int | float):
@@ -168,7 +171,7 @@ def _precisions(given: Any) -> Any:
     return [_as_numbers(each) for each in given]
 
 
-def _as_numbers(precision: Any) -> Any:
+def _as_numbers(precision: Numbers) -> np.ndarray:
     try:
         return np.asarray(precision, dtype=float)
     except (TypeError, ValueError, OverflowError) as error:
@@ -177,27 +180,27 @@ def _as_numbers(precision: Any) -> Any:
         ) from error
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_integers(value: Any) -> bool:
+def _is_integers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_integer(each) for each in value)
 
 
-def _is_precisions(value: Any) -> bool:
+def _is_precisions(value: object) -> bool:
     return _is_number(value) or (isinstance(value, list) and bool(value))
 
 
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "widths": (_is_integers, "a list of integers"),
     "activation": (_is_text, "a name"),
     "output_activation": (_is_text, "a name"),

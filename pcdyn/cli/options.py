@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 
-def option(text: str, *, metavar: str | None = None, default: str | None = None) -> Any:
-    """The help of a flag, with the default in words where the value does not tell it."""
+def option(text: str, *, metavar: str | None = None, default: str | None = None) -> object:
+    """Give the help of a flag, with the default in words where the value does not say it."""
     hint = {None: None, "optional": "(optional)"}.get(default, f"(default: {default})")
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint)
 

@@ -48,7 +48,7 @@ Example: pcdyn verify "Theorem 3.4" A.2 --networks 50 --json"""
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command of these arguments; tyro exits with its own message where there is none."""
+    """Parse arguments into a command; tyro exits with its own message where there is none."""
     subcommand = tyro.conf.subcommand
     chosen = (
         Annotated[Simulate, subcommand("simulate", description=_SIMULATE)]

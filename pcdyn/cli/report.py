@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,14 +43,14 @@ def lines(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)
 
 
-def counts(statuses: Any) -> dict[str, int]:
-    """Count the samples of each status; `statuses` is one or a tuple of them."""
+def counts(statuses: enum.IntEnum | tuple[enum.IntEnum, ...]) -> dict[str, int]:
+    """Count the samples of each status."""
     each = statuses if isinstance(statuses, tuple) else (statuses,)
     return {status.name: each.count(status) for status in dict.fromkeys(each)}
 
 
-def as_json(value: Any) -> Any:
-    """`value` of plain Python types that JSON knows; NaN and infinity become null."""
+def as_json(value: object) -> object:
+    """Convert to plain Python types that JSON knows; NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): as_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

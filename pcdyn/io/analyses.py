@@ -10,7 +10,7 @@ import numpy as np
 from pcdyn._support.types import Values
 from pcdyn.analysis.comparison.reference_solution import Errors
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
-from pcdyn.analysis.stability import Stability
+from pcdyn.analysis.time_scales import Stability
 from pcdyn.errors import DataError, Status
 from pcdyn.integrators.statistics import MEASURES, Statistics
 from pcdyn.io.netcdf import attribute, named_values, number
@@ -23,12 +23,12 @@ _IMAGINARY = "_imaginary"
 
 
 def comparison_from_xarray(dataset: xarray.Dataset) -> Comparison:
-    """The comparison of a data set that `Comparison.to_xarray` made.
+    """Make the comparison of a data set that `Comparison.to_xarray` made.
 
     Raises `DataError` if the data set lacks a part of one.
     """
 
-    def column(name: str, kind: str = "real numbers") -> Any:
+    def column(name: str, kind: str = "real numbers") -> list[Any]:
         return named_values(dataset, name, "run", kind=kind).tolist()
 
     texts = {name: column(name, "texts") for name in ("integrator", "setting", "message")}
@@ -57,7 +57,7 @@ def comparison_from_xarray(dataset: xarray.Dataset) -> Comparison:
 
 
 def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
-    """The stability of a data set that `Stability.to_xarray` made, with NumPy arrays.
+    """Make the stability of a data set that `Stability.to_xarray` made, with NumPy arrays.
 
     Raises `DataError` if the data set lacks a part of one.
     """
@@ -84,10 +84,10 @@ def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
 
 
 def real_valued(dataset: xarray.Dataset) -> xarray.Dataset:
-    """The same with complex variables, which NetCDF lacks, as two: real and imaginary parts."""
-    turning = {name: x for name, x in dataset.data_vars.items() if np.iscomplexobj(x)}
-    parts = {f"{name}{_IMAGINARY}": x.imag for name, x in turning.items()}
-    return dataset.assign({name: x.real for name, x in turning.items()} | parts)
+    """Split complex variables, which NetCDF lacks, into their real and imaginary parts."""
+    complex_ones = {name: x for name, x in dataset.data_vars.items() if np.iscomplexobj(x)}
+    parts = {f"{name}{_IMAGINARY}": x.imag for name, x in complex_ones.items()}
+    return dataset.assign({name: x.real for name, x in complex_ones.items()} | parts)
 
 
 def _status(name: str) -> Status:

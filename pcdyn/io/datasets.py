@@ -18,17 +18,10 @@ and R. Vollgraf (Zalando).
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import importlib.resources
-import io
-import math
 import os
-import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,27 +31,31 @@ from numpy.typing import DTypeLike, NDArray
 from pcdyn._support.checks import as_sequence, check_choice, check_instance, checked_number
 from pcdyn._support.files import write_atomically
 from pcdyn.errors import DataError
+from pcdyn.io.idx_files import (
+    CLASSES,
+    IdxFile,
+    checked_contents,
+    is_intact,
+    parse_images,
+    parse_labels,
+)
 
 Split = Literal["train", "test"]
 Origin = Literal["folder", "cache", "download", "sample"]
 Source = Literal["auto", "folder", "cache", "download", "sample"]
 
-CLASSES = 10
-SIDE = 28
 FOLDER_VARIABLE = "PCDYN_DATA"
-_LARGEST = 2**28  # bytes, five times the images of the largest set
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled images of ten classes, with where they came from.
 
-    Attributes:
-        images: shape `(n, 784)`, floating point, one image a row (28 rows of 28 pixels).
-        labels: shape `(n,)`, int64, each from 0 to 9.
-        name: `"mnist"` or `"fashion-mnist"`.
-        source: `"folder"`, `"cache"`, `"download"` or `"sample"`; only `"sample"` is not the
-            full set.
+    - `images`: shape `(n, 784)`, floating point, one image a row (28 rows of 28 pixels).
+    - `labels`: shape `(n,)`, int64, each from 0 to 9.
+    - `name`: `"mnist"` or `"fashion-mnist"`.
+    - `source`: `"folder"`, `"cache"`, `"download"` or `"sample"`; only `"sample"` is not the full
+      set.
     """
 
     images: NDArray[np.floating[Any]]
@@ -80,20 +77,22 @@ def mnist(
     source: Source = "auto",
     base_url: str | None = None,
 ) -> Dataset:
-    """MNIST: 60000 training or 10000 test digits, or the 1000 or 500 of the shipped sample.
+    """Load MNIST: 60000 training or 10000 test digits, or the 1000 or 500 of the shipped sample.
 
-    Args:
-        split: `"train"` or `"test"`.
-        limits: the values of an empty and of a full pixel; between them the scale is linear.
-        dtype: floating-point dtype of the images.
-        source: where to read from (see `pcdyn.datasets`). `"auto"` takes the folder if
-            `PCDYN_DATA` is set (and not empty), else the cache if it holds both files of the
-            split, else the sample; it never downloads.
-        base_url: address of the folder on the server; only with `source="download"`.
+    **Arguments:**
 
-    Raises:
-        DataError: an argument is not one of those above; or a file is missing, damaged, or not
-            what its name says. A folder that is set but incomplete is never passed over.
+    - `split`: `"train"` or `"test"`.
+    - `limits`: the values of an empty and of a full pixel; between them the scale is linear.
+    - `dtype`: floating-point dtype of the images.
+    - `source`: where to read from (see `pcdyn.datasets`). `"auto"` takes the folder if `PCDYN_DATA`
+      is set (and not empty), else the cache if it holds both files of the split, else the sample;
+      it never downloads.
+    - `base_url`: address of the folder on the server; only with `source="download"`.
+
+    **Raises:**
+
+    - `DataError` for an argument that is not one of those above, and for a file that is missing,
+      damaged, or not what its name says. A folder that is set but incomplete is never passed over.
     """
     return _load(_MNIST, split, limits, dtype, source, base_url)
 
@@ -106,7 +105,7 @@ def fashion_mnist(
     source: Source = "auto",
     base_url: str | None = None,
 ) -> Dataset:
-    """Fashion-MNIST: 60000 training or 10000 test images of clothing.
+    """Load Fashion-MNIST: 60000 training or 10000 test images of clothing.
 
     As `mnist`, but without a sample: `source="auto"` takes the folder if `PCDYN_DATA` is set, else
     the cache, and otherwise raises `DataError`, as `source="sample"` does.
@@ -182,8 +181,8 @@ def _load(
     values = _pixel_values(limits, dtype)
     origin = _first_available(archive, split) if source == "auto" else source
     image_file, label_file = _locate(archive, split, origin, base_url)
-    pixels = _parse_images(image_file)
-    labels = _parse_labels(label_file)
+    pixels = parse_images(image_file)
+    labels = parse_labels(label_file)
     if len(pixels) != len(labels):
         raise label_file.error(
             f"it holds {len(labels)} labels, but {image_file.label} holds {len(pixels)} images"
@@ -227,19 +226,6 @@ def _pixel_values(limits: tuple[float, float], dtype: DTypeLike) -> NDArray[np.f
     return (low * (1 - fraction) + high * fraction).astype(dtype)
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file to read: its name in messages, the cure if it is bad, its SHA-256 if known."""
-
-    path: Traversable
-    label: str
-    remedy: str
-    sha256: str | None = None
-
-    def error(self, problem: str) -> DataError:
-        return DataError(f"{self.label}: {problem}; {self.remedy}")
-
-
 def _first_available(archive: _Archive, split: str) -> Origin:
     if os.environ.get(FOLDER_VARIABLE):
         return "folder"
@@ -254,7 +240,7 @@ def _first_available(archive: _Archive, split: str) -> Origin:
     )
 
 
-def _locate(archive: _Archive, split: str, origin: Origin, base_url: str | None) -> list[_File]:
+def _locate(archive: _Archive, split: str, origin: Origin, base_url: str | None) -> list[IdxFile]:
     """The image file and the label file of a split; missing files are found out here."""
     names = _FILES[split]
     if origin == "folder":
@@ -268,7 +254,7 @@ def _locate(archive: _Archive, split: str, origin: Origin, base_url: str | None)
     return [_in_cache(archive, name) for name in names]
 
 
-def _in_folder(archive: _Archive, name: str) -> _File:
+def _in_folder(archive: _Archive, name: str) -> IdxFile:
     root = os.environ.get(FOLDER_VARIABLE)
     if not root:
         raise DataError(
@@ -279,7 +265,7 @@ def _in_folder(archive: _Archive, name: str) -> _File:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             remedy = f"put an intact copy in its place, or unset {FOLDER_VARIABLE}"
-            return _File(path, str(path), remedy)
+            return IdxFile(path, str(path), remedy)
     missing = "this folder does not exist" if not folder.is_dir() else f"it has no {name}[.gz]"
     raise DataError(
         f"{folder}: {missing}; {FOLDER_VARIABLE} is {root!r} and must be a folder that holds "
@@ -288,14 +274,14 @@ def _in_folder(archive: _Archive, name: str) -> _File:
     )
 
 
-def _in_sample(archive: _Archive, name: str) -> _File:
+def _in_sample(archive: _Archive, name: str) -> IdxFile:
     if archive.sample is None:
         raise DataError(
             f'no sample of {archive.name} ships with pcdyn; give source="download", or set '
             f"{FOLDER_VARIABLE} to a folder that holds {archive.name}/"
         )
     path = importlib.resources.files("pcdyn.io") / "data" / f"{archive.sample}-{name}.gz"
-    return _File(path, str(path), "reinstall pcdyn")
+    return IdxFile(path, str(path), "reinstall pcdyn")
 
 
 def _cache(archive: _Archive) -> Path:
@@ -309,10 +295,10 @@ def _cache_path(archive: _Archive, name: str) -> Path:
     return _cache(archive) / f"{name}.gz"
 
 
-def _in_cache(archive: _Archive, name: str) -> _File:
+def _in_cache(archive: _Archive, name: str) -> IdxFile:
     path = _cache_path(archive, name)
     remedy = 'give source="download", which fetches an intact copy'
-    file = _File(path, str(path), remedy, archive.sha256[name])
+    file = IdxFile(path, str(path), remedy, archive.sha256[name])
     if not path.is_file():
         raise file.error("the cache does not hold this file")
     return file
@@ -323,7 +309,7 @@ def _download(archive: _Archive, name: str, base_url: str) -> None:
     import pooch
 
     path = _cache_path(archive, name)
-    if path.is_file() and _is_intact(_in_cache(archive, name)):
+    if path.is_file() and is_intact(_in_cache(archive, name)):
         return
     url = f"{base_url.rstrip('/')}/{name}.gz"
 
@@ -333,7 +319,7 @@ def _download(archive: _Archive, name: str, base_url: str) -> None:
         except OSError as error:
             raise failed(error) from error
         remedy = "try again, or give another base_url"
-        _contents(_File(partial, url, remedy, archive.sha256[name]))
+        checked_contents(IdxFile(partial, url, remedy, archive.sha256[name]))
 
     def failed(error: OSError) -> DataError:
         return DataError(
@@ -348,89 +334,3 @@ def _download(archive: _Archive, name: str, base_url: str) -> None:
         raise failed(error) from error
     # A failure or an interruption leaves neither a partial file nor a damaged one behind.
     write_atomically(path, fetch)
-
-
-def _is_intact(file: _File) -> bool:
-    try:
-        _contents(file)
-    except DataError:
-        return False
-    return True
-
-
-def _contents(file: _File) -> bytes:
-    """The unzipped bytes of a file, checked against its SHA-256 if that is known.
-
-    No more are unzipped than its header asks for, and one.
-    """
-    try:
-        packed = file.path.read_bytes()
-        # The first bytes tell, not the name: some servers unzip on the fly.
-        is_zipped = packed[:2] == b"\x1f\x8b"
-        stream = io.BytesIO(packed)
-        with gzip.GzipFile(fileobj=stream) if is_zipped else stream as unzipped:
-            head = unzipped.read(16)
-            asked = _length(head)
-            if asked > _LARGEST:
-                raise file.error(
-                    f"its header asks for {asked / 2**30:.3g} GiB, more than any set of images has"
-                )
-            data = head + unzipped.read(max(asked + 1 - len(head), 0))
-    except (OSError, EOFError, zlib.error) as error:
-        raise file.error(f"it cannot be read or unzipped ({error})") from error
-    found = hashlib.sha256(data).hexdigest()
-    if file.sha256 not in (None, found):
-        raise file.error(
-            f"its unzipped contents have SHA-256 {found} instead of {file.sha256}, so it is "
-            "damaged or another file"
-        )
-    return data
-
-
-def _length(head: bytes) -> int:
-    """How long an IDX file says it is; as long as can be for what is no IDX file of bytes."""
-    ndim = head[3] if len(head) == 16 and head[:3] == b"\0\0\x08" else 0
-    if ndim not in (1, 3):
-        return _LARGEST
-    return 4 + 4 * ndim + math.prod(struct.unpack_from(f">{ndim}I", head, 4))
-
-
-def _parse_images(file: _File) -> NDArray[np.uint8]:
-    """Pixels of shape `(n, 784)`."""
-    images = _parse_idx(file, ndim=3)
-    if images.shape[1:] != (SIDE, SIDE):
-        raise file.error(
-            f"its images are {images.shape[1]} by {images.shape[2]} pixels instead of "
-            f"{SIDE} by {SIDE}"
-        )
-    return images.reshape(-1, SIDE * SIDE)
-
-
-def _parse_labels(file: _File) -> NDArray[np.uint8]:
-    """Labels of shape `(n,)`."""
-    labels = _parse_idx(file, ndim=1)
-    if labels.max() >= CLASSES:
-        where = int(labels.argmax())
-        raise file.error(f"label {where} is {labels[where]}; labels run from 0 to {CLASSES - 1}")
-    return labels
-
-
-def _parse_idx(file: _File, *, ndim: int) -> NDArray[np.uint8]:
-    """The array of an IDX file of unsigned bytes, of which every byte is accounted for."""
-    data = _contents(file)
-    start = 4 + 4 * ndim
-    if len(data) < start:
-        raise file.error(f"it ends after {len(data)} bytes, within the {start} of the IDX header")
-    magic, *shape = struct.unpack_from(f">{1 + ndim}I", data)
-    # 8 is the IDX code of unsigned bytes.
-    expected = 8 << 8 | ndim
-    if magic != expected:
-        raise file.error(f"its magic number is {magic} instead of {expected}")
-    length = start + math.prod(shape)
-    if len(data) != length:
-        raise file.error(
-            f"it has {len(data)} bytes, but its header (shape {tuple(shape)}) asks for {length}"
-        )
-    if length == start:
-        raise file.error(f"it is empty (shape {tuple(shape)})")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import ArrayLike
 
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn._support.types import Values
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
-    """An equilibrium on the host as a labelled data set.
+    """Convert an equilibrium on the host to a labelled data set.
 
     Variables: `activity_l` and `prediction_error_l`, shape `([sample,] unit_l)`; `energy`, shape
     `([sample,] predicted_layer)`; `residual_norm`, shape `([sample,] free_layer)`; `free_energy`,
@@ -40,7 +41,9 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     sample = ("sample",) if np.ndim(equilibrium.energies) == 2 else ()
     variables: dict[str, Any] = {}
 
-    def put(name: str, values: Any, last: Sequence[str], meaning: str, **attributes: Any) -> None:
+    def put(
+        name: str, values: ArrayLike, last: Sequence[str], meaning: str, **attributes: object
+    ) -> None:
         named = {"long_name": meaning, **attributes}
         variables[name] = ((*sample, *last), np.asarray(values), named)
 
@@ -50,12 +53,8 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
         put(f"prediction_error_{l}", values, (f"unit_{l}",), f"prediction error of layer {l}")
     put("energy", equilibrium.energies, ("predicted_layer",), "energy of a layer")
     put("free_energy", equilibrium.free_energy, (), "free energy")
-    put(
-        "residual_norm",
-        equilibrium.residual_norms,
-        ("free_layer",),
-        "norm of the gradient of the free energy in a layer",
-    )
+    meaning = "norm of the gradient of the free energy in a layer"
+    put("residual_norm", equilibrium.residual_norms, ("free_layer",), meaning)
     put("tolerance", equilibrium.tolerance, ("free_layer",), "what that norm was to be")
     for l, values in zip(equilibrium.problem.free_layers, equilibrium.start, strict=True):
         put(f"start_{l}", values, (f"unit_{l}",), f"where the search began in layer {l}")
@@ -87,14 +86,14 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
 
 
 def with_its_problem(equilibrium: Equilibrium) -> xarray.Dataset:
-    """The data set of an equilibrium with the problem that it is of, as files hold it."""
+    """Convert an equilibrium to a data set with the problem that it is of, as files hold it."""
     if equilibrium.networks is not None:
         return stacked_dataset(equilibrium, with_its_problem)
     return with_problem(to_xarray(equilibrium), equilibrium.problem)
 
 
 def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
-    """The equilibrium of a data set that holds its problem as well, with NumPy arrays.
+    """Make the equilibrium of a data set that holds its problem as well, with NumPy arrays.
 
     `with_its_problem` makes the data set. Raises `DataError` if it lacks a part of an equilibrium,
     and what `problem_from_xarray` raises.

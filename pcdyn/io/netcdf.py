@@ -24,6 +24,7 @@ from pcdyn.errors import DataError, DtypeError
 
 # xarray and h5py are imported where they are used: `import pcdyn` stays fast.
 if TYPE_CHECKING:
+    import h5py
     import xarray
 
 _MARK = b"\npcdyn sha256 "
@@ -33,7 +34,7 @@ _KINDS = {"real numbers": "f", "integers": "iu", "booleans": "b", "texts": "OTU"
 
 
 def netcdf_bytes(dataset: xarray.Dataset, *, compressed: bool = False) -> bytes:
-    """A data set as the contents of a NetCDF file, every bit of it; without loss if `compressed`.
+    """Pack a data set as the contents of a NetCDF file, bit for bit, also if `compressed`.
 
     Raises `DtypeError` for numbers that the format does not have, such as float16.
     """
@@ -100,13 +101,19 @@ def read_dataset(path: str | os.PathLike[str]) -> xarray.Dataset:
 def named_values(
     dataset: xarray.Dataset, name: str, *dimensions: str, kind: str, sample: str = "absent"
 ) -> Values:
-    """The values of a variable with its axes in the order of these names, whatever it was.
+    """Read a variable as a NumPy array with its axes in the order of these names.
 
-    Arguments: `kind`, `"real numbers"`, `"integers"`, `"booleans"` or `"texts"`; `sample`, whether
-    there is an axis `"sample"` as well, after `"time"` if that is the first and otherwise before
-    all: `"absent"`, `"optional"`, or `"present"`, for which values without it are repeated.
+    **Arguments:**
 
-    Raises `DataError` if the variable is missing, has other dimensions or is of another kind.
+    - `dimensions`: the names of the axes, whatever their order in the data set.
+    - `kind`: `"real numbers"`, `"integers"`, `"booleans"` or `"texts"`.
+    - `sample`: whether there is an axis `"sample"` as well, after `"time"` if that is the first and
+      otherwise before all: `"absent"`, `"optional"`, or `"present"`, for which values without it
+      are repeated.
+
+    **Raises:**
+
+    - `DataError` if the variable is missing, has other dimensions or is of another kind.
     """
     # Indexing the data set itself would make up a coordinate that is missing.
     if name not in dataset.variables:
@@ -131,31 +138,31 @@ def named_values(
     return cast(Values, values.astype(values.dtype.newbyteorder("="), order="C", copy=False))
 
 
-def attribute(dataset: xarray.Dataset, name: str) -> Any:
-    """An attribute; raises `DataError` if it is missing."""
+def attribute(dataset: xarray.Dataset, name: str) -> object:
+    """Return an attribute; raise `DataError` if it is missing."""
     if name not in dataset.attrs:
         raise DataError(f"it lacks {name!r}")
     return dataset.attrs[name]
 
 
 def number(dataset: xarray.Dataset, name: str) -> float:
-    """An attribute that is a number; raises `DataError` if it is missing or none."""
+    """Return an attribute that is a number; raise `DataError` if it is missing or none."""
     value = attribute(dataset, name)
     try:
-        return float(value)
+        return np.asarray(value, float).item()
     except (TypeError, ValueError) as error:
         raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 
 
 def checked_codes(codes: Values, kind: type[enum.IntEnum]) -> Values:
-    """Codes of statuses; raises `DataError` for one that there is not."""
+    """Return codes of statuses; raise `DataError` for one that there is not."""
     unknown = set(codes.ravel().tolist()) - {int(status) for status in kind}
     if unknown:
         raise DataError(f"status {min(unknown)} does not exist in this version of pcdyn")
     return codes
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: object) -> None:
     """Raise `DataError` for what is no data set of xarray."""
     import xarray
 
@@ -172,13 +179,13 @@ def _check_digest(content: bytes) -> None:
         raise ValueError("its bytes are not those that were written")
 
 
-def _declared(file: Any) -> int:
+def _declared(file: h5py.File) -> int:
     """The bytes that all arrays of an HDF5 file take in memory."""
     import h5py
 
     sizes = []
 
-    def count(_: str, item: Any) -> None:
+    def count(_: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
             sizes.append(int(item.size or 0) * item.dtype.itemsize)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
-    """A problem as a labelled data set, l = 1 … L.
+    """Convert a problem to a labelled data set, l = 1 … L.
 
     Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
@@ -38,9 +38,11 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     not all energies are Gaussian their names are in the attribute `energies`, and the parameters of
     those that have one in the variables `energy_parameter_l`.
 
-    Raises `InputError` for a network of other layers than `pcdyn.Dense` and an energy without a
-    name (`pcdyn.named_energy`), and `ActivationError` for an activation that
-    pcdyn does not know by name.
+    **Raises:**
+
+    - `InputError` for a network of other layers than `pcdyn.Dense`, and for an energy without a
+      name (`pcdyn.named_energy`).
+    - `ActivationError` for an activation that pcdyn does not know by name.
     """
     import xarray
 
@@ -81,24 +83,30 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
 def problem_from_xarray(
     dataset: xarray.Dataset, *, dtype: DTypeLike | None = None
 ) -> InferenceProblem:
-    """The problem of a data set that `problem_to_xarray` made, alone or merged with others.
+    """Make the problem of a data set that `problem_to_xarray` made, alone or merged with others.
 
     Axes are found by their names, whatever their order. Numbers keep their dtype, unless another is
-    given: then they are rounded to that. Raises `DataError` if there is no problem in the data set,
-    `DtypeError` for float64 numbers where float64 is off in JAX, unless float32 holds them exactly,
-    and what the network and the problem raise.
+    given: then they are rounded to that.
+
+    **Raises:**
+
+    - `DataError` if there is no problem in the data set.
+    - `DtypeError` for float64 numbers where float64 is off in JAX, unless float32 holds them
+      exactly.
+    - What the network and the problem raise.
     """
     check_dataset(dataset)
 
-    def values(name: str, *dimensions: str, sample: str = "absent") -> Any:
-        if name not in dataset.variables:
-            return None
+    def values(name: str, *dimensions: str, sample: str = "absent") -> Values:
         found = named_values(dataset, name, *dimensions, kind="real numbers", sample=sample)
-        return _as_jax(found, dtype, name)
+        return _rounded(found, dtype, name)
 
-    def precision(l: int) -> Any:
+    def values_if_any(name: str, *dimensions: str, sample: str = "absent") -> Values | None:
+        return values(name, *dimensions, sample=sample) if name in dataset.variables else None
+
+    def precision(l: int) -> Values | None:
         ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
-        return values(f"precision_{l}", *(f"unit_{l}", f"column_{l}")[:ndim])
+        return values_if_any(f"precision_{l}", *(f"unit_{l}", f"column_{l}")[:ndim])
 
     names = str(dataset.attrs.get("activations", "")).split()
     indices = range(1, len(names) + 1)
@@ -112,7 +120,7 @@ def problem_from_xarray(
     layers = [
         Dense(
             values(f"weight_{l}", f"unit_{l}", f"unit_{l - 1}"),
-            values(f"bias_{l}", f"unit_{l}"),
+            values_if_any(f"bias_{l}", f"unit_{l}"),
             name,
         )
         for l, name in zip(indices, names, strict=True)
@@ -124,28 +132,28 @@ def problem_from_xarray(
         raise DataError(f"{len(kinds)} energies for {len(names)} layers in this file")
 
     def energy(l: int, kind: str) -> Energy:
-        parameter = values(f"energy_parameter_{l}")
-        parameter = values("energy_parameter") if parameter is None else parameter
+        parameter = values_if_any(f"energy_parameter_{l}")
+        parameter = values_if_any("energy_parameter") if parameter is None else parameter
         with naming_layer(l):
             return named_energy(kind, precision=precision(l), parameter=parameter)
 
-    constants = values("time_constant", "layer")
+    constants = values_if_any("time_constant", "layer")
     return InferenceProblem(
         Network(layers),
-        input=values("input", "unit_0", sample="optional"),
-        output=values("output", f"unit_{len(names)}", sample="optional"),
+        input=values_if_any("input", "unit_0", sample="optional"),
+        output=values_if_any("output", f"unit_{len(names)}", sample="optional"),
         energy=[energy(l, kind) for l, kind in zip(indices, kinds, strict=True)],
         time_constants=None if constants is None else list(constants),
     )
 
 
 def with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:
-    """The data set of a result with the problem that it belongs to."""
+    """Merge the data set of a result with that of the problem that it belongs to."""
     network = problem_to_xarray(problem)
     return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
 
 
-def _as_jax(values: Values, dtype: DTypeLike | None, name: str) -> Values:
+def _rounded(values: Values, dtype: DTypeLike | None, name: str) -> Values:
     """`values` in a dtype that JAX does not round any more."""
     try:
         wanted = values.dtype if dtype is None else np.dtype(dtype)

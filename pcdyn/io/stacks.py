@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
 
+from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import ShapeError
+from pcdyn.simulation.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import xarray
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
 NETWORK = "network"
 # Attributes of one network's data set that may differ between networks.
 _SECONDS = ("compile_seconds", "run_seconds")
+_Result = TypeVar("_Result", Trajectory, Equilibrium)
 
 
-def stacked_dataset(result: Any, to_xarray: Callable[[Any], xarray.Dataset]) -> xarray.Dataset:
-    """One data set of a result of several networks; raises `ShapeError` if their times differ."""
+def stacked_dataset(
+    result: _Result, to_xarray: Callable[[_Result], xarray.Dataset]
+) -> xarray.Dataset:
+    """Convert a result of several networks; raise `ShapeError` if their times differ."""
     import xarray
 
     each: list[xarray.Dataset] = []
-    for i in range(result.networks):
+    for i in range(result.networks or 0):
         # Seconds that nothing has measured are one number for all.
         one = to_xarray(jax.tree.map(lambda x, i=i: np.asarray(x)[i] if np.ndim(x) else x, result))
         each.append(one.assign({name: one.attrs.pop(name) for name in _SECONDS}))
@@ -36,8 +41,10 @@ def stacked_dataset(result: Any, to_xarray: Callable[[Any], xarray.Dataset]) -> 
         raise ShapeError(f"the networks have no data set in common ({error})") from error
 
 
-def unstacked_result(dataset: xarray.Dataset, from_xarray: Callable[[Any], Any]) -> Any:
-    """The result of several networks from their data set."""
+def unstacked_result(
+    dataset: xarray.Dataset, from_xarray: Callable[[xarray.Dataset], _Result]
+) -> _Result:
+    """Make the result of several networks from their data set."""
     each = []
     for i in range(dataset.sizes[NETWORK]):
         one = dataset.isel({NETWORK: i})

@@ -7,9 +7,10 @@ function of the solver and is not stored.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import ArrayLike
 
 from pcdyn._support.checks import check_instance, is_traced
 from pcdyn._support.types import Values
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
 
 TIME_UNITS = "activity time constants"
 
-_TEXTS = ("integrator", "fallback", "message")
 _SECONDS = [name for name in MEASURES if name not in COUNTS]
 
 
 def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
-    """A trajectory as a labelled data set, sharing its arrays.
+    """Convert a trajectory to a labelled data set that shares its arrays.
 
     Dimensions: `time`; `sample` if there is a batch; `unit_l` of each layer l = 0 … L;
     `predicted_layer` = 1 … L; `free_layer`.
@@ -70,11 +70,13 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     samples = ("sample",) if np.ndim(trajectory.energies) == 3 else ()
     in_time = ("time", *samples)
 
-    def saved(values: Any, last: tuple[str, ...], name: str, units: str = "1") -> Any:
+    def saved(
+        values: ArrayLike, last: tuple[str, ...], name: str, units: str = "1"
+    ) -> xarray.Variable:
         attributes = {"long_name": name, "units": units}
         return xarray.Variable((*in_time, *last), np.asarray(values), attributes)
 
-    def once(values: Any, **attributes: Any) -> Any:
+    def once(values: ArrayLike, **attributes: object) -> xarray.Variable:
         array = np.asarray(values)
         return xarray.Variable(samples if array.ndim else (), array, attributes)
 
@@ -123,7 +125,9 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         "free_layer": np.array(trajectory.free_layers, dtype=int),
     }
     attributes = {
-        **{name: getattr(trajectory, name) for name in _TEXTS},
+        "integrator": trajectory.integrator,
+        "fallback": trajectory.fallback,
+        "message": trajectory.message,
         **{name: float(statistics[name]) for name in _SECONDS},
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
@@ -132,7 +136,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
 
 
 def from_xarray(dataset: xarray.Dataset) -> Trajectory:
-    """The trajectory of a data set that `to_xarray` made, with NumPy arrays.
+    """Make the trajectory of a data set that `to_xarray` made, with NumPy arrays.
 
     Axes are found by their names and layers by their coordinates, so that xarray may have reordered
     them, as `xarray.concat` of runs along `"sample"` does. Raises `DataError` if the data set
@@ -184,7 +188,9 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
             *(once(name, "integers") if name in variables else None for name in COUNTS),
             *(number(dataset, name) for name in _SECONDS),
         ),
-        **cast(Any, {name: str(attribute(dataset, name)) for name in _TEXTS}),
+        integrator=str(attribute(dataset, "integrator")),
+        fallback=str(attribute(dataset, "fallback")),
+        message=str(attribute(dataset, "message")),
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),
     )

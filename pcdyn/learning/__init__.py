@@ -1,19 +1,19 @@
 """Learning, the slow outer timescale: rules as values, and a loop that follows them."""
 
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
-from pcdyn.learning.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
-from pcdyn.learning.base import BatchGradient, Rule
-from pcdyn.learning.joint import AdiabaticFlow, JointFlow
-from pcdyn.learning.precisions import OutputNoise, PrecisionFlow, output_noise
-from pcdyn.learning.predictive_coding import (
+from pcdyn.learning.flows.joint import AdiabaticFlow, JointFlow
+from pcdyn.learning.flows.precisions import OutputNoise, PrecisionFlow, output_noise
+from pcdyn.learning.flows.variational import variational_free_energy
+from pcdyn.learning.rules.backpropagation import Backpropagation, FixedPrediction, ZeroDivergence
+from pcdyn.learning.rules.base import BatchGradient, Rule
+from pcdyn.learning.rules.predictive_coding import (
     EulerPredictiveCoding,
     IncrementalPredictiveCoding,
     LowPrecisionPredictiveCoding,
     PredictiveCoding,
 )
-from pcdyn.learning.targets import LearnedTargetPropagation, TargetPropagation
+from pcdyn.learning.rules.target_propagation import LearnedTargetPropagation, TargetPropagation
 from pcdyn.learning.train import Evaluation, Training, train
-from pcdyn.learning.variational import variational_free_energy
 
 __all__ = [
     "AdiabaticFlow",

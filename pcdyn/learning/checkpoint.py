@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import PyTree
 
 from pcdyn._support.files import read_numpy, write_atomically
 from pcdyn.errors import CheckpointError, DataError
@@ -22,8 +23,8 @@ from pcdyn.errors import CheckpointError, DataError
 _FORMAT = "pcdyn training checkpoint 2"
 
 
-def fingerprint(computations: Mapping[str, Any], **parts: Any) -> dict[str, str]:
-    """SHA-256 of each part of a configuration, and of what it computes.
+def fingerprint(computations: Mapping[str, str], **parts: PyTree) -> dict[str, str]:
+    """Compute the SHA-256 of each part of a configuration, and of what it computes.
 
     The parts are hashed by their structure and the numbers in them. That says nothing of functions,
     such as the schedule of an optimiser, an activation or an energy of the user: they are hashed as
@@ -31,19 +32,18 @@ def fingerprint(computations: Mapping[str, Any], **parts: Any) -> dict[str, str]
     `CheckpointError` for one that calls Python while it runs, of which there is no such code.
     """
     code = {}
-    for name, lowered in computations.items():
-        text = lowered.as_text()
+    for name, text in computations.items():
         if re.search(r"custom_call @\w*python\w*callback", text):
             raise CheckpointError(
                 f"the {name} calls Python while it runs (jax.pure_callback or the like), so that "
                 "no later process could know it again: train without a checkpoint"
             )
         code[name] = hashlib.sha256(text.encode()).hexdigest()
-    # The last, for it differs wherever another part does.
+    # Code comes last: it differs wherever another part does.
     return {"version of JAX": jax.__version__, **{n: _digest(p) for n, p in parts.items()}, **code}
 
 
-def _digest(part: Any) -> str:
+def _digest(part: PyTree) -> str:
     arrays, static = eqx.partition(part, eqx.is_array_like)
     # Functions print with their address, which is another in each process.
     structure = re.sub(r" at 0x[0-9a-f]+", "", eqx.tree_pformat(static))
@@ -55,15 +55,15 @@ def _digest(part: Any) -> str:
     return digest.hexdigest()
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: object) -> TypeGuard[jax.Array]:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _plain(leaf: Any) -> Any:
+def _plain(leaf: object) -> object:
     return jr.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def check_state(state: Any) -> None:
+def check_state(state: PyTree) -> None:
     """Raise `CheckpointError` for a state of which a file cannot hold every part."""
     for leaf in jax.tree.leaves(state):
         if np.asarray(_plain(leaf)).dtype.kind not in "biufc":
@@ -74,7 +74,11 @@ def check_state(state: Any) -> None:
 
 
 def save(
-    path: Path, configuration: Mapping[str, str], epochs: int, state: Any, records: Any
+    path: Path,
+    configuration: Mapping[str, str],
+    epochs: int,
+    state: PyTree,
+    records: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
     """Write the state of a training after so many epochs, and what it has recorded, atomically."""
     arrays: dict[str, Any] = {
@@ -90,9 +94,9 @@ def save(
 
 
 def load(
-    path: Path, configuration: Mapping[str, str], like: Any, epoch_axis: int
-) -> tuple[int, Any, dict[str, dict[str, np.ndarray]]]:
-    """The epochs done, the state in the structure of `like`, and the records.
+    path: Path, configuration: Mapping[str, str], like: PyTree, epoch_axis: int
+) -> tuple[int, PyTree, dict[str, dict[str, np.ndarray]]]:
+    """Read the epochs done, the state in the structure of `like`, and the records.
 
     Raises `CheckpointError` for a file that is truncated, corrupt, not a checkpoint, or of a
     training with another configuration.
@@ -131,7 +135,7 @@ def load(
     return epochs, jax.tree.unflatten(structure, state), records
 
 
-def _header(path: Path, stored: np.ndarray | None) -> tuple[int, dict[str, Any]]:
+def _header(path: Path, stored: np.ndarray | None) -> tuple[int, dict[str, object]]:
     """The epochs done and the configuration."""
     try:
         header = json.loads(b"" if stored is None else stored.tobytes())

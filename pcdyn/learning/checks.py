@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, ArrayLike, PyTree
 
 from pcdyn._support.checks import (
     as_float_array,
@@ -18,17 +19,24 @@ from pcdyn._support.checks import (
     checked_integer,
     converted,
 )
+from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, LabelError, ShapeError
-from pcdyn.learning.base import Rule
+from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 
+Evaluate = Callable[[Network], Mapping[str, ArrayLike]]
 
-def number_of_seeds(key: Any) -> int | None:
-    """How many networks the key or keys are for; `None` for one that is not in a stack."""
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.ndim > 1 or key.size == 0:
+
+def number_of_seeds(key: object) -> int | None:
+    """Count the networks that the keys are for; `None` for one key alone."""
+    if not (
+        isinstance(key, jax.Array)
+        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.ndim <= 1
+        and key.size
+    ):
         what = f"dtype {key.dtype} and shape {key.shape}" if isinstance(key, jax.Array) else None
         raise InputError(
             f"key {f'has {what}' if what else f'is a {type(key).__name__}'}: give "
@@ -37,8 +45,10 @@ def number_of_seeds(key: Any) -> int | None:
     return None if key.ndim == 0 else len(key)
 
 
-def checked_data(network: Network, inputs: Any, targets: Any, seeds: int | None) -> Any:
-    """Inputs and targets as arrays of the network's dtype, labels as one-hot rows."""
+def checked_data(
+    network: Network, inputs: Numbers, targets: Numbers, seeds: int | None
+) -> tuple[Array, Array]:
+    """Convert inputs and targets to arrays of the network's dtype, labels as one-hot rows."""
     check_instance(network, "network", Network, "a pcdyn.Network")
     check_dtype(network.dtype, "dtype of the network")
     first = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
@@ -59,7 +69,7 @@ def checked_data(network: Network, inputs: Any, targets: Any, seeds: int | None)
     return inputs, targets
 
 
-def _checked_targets(targets: Any, network: Network) -> Any:
+def _checked_targets(targets: Numbers, network: Network) -> Array:
     width, array = network.widths[-1], _maybe_labels(targets)
     if array is None:
         array = as_float_array(targets, "targets")
@@ -79,7 +89,7 @@ def _checked_targets(targets: Any, network: Network) -> Any:
     return checked
 
 
-def _maybe_labels(targets: Any) -> np.ndarray | None:
+def _maybe_labels(targets: Numbers) -> np.ndarray | None:
     """The targets as integers, if that is what they are."""
     if np.ma.isMaskedArray(targets):
         return None
@@ -92,9 +102,9 @@ def _maybe_labels(targets: Any) -> np.ndarray | None:
 
 
 def checked_numbers(
-    epochs: Any, batch_size: Any, checkpoint_every: Any, count: int
+    epochs: object, batch_size: object, checkpoint_every: object, count: int
 ) -> tuple[int, int, int]:
-    """The numbers as integers; raises `InputError` where they do not fit `count` samples."""
+    """Return the numbers as integers; raise `InputError` where they do not fit `count` samples."""
     epochs = checked_integer(epochs, "epochs", at_least=1)
     batch_size = checked_integer(batch_size, "batch_size", at_least=1)
     checkpoint_every = checked_integer(checkpoint_every, "checkpoint_every", at_least=1)
@@ -103,12 +113,12 @@ def checked_numbers(
     return epochs, batch_size, checkpoint_every
 
 
-def check_optimiser(optimiser: Any, weights: Any) -> None:
+def check_optimiser(optimiser: optax.GradientTransformation, weights: PyTree) -> None:
     """Raise `InputError` for what is no optimiser, or one that needs more than a gradient."""
     wanted = "an optimiser of optax such as optax.adam(1e-3)"
     check_instance(optimiser, "optimiser", optax.GradientTransformation, wanted)
 
-    def one_update(weights: Any) -> Any:
+    def one_update(weights: PyTree) -> PyTree:
         return optimiser.update(weights, optimiser.init(weights), weights)
 
     try:
@@ -122,7 +132,7 @@ def check_optimiser(optimiser: Any, weights: Any) -> None:
         ) from error
 
 
-def check_evaluate(evaluate: Any, network: Network, seeds: int | None) -> None:
+def check_evaluate(evaluate: Evaluate, network: Network, seeds: int | None) -> None:
     """Raise `InputError` for what does not make a dictionary of arrays of a network."""
     wanted = "a function from a network to a dictionary of arrays, such as Evaluation(…)"
     check_callable(evaluate, "evaluate", wanted)
@@ -151,7 +161,7 @@ def _first_of(network: Network, seeds: int | None) -> Network:
 def check_rule(
     rule: Rule,
     network: Network,
-    data: Any,
+    data: tuple[Array, Array],
     energy: tuple[Energy, ...],
     batch_size: int,
     seeds: int | None,

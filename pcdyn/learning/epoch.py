@@ -2,92 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
-from pcdyn.learning.base import BatchGradient, Rule
+from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 
 class TrainingSetup(eqx.Module):
     """What stays the same from epoch to epoch."""
 
-    static: Any
+    static: PyTree
     rule: Rule
     energy: tuple[Energy, ...]
-    optimiser: Any = eqx.field(static=True)
+    optimiser: optax.GradientTransformation = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     mean: bool = eqx.field(static=True)
     compare: bool = eqx.field(static=True)
 
 
-def for_each(seeds: int | None, function: Any) -> Any:
-    """`function` of the arrays of one network, or mapped over those of several."""
+def for_each(
+    seeds: int | None, function: Callable[_Arguments, _Result]
+) -> Callable[_Arguments, _Result]:
+    """Map a function of the arrays of one network over those of several, if there are several."""
     return function if seeds is None else eqx.filter_vmap(function)
 
 
-def first_state(setting: TrainingSetup, weights: Any, key: PRNGKeyArray) -> Any:
-    """Weights, optimiser and rule before the first batch."""
-    network = eqx.combine(weights, setting.static)
+def first_state(setup: TrainingSetup, weights: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Return weights, optimiser state and rule state before the first batch."""
+    network = eqx.combine(weights, setup.static)
     # Epochs fold their number into the key; this one is none of theirs.
-    rule_state = setting.rule.init(network, jr.fold_in(key, 2**31 - 1))
-    return weights, setting.optimiser.init(weights), rule_state
+    rule_state = setup.rule.init(network, jr.fold_in(key, 2**31 - 1))
+    return weights, setup.optimiser.init(weights), rule_state
 
 
-def batches_of(key: PRNGKeyArray, epoch: Any, count: int, batch_size: int) -> Any:
-    """The rows of each batch of an epoch."""
+def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: int) -> Array:
+    """Draw the rows of each batch of an epoch."""
     order = jr.permutation(jr.fold_in(key, epoch), count)
     return order[: count // batch_size * batch_size].reshape(-1, batch_size)
 
 
 @eqx.filter_jit
 def run_epoch(
-    setting: TrainingSetup, state: Any, data: Any, key: Any, epoch: Any, seeds: int | None
-) -> tuple[Any, dict[str, Any]]:
-    """The state after an epoch, and the records of its batches."""
+    setup: TrainingSetup,
+    state: PyTree,
+    data: tuple[Array, Array],
+    key: Key[Array, "..."],
+    epoch: Array,
+    seeds: int | None,
+) -> tuple[PyTree, dict[str, Array]]:
+    """Learn for an epoch: the state after it, and the records of its batches."""
 
-    def one(state: Any, key: Any) -> Any:
-        rows = batches_of(key, epoch, len(data[0]), setting.batch_size)
-        return jax.lax.scan(lambda s, r: _batch(setting, s, data[0][r], data[1][r]), state, rows)
+    def one(state: PyTree, key: PRNGKeyArray) -> tuple[PyTree, dict[str, Array]]:
+        rows = batches_of(key, epoch, len(data[0]), setup.batch_size)
+        return jax.lax.scan(lambda s, r: _batch(setup, s, data[0][r], data[1][r]), state, rows)
 
     return for_each(seeds, one)(state, key)
 
 
 def _batch(
-    setting: TrainingSetup, state: Any, inputs: Any, targets: Any
-) -> tuple[Any, dict[str, Any]]:
+    setup: TrainingSetup, state: PyTree, inputs: Array, targets: Array
+) -> tuple[PyTree, dict[str, Array]]:
     """Learn from one batch."""
     weights, optimiser_state, rule_state = state
-    network = eqx.combine(weights, setting.static)
-    problem = InferenceProblem(network, input=inputs, output=targets, energy=setting.energy)
-    learned, rule_state = setting.rule.learn(problem, rule_state)
+    network = eqx.combine(weights, setup.static)
+    problem = InferenceProblem(network, input=inputs, output=targets, energy=setup.energy)
+    learned, rule_state = setup.rule.learn(problem, rule_state)
     gradient = eqx.filter(learned.gradient, eqx.is_inexact_array)
-    if setting.mean:
+    if setup.mean:
         gradient = jax.tree.map(lambda g: g / len(inputs), gradient)
-    updates, optimiser_state = setting.optimiser.update(gradient, optimiser_state, weights)
-    record = _record(setting, problem, learned)
+    updates, optimiser_state = setup.optimiser.update(gradient, optimiser_state, weights)
+    record = _record(setup, problem, targets, learned)
     return (optax.apply_updates(weights, updates), optimiser_state, rule_state), record
 
 
 def _record(
-    setting: TrainingSetup, problem: InferenceProblem, learned: BatchGradient
-) -> dict[str, Any]:
+    setup: TrainingSetup, problem: InferenceProblem, targets: Array, learned: BatchGradient
+) -> dict[str, Array]:
     """What is recorded of a batch; what the rule has computed already is not computed again."""
     network, outputs = problem.network, feedforward(problem)[-1]
     energies = problem.energies_of(problem.prediction_errors(learned.activities))
     record = {
         "loss": jnp.mean(problem.layer_energy(network.depth, problem.output_error(outputs))),
-        "accuracy": share_right(outputs, problem.output),
+        "accuracy": accuracy(outputs, targets),
         "free_energy": jnp.mean(jnp.sum(energies, axis=-1)),
         "output_loss": jnp.mean(energies[:, -1]),
         "residual_energy": jnp.mean(jnp.sum(energies[:, :-1], axis=-1)),
@@ -95,7 +106,7 @@ def _record(
         "largest_residual": jnp.max(learned.residual),
         "unsettled": jnp.mean((learned.residual > UNSETTLED).astype(network.dtype)),
     }
-    if setting.compare:
+    if setup.compare:
         reference = backpropagation(problem).weight_gradient
         pairs = list(zip(_matrices(learned.gradient), _matrices(reference), strict=True))
         record["cosine"] = jnp.stack([_cosine(a.ravel(), b.ravel()) for a, b in pairs])
@@ -103,20 +114,20 @@ def _record(
     return record
 
 
-def _matrices(gradient: Network) -> list[Any]:
+def _matrices(gradient: Network) -> list[Array]:
     """The gradient of each layer's largest array, its weight, as a matrix."""
     each = [jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array)) for layer in gradient.layers]
     largest = [max(leaves, key=lambda x: x.size) for leaves in each]
     return [x.reshape(len(x), -1) for x in largest]
 
 
-def _cosine(a: Any, b: Any) -> Any:
+def _cosine(a: Array, b: Array) -> Array:
     """The cosine along the last axis; 0 where either vanishes, as a dead unit's row does."""
     lengths = jnp.sqrt(jnp.sum(a**2, -1) * jnp.sum(b**2, -1))
     return jnp.sum(a * b, -1) / jnp.where(lengths > 0, lengths, 1)
 
 
-def share_right(outputs: Any, targets: Any) -> Any:
-    """The share of samples whose largest output is that of the target."""
+def accuracy(outputs: Array, targets: Array) -> Array:
+    """Compute the share of samples whose largest output is that of the target."""
     right = jnp.argmax(outputs, axis=-1) == jnp.argmax(targets, axis=-1)
     return jnp.mean(right.astype(outputs.dtype))

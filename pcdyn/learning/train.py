@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, ArrayLike, Key, PyTree
 from tqdm import tqdm
 
 from pcdyn._support.checks import as_float_array, check_choice, check_flag, check_path
@@ -24,8 +25,8 @@ from pcdyn.errors import (
     TrainingDivergedError,
 )
 from pcdyn.learning import checkpoint as checkpoints
-from pcdyn.learning.base import Rule
 from pcdyn.learning.checks import (
+    Evaluate,
     check_evaluate,
     check_optimiser,
     check_rule,
@@ -35,26 +36,28 @@ from pcdyn.learning.checks import (
 )
 from pcdyn.learning.epoch import (
     TrainingSetup,
+    accuracy,
     batches_of,
     first_state,
     for_each,
     run_epoch,
-    share_right,
 )
+from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, one_per_prediction
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import feedforward
 
 if TYPE_CHECKING:
+    import matplotlib.artist
+    import matplotlib.axes
     import xarray
 
-Evaluate = Callable[[Network], dict[str, Any]]
 Reduction = Literal["sum", "mean"]
 
 
 class Training(eqx.Module):
-    """What `train` returns. With several seeds every array has their axis first.
+    """A trained network and its history. With several seeds every array has their axis first.
 
     - `network`: after the last epoch.
     - `history`: what was recorded for each batch, shape `([seeds,] epochs, batches)`, means over
@@ -72,16 +75,16 @@ class Training(eqx.Module):
     """
 
     network: Network
-    history: dict[str, Any]
-    evaluations: dict[str, Any]
-    state: Any
+    history: dict[str, np.ndarray]
+    evaluations: dict[str, np.ndarray]
+    state: PyTree
     rule: str = eqx.field(static=True)
 
     def __repr__(self) -> str:
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account: the loss of the first and of the last epoch, over all seeds."""
+        """Return the loss of the first and of the last epoch in words, over all seeds."""
         loss = np.asarray(self.history["loss"])
         seeds = f"{len(loss)} seeds, " if loss.ndim == 3 else ""
         epochs, batches = loss.shape[-2:]
@@ -91,14 +94,16 @@ class Training(eqx.Module):
             text += f"\n  loss {first:.4g} in the first epoch, {last:.4g} in the last"
         return text
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(
+        self, ax: matplotlib.axes.Axes | None = None, *, metric: str = "loss"
+    ) -> list[matplotlib.artist.Artist]:
         """Draw the loss of each batch, or another `metric`; see `pcdyn.plotting.training`."""
         import pcdyn
 
-        return pcdyn.plotting.training(self, ax=ax, **options)
+        return pcdyn.plotting.training(self, ax=ax, metric=metric)
 
     def to_xarray(self) -> xarray.Dataset:
-        """History and evaluations as a labelled data set."""
+        """Return history and evaluations as a labelled data set."""
         import xarray
 
         seeds = ("seed",) if self.history["loss"].ndim == 3 else ()
@@ -119,13 +124,13 @@ class Training(eqx.Module):
 def train(
     network: Network,
     inputs: Numbers,
-    targets: Any,
+    targets: Numbers,
     *,
     rule: Rule,
     optimiser: optax.GradientTransformation,
     epochs: int,
     batch_size: int,
-    key: Any,
+    key: Key[Array, "..."],
     energy: Energy | Sequence[Energy] | None = None,
     reduction: Reduction = "mean",
     evaluate: Evaluate | None = None,
@@ -136,15 +141,17 @@ def train(
 ) -> Training:
     """Train a network for some epochs, each one compiled loop over shuffled batches.
 
-    Arguments:
+    **Arguments:**
 
-    - `network`; for several seeds at once a stack of networks, as
+    - `network`: one, or for several seeds at once a stack of networks, as
       `equinox.filter_vmap(lambda k: pcdyn.mlp(…, key=k))(keys)` makes it, with as many keys.
-    - `inputs`, shape `(n, n_0)`; `targets`, shape `(n, n_L)`, or `(n,)` integer labels, which
-      become one-hot.
-    - `rule`, such as `pcdyn.learning.PredictiveCoding()`; `optimiser`, any of optax.
-    - `batch_size`: an epoch is `n // batch_size` batches of samples in a new order; the rest of
-      that order is left out.
+    - `inputs`: shape `(n, n_0)`.
+    - `targets`: shape `(n, n_L)`, or `(n,)` integer labels, which become one-hot.
+    - `rule`: such as `pcdyn.learning.PredictiveCoding()`.
+    - `optimiser`: any of optax that needs the gradient alone.
+    - `epochs`: how many, counted from the beginning also when a checkpoint is resumed.
+    - `batch_size`: an epoch is `n // batch_size` batches of samples in a new order; samples that do
+      not fill a last batch are dropped.
     - `key`: of the order, and of what the rule draws; `(seeds,)` keys for a stack of networks.
     - `energy`: as for `pcdyn.InferenceProblem`.
     - `reduction`: the gradient that the optimiser sees is the `"mean"` or the `"sum"` over the
@@ -154,15 +161,18 @@ def train(
       holds arrays, as that one does, let it be an equinox module: they stay out of compiled code.
     - `compare`: record the cosine of each gradient with that of BP, at the cost of BP.
     - `checkpoint`: a file that is written after every `checkpoint_every` epochs and at the end. If
-      it is there already, training goes on from it, to the very numbers of an uninterrupted run;
-      `epochs` counts from the beginning. Training with other data, settings, schedules or code of
-      its optimiser, rule, energy or activations, or by another version of JAX is refused.
+      it is there already, training goes on from it, to the very numbers of an uninterrupted run.
+      Training with other data, settings, schedules or code of its optimiser, rule, energy or
+      activations, or by another version of JAX is refused.
     - `progress`: show a bar with the current loss.
 
-    Raises `ShapeError`, `NonFiniteError`, `DtypeError`, `LabelError` or `InputError` for data that
-    do not fit, what the rule raises for the network, `DataError` for a checkpoint that cannot be
-    written, `CheckpointError` for one that is damaged or of another training, and
-    `TrainingDivergedError`, which names the batch, when a loss or a weight is no longer finite.
+    **Raises:**
+
+    - `ShapeError`, `NonFiniteError`, `DtypeError`, `LabelError` or `InputError` for data that do
+      not fit, and what the rule raises for the network.
+    - `DataError` for a checkpoint that cannot be written, `CheckpointError` for one that is damaged
+      or of another training.
+    - `TrainingDivergedError`, which names the batch, when a loss or a weight is no longer finite.
     """
     energy = Gaussian() if energy is None else energy
     check_energy(energy, "energy")
@@ -180,65 +190,69 @@ def train(
     check_rule(rule, network, data, energy, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
-    setting = TrainingSetup(
-        static, rule, energy, optimiser, batch_size, reduction == "mean", compare
-    )
-    state = for_each(seeds, lambda w, k: first_state(setting, w, k))(weights, key)
-    course = _Course(state, seeds)
+    setup = TrainingSetup(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
+    state = for_each(seeds, lambda w, k: first_state(setup, w, k))(weights, key)
+    current = _Progress(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
     if path is not None:
         check_writable(path)
         checkpoints.check_state(state)
         configuration = checkpoints.fingerprint(
-            _computations(setting, state, data, key, seeds),
+            _computations(setup, state, data, key, seeds),
             network=(weights, static), rule=rule, energy=energy, data=data, key=key,
             batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
         )  # fmt: skip
-        course.resume(path, configuration, epochs)
+        current.resume(path, configuration, epochs)
     if evaluate is not None:
         check_evaluate(evaluate, network, seeds)
-    if not course.evaluations:
-        course.evaluations.append(_evaluate(evaluate, setting, state, seeds))
-    with tqdm(total=epochs, initial=course.done, disable=not progress, unit="epoch") as bar:
-        for epoch in range(course.done, epochs):
-            new, record = run_epoch(setting, course.state, data, key, jnp.asarray(epoch), seeds)
-            course.history.append({name: np.asarray(values) for name, values in record.items()})
-            problem = _divergence(course.history[-1], new)
+    if not current.evaluations:
+        current.evaluations.append(_evaluate(evaluate, setup, state, seeds))
+    with tqdm(total=epochs, initial=current.done, disable=not progress, unit="epoch") as bar:
+        for epoch in range(current.done, epochs):
+            new, record = run_epoch(setup, current.state, data, key, jnp.asarray(epoch), seeds)
+            current.history.append({name: np.asarray(values) for name, values in record.items()})
+            problem = _divergence(current.history[-1], new)
             if problem is not None:
-                what = _describe(problem, setting, key, epoch, len(data[0]))
-                raise TrainingDivergedError(f"{rule.name}: {what}", course.training(setting))
-            course.state = new
-            course.evaluations.append(_evaluate(evaluate, setting, new, seeds))
+                what = _describe(problem, setup, key, epoch, len(data[0]))
+                raise TrainingDivergedError(f"{rule.name}: {what}", current.training(setup))
+            current.state = new
+            current.evaluations.append(_evaluate(evaluate, setup, new, seeds))
             if path is not None and ((epoch + 1) % checkpoint_every == 0 or epoch + 1 == epochs):
-                checkpoints.save(path, configuration, epoch + 1, new, course.records())
+                checkpoints.save(path, configuration, epoch + 1, new, current.records())
             bar.update()
             bar.set_description(f"loss {np.mean(record['loss'][..., -1]):.4g}")
-    return course.training(setting)
+    return current.training(setup)
 
 
 def _computations(
-    setting: TrainingSetup, state: Any, data: Any, key: Any, seeds: int | None
-) -> dict[str, Any]:
-    """What a checkpoint must agree with, as JAX lowers it."""
+    setup: TrainingSetup,
+    state: PyTree,
+    data: tuple[Array, Array],
+    key: Key[Array, "..."],
+    seeds: int | None,
+) -> dict[str, str]:
+    """What a checkpoint must agree with, as the code that JAX makes of it."""
     weights, optimiser_state, _ = state
-    each = for_each(seeds, lambda w, s: setting.optimiser.update(w, s, w))
+    each = for_each(seeds, lambda w, s: setup.optimiser.update(w, s, w))
     update = jax.jit(lambda w, s: each(w, s))
     compiled: Any = run_epoch
     epoch = jnp.asarray(0)
     return {
-        "optimiser": update.lower(weights, optimiser_state),
-        "activations, energy or rule": compiled.lower(setting, state, data, key, epoch, seeds),
+        "optimiser": update.lower(weights, optimiser_state).as_text(),
+        "activations, energy or rule": compiled.lower(
+            setup, state, data, key, epoch, seeds
+        ).as_text(),
     }
 
 
 @dataclasses.dataclass
-class _Course:
+class _Progress:
     """How far a training is: its state, and the records of each epoch."""
 
-    state: Any
+    state: PyTree
     seeds: int | None
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    history: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -262,32 +276,39 @@ class _Course:
             "evaluations": self._stacked(self.evaluations),
         }
 
-    def training(self, setting: TrainingSetup) -> Training:
+    def training(self, setup: TrainingSetup) -> Training:
         """What `train` returns."""
-        network = eqx.combine(self.state[0], setting.static)
-        return Training(network, **self.records(), state=self.state, rule=setting.rule.name)
+        network = eqx.combine(self.state[0], setup.static)
+        return Training(network, **self.records(), state=self.state, rule=setup.rule.name)
 
     @property
     def _axis(self) -> int:
         return 0 if self.seeds is None else 1
 
-    def _stacked(self, records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    def _stacked(self, records: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         names = records[0] if records else ()
         return {name: np.stack([r[name] for r in records], self._axis) for name in names}
 
-    def _epochs_of(self, stacked: dict[str, np.ndarray], count: int) -> list[dict[str, Any]]:
+    def _epochs_of(self, stacked: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
         """The inverse of `_stacked`."""
-        return [{n: np.take(v, i, self._axis) for n, v in stacked.items()} for i in range(count)]
+        return [
+            {name: np.asarray(np.take(values, i, self._axis)) for name, values in stacked.items()}
+            for i in range(count)
+        ]
 
 
 class Evaluation(eqx.Module):
-    """A function from a network to its `accuracy` and mean `loss` on these data, for `train`.
+    """A function from a network to its `accuracy` and mean `loss` on given data, for `train`.
 
-    Arguments: `inputs`, shape `(n, n_0)`; `targets`, shape `(n, n_L)`; `energy`, as for `train`.
+    **Arguments:**
+
+    - `inputs`: shape `(n, n_0)`.
+    - `targets`: shape `(n, n_L)`.
+    - `energy`: as for `train`.
     """
 
-    inputs: Any
-    targets: Any
+    inputs: Array
+    targets: Array
     energy: Energy | Sequence[Energy]
 
     def __init__(
@@ -312,32 +333,32 @@ class Evaluation(eqx.Module):
                 f"{self.inputs.shape} and {self.targets.shape}"
             )
 
-    def __call__(self, network: Network) -> dict[str, Any]:
+    def __call__(self, network: Network) -> dict[str, Array]:
         problem = InferenceProblem(
             network, input=self.inputs, output=self.targets, energy=self.energy
         )
         outputs = feedforward(problem)[-1]
         loss = problem.layer_energy(network.depth, problem.output_error(outputs))
-        return {"accuracy": share_right(outputs, problem.output), "loss": jnp.mean(loss)}
+        return {"accuracy": accuracy(outputs, self.targets), "loss": jnp.mean(loss)}
 
 
 @eqx.filter_jit
 def _evaluate_compiled(
-    evaluate: Evaluate, static: Any, weights: Any, seeds: int | None
-) -> dict[str, Any]:
+    evaluate: Evaluate, static: PyTree, weights: PyTree, seeds: int | None
+) -> Mapping[str, ArrayLike]:
     return for_each(seeds, lambda w: evaluate(eqx.combine(w, static)))(weights)
 
 
 def _evaluate(
-    evaluate: Evaluate | None, setting: TrainingSetup, state: Any, seeds: int | None
+    evaluate: Evaluate | None, setup: TrainingSetup, state: PyTree, seeds: int | None
 ) -> dict[str, np.ndarray]:
     if evaluate is None:
         return {}
-    found = _evaluate_compiled(evaluate, setting.static, state[0], seeds)
+    found = _evaluate_compiled(evaluate, setup.static, state[0], seeds)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def _divergence(record: dict[str, Any], state: Any) -> tuple[list[int], int] | None:
+def _divergence(record: dict[str, np.ndarray], state: PyTree) -> tuple[list[int], int] | None:
     """The seed, if there are several, and the batch where something was first not finite."""
     bad = np.argwhere(~np.isfinite(record["loss"]) | ~np.isfinite(record["free_energy"]))
     if len(bad):
@@ -353,11 +374,15 @@ def _divergence(record: dict[str, Any], state: Any) -> tuple[list[int], int] | N
 
 
 def _describe(
-    problem: tuple[list[int], int], setting: TrainingSetup, key: Any, epoch: int, count: int
+    problem: tuple[list[int], int],
+    setup: TrainingSetup,
+    key: Key[Array, "..."],
+    epoch: int,
+    count: int,
 ) -> str:
     """Where a training diverged, and what to do."""
     seed, batch = problem
-    order = batches_of(key[seed[0]] if seed else key, epoch, count, setting.batch_size)
+    order = batches_of(key[seed[0]] if seed else key, epoch, count, setup.batch_size)
     rows = np.asarray(order)[batch]
     some = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     of_seed = f" of seed {seed[0]}" if seed else ""

@@ -11,12 +11,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import ArrayLike
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import ColorType
 
 from pcdyn._support.checks import (
     as_host_array,
@@ -26,6 +26,7 @@ from pcdyn._support.checks import (
     check_instance,
     checked_integer,
 )
+from pcdyn._support.types import Numbers, Values
 from pcdyn.analysis.comparison.table import METRICS, UNITS, Comparison
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import InputError, ShapeError
@@ -48,19 +49,29 @@ def activities(
     ax: Axes | None = None,
     layer: int | None = None,
     sample: int = 0,
-    equilibrium: Sequence[Any] | Equilibrium | None = None,
+    equilibrium: Sequence[Numbers | None] | Equilibrium | None = None,
 ) -> list[Line2D]:
     """Draw the activity of each unit against time.
-
-    Arguments: `layer`, all free layers unless given; `sample` of a batch; `equilibrium`, a
-    `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)` (`None` where not
-    needed), drawn as dashed lines in the colours of their units.
 
     Of several networks the median is drawn, in a band from their 10 % to their 90 % quantile, over
     those that ended without a failure.
 
-    Returns the lines of the units, then those of the equilibrium. Raises `ShapeError` if there is
-    no such layer or sample, or if the equilibrium has other shapes.
+    **Arguments:**
+
+    - `trajectory`: as `pcdyn.simulate` returns it.
+    - `ax`: where to draw; new axes in the style of pcdyn unless given.
+    - `layer`: all free layers unless given.
+    - `sample`: which one of a batch.
+    - `equilibrium`: a `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)`
+      (`None` where not needed), drawn as dashed lines in the colours of their units.
+
+    **Returns:**
+
+    The lines of the units, then those of the equilibrium.
+
+    **Raises:**
+
+    - `ShapeError` if there is no such layer or sample, or if the equilibrium has other shapes.
     """
     times, sample = _checked(trajectory, sample)
     layers, most = trajectory.free_layers, len(trajectory.activities) - 1
@@ -115,22 +126,35 @@ def activities(
 
 
 def distance(
-    times: ArrayLike,
-    values: ArrayLike,
+    times: Numbers,
+    values: Numbers,
     *,
     ax: Axes | None = None,
     label: str | None = None,
     log: bool = True,
 ) -> list[Line2D]:
-    """Draw distances of shape `(time, [batch])`, such as `Trajectory.distance_to` returns.
+    """Draw distances against time, such as `Trajectory.distance_to` returns.
 
-    The samples of a batch share one colour and one label. `log` makes the axis logarithmic.
-    Returns the lines. Raises `ShapeError` for other shapes.
+    **Arguments:**
+
+    - `times`: shape `(time,)`, in units of the activity time constant.
+    - `values`: shape `(time, [batch])`; the samples of a batch share one colour.
+    - `ax`: where to draw; new axes unless given.
+    - `label`: of all lines together.
+    - `log`: whether the axis of distances is logarithmic.
+
+    **Returns:**
+
+    A line for each sample.
+
+    **Raises:**
+
+    - `ShapeError` for other shapes.
     """
     array = as_host_array(values, "values", finite=False)
     times = as_host_array(times, "times")
     check_flag(log, "log")
-    _check_look(label)
+    _check_style(label)
     if array.ndim not in (1, 2) or times.shape != array.shape[:1]:
         raise ShapeError(
             f"distances need shape (time,) or (time, batch), got {array.shape} at "
@@ -153,13 +177,13 @@ def distance(
 def energies(trajectory: Trajectory, *, ax: Axes | None = None, sample: int = 0) -> list[Line2D]:
     """Draw the output loss ℒ, the residual energy Ẽ and the free energy F against time.
 
-    Returns the three lines in that order; of several networks they are medians in bands, as for
-    `activities`. Raises `ShapeError` if there is no such `sample`.
+    Of several networks they are medians in bands, as for `activities`. Returns the three lines in
+    that order. Raises `ShapeError` if there is no such `sample`.
     """
     times, sample = _checked(trajectory, sample)
     if trajectory.energies.shape[-1] == 0:
         raise ShapeError("there are no energies along this trajectory: its flow observes none")
-    # As mathematics, for ordinary fonts lack these letters.
+    # As mathematics: ordinary fonts lack these letters.
     shown = {
         r"output loss $\mathcal{L}$": trajectory.output_loss,
         r"residual energy $\widetilde{E}$": trajectory.residual_energy,
@@ -182,7 +206,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     """Draw the activity of each unit at an equilibrium, and where the search started.
 
     The units of the free layers stand side by side in their order, each layer in its own colour:
-    filled markers at the equilibrium, open ones at the start. Arguments: `sample` of a batch. Of
+    filled markers at the equilibrium, open ones at the start. Of a batch one `sample` is drawn. Of
     several networks these are medians, with bars from the 10 % to the 90 % quantile, over those
     that ended without a failure. Returns the lines, equilibrium before start for each layer.
     """
@@ -211,7 +235,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     return lines
 
 
-def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
+def decay_rates(rates: Numbers, *, ax: Axes | None = None) -> list[Line2D]:
     """Draw decay rates of shape `([sample,] rate)`, such as `pcdyn.stability` returns, in order.
 
     The axis is logarithmic if all known rates are positive. The samples of a batch share one
@@ -234,28 +258,43 @@ def decay_rates(rates: ArrayLike, *, ax: Axes | None = None) -> list[Line2D]:
 
 
 def work_precision(
-    axes: Axes | None, comparison: Comparison, x: str = "run_seconds", y: str = "final_error"
+    comparison: Comparison,
+    *,
+    ax: Axes | None = None,
+    x: str = "run_seconds",
+    y: str = "final_error",
 ) -> list[Line2D]:
     """Draw one metric of a comparison's runs against another, a line for each integrator.
 
-    Arguments: `x` and `y`, attributes of a run such as `"run_seconds"`, `"maximum_error"`,
-    `"vector_field_evaluations"`, or `"value"`, the tolerance or step.
-
     Runs that failed are not drawn; the legend says how many of an integrator's did, and how many
-    lack the metric. A hollow marker stands for an error below what the reference can tell; it is
-    drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic. Returns the
-    lines of the integrators. Raises `InputError` for an unknown metric.
+    lack the metric. A hollow marker stands for an error below what the reference can resolve; it is
+    drawn there, on a dotted line. The lines follow the settings. Axes are logarithmic.
+
+    **Arguments:**
+
+    - `comparison`: as `pcdyn.compare` returns it.
+    - `ax`: where to draw; new axes unless given.
+    - `x`, `y`: attributes of a run such as `"run_seconds"`, `"maximum_error"`,
+      `"vector_field_evaluations"`, or `"value"`, the tolerance or step.
+
+    **Returns:**
+
+    The lines of the integrators.
+
+    **Raises:**
+
+    - `InputError` for an unknown metric.
     """
     check_instance(comparison, "comparison", Comparison, "what pcdyn.compare returns")
     for name, metric in (("x", x), ("y", y)):
         check_choice(metric, name, (*METRICS, "value"))
-    axes = checked_axes(axes)
+    ax = checked_axes(ax)
     colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     lines = []
     for index, name in enumerate(comparison.integrators):
         runs = [run for run in comparison.of(name) if run.status.ok]
         points = np.array(
-            [(comparison.told(run, x), comparison.told(run, y)) for run in runs]
+            [(comparison.resolved(run, x), comparison.resolved(run, y)) for run in runs]
         ).reshape(-1, 2)
         # A logarithmic axis has no place for zero or NaN.
         shown = (points > 0).all(axis=1)
@@ -265,24 +304,24 @@ def work_precision(
         notes = [f"{failed} failed"] * bool(failed)
         notes += [f"{(~shown).sum()} without value"] * bool((~shown).any())
         label = f"{name} ({', '.join(notes)})" if notes else name
-        # More integrators than colours: the marker and the dashes tell those of one colour apart.
-        round_, color = index // len(colors), colors[index % len(colors)]
-        look: dict[str, Any] = {"color": color, "marker": _MARKERS[round_ % len(_MARKERS)]}
-        (line,) = axes.plot(
+        # More integrators than colours: markers and dashes distinguish those of one colour.
+        repeat, color = index // len(colors), colors[index % len(colors)]
+        shared: dict[str, Any] = {"color": color, "marker": _MARKERS[repeat % len(_MARKERS)]}
+        (line,) = ax.plot(
             *points.T, label=label, markersize=4.5, linewidth=1.2,
-            linestyle=_DASHES[round_ % len(_DASHES)], **look,
+            linestyle=_DASHES[repeat % len(_DASHES)], **shared,
         )  # fmt: skip
-        axes.plot(
+        ax.plot(
             *points[hollow].T, linestyle="none", markersize=4.5, markerfacecolor="white",
-            zorder=line.get_zorder() + 1, **look,
+            zorder=line.get_zorder() + 1, **shared,
         )  # fmt: skip
         lines.append(line)
-    for metric, draw in ((x, axes.axvline), (y, axes.axhline)):
+    for metric, draw in ((x, ax.axvline), (y, ax.axhline)):
         if any(metric in run.below_reference for run in comparison.rows):
             limit = getattr(comparison.reference_error, metric)
             draw(limit, color="0.5", linestyle=":", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel=_metric_label(x), ylabel=_metric_label(y))
-    axes.legend()
+    ax.set(xscale="log", yscale="log", xlabel=_metric_label(x), ylabel=_metric_label(y))
+    ax.legend()
     return lines
 
 
@@ -293,22 +332,22 @@ def _metric_label(name: str) -> str:
 
 
 def mean_band(
-    x: ArrayLike,
-    values: ArrayLike,
+    x: Numbers,
+    values: Numbers,
     *,
     ax: Axes | None = None,
     label: str | None = None,
     axis: int = 0,
-    color: Any = None,
+    color: ColorType | None = None,
 ) -> list[Artist]:
     """Draw the mean over `axis` of two-dimensional `values`, in a band of ± one standard deviation.
 
-    The deviation is that of the values at hand (divided by their number). Returns the line and the
-    band. The axes keep their labels. Raises `ShapeError` if the other axis is not that of `x`.
+    The deviation is that of the values at hand (divided by their number). The axes keep their
+    labels. Returns the line and the band. Raises `ShapeError` if the other axis is not that of `x`.
     """
     x, values = as_host_array(x, "x"), as_host_array(values, "values", finite=False)
     axis = checked_integer(axis, "axis", at_least=-2, at_most=1)
-    _check_look(label, color)
+    _check_style(label, color)
     if values.ndim != 2 or x.shape != (values.shape[1 - axis % 2],):
         raise ShapeError(
             f"values of shape {values.shape} without axis {axis} do not match x of shape {x.shape}"
@@ -322,28 +361,28 @@ def mean_band(
     return [line, band]
 
 
-def fill_band(ax: Axes, line: Line2D, low: Any, high: Any) -> Artist:
+def fill_band(ax: Axes, line: Line2D, low: np.ndarray, high: np.ndarray) -> Artist:
     """Draw the band of a line, in its colour."""
     x: Any = line.get_xdata()
     return ax.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
 
 
 def checked_axes(ax: Axes | None) -> Axes:
-    """The given axes, or new ones in a figure of their own in the style of pcdyn."""
+    """Return the given axes, or new ones in a figure of their own in the style of pcdyn."""
     if ax is None:
         return new_axes()
     check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
     return ax
 
 
-def _check_look(label: Any, color: Any = None) -> None:
+def _check_style(label: str | None, color: ColorType | None = None) -> None:
     if label is not None:
         check_instance(label, "label", str, "a text")
     if not (color is None or is_color_like(color)):
         raise InputError(f"color must be a colour of matplotlib, got {color!r}")
 
 
-def _checked_sample(sample: Any, samples: int) -> int:
+def _checked_sample(sample: int, samples: int) -> int:
     return checked_integer(sample, "sample", at_least=0, at_most=samples - 1, error=ShapeError)
 
 
@@ -357,21 +396,24 @@ def _checked(trajectory: Trajectory, sample: int) -> tuple[np.ndarray, int]:
     return times[0] if stack else times, _checked_sample(sample, shape[0] if shape else 1)
 
 
-def _bands(result: Any, values: Any, sample: int, *, axis: int, dimensions: int) -> Any:
+def _bands(
+    result: Trajectory | Equilibrium, values: Values, sample: int, *, axis: int, dimensions: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The 10 % quantile, the median and the 90 % quantile over the networks without a failure.
 
     Of one network, three times what is of its sample.
     """
     ok = result.without_failure
     if ok is None:
-        return [_of_sample(values, sample, axis=axis, dimensions=dimensions)] * 3
+        one = _of_sample(np.asarray(values), sample, axis=axis, dimensions=dimensions)
+        return one, one, one
     if not ok.any():
         raise ShapeError("there is nothing to draw: each of these networks ended with a failure")
-    each = _of_sample(values, sample, axis=axis + 1, dimensions=dimensions + 1)
-    return np.quantile(each[ok], QUANTILES, axis=0)
+    each = _of_sample(np.asarray(values), sample, axis=axis + 1, dimensions=dimensions + 1)
+    low, median, high = np.quantile(each[ok], QUANTILES, axis=0)
+    return low, median, high
 
 
-def _of_sample(values: Any, sample: int, *, axis: int, dimensions: int) -> np.ndarray:
+def _of_sample(values: np.ndarray, sample: int, *, axis: int, dimensions: int) -> np.ndarray:
     """`values` of one sample; without an axis for the batch they have `dimensions` axes."""
-    array = np.asarray(values)
-    return array.take(sample, axis=axis) if array.ndim > dimensions else array
+    return values.take(sample, axis=axis) if values.ndim > dimensions else values

@@ -11,10 +11,10 @@ from matplotlib.lines import Line2D
 
 from pcdyn._support.checks import check_flag, check_instance, checked_integer
 from pcdyn.analysis.phase_portrait import PhasePortrait
-from pcdyn.plotting.style import new_axes
+from pcdyn.plotting.curves import checked_axes
 
 NULLCLINE_COLORS = ("#0072B2", "#D55E00")
-_LOOKS: dict[str, dict[str, Any]] = {
+_MARKER_STYLES: dict[str, dict[str, Any]] = {
     "minimum": {"marker": "o", "markerfacecolor": "k", "label": "minimum (stable)"},
     "saddle": {"marker": "X", "markerfacecolor": "w", "label": "saddle"},
     "maximum": {"marker": "o", "markerfacecolor": "w", "label": "maximum (unstable)"},
@@ -30,19 +30,26 @@ def phase_portrait(
 ) -> list[Line2D]:
     """Draw the flow of two free units, its nullclines, equilibria, basins and trajectories.
 
-    Colours of the ground tell the basins, thin lines are contours of the free energy (closer
+    The background has the colours of the basins, thin lines are contours of the free energy (closer
     together towards low energies), arrows give the direction of the flow, dashed lines are the
-    separatrices and white lines trajectories. Arguments: `arrows` on each axis, at most.
+    separatrices and dark lines with a white edge trajectories.
 
-    Returns the lines of the equilibria, a line for each kind.
+    **Arguments:**
+
+    - `portrait`: as `pcdyn.phase_portrait` returns it.
+    - `ax`: where to draw; new axes unless given.
+    - `legend`: whether a legend stands beside the axes.
+    - `arrows`: how many on each axis, at most.
+
+    **Returns:**
+
+    The lines of the equilibria, a line for each kind.
     """
     check_instance(portrait, "portrait", PhasePortrait, "what pcdyn.phase_portrait returns")
     check_flag(legend, "legend")
     arrows = checked_integer(arrows, "arrows", at_least=1)
-    if ax is None:
-        ax = new_axes()
-    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
-    _ground(portrait, ax)
+    ax = checked_axes(ax)
+    _background(portrait, ax)
     _field(portrait, ax, arrows)
     for path in portrait.trajectories:
         ax.plot(*path.T, color="w", linewidth=2.4, alpha=0.8, zorder=2.5)
@@ -73,7 +80,7 @@ def phase_portrait(
     return lines
 
 
-def _ground(portrait: PhasePortrait, ax: Axes) -> None:
+def _background(portrait: PhasePortrait, ax: Axes) -> None:
     """The basins in pale colours, and contours of F."""
     attractors = [index for index in np.unique(portrait.basin) if index >= 0]
     image = np.ones((*portrait.basin.shape, 3))
@@ -84,7 +91,7 @@ def _ground(portrait: PhasePortrait, ax: Axes) -> None:
     energy = portrait.free_energy
     low, high = energy.min(), energy.max()
     if high > low:
-        # As squares, for then a parabolic valley has contours at even distances.
+        # As squares: then a parabolic valley has contours at even distances.
         levels = low + (high - low) * np.linspace(0, 1, _LEVELS + 1)[1:-1] ** 2
         ax.contour(
             portrait.x, portrait.y, energy, levels=levels, colors="0.45", linewidths=0.5, zorder=1
@@ -92,7 +99,7 @@ def _ground(portrait: PhasePortrait, ax: Axes) -> None:
 
 
 def _field(portrait: PhasePortrait, ax: Axes, arrows: int) -> None:
-    """Arrows of one length, which say where the flow goes and not how fast."""
+    """Arrows of one length, which give the direction of the flow and not its speed."""
     stride = max(1, -(-len(portrait.x) // arrows))
     inner = slice(stride // 2, None, stride)
     velocity = portrait.velocity[inner, inner]
@@ -106,12 +113,12 @@ def _field(portrait: PhasePortrait, ax: Axes, arrows: int) -> None:
 
 def _equilibria(portrait: PhasePortrait, ax: Axes) -> list[Line2D]:
     lines = []
-    for kind, look in _LOOKS.items():
+    for kind, style in _MARKER_STYLES.items():
         points = portrait.equilibria[[k == kind for k in portrait.kinds]]
         if len(points):
             lines += ax.plot(
                 *points.T, linestyle="none", markersize=8, markeredgecolor="k",
-                markeredgewidth=1.1, zorder=5, **look,
+                markeredgewidth=1.1, zorder=5, **style,
             )  # fmt: skip
     return lines
 

@@ -65,8 +65,8 @@ def convergence_order(found: ConvergenceOrder, *, ax: Axes | None = None) -> lis
 def training(found: Training, *, ax: Axes | None = None, metric: str = "loss") -> list[Artist]:
     """Draw a record of each batch against the epoch; of several seeds the median and a band.
 
-    Arguments: `metric`, a name of the `history` that has one number for each batch. The band is
-    from the 10 % to the 90 % quantile of the seeds. Returns the line, and the band if there is one.
+    `metric` is a name of the `history` that has one number for each batch. The band is from the
+    10 % to the 90 % quantile of the seeds. Returns the line, and the band if there is one.
     """
     # Optax is imported by those who train.
     from pcdyn.learning.train import Training

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import ArrayLike
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
+from pcdyn._support.types import Numbers
 from pcdyn.errors import ShapeError
 from pcdyn.model.network import Dense, Network
 
-# White at zero, so that what is silent looks empty.
+# White at zero, so that what is silent stays white.
 COLORS = "RdBu_r"
-# In points: an arrow that carries next to nothing is still seen.
+# In points: an arrow that carries next to nothing stays visible.
 THINNEST = 0.4
 
 
@@ -31,8 +31,12 @@ THINNEST = 0.4
 class Layout:
     """Where the units of layers 0 … L stand: layers from left to right, units from top to bottom.
 
-    Arguments: `widths` n_0 … n_L; `origin`, the middle of layer 0; `layer_distance`,
-    `unit_distance` and `radius` of a unit, all in data units of axes with equal aspect.
+    **Arguments:**
+
+    - `widths`: n_0 … n_L.
+    - `origin`: the middle of layer 0.
+    - `layer_distance`, `unit_distance`, and `radius` of a unit: in data units of axes with equal
+      aspect.
     """
 
     widths: tuple[int, ...]
@@ -59,7 +63,7 @@ class Layout:
 def units(
     axes: Axes,
     layout: Layout,
-    values: Sequence[Any],
+    values: Sequence[Numbers],
     *,
     largest: float,
     layers: Sequence[int] | None = None,
@@ -68,10 +72,21 @@ def units(
 ) -> list[Patch]:
     """Draw the units of layers, coloured by their values: blue below zero, red above.
 
-    Arguments: `values`, one array `(n_l,)` for each of `layers`, all layers unless given;
-    `largest`, the size at which colours are full; `clamped` layers have a heavy edge; `square`
-    for units that hold errors. Returns the patches, layer by layer. Raises `ShapeError` if a
-    value does not have the width of its layer.
+    **Arguments:**
+
+    - `values`: one array `(n_l,)` for each of `layers`.
+    - `largest`: the size at which colours are full.
+    - `layers`: all unless given.
+    - `clamped`: layers that have a heavy edge.
+    - `square`: for units that hold errors.
+
+    **Returns:**
+
+    The patches, layer by layer.
+
+    **Raises:**
+
+    - `ShapeError` if a value does not have the width of its layer.
     """
     layers = range(len(layout.widths)) if layers is None else layers
     shown = _checked(layout, layers, values)
@@ -82,16 +97,18 @@ def units(
         for index, value in enumerate(array):
             x, y = layout.unit(layer, index)
             r = layout.radius
-            look: dict[str, Any] = {
+            style: dict[str, Any] = {
                 "facecolor": colors(norm(value)), "edgecolor": "black", "linewidth": edge,
                 "zorder": 3,
             }  # fmt: skip
-            shape = Rectangle((x - r, y - r), 2 * r, 2 * r, **look)
-            patches.append(axes.add_patch(shape if square else Circle((x, y), r, **look)))
+            shape = Rectangle((x - r, y - r), 2 * r, 2 * r, **style)
+            patches.append(axes.add_patch(shape if square else Circle((x, y), r, **style)))
     return patches
 
 
-def weights(axes: Axes, layout: Layout, network: Network, *, width: float = 1.6) -> list[Any]:
+def weights(
+    axes: Axes, layout: Layout, network: Network, *, width: float = 1.6
+) -> list[LineCollection]:
     """Draw each weight as a line, as wide as it is large (`width` points for the largest).
 
     Red is positive and blue negative. Returns one `LineCollection` per layer. Raises `ShapeError`
@@ -112,7 +129,8 @@ def weights(axes: Axes, layout: Layout, network: Network, *, width: float = 1.6)
             ends, linewidths=width * np.abs(share), colors=colormaps[COLORS](0.5 + 0.4 * share),
             alpha=0.6, zorder=1,
         )  # fmt: skip
-        drawn.append(axes.add_collection(lines))
+        axes.add_collection(lines)
+        drawn.append(lines)
     return drawn
 
 
@@ -138,7 +156,7 @@ def arrow(
 def signals(
     axes: Axes,
     layout: Layout,
-    sizes: ArrayLike,
+    sizes: Numbers,
     *,
     backward: bool,
     largest: float,
@@ -148,10 +166,20 @@ def signals(
 ) -> list[FancyArrowPatch]:
     """Draw one arrow between each pair of neighbouring layers, as wide as its size.
 
-    Arguments: `sizes`, one number for each pair (l − 1, l), l = 1 … L, not negative (NaN leaves an
-    arrow out); `backward`, from l to l − 1; `largest`, the size of an arrow `width` points wide;
-    `offset`, how far above the middle of the layers. Returns the arrows. Raises `ShapeError` for
-    another number of sizes.
+    **Arguments:**
+
+    - `sizes`: one number for each pair (l − 1, l), not negative; NaN leaves an arrow out.
+    - `backward`: whether arrows point from l to l − 1.
+    - `largest`: the size of an arrow `width` points wide.
+    - `offset`: how far above the middle of the layers.
+
+    **Returns:**
+
+    The arrows.
+
+    **Raises:**
+
+    - `ShapeError` for another number of sizes.
     """
     values = np.asarray(sizes, float)
     if values.shape != (len(layout.widths) - 1,):
@@ -186,7 +214,7 @@ def frame(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _checked(layout: Layout, layers: Sequence[int], values: Sequence[Any]) -> list[np.ndarray]:
+def _checked(layout: Layout, layers: Sequence[int], values: Sequence[Numbers]) -> list[np.ndarray]:
     arrays = [np.asarray(value, float) for value in values]
     widths = [(layout.widths[layer],) for layer in layers]
     if [array.shape for array in arrays] != widths:

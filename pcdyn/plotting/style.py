@@ -13,11 +13,11 @@ STYLE_SHEET = Path(__file__).with_name("pcdyn.mplstyle")
 
 
 def style() -> AbstractContextManager[None]:
-    """A context in which Matplotlib draws in the style of pcdyn, colour-blind safe."""
+    """Return a context in which Matplotlib draws in the style of pcdyn, colour-blind safe."""
     return matplotlib.style.context(STYLE_SHEET)
 
 
 def new_axes() -> Axes:
-    """Axes in a figure of their own, in that style."""
+    """Make axes in a figure of their own, in that style."""
     with style():
         return plt.subplots()[1]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
+from pcdyn._support.types import Numbers
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
@@ -22,7 +25,7 @@ from pcdyn.theory.statement import Statement
 
 
 def rising_loss_problem() -> InferenceProblem:
-    """A linear 2-2-2-2 network and a target whose output loss falls, then rises, in inference."""
+    """Make a linear 2-2-2-2 network and a target whose ℒ falls, then rises, in inference."""
     weights = (
         jnp.eye(2),
         jnp.asarray([[-4.93, 29.25], [-15.19, 89.87]]),
@@ -35,11 +38,13 @@ def rising_loss_problem() -> InferenceProblem:
     )
 
 
-def noisy_problem(weights: Any, *, noise: Any, precision: Any) -> InferenceProblem:
-    """Linear 1-1-2 with targets (x, cξ), ξ of mean square 1 and without correlation with x.
+def noisy_problem(
+    weights: Sequence[Numbers], *, noise: float | Array, precision: float | Array
+) -> InferenceProblem:
+    """Make a linear 1-1-2 network with targets (x, cξ), ξ of mean square 1, uncorrelated with x.
 
-    Arguments: `weights`, W_1 of shape (1, 1) and W_2 of shape (2, 1); `noise`, c ≥ 0; `precision`,
-    λ of the output. ℒ at unit precision is least, c²/2 per sample, where the first output is
+    `weights` are W_1 of shape (1, 1) and W_2 of shape (2, 1), `noise` is c ≥ 0, `precision` λ of
+    the output. ℒ at unit precision is least, c²/2 per sample, where the first output is
     fitted, and has a saddle, (1 + c²)/2, where the weights predict nothing.
     """
     x = jnp.asarray([1.0, 1.0, -1.0, -1.0])
@@ -52,13 +57,13 @@ def noisy_problem(weights: Any, *, noise: Any, precision: Any) -> InferenceProbl
     )
 
 
-def growing_weight(time: Any, start: float, *, noise: float, precision: float) -> np.ndarray:
-    """‖W_2‖ of `noisy_problem` at the saddle of ℒ, where learning never ends.
+def growing_weight(time: Numbers, start: float, *, noise: float, precision: float) -> np.ndarray:
+    """Compute ‖W_2‖ of `noisy_problem` at the saddle of ℒ, where learning never ends.
 
     With W_1 = 0 and W_2 = (0, b), `F* = λ/2 [1 + c²/(1 + λb²)]` per sample, so that
-    `ln b + λb² + λ²b⁴/4 = λ²c²t + constant`: b → (4c²t)^¼ whatever λ is. Arguments: `time` times
-    the number of samples, of which F is the sum, in units of the weight time constant; `start`,
-    b > 0 at time 0. Solved by bisection in b.
+    `ln b + λb² + λ²b⁴/4 = λ²c²t + constant`: b → (4c²t)^¼ whatever λ is. `time` is multiplied by
+    the number of samples, of which F is the sum, and in units of the weight time constant; `start`
+    is b > 0 at time 0. Solved by bisection in b.
     """
     from scipy.optimize import brentq
 
@@ -113,18 +118,18 @@ def largest_rises(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
 
 
 def _largest_rises(
-    widths: tuple[int, ...], precision: str | None, networks: int, seed: int, times: Any
+    widths: tuple[int, ...], precision: str | None, networks: int, seed: int, times: np.ndarray
 ) -> np.ndarray:
     """The largest rise over all targets and pairs of times, of each of several random networks."""
 
-    def rise(key: Any) -> Any:
+    def rise(key: PRNGKeyArray) -> Array:
         keys = jr.split(key, len(widths))
         weights = [
             jr.normal(k, (m, n)) for k, n, m in zip(keys[:-1], widths[:-1], widths[1:], strict=True)
         ]
         energy = None
         if precision == "full":
-            # Of a Wishart distribution, conditioned well enough for its eigenvalues to be told.
+            # Of a Wishart distribution, conditioned well enough for its eigenvalues to be distinct.
             root = jr.normal(keys[-1], (widths[1], widths[1]))
             energy = Gaussian([root @ root.T + 0.01 * jnp.eye(widths[1]), 1.0])
         problem = InferenceProblem(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
@@ -23,14 +23,16 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 @eqx.filter_jit
-def linear_spectra(weights: Sequence[Any], precisions: Any = None) -> Any:
-    """The eigenvalues of H = ∂²F/∂x² of linear networks with both ends clamped, ascending.
+def linear_spectra(
+    weights: Sequence[Array], precisions: Array | Sequence[float] | None = None
+) -> Array:
+    """Compute the eigenvalues of H = ∂²F/∂x² of linear networks with both ends clamped, ascending.
 
-    Arguments: `weights`, W_1 … W_L, each of shape `(networks, n_l, n_{l−1})`; `precisions`, a
-    number for each l = 1 … L, 1 unless given. Returns the shape `(networks, n_1 + … + n_{L−1})`.
+    `weights` are W_1 … W_L, each of shape `(networks, n_l, n_{l−1})`, `precisions` a number for
+    each l = 1 … L, 1 unless given. Returns the shape `(networks, n_1 + … + n_{L−1})`.
     """
 
-    def one(weights: Sequence[Any]) -> Any:
+    def one(weights: Sequence[Array]) -> Array:
         network = Network([Dense(w) for w in weights])
         zeros = (jnp.zeros(n, network.dtype) for n in (network.widths[0], network.widths[-1]))
         input, output = zeros
@@ -41,8 +43,10 @@ def linear_spectra(weights: Sequence[Any], precisions: Any = None) -> Any:
     return jax.vmap(one)(list(weights))
 
 
-def random_square_weights(key: Any, *, networks: int, depth: int, width: int) -> list[Any]:
-    """W_1 … W_L with entries N(0, 1/width), each of shape `(networks, width, width)`."""
+def random_square_weights(
+    key: PRNGKeyArray, *, networks: int, depth: int, width: int
+) -> list[Array]:
+    """Draw W_1 … W_L with entries N(0, 1/width), each of shape `(networks, width, width)`."""
     shape = (networks, width, width)
     return [jr.normal(k, shape) / math.sqrt(width) for k in jr.split(key, depth)]
 

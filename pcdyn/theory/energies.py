@@ -59,11 +59,11 @@ def printed_logarithm(*, seed: int = 0, networks: int = 1) -> tuple[Evidence, ..
     first, last, delta = 1.5, 1e-4, 0.1
     settings: Mapping[str, Any] = {"epsilon_0": first, "stopped_at": last}
 
-    def reached(_: float, error: Any) -> float:
+    def reached(_: float, error: np.ndarray) -> float:
         return error[0] - last
 
     reached.terminal = True  # type: ignore[attr-defined]
-    run = solve_ivp(lambda _, e: -1 / e, (0, first**2), [first], method="Radau",
+    run = solve_ivp(lambda _, e: -1 / e, (0, first**2), np.array([first]), method="Radau",
                     events=reached, rtol=1e-10, atol=1e-12)  # fmt: skip
     network = Network([Dense(jnp.ones((1, 1)))])
     problem = InferenceProblem(network, input=[0.0], energy=Divisive(delta))
@@ -164,13 +164,13 @@ def _problems(
     seed: int, networks: int, energy: Separable, activation: str = "tanh"
 ) -> list[InferenceProblem]:
     """Random 3-4-3-2 networks, one sample each."""
-    made = []
+    nets = []
     for key in jr.split(jr.key(seed), networks):
         keys = jr.split(key, 3)
         network = mlp((3, 4, 3, 2), activation=activation, key=keys[0], dtype=jnp.float64)
         input, output = jr.normal(keys[1], (3,)), 2 * jr.normal(keys[2], (2,))
-        made.append(InferenceProblem(network, input=input, output=output, energy=energy))
-    return made
+        nets.append(InferenceProblem(network, input=input, output=output, energy=energy))
+    return nets
 
 
 def _weights(problem: InferenceProblem) -> list[np.ndarray]:

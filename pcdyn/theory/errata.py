@@ -26,20 +26,20 @@ SQUARE = (3, 3, 3, 3)
 def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 6, 30, 33: as printed activities leave the equilibrium, with the sign corrected they
     reach it."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, full_precisions=True)
-    matrix, _ = made.linear_flow()
-    rest = made.stack(linear_rest(made))
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, full_precisions=True)
+    matrix, _ = nets.linear_flow()
+    rest = nets.stack(linear_rest(nets))
     # At t = 20 what grows would come near the largest number, and infinity confirms nothing.
     t, earlier = 20.0, 2.0
-    away = made.stack(made.start()) - rest
+    away = nets.stack(nets.start()) - rest
     ends = [np.linalg.norm(times(expm(matrix * s), away), axis=-1) for s in (-t, earlier)]
     least = float(np.linalg.eigvalsh(matrix).min())
     left = [float((end / np.linalg.norm(away, axis=-1)).max()) for end in ends]
-    state = made.start()
+    state = nets.start()
     state[1:-1] = [x + 0.1 for x in state[1:-1]]
-    ours, printed = vector_field(made, state), made.gradient(state)[1:-1]
+    ours, printed = vector_field(nets, state), nets.gradient(state)[1:-1]
     oracle = "SciPy's expm of the stacked system"
-    settings = {**made.settings, "t": t}
+    settings = {**nets.settings, "t": t}
     return (
         Evidence("Eqs 6, 30, 33", "corrected, ẋ_l = −Π_l ε_l + W_{l+1}ᵀ Π_{l+1} ε_{l+1}: "
                  "distance to the equilibrium at t = 20 over that at the start", left[0],
@@ -48,43 +48,43 @@ def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
                  "at most", 0.0, 1.0, oracle, {**settings, "t": earlier}, expected_to_hold=False),
         Evidence("Eqs 6, 30, 33", "the flow is minus what is printed (largest difference)",
                  largest([-f for f in ours], printed), "equal", 0.0, 1e-13,
-                 "Eq 6 as printed in NumPy", made.settings),
+                 "Eq 6 as printed in NumPy", nets.settings),
     )  # fmt: skip
 
 
 def sign_of_learning(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 2 and 21: +ε f' xᵀ descends F, −ε f' xᵀ ascends it; so does W + η ∂ℒ/∂W for ℒ."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh")
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh")
     rng = np.random.default_rng(seed + 1)
-    state = [x + rng.normal(size=x.shape) for x in made.start()]
-    gradient = made.weight_gradient(state, made.weighted_errors(state))
+    state = [x + rng.normal(size=x.shape) for x in nets.start()]
+    gradient = nets.weight_gradient(state, nets.weighted_errors(state))
     moved, step = {}, 1e-6
     for sign in (1, -1):
         parts = np.split(sign * step * gradient, 3, axis=-1)
-        pairs = zip(made.weights, parts, strict=True)
+        pairs = zip(nets.weights, parts, strict=True)
         there = dataclasses.replace(
-            made, weights=tuple(w + part.reshape(w.shape) for w, part in pairs)
+            nets, weights=tuple(w + part.reshape(w.shape) for w, part in pairs)
         )
-        rise = (there.free_energy(state) - made.free_energy(state)) / step
+        rise = (there.free_energy(state) - nets.free_energy(state)) / step
         moved[sign] = float((rise / (gradient**2).sum(-1)).max())
     oracle = "forward differences of F in NumPy, step 1e-6"
     return (
         Evidence("Eq 21", "Eq 2's sign, Ẇ = +ε f' xᵀ: dF/dt over −‖∂F/∂W‖²", -moved[-1], "equal",
-                 1.0, 1e-3, oracle, made.settings),
+                 1.0, 1e-3, oracle, nets.settings),
         Evidence("Eq 21", "as printed, Ẇ = −ε f' xᵀ (and W + η ∂ℒ/∂W in A.1.2): dF/dt over "
-                 "−‖∂F/∂W‖²", -moved[1], "equal", 1.0, 1e-3, oracle, made.settings,
+                 "−‖∂F/∂W‖²", -moved[1], "equal", 1.0, 1e-3, oracle, nets.settings,
                  expected_to_hold=False),
     )  # fmt: skip
 
 
 def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 3 and 25: the target of x = f(W x_{l−1}) is W⁻¹ f⁻¹(t), not f⁻¹(W⁻¹ t)."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
-    made = reachable(made)
-    weight = made.weights[-1]
-    corrected = solve(weight, np.arctanh(made.target))
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
+    nets = reachable(nets)
+    weight = nets.weights[-1]
+    corrected = solve(weight, np.arctanh(nets.target))
     # Kept inside the domain of f⁻¹, where the printed form has a value at all.
-    printed = np.arctanh(np.clip(solve(weight, made.target), -0.999, 0.999))
+    printed = np.arctanh(np.clip(solve(weight, nets.target), -0.999, 0.999))
     oracle = "tanh(W t) against the target, in NumPy"
     rows = []
     for text, form, holds in (("Eq 3, W⁻¹ f⁻¹(t)", corrected, True),
@@ -92,16 +92,16 @@ def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, .
         reached = np.tanh(times(weight, form))
         rows.append(
             Evidence("Eq 25", f"{text}: the layer maps it to the target (largest relative error)",
-                     largest_relative([reached], [made.target]), "equal", 0.0, 1e-12, oracle,
-                     made.settings, expected_to_hold=holds)
+                     largest_relative([reached], [nets.target]), "equal", 0.0, 1e-12, oracle,
+                     nets.settings, expected_to_hold=holds)
         )  # fmt: skip
     return tuple(rows)
 
 
 def inverse_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eq 26: the update of the learned inverse, with both signs."""
-    made = draw(seed=seed, networks=networks, widths=(3, 3), near_identity=0.2)
-    weight = made.weights[0]
+    nets = draw(seed=seed, networks=networks, widths=(3, 3), near_identity=0.2)
+    weight = nets.weights[0]
     samples = np.random.default_rng(seed + 1).normal(size=(networks, 3, 50))
     outputs = weight @ samples
     start = transpose(weight)
@@ -120,13 +120,13 @@ def inverse_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]
         rows.append(
             Evidence("Eq 26", f"{text}: reconstruction error at t = 10 over that at the start "
                      "(largest)", float((error / before).max()), "at most", 0.0, 1.0,
-                     "SciPy's expm of the linear flow of the inverse", {**made.settings, "t": t},
+                     "SciPy's expm of the linear flow of the inverse", {**nets.settings, "t": t},
                      expected_to_hold=sign < 0)
         )  # fmt: skip
     rows.append(
         Evidence("Eq 26", "where +ẽ (W x)ᵀ rests is W⁻¹ (largest difference)",
                  float(np.abs(transpose(least) - np.linalg.inv(weight)).max()), "equal", 0.0,
-                 1e-11, "inverse by NumPy", made.settings)
+                 1e-11, "inverse by NumPy", nets.settings)
     )  # fmt: skip
     return tuple(rows)
 

@@ -1,4 +1,4 @@
-"""One measured number, what it is held against, and the verdict: for theory and for figures."""
+"""One measured number, what it is compared with, and the verdict: for theory and for figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 class Evidence:
     """One number measured for one statement of the paper.
 
-    Arguments:
+    **Arguments:**
 
     - `statement`: where the paper says it, such as "Theorem 3.4", "Eq 31" or "3A" for a panel.
     - `claim`: what is measured, in one line; for an erratum with the form that is meant.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Array
 from scipy.integrate import solve_ivp
 
-from pcdyn._support.types import State
+from pcdyn._support.types import Activities, State
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.errors import EquilibriumStatus, NotConvergedError, SimulationError
@@ -22,7 +22,7 @@ _FREE = {"both": slice(1, -1), "input": slice(1, None), "output": slice(None, -1
 
 
 def settle(networks: Networks) -> Layers:
-    """x_0* … x_L* of each network, both ends clamped, by Gauss–Newton from the feedforward pass.
+    """Find x_0* … x_L* of each network, both ends clamped, by Gauss–Newton.
 
     Raises `NotConvergedError` if one of them is not found.
     """
@@ -35,7 +35,7 @@ def settle(networks: Networks) -> Layers:
     return list(activities)
 
 
-def _settle(problem: InferenceProblem, start: State) -> Any:
+def _settle(problem: InferenceProblem, start: State) -> tuple[Activities, Array]:
     found = equilibrium(
         problem, method=GaussNewton(), initial=start, tolerance=SETTLED, throw=False
     )
@@ -43,7 +43,7 @@ def _settle(problem: InferenceProblem, start: State) -> Any:
 
 
 def linear_rest(networks: Networks) -> Layers:
-    """x_0* … x_L* of linear networks by block Cholesky."""
+    """Solve for x_0* … x_L* of linear networks by block Cholesky."""
     return list(on_each(linear_equilibrium, networks))
 
 
@@ -66,7 +66,7 @@ def flow(
     clamp: str = "both",
     tolerance: float = 1e-10,
 ) -> list[Layers]:
-    """x_0 … x_L at each of `times` along pcdyn's flow, integrated by SciPy's DOP853 from t = 0.
+    """Integrate pcdyn's flow by SciPy's DOP853 from t = 0: x_0 … x_L at each of `times`.
 
     All networks make one system; `tolerance` is relative, and absolute a hundredth of it. Raises
     `SimulationError` where SciPy fails.
@@ -90,9 +90,17 @@ def flow(
 
 
 def integrate(
-    field: Any, start: np.ndarray, times: Sequence[float], *, method: str, tolerance: float
+    field: Callable[[float, np.ndarray], np.ndarray],
+    start: np.ndarray,
+    times: Sequence[float],
+    *,
+    method: str,
+    tolerance: float,
 ) -> np.ndarray:
-    """y at each of `times` by SciPy, on the first axis; raises `SimulationError` where it fails."""
+    """Solve y' = field(t, y) by SciPy: y at each of `times`, on the first axis.
+
+    Raises `SimulationError` where SciPy fails.
+    """
     found = solve_ivp(
         field, (0, times[-1]), start, method=method, t_eval=times, rtol=tolerance,
         atol=tolerance / 100,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from scipy.linalg import expm
 
+from pcdyn._support.types import Activities, State
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import exact_flow, hessian, linear_equilibrium, single_layer_flow
 from pcdyn.theory.evidence import Evidence
@@ -34,29 +34,29 @@ FLOW = 1e-8
 
 def vector_field_is_gradient(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eq 1: the flow against finite differences of F, with the ½ and as printed."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh")
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh")
     rng = np.random.default_rng(seed + 1)
-    activities = [x + rng.normal(size=x.shape) for x in made.start()]
-    activities[0], activities[-1] = made.input, made.target
-    field = vector_field(made, activities)
+    activities = [x + rng.normal(size=x.shape) for x in nets.start()]
+    activities[0], activities[-1] = nets.input, nets.target
+    field = vector_field(nets, activities)
     step, slopes = 1e-5, []
-    for layer in range(1, made.depth):
+    for layer in range(1, nets.depth):
         slopes.append(np.zeros_like(field[layer - 1]))
-        for unit in range(made.widths[layer]):
+        for unit in range(nets.widths[layer]):
             up, down = (list(activities) for _ in range(2))
             for moved, sign in ((up, 1), (down, -1)):
                 moved[layer] = moved[layer].copy()
                 moved[layer][:, unit] += sign * step
-            rise = made.free_energy(up) - made.free_energy(down)
+            rise = nets.free_energy(up) - nets.free_energy(down)
             slopes[-1][:, unit] = -rise / (2 * step)
     ours, theirs = (np.concatenate(x, -1) for x in (field, slopes))
     ratio = float((2 * ours * theirs).sum() / (ours * ours).sum())
     oracle = "central differences of F written out in NumPy, step 1e-5"
     return (
         Evidence("Eq 1", "the flow is −∂F/∂x of F = Σ ½ε² (largest difference)",
-                 largest(field, slopes), "equal", 0.0, 1e-8, oracle, made.settings),
+                 largest(field, slopes), "equal", 0.0, 1e-8, oracle, nets.settings),
         Evidence("Eq 1", "as printed, F = Σ ε²: −∂F/∂x over the right side of Eq 1",
-                 ratio, "equal", 1.0, 1e-6, oracle, made.settings, expected_to_hold=False),
+                 ratio, "equal", 1.0, 1e-6, oracle, nets.settings, expected_to_hold=False),
     )  # fmt: skip
 
 
@@ -64,42 +64,42 @@ def feedforward_equilibrium(*, seed: int = 0, networks: int = 20) -> tuple[Evide
     """Theorem 3.1: with the output free, the flow from anywhere ends at the feedforward pass."""
     rows = []
     for activation in ("tanh", "identity"):
-        made = draw(seed=seed, networks=networks, widths=SQUARE, activation=activation)
-        made = dataclasses.replace(made, weights=tuple(0.5 * w for w in made.weights))
+        nets = draw(seed=seed, networks=networks, widths=SQUARE, activation=activation)
+        nets = dataclasses.replace(nets, weights=tuple(0.5 * w for w in nets.weights))
         rng = np.random.default_rng(seed + 1)
-        start = [made.input, *(2 * rng.normal(size=(networks, n)) for n in made.widths[1:])]
-        (end,) = flow(made, start, [120.0], clamp="input")
+        start = [nets.input, *(2 * rng.normal(size=(networks, n)) for n in nets.widths[1:])]
+        (end,) = flow(nets, start, [120.0], clamp="input")
         rows.append(
-            Evidence("Theorem 3.1", f"{made.settings['network']}, output free: the flow from "
+            Evidence("Theorem 3.1", f"{nets.settings['network']}, output free: the flow from "
                      "random activities ends at the feedforward pass (largest difference)",
-                     largest(end, made.feedforward()), "equal", 0.0, FLOW,
-                     "feedforward recursion in NumPy", {**made.settings, "t1": 120.0})
+                     largest(end, nets.feedforward()), "equal", 0.0, FLOW,
+                     "feedforward recursion in NumPy", {**nets.settings, "t1": 120.0})
         )  # fmt: skip
     return tuple(rows)
 
 
 def target_propagation_equilibrium(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.3: with the input free, the flow ends at the targets, where these exist."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.05)
-    made = reachable(made, scale=0.3)
-    targets = made.targets()
-    slopes = (made.slope(layer, targets[layer - 1]) for layer in range(1, made.depth + 1))
-    linear = tuple(s[..., None] * w for s, w in zip(slopes, made.weights, strict=True))
-    near = dataclasses.replace(made, weights=linear, activation="identity")
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.05)
+    nets = reachable(nets, scale=0.3)
+    targets = nets.targets()
+    slopes = (nets.slope(layer, targets[layer - 1]) for layer in range(1, nets.depth + 1))
+    linear = tuple(s[..., None] * w for s, w in zip(slopes, nets.weights, strict=True))
+    near = dataclasses.replace(nets, weights=linear, activation="identity")
     # After 25 of the slowest time constants e^{−25} = 1e-11 is left.
     t1 = 25 / float(np.linalg.eigvalsh(near.linear_flow(0)[0]).min())
-    start = [np.zeros_like(x) for x in made.start()]
-    start[-1] = made.target
-    states = flow(made, start, [5.0, 20.0, t1], clamp="output")
-    energies = np.stack([made.free_energy(x) for x in (start, *states)])
+    start = [np.zeros_like(x) for x in nets.start()]
+    start[-1] = nets.target
+    states = flow(nets, start, [5.0, 20.0, t1], clamp="output")
+    energies = np.stack([nets.free_energy(x) for x in (start, *states)])
     share = _share_of_reachable(seed)
     return (
         Evidence("Theorem 3.3", "input free, targets in the range of tanh: the flow ends at the "
                  "targets t_0 … t_L (largest difference)", largest(states[-1], targets),
-                 "equal", 0.0, FLOW, "t = W⁻¹ f⁻¹(t) by NumPy", {**made.settings, "t1": t1}),
+                 "equal", 0.0, FLOW, "t = W⁻¹ f⁻¹(t) by NumPy", {**nets.settings, "t1": t1}),
         Evidence("Theorem 3.3", "F never rises on the way (largest rise)",
                  float(np.diff(energies, axis=0).max()), "at most", 0.0, 1e-12,
-                 "F written out in NumPy", made.settings),
+                 "F written out in NumPy", nets.settings),
         Evidence("Theorem 3.3", "as printed, for any target: share of Gaussian targets that exist "
                  "for tanh", share, "equal", 1.0, 0.0, "t = W⁻¹ f⁻¹(t) by NumPy",
                  {"networks": 2000, "network": "5-5-5 tanh", "weights": "I + N(0, .2²)"},
@@ -119,106 +119,106 @@ def _share_of_reachable(seed: int) -> float:
 
 def linear_equilibria(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.4: the equilibrium of linear networks, and the equation of each layer."""
-    made = draw(seed=seed, networks=networks, widths=MIXED)
-    return _linear("Theorem 3.4", made)
+    nets = draw(seed=seed, networks=networks, widths=MIXED)
+    return _linear("Theorem 3.4", nets)
 
 
 def precision_equilibria(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.5: the same with full SPD precisions; and in output space."""
-    made = draw(seed=seed, networks=networks, widths=MIXED, full_precisions=True)
-    return (*_linear("Theorem 3.5", made), *_output_space(made))
+    nets = draw(seed=seed, networks=networks, widths=MIXED, full_precisions=True)
+    return (*_linear("Theorem 3.5", nets), *_output_space(nets))
 
 
-def _linear(number: str, made: Networks) -> tuple[Evidence, ...]:
-    found = linear_rest(made)
-    matrix, _ = made.linear_flow()
+def _linear(number: str, nets: Networks) -> tuple[Evidence, ...]:
+    found = linear_rest(nets)
+    matrix, _ = nets.linear_flow()
     tolerance = 1e2 * EPS * float(np.linalg.cond(matrix).max()) * max(map(_size, found))
     residuals = []
-    for layer in range(1, made.depth):
-        weight, precision = made.weights[layer], made.precisions
+    for layer in range(1, nets.depth):
+        weight, precision = nets.weights[layer], nets.precisions
         back = np.linalg.inv(precision[layer - 1]) @ transpose(weight) @ precision[layer]
-        drive = times(made.weights[layer - 1], found[layer - 1]) + times(back, found[layer + 1])
-        equation = np.eye(made.widths[layer]) + back @ weight
+        drive = times(nets.weights[layer - 1], found[layer - 1]) + times(back, found[layer + 1])
+        equation = np.eye(nets.widths[layer]) + back @ weight
         residuals.append(found[layer] - solve(equation, drive))
     return (
         Evidence(number, "the equilibrium of the whole network (largest difference)",
-                 largest(found, made.rest()), "equal", 0.0, tolerance,
-                 "dense solve of the stacked system in NumPy", made.settings),
+                 largest(found, nets.rest()), "equal", 0.0, tolerance,
+                 "dense solve of the stacked system in NumPy", nets.settings),
         Evidence(number, "the printed equation of each hidden layer at the equilibrium of its "
                  "neighbours (largest residual)", max(map(_size, residuals)), "equal", 0.0,
-                 tolerance, "the printed equation in NumPy", made.settings),
+                 tolerance, "the printed equation in NumPy", nets.settings),
     )  # fmt: skip
 
 
-def _output_space(made: Networks) -> tuple[Evidence, ...]:
+def _output_space(nets: Networks) -> tuple[Evidence, ...]:
     """Π_l ε_l* = P_lᵀ S⁻¹ e_0 and F* = ½ e_0ᵀ S⁻¹ e_0."""
-    found = list(on_each(_by_output_space, made))
-    products = [np.broadcast_to(np.eye(made.widths[-1]), made.precisions[-1].shape)]
-    for weight in made.weights[:0:-1]:
+    found = list(on_each(_by_output_space, nets))
+    products = [np.broadcast_to(np.eye(nets.widths[-1]), nets.precisions[-1].shape)]
+    for weight in nets.weights[:0:-1]:
         products.insert(0, products[0] @ weight)
-    pairs = list(zip(products, made.precisions, strict=True))
+    pairs = list(zip(products, nets.precisions, strict=True))
     s_matrix = sum(p @ np.linalg.inv(precision) @ transpose(p) for p, precision in pairs)
-    error = made.target - made.feedforward()[-1]
+    error = nets.target - nets.feedforward()[-1]
     filtered = solve(np.asarray(s_matrix), error)
     weighted = [times(transpose(p), filtered) for p in products]
     energy = 0.5 * (error * filtered).sum(-1)
-    matrix, _ = made.linear_flow()
+    matrix, _ = nets.linear_flow()
     tolerance = 1e2 * EPS * float(np.linalg.cond(matrix).max()) * max(map(_size, found))
-    rest = made.rest()
+    rest = nets.rest()
     return (
         Evidence("Theorem 3.5", "all layers at once, Π_l ε_l* = P_lᵀ S⁻¹ e_0 with S = Σ P_l Π_l⁻¹ "
-                 "P_lᵀ (largest difference)", largest(made.weighted_errors(found), weighted),
+                 "P_lᵀ (largest difference)", largest(nets.weighted_errors(found), weighted),
                  "equal", 0.0, 10 * tolerance, "S of NumPy's products and inverses",
-                 made.settings),
+                 nets.settings),
         Evidence("Theorem 3.5", "F* = ½ e_0ᵀ S⁻¹ e_0 (largest difference)",
-                 _size(made.free_energy(rest) - energy), "equal", 0.0, 10 * tolerance,
-                 "F at the dense solution in NumPy", made.settings),
+                 _size(nets.free_energy(rest) - energy), "equal", 0.0, 10 * tolerance,
+                 "F at the dense solution in NumPy", nets.settings),
     )  # fmt: skip
 
 
-def _by_output_space(problem: InferenceProblem) -> Any:
+def _by_output_space(problem: InferenceProblem) -> Activities:
     return linear_equilibrium(problem, method="output_space")
 
 
 def convexity(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.3: the Hessian of the whole network."""
-    made = draw(seed=seed, networks=networks, widths=MIXED)
-    ours, theirs = on_each(_dense_hessian, made), made.linear_flow()[0]
+    nets = draw(seed=seed, networks=networks, widths=MIXED)
+    ours, theirs = on_each(_dense_hessian, nets), nets.linear_flow()[0]
     values = np.linalg.eigvalsh(ours)
     round_off = 1e2 * EPS * float(values.max())
     return (
         Evidence("A.3", "F is strictly convex in all layers together: least eigenvalue of H, "
                  "above round-off", float(values.min()), "at least", round_off, 0.0,
-                 "eigenvalues in NumPy of pcdyn.linear.hessian", made.settings),
+                 "eigenvalues in NumPy of pcdyn.linear.hessian", nets.settings),
         Evidence("A.3", "H = AᵀΠA for the stacked errors ε = Ay + c (largest difference)",
-                 _size(ours - theirs), "equal", 0.0, round_off, "AᵀΠA in NumPy", made.settings),
+                 _size(ours - theirs), "equal", 0.0, round_off, "AᵀΠA in NumPy", nets.settings),
     )  # fmt: skip
 
 
-def _dense_hessian(problem: InferenceProblem) -> Any:
+def _dense_hessian(problem: InferenceProblem) -> Array:
     return hessian(problem).dense()
 
 
 def path_to_convergence(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.4: Eq 31 with its time reversed, and the closed form of the whole network."""
-    made = draw(seed=seed, networks=networks, widths=MIXED, full_precisions=True)
-    start = made.start()
+    nets = draw(seed=seed, networks=networks, widths=MIXED, full_precisions=True)
+    start = nets.start()
     t = 1.5
-    stacked, layer = on_each(_exact, made, tuple(start), np.full(networks, t))
-    matrix, drive = made.linear_flow()
+    stacked, layer = on_each(_exact, nets, tuple(start), np.full(networks, t))
+    matrix, drive = nets.linear_flow()
     count, size = drive.shape
     field = lambda _, y: (drive - times(matrix, y.reshape(count, size))).ravel()  # noqa: E731
-    solved = integrate(field, made.stack(start).ravel(), [t], method="DOP853", tolerance=1e-12)
-    weight, precisions = made.weights[2], made.precisions
+    solved = integrate(field, nets.stack(start).ravel(), [t], method="DOP853", tolerance=1e-12)
+    weight, precisions = nets.weights[2], nets.precisions
     back = transpose(weight) @ precisions[2]
-    one, pull = precisions[1] + back @ weight, times(back, made.target)
-    pull = pull + times(precisions[1] @ made.weights[1], start[1])
+    one, pull = precisions[1] + back @ weight, times(back, nets.target)
+    pull = pull + times(precisions[1] @ nets.weights[1], start[1])
     rest = solve(one, pull)
     decay, grow = expm(-one * t), expm(one * t)
     alone = rest + times(decay, start[2] - rest)
     printed = times(grow, start[2]) - times(grow - np.eye(one.shape[-1]), rest)
-    settings = {**made.settings, "t": t}
-    fixed = made.unstack(solved.reshape(count, size))[2]
+    settings = {**nets.settings, "t": t}
+    fixed = nets.unstack(solved.reshape(count, size))[2]
     return (
         Evidence("A.4, Eq 31", "neighbours fixed, Eq 31 with e^{−At} (largest difference)",
                  _size(layer[0] - alone), "equal", 0.0, 1e-11, "SciPy's expm", settings),
@@ -236,32 +236,32 @@ def path_to_convergence(*, seed: int = 0, networks: int = 20) -> tuple[Evidence,
     )  # fmt: skip
 
 
-def _exact(problem: InferenceProblem, activities: Any, t: Any) -> Any:
+def _exact(problem: InferenceProblem, activities: Activities, t: Array) -> tuple[State, State]:
     whole = exact_flow(problem, problem.state_of(activities))(t)
-    return whole, single_layer_flow(problem, 2, activities)(jnp.asarray(t))
+    return whole, single_layer_flow(problem, 2, activities)(t)
 
 
 def equal_influences(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.5.2: where all prediction errors vanish, the feedforward pass is the target."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
-    made = dataclasses.replace(made, target=made.feedforward()[-1])
-    found = linear_rest(made)
-    forward = [times(made.weights[i - 1], found[i - 1]) for i in range(1, made.depth)]
-    back = [times(transpose(made.weights[i]), found[i + 1]) for i in range(1, made.depth)]
-    weighted = [times(transpose(w) @ w, x) for w, x in zip(made.weights[1:], forward, strict=True)]
-    conditions = [np.linalg.cond(weight).max() for weight in made.weights]
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
+    nets = dataclasses.replace(nets, target=nets.feedforward()[-1])
+    found = linear_rest(nets)
+    forward = [times(nets.weights[i - 1], found[i - 1]) for i in range(1, nets.depth)]
+    back = [times(transpose(nets.weights[i]), found[i + 1]) for i in range(1, nets.depth)]
+    weighted = [times(transpose(w) @ w, x) for w, x in zip(nets.weights[1:], forward, strict=True)]
+    conditions = [np.linalg.cond(weight).max() for weight in nets.weights]
     tolerance = 1e2 * EPS * float(np.prod(conditions)) ** 2 * max(map(_size, found))
     oracle = "products and inverses in NumPy"
     return (
         Evidence("A.5.2", "T = feedforward(d): prediction errors vanish and x_l* is the target "
-                 "W_{l+1}⁻¹ x_{l+1}* (largest difference)", largest(found, made.targets()),
-                 "equal", 0.0, tolerance, oracle, made.settings),
+                 "W_{l+1}⁻¹ x_{l+1}* (largest difference)", largest(found, nets.targets()),
+                 "equal", 0.0, tolerance, oracle, nets.settings),
         Evidence("A.5.2", "the two influences balance as Wᵀ_{l+1} W_{l+1} W_l x_{l−1}* = "
                  "Wᵀ_{l+1} x_{l+1}* (largest difference)", largest(weighted, back), "equal", 0.0,
-                 tolerance, oracle, made.settings),
+                 tolerance, oracle, nets.settings),
         Evidence("A.5.2", "as printed below Theorem 3.4, W_l x_{l−1}* = Wᵀ_{l+1} x_{l+1}* "
                  "(median relative difference)", relative(back, forward), "equal", 0.0, tolerance,
-                 oracle, made.settings, expected_to_hold=False),
+                 oracle, nets.settings, expected_to_hold=False),
     )  # fmt: skip
 
 
@@ -270,14 +270,14 @@ def input_unconstrained_dynamics(*, seed: int = 0, networks: int = 20) -> tuple[
     near = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
     matrix, drive = near.linear_flow(0)
     end, targets = np.split(solve(matrix, drive), near.depth, axis=-1), near.targets()[:-1]
-    made, state = _where_feedback_opposes(draw(seed=seed, networks=networks, widths=SQUARE))
-    slope, errors = made.gradient(state), made.errors(state)
-    full = vector_field(made, state, clamp="output")
+    nets, state = _where_feedback_opposes(draw(seed=seed, networks=networks, widths=SQUARE))
+    slope, errors = nets.gradient(state), nets.errors(state)
+    full = vector_field(nets, state, clamp="output")
     dropped = [-s for s in slope[:-1]]
     dropped[1] = dropped[1] + errors[0]
     rates = [sum((s * f).sum(-1) for s, f in zip(slope[:-1], field, strict=True))
              for field in (full, dropped)]  # fmt: skip
-    pairs = zip(made.weights, errors, strict=True)
+    pairs = zip(nets.weights, errors, strict=True)
     feedback = [times(transpose(weight), error) for weight, error in pairs]
     tolerance = 1e2 * EPS * float(np.linalg.cond(matrix).max()) * max(map(_size, end))
     oracle = "∂F/∂x by hand in NumPy"
@@ -285,34 +285,34 @@ def input_unconstrained_dynamics(*, seed: int = 0, networks: int = 20) -> tuple[
         Evidence("A.5.3, Eq 36", "the flow with the input free, −ε_l included, rests at the "
                  "targets (largest difference)", largest(end, targets), "equal", 0.0,
                  tolerance, "t = W⁻¹ t by NumPy, dense solve of the stacked system",
-                 made.settings),
+                 nets.settings),
         Evidence("A.5.3, Eq 36", "F falls along that flow (largest dF/dt)",
-                 float(np.max(rates[0])), "at most", 0.0, 0.0, oracle, made.settings),
+                 float(np.max(rates[0])), "at most", 0.0, 0.0, oracle, nets.settings),
         Evidence("A.5.3, Eq 36", "as argued and as in the authors' code, without −ε_1: F falls "
                  "(largest dF/dt where the feedback halves −ε_1)", float(np.max(rates[1])),
-                 "at most", 0.0, 0.0, oracle, made.settings, expected_to_hold=False),
+                 "at most", 0.0, 0.0, oracle, nets.settings, expected_to_hold=False),
         Evidence("A.5.3, Eq 36", "as printed, ẋ_l = −ε_{l+1} ∂f/∂x_l descends E_{l+1} (largest "
                  "dE/dt with that sign)", float(max((f * f).sum(-1).max() for f in feedback)),
-                 "at most", 0.0, 0.0, oracle, made.settings, expected_to_hold=False),
+                 "at most", 0.0, 0.0, oracle, nets.settings, expected_to_hold=False),
     )  # fmt: skip
 
 
-def _where_feedback_opposes(made: Networks) -> tuple[Networks, list[np.ndarray]]:
+def _where_feedback_opposes(nets: Networks) -> tuple[Networks, list[np.ndarray]]:
     """Activities, and targets for them, at which dF/dt without −ε_1 is ¼ − σ², for ‖ε_1‖ = 1.
 
     ε_1 is the direction that W_1ᵀ shrinks most, to σ; half of it comes back from layer 2, and
     layer 2 is at rest.
     """
-    errors = [np.linalg.svd(made.weights[0])[0][:, :, -1]]
-    for weight, share in zip(made.weights[1:], (0.5, 1.0), strict=True):
+    errors = [np.linalg.svd(nets.weights[0])[0][:, :, -1]]
+    for weight, share in zip(nets.weights[1:], (0.5, 1.0), strict=True):
         errors.append(share * solve(transpose(weight), errors[-1]))
-    state = [made.input]
+    state = [nets.input]
     for layer, error in enumerate(errors, start=1):
-        state.append(made.predict(layer, state[-1]) + error)
-    return dataclasses.replace(made, target=state[-1]), state
+        state.append(nets.predict(layer, state[-1]) + error)
+    return dataclasses.replace(nets, target=state[-1]), state
 
 
-def _size(array: Any) -> float:
+def _size(array: np.ndarray) -> float:
     return float(np.abs(array).max())
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from pcdyn._support.types import Activities, Numbers, State
 from pcdyn.equilibria.solvers import ClosedForm
 from pcdyn.learning import AdiabaticFlow
 from pcdyn.model.problem import InferenceProblem
@@ -35,8 +37,8 @@ _BY_HAND = "∂ℒ/∂x and ∂Ẽ/∂x by hand in NumPy"
 
 def decomposition(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eq 12: what ℒ and Ẽ do between the feedforward pass and the equilibrium."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    at_rest, at_start = (made.layer_energies(x) for x in (settle(made), made.start()))
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    at_rest, at_start = (nets.layer_energies(x) for x in (settle(nets), nets.start()))
     rises = (
         ("ℒ(x*) ≤ F(x*)", at_rest[:, -1] - at_rest.sum(-1)),
         ("F(x*) ≤ F(feedforward)", at_rest.sum(-1) - at_start.sum(-1)),
@@ -44,29 +46,29 @@ def decomposition(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     )
     return tuple(
         Evidence("Eq 12", f"{text} (largest excess)", float(rise.max()), "at most", 0.0, 1e-14,
-                 "energies written out in NumPy", made.settings)
+                 "energies written out in NumPy", nets.settings)
         for text, rise in rises
     )  # fmt: skip
 
 
 def zero_free_energy(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Proposition 3.1: F = 0 where it is attained, and F* → 0 where it is not."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE)
-    attained = dataclasses.replace(made, target=made.feedforward()[-1])
+    nets = draw(seed=seed, networks=networks, widths=SQUARE)
+    attained = dataclasses.replace(nets, target=nets.feedforward()[-1])
     energy = attained.layer_energies(linear_rest(attained))
     # Nothing reaches the output (W_1 = 0), and F* = ½ ‖T‖² / (1 + s² + s⁴) for W_2 = W_3 = s I.
     scales, least, loss = np.asarray([1e1, 1e2, 1e3]), [], []
     for scale in scales:
         eye = np.broadcast_to(scale * np.eye(3), (networks, 3, 3))
-        grown = dataclasses.replace(made, weights=(0 * eye, eye, eye))
+        grown = dataclasses.replace(nets, weights=(0 * eye, eye, eye))
         least.append(float(np.mean(grown.free_energy(grown.rest()) / grown.free_energy(
             grown.start()))))  # fmt: skip
         loss.append(float(np.mean(grown.layer_energies(grown.start())[:, -1])))
-    settings = {**made.settings, "sizes": (1 / scales).tolist(), "errors": least}
+    settings = {**nets.settings, "sizes": (1 / scales).tolist(), "errors": least}
     return (
         Evidence("Proposition 3.1", "targets that can be reached: F* = 0 and ℒ = 0 (largest of "
                  "both)", float(max(energy.sum(-1).max(), energy[:, -1].max())), "at most", 0.0,
-                 1e-20, "energies written out in NumPy", made.settings),
+                 1e-20, "energies written out in NumPy", nets.settings),
         Evidence("Proposition 3.1", "unbounded weights, W_1 = 0 and W_2 = W_3 = s I: F* falls as "
                  "1/s⁴ (order in 1/s)", order(1 / scales, least), "equal", 4.0, 0.1,
                  "F* = ½‖T‖² / (1 + s² + s⁴)", settings),
@@ -76,46 +78,46 @@ def zero_free_energy(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
     )  # fmt: skip
 
 
-def _parts(made: Networks, activities: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _parts(nets: Networks, activities: Layers) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """∂ℒ/∂x_l and ∂Ẽ/∂x_l of the hidden layers."""
-    slopes = made.gradient(activities)
-    error = times(made.precisions[-1], made.errors(activities)[-1])
-    top = -made.pull(made.depth, activities[-2], error)
+    slopes = nets.gradient(activities)
+    error = times(nets.precisions[-1], nets.errors(activities)[-1])
+    top = -nets.pull(nets.depth, activities[-2], error)
     loss = [np.zeros_like(x) for x in activities[1:-2]] + [top]
     return loss, [s - g for s, g in zip(slopes[1:-1], loss, strict=True)]
 
 
 def marginal_condition(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Lemma 3.1 at equilibria of tanh networks."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    loss, residual = _parts(made, settle(made))
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    loss, residual = _parts(nets, settle(nets))
     measured = max(float(np.abs(a + b).max()) for a, b in zip(loss, residual, strict=True))
     return (
         Evidence("Lemma 3.1", "∂ℒ/∂x_l = −∂Ẽ/∂x_l at equilibrium (largest residual)", measured,
-                 "equal", 0.0, 1e-10, f"{_BY_HAND}; equilibria to 1e-11", made.settings),
+                 "equal", 0.0, 1e-10, f"{_BY_HAND}; equilibria to 1e-11", nets.settings),
     )  # fmt: skip
 
 
 def energy_gradient_bound(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.6.3: the bound at the feedforward pass, along inference, and what the loss does."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    start = made.start()
-    steepness = (_parts(made, start)[0][-1] ** 2).sum(-1)
-    margin = on_each(_margin, made, tuple(start)) / steepness
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    start = nets.start()
+    steepness = (_parts(nets, start)[0][-1] ** 2).sum(-1)
+    margin = on_each(_margin, nets, tuple(start)) / steepness
     # Away from the feedforward pass, where ∂Ẽ/∂x = 0 would hide it.
     rng = np.random.default_rng(seed + 1)
-    state = [made.input, *(x + rng.normal(size=x.shape) for x in start[1:-1]), made.target]
-    loss, residual = _parts(made, state)
+    state = [nets.input, *(x + rng.normal(size=x.shape) for x in start[1:-1]), nets.target]
+    loss, residual = _parts(nets, state)
     bound = (loss[-1] * (loss[-1] + residual[-1])).sum(-1)
-    rate = _loss_rate(made, state)
+    rate = _loss_rate(nets, state)
     rows = [
         Evidence("A.6.3", "at the feedforward pass −dℒ/dt = ‖g‖², g = ∂ℒ/∂x_{L−1}: the bound "
                  "holds (largest difference of their ratio from 1)",
-                 float(np.abs(margin - 1).max()), "equal", 0.0, 1e-12, _BY_HAND, made.settings),
+                 float(np.abs(margin - 1).max()), "equal", 0.0, 1e-12, _BY_HAND, nets.settings),
         Evidence("A.6.3", "dℒ/dt = −g·(g + ∂Ẽ/∂x_{L−1}) at random activities (largest difference "
                  "over largest value)", float(np.abs(rate + bound).max() / np.abs(bound).max()),
                  "equal", 0.0, 1e-7, f"{_BY_HAND}; central differences of ℒ along pcdyn's flow, "
-                 "step 1e-5", made.settings),
+                 "step 1e-5", nets.settings),
     ]  # fmt: skip
     moments = np.linspace(0, 60, 601)
     for text, widths in (("one hidden layer", (3, 3, 3)), ("a scalar output", (3, 3, 3, 1))):
@@ -133,33 +135,33 @@ def energy_gradient_bound(*, seed: int = 0, networks: int = 20) -> tuple[Evidenc
     return (*rows, *_counterexample(moments))
 
 
-def _margin(problem: InferenceProblem, activities: Any) -> Any:
+def _margin(problem: InferenceProblem, activities: Activities) -> Array:
     return energy_gradient_margin(problem, problem.state_of(activities))
 
 
-def _loss_rate(made: Networks, activities: Layers, *, step: float = 1e-5) -> np.ndarray:
+def _loss_rate(nets: Networks, activities: Layers, *, step: float = 1e-5) -> np.ndarray:
     """dℒ/dt of each network where `activities` move along pcdyn's vector field."""
-    field = vector_field(made, activities)
+    field = vector_field(nets, activities)
     losses = []
     for sign in (1, -1):
         moved = [x + sign * step * v for x, v in zip(activities[1:-1], field, strict=True)]
-        losses.append(made.layer_energies([activities[0], *moved, activities[-1]])[:, -1])
+        losses.append(nets.layer_energies([activities[0], *moved, activities[-1]])[:, -1])
     return (losses[0] - losses[1]) / (2 * step)
 
 
-def _loss_along(made: Networks, moments: np.ndarray) -> np.ndarray:
+def _loss_along(nets: Networks, moments: np.ndarray) -> np.ndarray:
     """ℒ(t) of unit-precision linear networks from the feedforward pass: ½ ‖M(t) e_0‖²."""
-    values, vectors = np.linalg.eigh(made.linear_flow()[0])
-    last = made.weights[-1]
+    values, vectors = np.linalg.eigh(nets.linear_flow()[0])
+    last = nets.weights[-1]
     read = last @ vectors[:, -last.shape[-1] :, :]
-    error = made.target - made.feedforward()[-1]
+    error = nets.target - nets.feedforward()[-1]
     drive = times(transpose(read), error)
     filled = -np.expm1(-values * moments[:, None, None]) / values
     output = error - np.einsum("nij,tnj->tni", read, filled * drive)
     return 0.5 * (output**2).sum(-1)
 
 
-def _losses(problem: InferenceProblem, moments: Any) -> Any:
+def _losses(problem: InferenceProblem, moments: Array) -> Array:
     flow, error = output_error_flow(problem), feedforward_output_error(problem)
     return jax.vmap(lambda t: flow.loss(error, t))(moments)
 
@@ -168,25 +170,25 @@ def _counterexample(moments: np.ndarray) -> tuple[Evidence, ...]:
     """The 2-2-2-2 network in which ℒ falls, and then rises."""
     problem = rising_loss_problem()
     layers: Any = problem.network.layers
-    made = Networks(
+    nets = Networks(
         weights=tuple(np.asarray(layer.weight)[None] for layer in layers), precisions=(),
         input=np.asarray(problem.input)[None], target=np.asarray(problem.output)[None],
     ).with_precisions(1.0, 1.0, 1.0)  # fmt: skip
-    states = [np.repeat(x, len(moments), 0) for x in made.start()]
+    states = [np.repeat(x, len(moments), 0) for x in nets.start()]
     many = dataclasses.replace(
-        made, weights=tuple(np.repeat(w, len(moments), 0) for w in made.weights),
-        precisions=tuple(np.repeat(p, len(moments), 0) for p in made.precisions),
+        nets, weights=tuple(np.repeat(w, len(moments), 0) for w in nets.weights),
+        precisions=tuple(np.repeat(p, len(moments), 0) for p in nets.precisions),
         input=states[0], target=states[-1],
     )  # fmt: skip
     hidden = on_each(_exact, many, tuple(states), moments)
     along = [states[0], *hidden, states[-1]]
     energies = many.layer_energies(along)
-    closed = _loss_along(made, moments)[:, 0]
+    closed = _loss_along(nets, moments)[:, 0]
     losses, lowest = energies[:, -1], int(energies[:, -1].argmin())
     gradient, residual = (part[-1] for part in _parts(many, along))
     bound = (gradient * (gradient + residual)).sum(-1)
     settings = {"network": "2-2-2-2 linear, cond(H) large", "t": [0, 60]}
-    rest = 2 * made.layer_energies(made.rest())[0, -1]
+    rest = 2 * nets.layer_energies(nets.rest())[0, -1]
     return (
         Evidence("A.6.3", "2-2-2-2 counterexample: F never rises (largest rise)",
                  float(np.diff(energies.sum(-1)).max()), "at most", 0.0, 1e-12,
@@ -204,20 +206,20 @@ def _counterexample(moments: np.ndarray) -> tuple[Evidence, ...]:
     )  # fmt: skip
 
 
-def _exact(problem: InferenceProblem, activities: Any, t: Any) -> Any:
+def _exact(problem: InferenceProblem, activities: Activities, t: Array) -> State:
     return exact_flow(problem, problem.state_of(activities))(t)
 
 
 def critical_points(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.6: with data that can be interpolated, and with data that cannot."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.1)
-    size = np.linalg.norm(made.input, axis=-1, keepdims=True)
-    made = dataclasses.replace(made, input=np.sqrt(3) * made.input / size)
-    flat = np.stack(made.weights, axis=1)
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.1)
+    size = np.linalg.norm(nets.input, axis=-1, keepdims=True)
+    nets = dataclasses.replace(nets, input=np.sqrt(3) * nets.input / size)
+    flat = np.stack(nets.weights, axis=1)
 
     def at(y: np.ndarray) -> Networks:
         weights = y.reshape(flat.shape)
-        return dataclasses.replace(made, weights=tuple(weights[:, i] for i in range(3)))
+        return dataclasses.replace(nets, weights=tuple(weights[:, i] for i in range(3)))
 
     def field(_: float, y: np.ndarray) -> np.ndarray:
         now = at(y)
@@ -236,12 +238,12 @@ def critical_points(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...
                  # A few begin near a saddle; of two networks the median would be a mean.
                  float(np.quantile(norms[1] / norms[0], 0.5, method="lower")), "at most", 0.0, 1e-6,
                  "BP's weight gradient in NumPy, along SciPy's RK45 on −dF*/dW in NumPy",
-                 {**made.settings, "t1": t1}),
+                 {**nets.settings, "t1": t1}),
         Evidence("Theorem 3.6", "data that can be interpolated: pcdyn's −dF*/dW at both ends is "
                  "the one integrated (largest difference over largest value)",
                  _apart([on_each(_weight_field, at(y)) for y in ends],
                         [field(0.0, y).reshape(networks, -1) for y in ends]),
-                 "equal", 0.0, 1e-10, _FLOW, {**made.settings, "t1": t1}),
+                 "equal", 0.0, 1e-10, _FLOW, {**nets.settings, "t1": t1}),
     ]  # fmt: skip
     starts = 0.5 * np.random.default_rng(seed).normal(size=(4, 3))
     rows.append(
@@ -297,18 +299,18 @@ def _noisy_field(weights: np.ndarray, precision: float) -> np.ndarray:
     return np.append(np.mean(hidden * _INPUTS), output @ (first * _INPUTS + hidden) / 4)
 
 
-def _noisy_weight_field(weights: Any) -> Any:
+def _noisy_weight_field(weights: Array) -> Array:
     """The same of pcdyn at λ = 1, summed over the samples."""
     layers = [weights[:1, None], weights[1:, None]]
     return _weight_field(noisy_problem(layers, noise=3.0, precision=1.0))
 
 
-def _weight_field(problem: InferenceProblem) -> Any:
+def _weight_field(problem: InferenceProblem) -> Array:
     flow = AdiabaticFlow(problem, ClosedForm())
     return jnp.concatenate(flow.vector_field(0.0, flow.initial_state()))
 
 
-def _apart(ours: Any, theirs: Any) -> float:
+def _apart(ours: Numbers, theirs: Numbers) -> float:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
-from pcdyn.learning import FixedPrediction, JointFlow, ZeroDivergence
+from pcdyn.learning import FixedPrediction, JointFlow, Rule, ZeroDivergence
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, settle
@@ -34,7 +36,13 @@ _DELTAS = "BP's δ_{l−1} = W_lᵀ (f'_l ∘ δ_l) at the feedforward pass, in 
 
 
 def _slope(
-    number: str, claim: str, sizes: Any, errors: Any, expected: float, oracle: str, settings: Any
+    number: str,
+    claim: str,
+    sizes: Sequence[float] | np.ndarray,
+    errors: Sequence[float],
+    expected: float,
+    oracle: str,
+    settings: Mapping[str, Any],
 ) -> Evidence:
     """An order of convergence, with the curve that it was fitted to."""
     curve = {"sizes": [float(s) for s in sizes], "errors": [float(e) for e in errors]}
@@ -44,23 +52,23 @@ def _slope(
 
 def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Theorem 3.2: the recursion at equilibrium, its sign, and why equal f' is not enough."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    found = settle(made)
-    errors = made.weighted_errors(found)
-    pulled = [made.pull(i + 1, found[i], errors[i]) for i in range(1, made.depth)]
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    found = settle(nets)
+    errors = nets.weighted_errors(found)
+    pulled = [nets.pull(i + 1, found[i], errors[i]) for i in range(1, nets.depth)]
     bound = float(max(np.abs(a - b).max() for a, b in zip(pulled, errors[:-1], strict=True)))
-    low = made.with_precisions(1.0, 1.0, 1e-4)
-    at_low = [e / 1e-4 for e in made.with_precisions(1.0, 1.0, 1e-4).weighted_errors(settle(low))]
-    gradients = [-delta for delta in made.deltas()]
+    low = nets.with_precisions(1.0, 1.0, 1e-4)
+    at_low = [e / 1e-4 for e in nets.with_precisions(1.0, 1.0, 1e-4).weighted_errors(settle(low))]
+    gradients = [-delta for delta in nets.deltas()]
     rows = [
         Evidence("Theorem 3.2", "the recursion ε_l* = W_{l+1}ᵀ (f'(W_{l+1} x_l*) ∘ ε_{l+1}*) "
                  "(largest residual)", bound, "equal", 0.0, 1e-10,
-                 "the recursion in NumPy; equilibria to 1e-11", made.settings),
+                 "the recursion in NumPy; equilibria to 1e-11", nets.settings),
         Evidence("Theorem 3.2", "ε_l*/λ → −∂ℒ/∂x̂_l (median relative difference at λ = 1e-4)",
-                 relative(at_low, made.deltas()), "at most", 0.0, 1e-2, _DELTAS, made.settings),
+                 relative(at_low, nets.deltas()), "at most", 0.0, 1e-2, _DELTAS, nets.settings),
         Evidence("Theorem 3.2", "as printed, ε_l*/λ → +∂ℒ/∂x̂_l (median relative difference at "
                  "λ = 1e-4)", relative(at_low, gradients), "at most", 0.0, 1e-2, _DELTAS,
-                 made.settings, expected_to_hold=False),
+                 nets.settings, expected_to_hold=False),
     ]  # fmt: skip
     for std in (0.05, 0.3, 1.0):
         linear = draw(seed=seed, networks=networks, widths=SQUARE, std=std)
@@ -76,34 +84,34 @@ def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[
 
 def low_output_precision(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.2 (Whittington and Bogacz): λ → 0 is BP, in prediction errors and in weight gradients."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    deltas, errors, gradients = made.deltas(), [], []
-    expected = made.weight_gradient(made.feedforward(), deltas)
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    deltas, errors, gradients = nets.deltas(), [], []
+    expected = nets.weight_gradient(nets.feedforward(), deltas)
     for size in SMALL:
-        low = made.with_precisions(1.0, 1.0, size)
+        low = nets.with_precisions(1.0, 1.0, size)
         found = settle(low)
         scaled = [e / size for e in low.weighted_errors(found)]
         errors.append(relative(scaled, deltas))
         gradients.append(relative([low.weight_gradient(found, scaled)], [expected]))
     return (
         _slope("A.2 low output precision", "‖ε_l*/λ − δ_l‖ = O(λ)", SMALL, errors, 1.0, _DELTAS,
-               made.settings),
+               nets.settings),
         _slope("A.2 low output precision", "‖∇F*/λ − ∇ℒ‖ = O(λ)", SMALL, gradients, 1.0,
-               "BP's weight gradient in NumPy", made.settings),
+               "BP's weight gradient in NumPy", nets.settings),
     )  # fmt: skip
 
 
 def frozen_predictions(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.2 (Millidge et al.): with predictions and f' frozen the equilibrium is BP, exactly."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    expected = made.weight_gradient(made.feedforward(), made.deltas())
-    ours = on_each(_frozen, made)
-    forward, deltas = made.feedforward(), made.deltas()
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    expected = nets.weight_gradient(nets.feedforward(), nets.deltas())
+    ours = on_each(_frozen, nets)
+    forward, deltas = nets.feedforward(), nets.deltas()
 
     def field(_: float, y: np.ndarray) -> np.ndarray:
         lower, upper = y.reshape(2, networks, 3)
-        from_above = made.pull(3, forward[2], deltas[2]) - upper
-        return np.concatenate([(made.pull(2, forward[1], upper) - lower).ravel(),
+        from_above = nets.pull(3, forward[2], deltas[2]) - upper
+        return np.concatenate([(nets.pull(2, forward[1], upper) - lower).ravel(),
                                from_above.ravel()])  # fmt: skip
 
     t = 1.5
@@ -114,20 +122,20 @@ def frozen_predictions(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
         Evidence("A.2 frozen predictions", "weight gradients at the equilibrium are BP's "
                  "(largest relative difference)", largest_relative([ours], [expected]), "equal",
                  0.0, 1e-12, "BP's weight gradient in NumPy",
-                 {**made.settings, "dt": 0.5, "steps": 200}),
+                 {**nets.settings, "dt": 0.5, "steps": 200}),
         Evidence("A.2 frozen predictions", "on the way ε_{L−1} = (1 − e^{−t}) δ and ε_{L−2} = "
                  "(1 − (1 + t) e^{−t}) δ (largest relative difference)",
                  largest_relative((lower, upper), closed), "equal", 0.0, 1e-9,
                  "SciPy's DOP853 on the frozen flow in NumPy, tolerance 1e-12",
-                 {**made.settings, "t": t}),
+                 {**nets.settings, "t": t}),
     )  # fmt: skip
 
 
-def _frozen(problem: InferenceProblem) -> Any:
+def _frozen(problem: InferenceProblem) -> Array:
     return _learned(FixedPrediction(dt=0.5, steps=200), problem)
 
 
-def _learned(rule: Any, problem: InferenceProblem) -> Any:
+def _learned(rule: Rule, problem: InferenceProblem) -> Array:
     """The rule's weight gradient as one vector."""
     assert problem.input is not None
     assert problem.output is not None
@@ -138,50 +146,50 @@ def _learned(rule: Any, problem: InferenceProblem) -> Any:
 
 def first_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.2 (Song et al.): the first update of each layer is BP, by Euler steps and in time."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
-    forward, deltas = made.feedforward(), made.deltas()
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    forward, deltas = nets.feedforward(), nets.deltas()
     rows = []
     for rate, measure in ((1.0, _by_steps_of_one), (0.5, _by_steps_of_half)):
-        scaled = [rate ** (made.depth - i) * d for i, d in enumerate(deltas, start=1)]
-        expected = made.weight_gradient(forward, scaled)
+        scaled = [rate ** (nets.depth - i) * d for i, d in enumerate(deltas, start=1)]
+        expected = nets.weight_gradient(forward, scaled)
         rows.append(
             Evidence("A.2 first update", f"Euler steps of {rate:g} from the feedforward pass: "
                      f"layer l learns from {rate:g}^(L−l) δ_l (largest relative difference)",
-                     largest_relative([on_each(measure, made)], [expected]), "equal", 0.0, 1e-13,
-                     "BP's weight gradient in NumPy", {**made.settings, "γ": rate})
+                     largest_relative([on_each(measure, nets)], [expected]), "equal", 0.0, 1e-13,
+                     "BP's weight gradient in NumPy", {**nets.settings, "γ": rate})
         )  # fmt: skip
     sizes = (1e-3, 1e-2, 1e-1)
-    states = flow(made, made.start(), sizes, tolerance=1e-13)
+    states = flow(nets, nets.start(), sizes, tolerance=1e-13)
     errors = []
     for t, state in zip(sizes, states, strict=True):
-        ours = [made.errors(state)[1] / t, made.errors(state)[0] / (t**2 / 2)]
+        ours = [nets.errors(state)[1] / t, nets.errors(state)[0] / (t**2 / 2)]
         errors.append(max(relative([e], [d]) for e, d in zip(ours, deltas[1::-1], strict=True)))
     rows.append(
         _slope("A.2 first update", "in continuous time ε_l = t^{L−l}/(L−l)! δ_l (1 + O(t))",
-               sizes, errors, 1.0, _DELTAS, made.settings)
+               sizes, errors, 1.0, _DELTAS, nets.settings)
     )  # fmt: skip
     return tuple(rows)
 
 
-def _by_steps_of_one(problem: InferenceProblem) -> Any:
+def _by_steps_of_one(problem: InferenceProblem) -> Array:
     return _learned(ZeroDivergence(1.0), problem)
 
 
-def _by_steps_of_half(problem: InferenceProblem) -> Any:
+def _by_steps_of_half(problem: InferenceProblem) -> Array:
     return _learned(ZeroDivergence(0.5), problem)
 
 
 def high_precision_ratio(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 7 and 8: which precisions send which layers to their targets, and to the forward pass."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
-    targets, forward = made.targets(), made.feedforward()
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
+    targets, forward = nets.targets(), nets.feedforward()
     sizes = np.asarray((1e-2, 1e-3, 1e-4))
     graded, alone, low = [], [], []
     for ratio in 1 / sizes:
-        found = linear_rest(made.with_precisions(ratio**-2, 1 / ratio, 1.0))
+        found = linear_rest(nets.with_precisions(ratio**-2, 1 / ratio, 1.0))
         graded.append(relative(found[1:-1], targets[1:-1]))
-        alone.append(linear_rest(made.with_precisions(1.0, 1.0, ratio)))
-        low.append(linear_rest(made.with_precisions(ratio**2, ratio, 1.0)))
+        alone.append(linear_rest(nets.with_precisions(1.0, 1.0, ratio)))
+        low.append(linear_rest(nets.with_precisions(ratio**2, ratio, 1.0)))
     smooth = reachable(
         draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
     )
@@ -195,73 +203,73 @@ def high_precision_ratio(*, seed: int = 0, networks: int = 20) -> tuple[Evidence
     oracle = "t = W⁻¹ f⁻¹(t) in NumPy"
     return (
         _slope("Eqs 7–8", "graded precisions Π_l = ρ^l: all layers tend to their targets as 1/ρ",
-               sizes, graded, 1.0, oracle, made.settings),
+               sizes, graded, 1.0, oracle, nets.settings),
         _slope("Eqs 7–8", "the same for tanh, where targets exist", sizes[:2], curved, 1.0,
                oracle, smooth.settings),
         _slope("Eqs 7–8", "output precision ρ alone: layer L−1 tends to its target as 1/ρ", sizes,
-               top, 1.0, oracle, made.settings),
+               top, 1.0, oracle, nets.settings),
         Evidence("Eqs 7–8", "as read from Eq 7, output precision 1e4 alone sends layer L−2 to its "
                  "target too (median relative difference)", below, "at most", 0.0, 1e-2, oracle,
-                 made.settings, expected_to_hold=False),
+                 nets.settings, expected_to_hold=False),
         _slope("Eqs 7–8", "Π_l = ρ^−l: all layers tend to the feedforward pass as 1/ρ", sizes,
-               near, 1.0, "feedforward recursion in NumPy", made.settings),
+               near, 1.0, "feedforward recursion in NumPy", nets.settings),
         *_rectangular(seed, networks),
     )  # fmt: skip
 
 
 def _rectangular(seed: int, networks: int) -> tuple[Evidence, ...]:
     """A weight without inverse: difference target propagation."""
-    made = draw(seed=seed, networks=networks, widths=(4, 5, 3)).with_precisions(1.0, 1e6)
-    found, forward = linear_rest(made), made.feedforward()
-    inverse = np.linalg.pinv(made.weights[1])
-    difference = forward[1] + times(inverse, made.target - forward[2])
+    nets = draw(seed=seed, networks=networks, widths=(4, 5, 3)).with_precisions(1.0, 1e6)
+    found, forward = linear_rest(nets), nets.feedforward()
+    inverse = np.linalg.pinv(nets.weights[1])
+    difference = forward[1] + times(inverse, nets.target - forward[2])
     oracle = "Moore–Penrose inverse in NumPy"
-    settings = {**made.settings, "ratio": 1e6}
+    settings = {**nets.settings, "ratio": 1e6}
     return (
         Evidence("Eqs 7–8", "rectangular W at ratio 1e6: x* is x_ff + W⁺ (T − W x_ff), difference "
                  "target propagation (median relative difference)",
                  relative(found[1:2], [difference]), "at most", 0.0, 1e-4, oracle, settings),
         Evidence("Eqs 7–8", "as used in A.9, rectangular W at ratio 1e6: x* is W⁺ T (median "
-                 "relative difference)", relative(found[1:2], [times(inverse, made.target)]),
+                 "relative difference)", relative(found[1:2], [times(inverse, nets.target)]),
                  "at most", 0.0, 1e-4, oracle, settings, expected_to_hold=False),
     )  # fmt: skip
 
 
 def interpolation(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.7, Eq 48: F = λℒ + (1 − λ)Ẽ near both ends and at them."""
-    made = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
-    targets, deltas = made.targets(), made.deltas()
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
+    targets, deltas = nets.targets(), nets.deltas()
     sizes = (1e-2, 1e-3, 1e-4)
     high, low = [], []
     below = np.inf
     for size in sizes:
-        found = linear_rest(made.with_precisions(size, size, 1 - size))
+        found = linear_rest(nets.with_precisions(size, size, 1 - size))
         high.append(relative(found[2:3], targets[2:3]))
         below = relative(found[1:2], targets[1:2])
-        weak = made.with_precisions(1 - size, 1 - size, size)
-        errors = made.errors(linear_rest(weak))
+        weak = nets.with_precisions(1 - size, 1 - size, size)
+        errors = nets.errors(linear_rest(weak))
         scaled = [e * (1 - size) / size for e in errors[:-1]]
         low.append(relative(scaled, deltas[:-1]))
-    at_one = np.linalg.eigvalsh(made.with_precisions(0.0, 0.0, 1.0).linear_flow()[0])
+    at_one = np.linalg.eigvalsh(nets.with_precisions(0.0, 0.0, 1.0).linear_flow()[0])
     flat = int((at_one < 1e-12 * at_one.max(-1, keepdims=True)).sum(-1).min())
-    at_zero = made.with_precisions(1.0, 1.0, 0.0)
+    at_zero = nets.with_precisions(1.0, 1.0, 0.0)
     gradient = at_zero.weight_gradient(at_zero.rest(), at_zero.weighted_errors(at_zero.rest()))
-    share = float(np.abs(gradient).max() / np.abs(made.weight_gradient(
-        made.feedforward(), deltas)).max())  # fmt: skip
+    share = float(np.abs(gradient).max() / np.abs(nets.weight_gradient(
+        nets.feedforward(), deltas)).max())  # fmt: skip
     oracle = "t = W⁻¹ t in NumPy"
     return (
         _slope("Eq 48", "λ → 1: layer L−1 tends to its target as 1 − λ", sizes, high, 1.0, oracle,
-               made.settings),
+               nets.settings),
         _slope("Eq 48", "λ → 0: ε_l (1 − λ)/λ tends to BP's δ_l as λ", sizes, low, 1.0, _DELTAS,
-               made.settings),
+               nets.settings),
         Evidence("Eq 48", "as printed, λ → 1 is target propagation in every layer: layer L−2 at "
                  "1 − λ = 1e-4 (median relative difference)", below, "at most", 0.0, 1e-2, oracle,
-                 made.settings, expected_to_hold=False),
+                 nets.settings, expected_to_hold=False),
         Evidence("Eq 48", "as printed, λ = 1 has one equilibrium: flat directions of F there",
-                 float(flat), "equal", 0.0, 0.0, "eigenvalues of AᵀΠA in NumPy", made.settings,
+                 float(flat), "equal", 0.0, 0.0, "eigenvalues of AᵀΠA in NumPy", nets.settings,
                  expected_to_hold=False),
         Evidence("Eq 48", "as printed, λ = 0 is BP: largest weight gradient there over BP's",
-                 share, "equal", 1.0, 1e-6, "BP's weight gradient in NumPy", made.settings,
+                 share, "equal", 1.0, 1e-6, "BP's weight gradient in NumPy", nets.settings,
                  expected_to_hold=False),
     )  # fmt: skip
 
@@ -271,14 +279,14 @@ def incremental_coding(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
 
     On one linear network whatever `networks` says: the flow of weights is slow to follow.
     """
-    made = draw(seed=seed, networks=1, widths=(2, 2, 2))
-    shapes = [w[0].shape for w in made.weights]
-    flat = np.concatenate([w.ravel() for w in made.weights])
+    nets = draw(seed=seed, networks=1, widths=(2, 2, 2))
+    shapes = [w[0].shape for w in nets.weights]
+    flat = np.concatenate([w.ravel() for w in nets.weights])
 
     def at(vector: np.ndarray) -> Networks:
         parts = np.split(vector, [shapes[0][0] * shapes[0][1]])
         weights = tuple(p.reshape(1, *s) for p, s in zip(parts, shapes, strict=True))
-        return dataclasses.replace(made, weights=weights)
+        return dataclasses.replace(nets, weights=weights)
 
     def adiabatic(_: float, vector: np.ndarray) -> np.ndarray:
         now = at(vector)
@@ -292,19 +300,19 @@ def incremental_coding(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, 
         ratios = np.asarray([ratio])
 
         def field(_: float, y: np.ndarray, ratios: np.ndarray = ratios) -> np.ndarray:
-            return on_each(_joint, made, y[None], ratios)[0]
+            return on_each(_joint, nets, y[None], ratios)[0]
 
-        start = np.concatenate([made.rest()[1][0], flat])
+        start = np.concatenate([nets.rest()[1][0], flat])
         end = integrate(field, start, [1 / ratio], method="LSODA", tolerance=1e-9)[-1][2:]
         distances.append(float(np.linalg.norm(end - limit)))
     return (
         _slope("Incremental PC", "τ_W = 1/ε: distance of the weights at εt = 1 from those of "
                "inference to equilibrium is O(ε)", sizes, distances, 1.0,
-               "SciPy's DOP853 on −dF*/dW in NumPy, equilibria by dense solves", made.settings),
+               "SciPy's DOP853 on −dF*/dW in NumPy, equilibria by dense solves", nets.settings),
     )  # fmt: skip
 
 
-def _joint(problem: InferenceProblem, y: Any, ratio: Any) -> Any:
+def _joint(problem: InferenceProblem, y: Array, ratio: Array) -> Array:
     flow = JointFlow(problem, ratio)
     ends = np.cumsum([x.size for x in flow.initial_state()])[:-1]
     return jax.numpy.concatenate(flow.vector_field(0.0, tuple(jax.numpy.split(y, ends))))

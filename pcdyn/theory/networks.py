@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
+from pcdyn._support.types import Numbers
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
@@ -80,7 +82,7 @@ class Networks:
         return activities
 
     def start(self) -> Layers:
-        """The feedforward pass with the target as x_L."""
+        """Return the feedforward pass with the target as x_L."""
         return [*self.feedforward()[:-1], self.target]
 
     def errors(self, activities: Sequence[np.ndarray]) -> Layers:
@@ -105,7 +107,7 @@ class Networks:
         return self.layer_energies(activities).sum(-1)
 
     def gradient(self, activities: Sequence[np.ndarray]) -> Layers:
-        """∂F/∂x_0 … ∂F/∂x_L, by hand: Π_l ε_l − W_{l+1}ᵀ (f'_{l+1} ∘ Π_{l+1} ε_{l+1})."""
+        """Compute ∂F/∂x_0 … ∂F/∂x_L by hand: Π_l ε_l − W_{l+1}ᵀ (f'_{l+1} ∘ Π_{l+1} ε_{l+1})."""
         weighted = self.weighted_errors(activities)
         gradients = [np.zeros_like(self.input), *weighted]
         for layer in range(self.depth):
@@ -119,7 +121,7 @@ class Networks:
         return times(transpose(self.weights[layer - 1]), self.slope(layer, below) * credit)
 
     def deltas(self) -> Layers:
-        """BP's δ_1 … δ_L: δ_L = Π_L (T − x̂_L), δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)."""
+        """Compute BP's δ_1 … δ_L: δ_L = Π_L (T − x̂_L), δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)."""
         forward = self.feedforward()
         deltas = [times(self.precisions[-1], self.target - forward[-1])]
         for layer in range(self.depth, 1, -1):
@@ -127,7 +129,7 @@ class Networks:
         return deltas
 
     def weight_gradient(self, activities: Sequence[np.ndarray], credits: Layers) -> np.ndarray:
-        """−(f'_l ∘ d_l) x_{l−1}ᵀ of all layers as one vector for each network."""
+        """Compute −(f'_l ∘ d_l) x_{l−1}ᵀ of all layers, as one vector for each network."""
         parts = []
         for layer, credit in enumerate(credits, start=1):
             below = activities[layer - 1]
@@ -136,7 +138,7 @@ class Networks:
         return np.concatenate(parts, axis=-1)
 
     def targets(self) -> Layers:
-        """t_0 … t_L of target propagation: t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
+        """Compute targets by t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
         targets = [self.target]
         for weight in reversed(self.weights):
             inner = np.arctanh(targets[0]) if self.activation == "tanh" else targets[0]
@@ -168,16 +170,16 @@ class Networks:
         return weighted @ matrix, -times(weighted, constant)
 
     def stack(self, activities: Sequence[np.ndarray]) -> np.ndarray:
-        """The hidden layers as one vector for each network."""
+        """Concatenate the hidden layers to one vector for each network."""
         return np.concatenate(list(activities[1:-1]), axis=-1)
 
     def unstack(self, hidden: np.ndarray) -> Layers:
-        """x_0 … x_L from the hidden layers as one vector."""
+        """Split the hidden layers as one vector into x_0 … x_L."""
         parts = np.split(hidden, np.cumsum(self.widths[1:-1])[:-1], axis=-1)
         return [self.input, *parts, self.target]
 
     def rest(self) -> Layers:
-        """x_0* … x_L* of linear networks by a dense solve."""
+        """Solve for x_0* … x_L* of linear networks, dense."""
         return self.unstack(solve(*self.linear_flow()))
 
 
@@ -191,7 +193,7 @@ def draw(
     full_precisions: bool = False,
     near_identity: float | None = None,
 ) -> Networks:
-    """Networks with weights N(0, std²), 1/√n_{l−1} unless given, and standard normal data.
+    """Draw networks with weights N(0, std²), 1/√n_{l−1} unless given, and standard normal data.
 
     `near_identity` draws W = I + N(0, near_identity²) instead; `full_precisions` draws SPD
     matrices with eigenvalues between 1/e and e in place of the identity.
@@ -224,15 +226,15 @@ def _random_spd(rng: np.random.Generator, networks: int, width: int) -> np.ndarr
 
 
 def reachable(networks: Networks, *, scale: float = 0.5) -> Networks:
-    """The same with reachable targets: the outputs for other inputs, times `scale`."""
+    """Replace the targets by reachable ones: the outputs for other inputs, times `scale`."""
     other = dataclasses.replace(networks, input=scale * networks.input[::-1])
     return dataclasses.replace(networks, target=other.feedforward()[-1])
 
 
 def on_each(
-    measure: Callable[..., Any], networks: Networks, *arrays: Any, clamp: str = "both"
-) -> Any:
-    """`measure(problem, *arrays)` of pcdyn for each network, as NumPy arrays.
+    measure: Callable[..., PyTree], networks: Networks, *arrays: PyTree, clamp: str = "both"
+) -> PyTree:
+    """Call `measure(problem, *arrays)` of pcdyn for each network; NumPy arrays come back.
 
     `clamp` says which ends are clamped: both, input or output. `arrays` have the networks as their
     leading axis. `measure` is a module-level function, so that it is compiled once.
@@ -243,8 +245,10 @@ def on_each(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mapped(measure: Any, activation: str, clamp: str, parts: Any, arrays: Any) -> Any:
-    def one(parts: Any, arrays: Any) -> Any:
+def _mapped(
+    measure: Callable[..., PyTree], activation: str, clamp: str, parts: PyTree, arrays: PyTree
+) -> PyTree:
+    def one(parts: PyTree, arrays: PyTree) -> PyTree:
         weights, precisions, input, target = parts
         problem = InferenceProblem(
             Network([Dense(weight, activation=activation) for weight in weights]),
@@ -272,26 +276,26 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return np.swapaxes(matrix, -1, -2)
 
 
-def largest(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """The largest absolute difference between two sequences of arrays."""
+def largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Measure the largest absolute difference between two sequences of arrays."""
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
+def relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Measure ‖a − b‖ / ‖b‖ over all layers, the median over the networks."""
     return float(np.median(_relative_each(ours, theirs)))
 
 
-def largest_relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """‖a − b‖ / ‖b‖ over all layers, the largest of the networks: for what is exact in each."""
+def largest_relative(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Measure ‖a − b‖ / ‖b‖ over all layers, the largest of the networks."""
     return float(np.max(_relative_each(ours, theirs)))
 
 
-def _relative_each(ours: Sequence[Any], theirs: Sequence[Any]) -> np.ndarray:
+def _relative_each(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
     a, b = (np.concatenate(list(each), axis=-1) for each in (ours, theirs))
     return np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def order(sizes: Any, errors: Any) -> float:
-    """The slope of log error against log size."""
+def order(sizes: Numbers, errors: Numbers) -> float:
+    """Fit the slope of log error against log size."""
     return float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])

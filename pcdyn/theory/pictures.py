@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from pcdyn.theory.evidence import Evidence
@@ -20,14 +20,14 @@ _COLOURS = {
 }
 
 
-def margins(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
-    """How far each number is from what is expected, over its tolerance; left of 1 it holds.
+def margins(evidence: Sequence[Evidence], *, ax: Axes) -> list[Artist]:
+    """Draw how far each number is from what is expected, over its tolerance; it holds left of 1.
 
     Triangles at the ends stand for distances outside 1e-10 … 1e10; so does the left one for numbers
     that are less than "at most", or more than "at least", asks for.
     """
     numbers = list(dict.fromkeys(e.statement for e in evidence))
-    artists: list[Any] = [ax.axvline(1, color="grey", linewidth=1)]
+    artists: list[Artist] = [ax.axvline(1, color="grey", linewidth=1)]
     labels: dict[tuple[str, str], str] = {}
     for e in evidence:
         distance = _distance(e)
@@ -64,9 +64,9 @@ def _distance(e: Evidence) -> float:
     return float(distance / scale) if np.isfinite(distance) else np.inf
 
 
-def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Any]:
-    """Errors of the limits of order 1 against their small number; measured slopes in brackets."""
-    artists = []
+def orders(evidence: Sequence[Evidence], *, ax: Axes) -> list[Artist]:
+    """Draw the errors of limits of order 1 against their small number, with the slopes."""
+    artists: list[Artist] = []
     curves = [
         e for e in evidence
         if e.expected == 1 and "errors" in e.settings and max(e.settings["sizes"]) < 1

@@ -10,9 +10,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array
 
-from pcdyn.learning.precisions import PrecisionFlow, output_noise
-from pcdyn.learning.variational import variational_free_energy
+from pcdyn._support.types import State
+from pcdyn.learning.flows.precisions import PrecisionFlow, output_noise
+from pcdyn.learning.flows.variational import variational_free_energy
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network, mlp
 from pcdyn.model.problem import InferenceProblem
@@ -154,7 +156,7 @@ def recovered_covariance(*, samples: int = 20_000, seed: int = 0) -> tuple[Evide
 
 
 @eqx.filter_jit
-def _at_equilibrium(problem: InferenceProblem) -> tuple[Any, Any]:
+def _at_equilibrium(problem: InferenceProblem) -> tuple[Array, Array]:
     """F with a Laplace and with a delta posterior, per sample."""
     rest = problem.state_of(linear_equilibrium(problem))
     return (
@@ -164,12 +166,12 @@ def _at_equilibrium(problem: InferenceProblem) -> tuple[Any, Any]:
 
 
 @eqx.filter_jit
-def _free_energy(flow: PrecisionFlow) -> Any:
+def _free_energy(flow: PrecisionFlow) -> Array:
     return flow.free_energy(flow.initial_state())
 
 
 @eqx.filter_jit
-def _field(flow: PrecisionFlow) -> Any:
+def _field(flow: PrecisionFlow) -> State:
     return flow.vector_field(0.0, flow.initial_state())
 
 
@@ -190,8 +192,8 @@ def _random_problem(
     for index, (below, width) in enumerate(itertools.pairwise(widths)):
         layers.append(Dense(rng.normal(size=(width, below)) / below**0.5))
         spread = np.exp(rng.uniform(-1, 1, width))
-        turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
-        precisions.append(((turn * spread) @ turn.T, spread, float(spread[0]))[index % 3])
+        rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+        precisions.append(((rotation * spread) @ rotation.T, spread, float(spread[0]))[index % 3])
     return InferenceProblem(
         Network(layers), input=rng.normal(size=(samples, widths[0])),
         output=rng.normal(size=(samples, widths[-1])), energy=Gaussian(precisions),

@@ -32,10 +32,10 @@ STATEMENTS: tuple[Statement, ...] = (
 
 
 def select(names: Sequence[str]) -> tuple[Statement, ...]:
-    """The statements of these names, all of them if there are none.
+    """Select the statements of these names, all of them if there are none.
 
     A name is a statement's number or how one begins or ends ("Theorem 3.4", "eq-30", "3.1", "A.2");
-    capitals do not matter, and a hyphen is a space. Raises `InputError` for a name of none.
+    capitals do not matter, and a hyphen is a space. Raises `InputError` for an unknown name.
     """
     chosen: list[Statement] = []
     for name in names:

@@ -17,7 +17,7 @@ Verdict = Literal["holds", "holds with a condition", "does not hold", "not in th
 class Statement:
     """A numbered statement of the paper, with the function that measures it.
 
-    Arguments:
+    **Arguments:**
 
     - `number` and `title`: "Theorem 3.4" and what it is about.
     - `says`: what the paper says, in one sentence.

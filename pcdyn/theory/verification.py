@@ -1,4 +1,4 @@
-"""`verify`: measure the statements of the paper on random networks, and tell the verdicts."""
+"""`verify`: measure the statements of the paper on random networks, and give the verdicts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pcdyn.theory.registry import select
 from pcdyn.theory.statement import Statement
 
 if TYPE_CHECKING:
+    import matplotlib.artist
+    import matplotlib.axes
     import xarray
 
 
@@ -35,7 +37,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found: the statements in the order of the registry."""
+    """Statements with their evidence, in the order of the registry, as `verify` returns them."""
 
     measured: tuple[Measured, ...]
     seed: int
@@ -64,7 +66,7 @@ class Verification:
         return self.summary()
 
     def summary(self) -> str:
-        """How many claims hold, and how many verdicts are other than those on record."""
+        """Count the claims that hold, and the verdicts other than those on record."""
         holds = sum(e.holds for e in self.evidence)
         return (
             f"Statements: {len(self.measured)}. Claims: {len(self.evidence)}, of which {holds} "
@@ -72,18 +74,15 @@ class Verification:
             f"other than those on record (seed {self.seed}, {self.networks} networks each)."
         )
 
-    def plot(self, ax: Any = None) -> list[Any]:
-        """Draw how far each number is from what is expected, over its tolerance.
-
-        With `ax` a Matplotlib axes; in a figure of its own unless given.
-        """
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.artist.Artist]:
+        """Draw how far each number is from what is expected, over its tolerance."""
         from pcdyn.plotting.style import new_axes
         from pcdyn.theory.pictures import margins
 
         return margins(self.evidence, ax=new_axes() if ax is None else ax)
 
     def table(self) -> str:
-        """Each statement with its verdict as printed, then a line for each claim."""
+        """Return each statement with its verdict as printed, then a line for each claim."""
         lines = []
         for each in self.measured:
             statement = each.statement
@@ -96,7 +95,7 @@ class Verification:
         return "\n".join([*lines, self.summary()])
 
     def records(self) -> list[dict[str, Any]]:
-        """One record for each statement, of plain Python types."""
+        """Return one record for each statement, of plain Python types."""
         return [
             {
                 "number": each.statement.number,
@@ -114,7 +113,7 @@ class Verification:
         ]
 
     def to_xarray(self) -> xarray.Dataset:
-        """The evidence along the dimension `claim`; settings as JSON."""
+        """Return the evidence along the dimension `claim`, settings as JSON."""
         import json
 
         import xarray
@@ -135,7 +134,7 @@ class Verification:
 
 
 def expectation(evidence: Evidence) -> str:
-    """What the measured number is held against, such as "= 0 ± 1e-08" or "≤ 1"."""
+    """Write what a measured number is compared with, such as "= 0 ± 1e-08" or "≤ 1"."""
     sign = {"equal": "=", "at most": "≤", "at least": "≥", "below": "<", "above": ">"}[
         evidence.relation
     ]
@@ -152,7 +151,7 @@ def verify(
 ) -> Verification:
     """Measure the statements of the paper on random networks.
 
-    Arguments:
+    **Arguments:**
 
     - `names`: which statements (see `pcdyn.theory.select`); all unless given.
     - `seed`: of everything random.
@@ -160,8 +159,10 @@ def verify(
       10⁶.
     - `progress`: called with each statement before it is measured.
 
-    Raises `InputError` for a name of no statement, other numbers than these, and if float64 is off,
-    in which most of these numbers are round-off.
+    **Raises:**
+
+    - `InputError` for a name of no statement, other numbers than these, and if float64 is off: in
+      float32 most of these numbers are round-off.
     """
     chosen = select(names)
     checked_integer(networks, "networks", at_least=2, at_most=10**6)

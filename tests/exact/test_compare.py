@@ -134,7 +134,7 @@ def test_adaptive_methods_keep_their_tolerance_and_the_reference_is_better(
     (exact,) = comparison.of("exact")
     assert exact.maximum_error < 1e-13
     assert "maximum_error" in exact.below_reference
-    assert comparison.told(exact, "maximum_error") == comparison.reference_error.maximum_error
+    assert comparison.resolved(exact, "maximum_error") == comparison.reference_error.maximum_error
 
 
 def test_runs_that_fail_stay_as_such(comparison: Comparison) -> None:
@@ -294,7 +294,7 @@ def test_the_plot_shows_successful_runs_and_names_the_failed(made: Comparison) -
     assert len({line.get_color() for line in (fast, slow, wrong, broken)}) == 4
     assert axes.get_xlabel() == "run seconds (s)" and axes.get_ylabel() == "maximum error"
     with pytest.raises(InputError, match="x must be one of"):
-        plotting.work_precision(axes, made, x="speed")
+        plotting.work_precision(made, ax=axes, x="speed")
     plt.close(figure)
 
 

@@ -171,7 +171,7 @@ def test_stability_has_its_complex_rates() -> None:
         growth = [np.abs(polynomial(-factor * step * expected)).max() for factor in (0.999, 1.001)]
         assert growth[0] < 1 < growth[1]
     assert np.isinf(found.largest_step("kvaerno3"))
-    assert "modes turn" in found.summary() and "array 3" in found.summary()
+    assert "modes oscillate" in found.summary() and "array 3" in found.summary()
     assert found.to_xarray().sizes == {"rate": 10, "free_layer": 4}
 
 

@@ -183,6 +183,7 @@ def test_what_is_saved_is_loaded_as_the_same_kind(name: str, tmp_path: Path) -> 
         assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.unchecked
 def test_what_cannot_be_made_again_says_how_to_read_it(tmp_path: Path) -> None:
     path = tmp_path / "training.nc"
     network = pcdyn.mlp([2, 2], activation="identity", key=jax.random.key(0))

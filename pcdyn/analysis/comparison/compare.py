@@ -11,7 +11,7 @@ import numpy as np
 from pcdyn._support.checks import as_sequence, checked_integer, checked_number
 from pcdyn._support.types import Numbers
 from pcdyn.analysis.comparison.reference_solution import Errors, Reference, reference_for
-from pcdyn.analysis.comparison.settings import Rung, labelled, rungs, unstable_steps_expected
+from pcdyn.analysis.comparison.settings import Trial, labelled, trials, unstable_steps_expected
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
 from pcdyn.errors import (
     InputError,
@@ -41,7 +41,11 @@ def compare(
 ) -> Comparison:
     """Run every integrator at every setting, and measure errors, work and seconds.
 
-    Arguments:
+    `pcdyn.Exact` and values with a controller of their own run once. diffrax's fallback to SciPy
+    is off: a row is the method that it says, and a run that fails stays in the table with its
+    status. Errors are those of the worst sample; see `reference_solution.Errors` for their units.
+
+    **Arguments:**
 
     - `integrators`: names or values as `pcdyn.simulate` takes them, or a dictionary that gives
       them other names.
@@ -55,51 +59,50 @@ def compare(
     - `reference`: a `Trajectory` saved at the same times or an integrator; unless given, the
       exact solution of a linear network and Dopri8 or LSODA at rtol 1e-12 for others, in float64.
       A second solver says how good it is (`Comparison.reference_error`).
-    - `repeats`: how often each run is timed, after a first time that compiles. All runs take
-      turns, so that a slow spell of the machine hits them alike.
+    - `repeats`: how often each run is timed, after a first time that compiles. The repeats go
+      through all runs in order, so that a slow spell of the machine hits them alike.
 
-    `pcdyn.Exact` and values with a controller of their own run once. diffrax's fallback to SciPy
-    is off: a row is the method that it says, and a run that fails stays in the table with its
-    status. Errors are those of the worst sample; see `reference_solution.Errors` for their units.
+    **Raises:**
 
-    Raises `IntegratorError`, `ToleranceError`, `NotLinearError` and what `pcdyn.simulate` raises
-    for bad input before anything is timed; `InputError` for a problem that starts at rest;
-    `StepLimitError` if no reference can be computed.
+    - `IntegratorError`, `ToleranceError`, `NotLinearError` and what `pcdyn.simulate` raises for
+      bad input, before anything is timed.
+    - `InputError` for a problem that starts at rest.
+    - `StepLimitError` if no reference can be computed.
     """
     check_flow(problem)
     t1 = checked_number(t1, "t1", above=0, error=TimesError)
     repeats = checked_integer(repeats, "repeats", at_least=1)
-    tolerances = _checked_ladder(tolerances, "tolerances", ToleranceError)
-    steps = _checked_ladder(steps, "steps", IntegratorError)
+    tolerances = _checked_settings(tolerances, "tolerances", ToleranceError)
+    steps = _checked_settings(steps, "steps", IntegratorError)
     if not (reference is None or isinstance(reference, Trajectory)):
         get_integrator(reference)  # refuses what is none
-    ladders = [
-        rung
+    chosen = [
+        trial
         for label, integrator in labelled(integrators).items()
-        for rung in rungs(label, integrator, problem, tolerances, steps)
+        for trial in trials(label, integrator, problem, tolerances, steps)
     ]
-    for rung in ladders:
-        rung.integrator.check(problem, None, False)
+    for trial in chosen:
+        trial.integrator.check(problem, None, False)
     options: dict[str, Any] = {
         "t1": t1, "times": times, "initial": initial, "per_sample": per_sample, "throw": False,
     }  # fmt: skip
     # The first run, which compiles, also checks what all runs share before the reference does.
     with unstable_steps_expected():
-        firsts = [simulate(problem, integrator=rung.integrator, **options) for rung in ladders]
+        firsts = [simulate(problem, integrator=trial.integrator, **options) for trial in chosen]
         truth = reference_for(problem, t1=t1, times=times, initial=initial, given=reference)
         seconds = np.array(
             [
-                [simulate(problem, integrator=rung.integrator, **options).run_seconds]
+                [simulate(problem, integrator=trial.integrator, **options).run_seconds]
                 for _ in range(repeats)
-                for rung in ladders
+                for trial in chosen
             ]
-        ).reshape(repeats, len(ladders))
+        ).reshape(repeats, len(chosen))
     compiling: dict[str, float] = {}
-    for rung, run in zip(ladders, firsts, strict=True):
-        compiling[rung.label] = compiling.get(rung.label, 0.0) + run.compile_seconds
+    for trial, run in zip(chosen, firsts, strict=True):
+        compiling[trial.label] = compiling.get(trial.label, 0.0) + run.compile_seconds
     rows = [
-        _row(rung, run, truth, compiling[rung.label], float(spent))
-        for rung, run, spent in zip(ladders, firsts, np.median(seconds, axis=0), strict=True)
+        _row(trial, run, truth, compiling[trial.label], float(spent))
+        for trial, run, spent in zip(chosen, firsts, np.median(seconds, axis=0), strict=True)
     ]
     return Comparison(
         rows=tuple(rows),
@@ -113,7 +116,9 @@ def compare(
     )
 
 
-def _checked_ladder(values: Any, name: str, error: type[InputError]) -> tuple[float, ...] | None:
+def _checked_settings(
+    values: Sequence[float] | None, name: str, error: type[InputError]
+) -> tuple[float, ...] | None:
     if values is None:
         return None
     wanted = "a list of positive numbers"
@@ -123,13 +128,13 @@ def _checked_ladder(values: Any, name: str, error: type[InputError]) -> tuple[fl
     return tuple(checked_number(x, f"each of {name}", above=0, error=error) for x in given)
 
 
-def _row(rung: Rung, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:
+def _row(trial: Trial, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:
     errors = truth.errors(run)
     statistics = run.statistics.mean()
     return Run(
-        integrator=rung.label,
-        setting=rung.setting,
-        value=rung.value,
+        integrator=trial.label,
+        setting=trial.setting,
+        value=trial.value,
         status=worst_status(run.status_codes),
         message=run.message,
         final_error=errors.final_error,

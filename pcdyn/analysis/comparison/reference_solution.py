@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.types import State
+from pcdyn._support.types import Numbers, State, Values
 from pcdyn.errors import InputError, NotLinearError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
@@ -23,6 +24,7 @@ TIGHT = 1e-12
 _MOST_STEPS = 2**20
 _LARGEST_ON_HOST = 2000
 ARRIVED = 0.01
+_Tree = TypeVar("_Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Reference:
     - `method`, `second`: how the reference and the solver that checks it were computed.
     - `trajectory`: the reference itself.
     - `uncertainty`: the errors of the second solver's run against the reference, each an estimate
-      of what the reference can tell, or the round-off that the reference knows of if that is
+      of what the reference can resolve, or the round-off that the reference knows of if that is
       larger; NaN if that solver failed and none is known, and `second` says so.
     - `displacement`, `energy_loss`: the units of the errors.
     """
@@ -74,7 +76,7 @@ class Reference:
     energy_loss: float
 
     def errors(self, run: Trajectory) -> Errors:
-        """The errors of a trajectory saved at the same times."""
+        """Measure the errors of a trajectory saved at the same times."""
         if np.shape(run.times) != np.shape(self.trajectory.times):
             return NO_ERRORS
         times = np.asarray(self.trajectory.times)
@@ -95,11 +97,11 @@ def reference_for(
     problem: Flow,
     *,
     t1: float,
-    times: Any = None,
-    initial: Any = "feedforward",
+    times: Numbers | None = None,
+    initial: str | Sequence[Numbers] = "feedforward",
     given: Trajectory | str | Integrator | None = None,
 ) -> Reference:
-    """The exact solution of a linear network, otherwise a tight one; or the one that is given.
+    """Solve a linear network exactly, and others to a tight tolerance; or take what is given.
 
     In float64 whatever the dtype of the problem. Unless `given`, a nonlinear network is integrated
     by diffrax's Dopri8 with rtol 1e-12 that steps to every saved time (dense output would be less
@@ -107,8 +109,11 @@ def reference_for(
     is the next of Exact, Dopri8 and LSODA, with Tsit5 before LSODA where there are more than 2000
     free activities.
 
-    Raises `InputError` if the problem starts at rest, so that errors would have no unit, and
-    `StepLimitError` if no solver reaches t1; what `simulate` raises for bad input.
+    **Raises:**
+
+    - `InputError` if the problem starts at rest, so that errors would have no unit.
+    - `StepLimitError` if no solver reaches t1.
+    - What `simulate` raises for bad input.
     """
     start = problem.initial_state(initial)
     # The thread's own setting, restored at the end: a float32 problem needs a better reference.
@@ -166,15 +171,15 @@ def _first_that_arrives(
     problem: Flow, options: dict[str, Any], candidates: list[tuple[str, Integrator]]
 ) -> tuple[str, Trajectory, list[tuple[str, Integrator]]]:
     """The name and the run of the first method that reaches t1, and the methods not yet tried."""
-    said = []
+    messages = []
     for index, (name, method) in enumerate(candidates):
         run = simulate(problem, integrator=method, **options)
         if run.ok:
             return name, run, candidates[index + 1 :]
-        said.append(f"{name}: {run.message}")
+        messages.append(f"{name}: {run.message}")
     raise StepLimitError(
         "no tight solver reached t1, so that there is no reference; give one as reference=…, or "
-        f"an earlier t1. {' '.join(said)}"
+        f"an earlier t1. {' '.join(messages)}"
     )
 
 
@@ -192,27 +197,28 @@ def _measured(
     moved = _per_sample(trajectory.distance_to([np.asarray(x) for x in begin]))[-1]
     displacement = float(np.sqrt(np.mean(moved**2)))
     energies = np.asarray(problem.observe(0.0, start)[1])
-    lost = energies.sum(axis=-1) - np.asarray(trajectory.free_energy[-1])
-    energy_loss = abs(float(np.mean(lost))) if energies.size else float("nan")
+    fall = energies.sum(axis=-1) - np.asarray(trajectory.free_energy[-1])
+    energy_loss = abs(float(np.mean(fall))) if energies.size else float("nan")
     scale = max(float(np.linalg.norm(trajectory.final[index])) for index in free)
     if not displacement > 1e-12 * scale or energy_loss == 0:
         raise InputError(
             "the problem starts at rest: its errors have no unit; choose another initial state, "
             "such as problem.random_state(key)"
         )
-    lost = _round_off(trajectory, displacement, energy_loss)
-    second = "no second solver arrived" + ("" if lost is NO_ERRORS else ": round-off")
-    alone = Reference(method, second, trajectory, lost, displacement, energy_loss)
+    round_off = _round_off(trajectory, displacement, energy_loss)
+    second = "no second solver arrived" + ("" if round_off is NO_ERRORS else ": round-off")
+    alone = Reference(method, second, trajectory, round_off, displacement, energy_loss)
     try:
         second, run, _ = _first_that_arrives(problem, options, others)
     except StepLimitError:
         return alone
-    seen = alone.errors(run)
-    each = {
-        name: float(np.fmax(getattr(seen, name), getattr(lost, name)))
+    apart = alone.errors(run)
+    larger = {
+        name: float(np.fmax(getattr(apart, name), getattr(round_off, name)))
         for name in ("final_error", "maximum_error", "l2_error", "energy_error")
     }
-    return dataclasses.replace(alone, second=second, uncertainty=dataclasses.replace(seen, **each))
+    uncertainty = dataclasses.replace(apart, **larger)
+    return dataclasses.replace(alone, second=second, uncertainty=uncertainty)
 
 
 def _round_off(trajectory: Trajectory, displacement: float, energy_loss: float) -> Errors:
@@ -232,19 +238,19 @@ def _round_off(trajectory: Trajectory, displacement: float, energy_loss: float) 
     )
 
 
-def _double(tree: Any) -> Any:
+def _double(tree: _Tree) -> _Tree:
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float64) if eqx.is_inexact_array(x) else x, tree
     )
 
 
-def _per_sample(values: Any) -> np.ndarray:
+def _per_sample(values: Values) -> np.ndarray:
     """Values with a time axis and a sample axis, in float64."""
     array = np.asarray(values, dtype=float)
     return array.reshape(array.shape[0], -1)
 
 
-def _end(trajectory: Trajectory) -> list[Any]:
+def _end(trajectory: Trajectory) -> list[np.ndarray]:
     return [np.asarray(x, dtype=float) for x in trajectory.final]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from numpy.typing import DTypeLike
 
 from pcdyn._support.checks import as_sequence, check_instance
 from pcdyn.errors import IntegratorError, StepSizeWarning
@@ -21,7 +22,7 @@ ATOL_PER_RTOL = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Rung:
+class Trial:
     """One integrator at one setting: `setting` is "rtol", "dt" or empty, `value` its number."""
 
     label: str
@@ -29,29 +30,24 @@ class Rung:
     value: float
     integrator: Integrator
 
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{self.label} at {self.setting} {self.value:g}" if self.setting else self.label
-
 
 @contextlib.contextmanager
 def unstable_steps_expected() -> Iterator[None]:
-    """No `StepSizeWarning`: the result says which steps are too large."""
+    """Silence `StepSizeWarning`: the result says which steps are too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StepSizeWarning)
         yield
 
 
 def with_tolerance(integrator: Integrator, rtol: float) -> Integrator:
-    """An adaptive integrator with this `rtol` and a thousandth of it as `atol`."""
+    """Give an adaptive integrator this `rtol`, and a thousandth of it as `atol`."""
     check_tolerances(integrator.name, rtol, None)
     changes: dict[str, Any] = {"rtol": float(rtol), "atol": ATOL_PER_RTOL * rtol}
     return dataclasses.replace(integrator, **changes)
 
 
 def with_step(integrator: str | Integrator, dt: float) -> Integrator:
-    """A fixed-step method with this step; a name or a diffrax solver of variable step becomes one.
+    """Give a method this fixed step; a diffrax solver of variable step, or a name, takes one too.
 
     Raises `IntegratorError` for methods without a fixed step, and for a step that is not positive.
     """
@@ -71,7 +67,7 @@ def with_step(integrator: str | Integrator, dt: float) -> Integrator:
 def labelled(
     integrators: Sequence[str | Integrator] | Mapping[str, str | Integrator],
 ) -> dict[str, str | Integrator]:
-    """Integrators by the names that tables give them; raises `IntegratorError` for two of one."""
+    """Collect integrators by the names that tables give them; each name must be of one only."""
     if isinstance(integrators, Mapping):
         chosen = dict(integrators)
     elif isinstance(integrators, str | Integrator):
@@ -97,18 +93,18 @@ def labelled(
     return chosen
 
 
-def rungs(
+def trials(
     label: str,
     integrator: str | Integrator,
     problem: Flow,
     tolerances: Sequence[float] | None,
     steps: Sequence[float] | None,
-) -> list[Rung]:
-    """The integrator at each of `tolerances` if it adapts its step, of `steps` if it does not.
+) -> list[Trial]:
+    """Set the integrator to each of `tolerances` if it adapts its step, of `steps` if it does not.
 
-    Without them a value runs once with the numbers that it carries, and a name at a ladder of
-    decades; a fixed-step method without any number raises `IntegratorError`. The fallback of
-    diffrax is switched off: a rung is the method that it says.
+    Without them a value runs once with the numbers that it carries, and a name at decades of
+    tolerances; a fixed-step method without any number raises `IntegratorError`. The fallback of
+    diffrax is switched off: a trial is of the method that it names.
     """
     if isinstance(integrator, str) and integrator == "euler":
         return _at_steps(label, integrator, steps)
@@ -116,20 +112,20 @@ def rungs(
     if isinstance(method, Diffrax):
         method = dataclasses.replace(method, fallback=None)
     if isinstance(method, Exact) or (isinstance(method, Diffrax) and method.controller is not None):
-        return [Rung(label, "", float("nan"), method)]
+        return [Trial(label, "", float("nan"), method)]
     if method.fixed_step is not None and steps is None:
-        return [Rung(label, "dt", float(method.fixed_step), method)]
+        return [Trial(label, "dt", float(method.fixed_step), method)]
     if method.fixed_step is not None or not _adapts(method):
         return _at_steps(label, method, steps)
     given: Any = dataclasses.replace(method)
     if tolerances is None and given.rtol is not None:
-        return [Rung(label, "rtol", float(given.rtol), method)]
-    ladder = default_tolerances(problem.dtype) if tolerances is None else tolerances
-    return [Rung(label, "rtol", float(r), with_tolerance(method, r)) for r in ladder]
+        return [Trial(label, "rtol", float(given.rtol), method)]
+    each = default_tolerances(problem.dtype) if tolerances is None else tolerances
+    return [Trial(label, "rtol", float(r), with_tolerance(method, r)) for r in each]
 
 
-def default_tolerances(dtype: Any) -> tuple[float, ...]:
-    """Decades of rtol that the dtype can resolve with room to spare."""
+def default_tolerances(dtype: DTypeLike) -> tuple[float, ...]:
+    """List the decades of rtol that the dtype can resolve with room to spare."""
     last = 9 if dtype == jnp.float64 else 5
     return tuple(10.0**-k for k in range(2, last + 1))
 
@@ -146,10 +142,10 @@ def _adapts(method: Integrator) -> bool:
 
 def _at_steps(
     label: str, integrator: str | Integrator, steps: Sequence[float] | None
-) -> list[Rung]:
+) -> list[Trial]:
     if steps is None:
         raise IntegratorError(
             f"{label} has a fixed step and none is given: use steps=[…], in units of the activity "
             "time constant"
         )
-    return [Rung(label, "dt", float(dt), with_step(integrator, dt)) for dt in steps]
+    return [Trial(label, "dt", float(dt), with_step(integrator, dt)) for dt in steps]

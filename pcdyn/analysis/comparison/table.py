@@ -20,7 +20,12 @@ from pcdyn.errors import DataError, InputError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics, WithStatistics
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
+
+# Repeats of one run differ by as much.
+_TIMING_NOISE = 1.2
 
 ERROR_METRICS = ("final_error", "maximum_error", "l2_error", "energy_error")
 METRICS = (
@@ -45,7 +50,7 @@ class Run(WithStatistics):
     - `status`, `message`: how it ended; of several samples what most of the failed ones share.
     - `final_error`, `maximum_error`, `l2_error`, `energy_error`, `equilibrium_time`: see
       `reference_solution.Errors`; NaN where the run did not reach t1.
-    - `below_reference`: the errors that are smaller than what the reference can tell.
+    - `below_reference`: the errors that are smaller than what the reference can resolve.
     - `statistics`: the `pcdyn.integrators.Statistics`, whose names are attributes here as well.
       Counts are of the whole batch at once, the mean over samples with `per_sample=True`; NaN where
       the method does not report them. `compile_seconds` is of all programs of this integrator,
@@ -79,20 +84,20 @@ class Run(WithStatistics):
         return 0.0 if self.jacobian_evaluations == 0 else math.nan
 
     def record(self) -> dict[str, Any]:
-        """What it is, as names and values of plain types."""
+        """Return setting, status, errors and costs by name, as plain types."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "statistics"]
         record = {name: getattr(self, name) for name in dict.fromkeys((*names, *METRICS))}
         return {**record, "status": self.status.name}
 
     @property
     def title(self) -> str:
-        """The integrator and its setting."""
+        """The integrator and its setting, such as `"tsit5 at rtol 1e-06"`."""
         if not self.setting:
             return self.integrator
         return f"{self.integrator} at {self.setting} {self.value:g}"
 
 
-def _content(value: Any) -> str:
+def _content(value: Run | Comparison) -> str:
     """A text to compare by: NaN, which stands for what is not known, is equal to itself there."""
     return repr(dataclasses.astuple(value))
 
@@ -125,9 +130,9 @@ class Comparison:
 
     - `rows`: the runs, in the order of the integrators and their settings.
     - `reference`: how the reference was computed; `second` the solver that checked it.
-    - `reference_error`: the errors between the two: what the reference can tell. NaN if the second
-      solver failed. A smaller error of a run is kept as measured and named in its
-      `below_reference`: it is as good as the reference can tell, not better than another such.
+    - `reference_error`: the errors between the two: what the reference can resolve. NaN if the
+      second solver failed. A smaller error of a run is kept as measured and named in its
+      `below_reference`: it is as good as the reference can resolve, not better than another such.
     - `displacement`, `energy_loss`: the units of the errors, see `reference_solution.Errors`.
     - `t1`, `repeats`: as asked.
     """
@@ -156,14 +161,20 @@ class Comparison:
         return self.summary()
 
     def summary(self) -> str:
-        """The table of the runs."""
+        """Return the table of the runs."""
         return self.table()
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(
+        self,
+        ax: matplotlib.axes.Axes | None = None,
+        *,
+        x: str = "run_seconds",
+        y: str = "final_error",
+    ) -> list[matplotlib.lines.Line2D]:
         """Draw one metric against another; see `pcdyn.plotting.work_precision`."""
         import pcdyn
 
-        return pcdyn.plotting.work_precision(ax, self, **options)
+        return pcdyn.plotting.work_precision(self, ax=ax, x=x, y=y)
 
     @property
     def integrators(self) -> tuple[str, ...]:
@@ -171,33 +182,36 @@ class Comparison:
         return tuple(dict.fromkeys(row.integrator for row in self.rows))
 
     def of(self, integrator: str) -> tuple[Run, ...]:
-        """The runs of one integrator."""
+        """Return the runs of one integrator."""
         check_choice(integrator, "integrator", self.integrators)
         return tuple(row for row in self.rows if row.integrator == integrator)
 
-    def told(self, run: Run, metric: str) -> float:
-        """A metric of a run, but an error not below what the reference can tell."""
+    def resolved(self, run: Run, metric: str) -> float:
+        """Return a metric of a run, an error not below what the reference can resolve."""
         check_instance(run, "run", Run, "one of the rows")
-        value = getattr(run, checked_metric(metric))
+        check_choice(metric, "metric", (*METRICS, "value"))
+        value = getattr(run, metric)
         return getattr(self.reference_error, metric) if metric in run.below_reference else value
 
     def recommendation(
         self, error: float = 1e-3, *, metric: str = "maximum_error"
     ) -> Recommendation:
-        """The fastest successful run whose `metric` is at most `error`, and what comes next.
+        """Recommend the fastest successful run whose `metric` is at most `error`.
 
-        Raises `InputError` for an unknown metric or an error that is not positive, and where the
-        reference cannot tell an error so small.
+        **Raises:**
+
+        - `InputError` for an unknown metric, an error that is not positive, and where the
+          reference cannot resolve an error so small.
         """
         check_choice(metric, "metric", ERROR_METRICS)
         error = checked_number(error, "error", above=0)
         limit = getattr(self.reference_error, metric)
         if limit > error:
             raise InputError(
-                f"the reference is known to a {_words(metric)} of {limit:.1g} only and cannot tell "
-                f"{error:g}; ask for a larger error, or give a better reference"
+                f"the reference is known to a {_words(metric)} of {limit:.1g} only and cannot "
+                f"resolve {error:g}; give a larger error, or a better reference"
             )
-        enough = [row for row in self.rows if row.status.ok and self.told(row, metric) <= error]
+        enough = [row for row in self.rows if row.status.ok and self.resolved(row, metric) <= error]
         enough.sort(key=lambda row: row.run_seconds)
         best = enough[0] if enough else None
         others = [row for row in enough if best and row.integrator != best.integrator]
@@ -209,9 +223,9 @@ class Comparison:
         return Recommendation(error, metric, best, second, speedup, missed, text)
 
     def table(self) -> str:
-        """The runs as plain text, one line each, under a line on the reference.
+        """Return the runs as plain text, one line each, under a line on the reference.
 
-        `<` marks an error below what the reference can tell.
+        `<` marks an error below what the reference can resolve.
         """
         lines = [
             f"reference: {self.reference}; {self.second} differs by "
@@ -236,7 +250,7 @@ class Comparison:
 
     def _cells(self, row: Run) -> tuple[str, ...]:
         errors = [
-            ("<" if metric in row.below_reference else "") + _number(self.told(row, metric), ".1e")
+            "<" * (metric in row.below_reference) + _number(self.resolved(row, metric), ".1e")
             for metric in ERROR_METRICS
         ]
         counts = [_number(getattr(row, name), ".0f") for name in COUNTS]
@@ -252,7 +266,7 @@ class Comparison:
         )
 
     def to_xarray(self) -> xarray.Dataset:
-        """The table as a data set along the dimension `run`, with units and the reference."""
+        """Return the table as a data set along `run`, with units and the reference."""
         import xarray
 
         def column(name: str) -> list[Any]:
@@ -273,11 +287,14 @@ class Comparison:
         return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The table as CSV, also written to a file if one is given, at once or not at all.
+        """Return the table as CSV, and write it to a file if one is given, whole or not at all.
 
         Numbers are in full precision. One column for each attribute of a run (`below_reference`
-        separated by spaces), then those of the reference, the same in every row. Raises `DataError`
-        where the file cannot be written.
+        separated by spaces), then those of the reference, the same in every row.
+
+        **Raises:**
+
+        - `DataError` where the file cannot be written.
         """
         if path is not None:
             check_path(path, "path", error=DataError)
@@ -296,12 +313,6 @@ class Comparison:
         return text.getvalue()
 
 
-def checked_metric(name: str) -> str:
-    """The name of a metric of a run; raises `InputError` for an unknown one."""
-    check_choice(name, "metric", (*METRICS, "value"))
-    return name
-
-
 def _sentence(
     error: float,
     metric: str,
@@ -316,7 +327,7 @@ def _sentence(
     text = f"For {what}, {best.title} is the fastest ({_seconds(best)})"
     if second is None:
         text += "; no other integrator reached it."
-    elif speedup < _TELLING:
+    elif speedup < _TIMING_NOISE:
         text += f", as fast within the noise of timing as {second.title} ({_seconds(second)})."
     else:
         text += f", {speedup:.2g} times faster than the next, {second.title} ({_seconds(second)})."
@@ -325,10 +336,6 @@ def _sentence(
 
 def _seconds(run: Run) -> str:
     return f"{run.run_seconds:.2g} s"
-
-
-# Repeats of one run differ by as much.
-_TELLING = 1.2
 
 
 def _words(metric: str) -> str:

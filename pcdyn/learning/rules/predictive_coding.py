@@ -6,12 +6,12 @@ activities where inference ends.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_number, number, optional
 from pcdyn._support.states import dot, step
@@ -20,15 +20,19 @@ from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
-from pcdyn.learning.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
 from pcdyn.model.energies.energy import in_dtype
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import local_gradient
 
+_Method = TruncatedGaussNewton | Solver | tuple[Solver, ...] | None
 
-def as_method(method: Any) -> Any:
-    """How to find equilibria: `TruncatedGaussNewton`, or solvers as `pcdyn.equilibrium` takes them.
+
+def as_method(
+    method: str | TruncatedGaussNewton | Solver | Sequence[Solver | str] | None,
+) -> _Method:
+    """Return what finds equilibria: `TruncatedGaussNewton`, or solvers for `pcdyn.equilibrium`.
 
     Raises `InputError` for anything else.
     """
@@ -38,14 +42,16 @@ def as_method(method: Any) -> Any:
 
 
 class PredictiveCoding(Rule):
-    """`∂F/∂W_l = −(f'_l ∘ Π_l ε_l*) x*_{l−1}ᵀ` at the equilibrium of inference (Eq 2).
+    """The gradient `∂F/∂W_l = −(f'_l ∘ Π_l ε_l*) x*_{l−1}ᵀ` at the equilibrium of inference (Eq 2).
 
-    Arguments: `method`, unless given `TruncatedGaussNewton`, which solves every sample to a
-    relative accuracy and says how near it is; otherwise what `pcdyn.equilibrium` takes, with its
-    absolute `tolerance`.
+    **Arguments:**
+
+    - `method`: unless given `TruncatedGaussNewton`, which solves every sample to a relative
+      accuracy and says how near it is; otherwise what `pcdyn.equilibrium` takes.
+    - `tolerance`: absolute, as for `pcdyn.equilibrium`; not for `TruncatedGaussNewton`.
     """
 
-    method: Any = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
+    method: _Method = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
     tolerance: float | None = eqx.field(
         default=None,
         converter=optional(number("PredictiveCoding: tolerance", above=0, error=ToleranceError)),
@@ -66,22 +72,23 @@ class PredictiveCoding(Rule):
             if method is not None:
                 method.check(problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         if isinstance(self.method, TruncatedGaussNewton):
             settled = self.method.settle(problem)
-            return _at(problem, settled.state, settled.residual), state
+            return _gradient_at(problem, settled.state, settled.residual), state
         found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
         rest = tuple(jnp.asarray(x) for x in found.state)
-        return _at(problem, rest), state
+        return _gradient_at(problem, rest), state
 
 
 class EulerPredictiveCoding(Rule):
-    """Predictive coding after `steps` updates `x ← x − dt · ∂F/∂x`, as the field runs it.
+    """Predictive coding after some updates `x ← x − dt · ∂F/∂x`, as the field runs it.
 
-    From the feedforward pass, wherever that leads: `residual` says how far it is from equilibrium.
+    Inference starts at the feedforward pass and ends after `steps` updates; the `residual` of a
+    batch says how far that is from equilibrium.
     """
 
     dt: float = 0.1
@@ -95,19 +102,19 @@ class EulerPredictiveCoding(Rule):
         return f"predictive coding, {self.steps} Euler steps"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Take every problem."""
+        """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         prepared = problem.prepared()
 
-        def update(_: Any, x: State) -> State:
+        def update(_: Array, x: State) -> State:
             return step(x, -self.dt, prepared.gradient(x))
 
         rest = jax.lax.fori_loop(0, self.steps, update, problem.feedforward_state())
-        return _at(problem, rest), state
+        return _gradient_at(problem, rest), state
 
 
 class LowPrecisionPredictiveCoding(Rule):
@@ -116,8 +123,10 @@ class LowPrecisionPredictiveCoding(Rule):
     It tends to BP as λ → 0, with an error in proportion to λ (the limit that Theorem 3.2 needs).
     """
 
-    precision: Any = eqx.field(converter=number("LowPrecisionPredictiveCoding: precision", above=0))
-    method: Any = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
+    precision: float = eqx.field(
+        converter=number("LowPrecisionPredictiveCoding: precision", above=0)
+    )
+    method: _Method = eqx.field(default_factory=TruncatedGaussNewton, converter=as_method)
 
     @property
     def name(self) -> str:
@@ -126,10 +135,10 @@ class LowPrecisionPredictiveCoding(Rule):
     def check(self, problem: InferenceProblem) -> None:
         PredictiveCoding(self.method).check(self._scaled(problem))
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         learned, _ = PredictiveCoding(self.method).learn(self._scaled(problem), ())
         gradient = jax.tree.map(
             lambda g: g / self.precision if eqx.is_inexact_array(g) else g, learned.gradient
@@ -153,7 +162,7 @@ class IncrementalPredictiveCoding(Rule):
 
     dt: float = 0.1
     steps: int = 20
-    ratio: Any = 1e-4
+    ratio: float | Array = 1e-4
 
     def __check_init__(self) -> None:
         check_steps(self.name, self.dt, self.steps)
@@ -164,21 +173,21 @@ class IncrementalPredictiveCoding(Rule):
         return "incremental predictive coding"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Take every problem."""
+        """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         start, static = eqx.partition(problem.network, eqx.is_inexact_array)
 
-        def at(weights: Any) -> InferenceProblem:
+        def at(weights: PyTree) -> InferenceProblem:
             return eqx.tree_at(lambda p: p.network, problem, eqx.combine(weights, static))
 
-        def update(_: Any, carry: Any) -> Any:
+        def update(_: Array, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
             x, weights = carry
             now = at(weights)
-            gradient = eqx.filter(_at(now, x).gradient, eqx.is_inexact_array)
+            gradient = eqx.filter(_gradient_at(now, x).gradient, eqx.is_inexact_array)
             return step(x, -self.dt, now.gradient(x)), step(
                 weights, -self.ratio * self.dt, gradient
             )
@@ -192,7 +201,9 @@ class IncrementalPredictiveCoding(Rule):
         return learned, state
 
 
-def _at(problem: InferenceProblem, state: State, residual: Array | None = None) -> BatchGradient:
+def _gradient_at(
+    problem: InferenceProblem, state: State, residual: Array | None = None
+) -> BatchGradient:
     """The gradient ∂F/∂(weights) at the activities of `state`."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
@@ -204,7 +215,7 @@ def _at(problem: InferenceProblem, state: State, residual: Array | None = None) 
 
 
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:
-    """‖∂F/∂x‖ over ‖Π ε‖ of the hidden layers, which it is the difference of two terms of."""
+    """‖∂F/∂x‖ over ‖Π ε‖ of the hidden layers, one of the two terms that cancel in ∂F/∂x."""
     slope = problem.gradient(state)
     errors = problem.prediction_errors(problem.activities(state))
     weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors[:-1], start=1))

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_number, flag, integer, optional
 from pcdyn._support.types import Activities
 from pcdyn.errors import ShapeError
-from pcdyn.learning.base import BatchGradient, Rule
+from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem
@@ -43,10 +42,10 @@ class TargetPropagation(Rule):
         """Raise what `pcdyn.target_propagation` raises for a network without inverse."""
         target_propagation(problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         found = target_propagation(problem)
         activities = feedforward(problem)
         errors = _local_errors(found.values, activities)
@@ -56,7 +55,7 @@ class TargetPropagation(Rule):
 
 
 class LearnedTargetPropagation(Rule):
-    """Target propagation by inverse weights that learn beside the network.
+    """Target propagation by inverse weights that are learned beside those of the network.
 
     Targets are `t_{l−1} = g_l(t_l)`, or with `difference` `t_{l−1} = x_{l−1} + g_l(t_l) − g_l(x_l)`
     (Lee et al. 2015), which corrects for an inexact inverse; `t_L = x_L + β (T − x_L)` with
@@ -97,8 +96,11 @@ class LearnedTargetPropagation(Rule):
                     f"layer {index} is a {type(layer).__name__}, whose inverse needs an activation"
                 )
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
-        """Inverses g_2 … g_L with Gaussian weights of standard deviation 1/√n_l, and the key."""
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+        """Draw inverses g_2 … g_L with Gaussian weights of standard deviation 1/√n_l.
+
+        Returns them and a key.
+        """
         key, *keys = jr.split(key, network.depth)
         inverses = []
         for index, each in enumerate(keys, start=2):
@@ -111,7 +113,7 @@ class LearnedTargetPropagation(Rule):
             inverses.append(Dense(weight, bias, get_activation(activation)))
         return tuple(inverses), key
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         inverses, key = state
         key, draw = jr.split(key)
         activities = feedforward(problem)
@@ -121,7 +123,7 @@ class LearnedTargetPropagation(Rule):
         return learned, (inverses, key)
 
     def targets(self, problem: InferenceProblem, inverses: Sequence[Dense]) -> Activities:
-        """x_0, which needs no target, and t_1 … t_L."""
+        """Compute the targets t_1 … t_L, after x_0, which needs none."""
         activities = feedforward(problem)
         top = activities[-1] + self.output_step * problem.output_error(activities[-1])
         targets = [top]
@@ -134,8 +136,12 @@ class LearnedTargetPropagation(Rule):
         return (activities[0], *targets)
 
     def _autoencode(
-        self, network: Network, inverses: Any, activities: Activities, key: PRNGKeyArray
-    ) -> Any:
+        self,
+        network: Network,
+        inverses: tuple[Dense, ...],
+        activities: Activities,
+        key: PRNGKeyArray,
+    ) -> tuple[Dense, ...]:
         """The inverses after their own descent."""
         corrupted = [
             x + self.noise * jr.normal(k, x.shape, x.dtype)
@@ -144,7 +150,7 @@ class LearnedTargetPropagation(Rule):
         above = [network.predict(index, x) for index, x in enumerate(corrupted, start=2)]
         arrays, static = eqx.partition(inverses, eqx.is_inexact_array)
 
-        def reconstruction(arrays: Any) -> Array:
+        def reconstruction(arrays: PyTree) -> Array:
             layers = eqx.combine(arrays, static)
             errors = [
                 x - apply_layer(layer, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pcdyn._support.checks import as_sequence, check_instance, is_traced, number, optional
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Activities, Numbers, State
+from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
-from pcdyn.learning.joint import activities_at_rest, as_jax
-from pcdyn.learning.variational import (
+from pcdyn.learning.flows.joint import activities_at_rest, as_jax
+from pcdyn.learning.flows.variational import (
     Posterior,
     check_gaussian,
     check_posterior,
@@ -46,11 +46,14 @@ def _as_posterior(posterior: Posterior) -> Posterior:
 
 
 class PrecisionFlow(Flow):
-    """`dθ/dt = −∂F/∂θ` of the parameters θ of the precisions, with inference at its equilibrium.
+    """The flow `dθ/dt = −∂F/∂θ` of the parameters of precisions, with inference at equilibrium.
 
     F is the variational free energy (`pcdyn.learning.variational_free_energy`) at the equilibrium
     of inference, averaged over the samples, which share the precisions. Time is in units of the
-    time constant of θ. Arguments:
+    time constant of θ. `pcdyn.simulate` integrates the flow; the trajectory's `precisions` hold
+    Π_1 … Π_L in time. For optax, `free_energy` is a loss of the parameters `initial_state()`.
+
+    **Arguments:**
 
     - `problem`: with a clamped output and the energy `pcdyn.Gaussian`, whose precisions are the
       start.
@@ -65,11 +68,10 @@ class PrecisionFlow(Flow):
       linear network and Gauss–Newton for others unless given. Where it is not found the field is
       NaN and the simulation says so.
 
-    `pcdyn.simulate` integrates it; the trajectory's `precisions` hold Π_1 … Π_L in time. For optax,
-    `free_energy` is a loss of the parameters `initial_state()`.
+    **Raises:**
 
-    Raises `ShapeError` unless there is one structure per layer and it can hold the precision given,
-    `InputError` for unknown structures or posteriors, nothing to learn, or a free output.
+    - `ShapeError` unless there is one structure per layer and it can hold the precision given.
+    - `InputError` for unknown structures or posteriors, nothing to learn, or a free output.
     """
 
     problem: InferenceProblem
@@ -107,7 +109,7 @@ class PrecisionFlow(Flow):
                 )
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.problem.dtype
 
     @property
@@ -115,7 +117,7 @@ class PrecisionFlow(Flow):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """θ of the problem's precisions, or others: a vector for each layer that is not fixed."""
+        """Return θ of the problem's precisions, or others: a vector for each learned precision."""
         start = tuple(
             _parameters(self._given(i), self.structures[i - 1], self.problem.network.widths[i])
             for i in self._learned
@@ -123,11 +125,11 @@ class PrecisionFlow(Flow):
         return self.checked_state(initial, start)
 
     def problem_at(self, state: State) -> InferenceProblem:
-        """The problem with the precisions of the parameters `state`."""
+        """Return the problem with the precisions of the parameters `state`."""
         return _with_precisions(self.problem, self.precisions_at(state))
 
     def precisions_at(self, state: State) -> tuple[Array, ...]:
-        """Π_1 … Π_L: numbers, diagonals or matrices, after the leading axis if there is one."""
+        """Compute Π_1 … Π_L, numbers, diagonals or matrices, after a leading axis of states."""
         if state[0].ndim > 1:
             return _in_time(PrecisionFlow.precisions_at, *as_jax((self, state)))
         moving = dict(zip(self._learned, state, strict=True))
@@ -152,29 +154,28 @@ class PrecisionFlow(Flow):
         """Name what moves besides activities: Π_1 … Π_L, as `"precisions"`."""
         return {"precisions": self.precisions_at(state)}
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
         rest = self.problem.state_of(self.activities(state))
         return self.problem_at(state).observe(t, rest)
 
     def free_energy(self, state: State) -> Array:
-        """The variational free energy of the parameters θ, averaged over the samples."""
+        """Compute the variational free energy of the parameters θ, averaged over the samples."""
         return self._free_energy(state, self.problem.state_of(self.activities(state)))
 
     def free_energy_along(self, trajectory: Trajectory) -> Float[Array, " time"]:
-        """`free_energy` at the saved times of a trajectory of this flow."""
-
+        """Compute `free_energy` at the saved times of a trajectory of this flow."""
         check_instance(trajectory, "trajectory", Trajectory, "a trajectory of this flow")
         if trajectory.precisions is None:
             raise InputError("no precisions move along this trajectory: simulate this flow")
 
-        def at(precisions: Any, rest: State) -> Array:
+        def at(precisions: tuple[Array, ...], rest: State) -> Array:
             problem = _with_precisions(self.problem, precisions)
             return jnp.mean(variational_free_energy(problem, rest, posterior=self.posterior))
 
         rest = self.problem.state_of(trajectory.activities)
         return jax.jit(jax.vmap(at))(*as_jax((trajectory.precisions, rest)))
 
-    def vector_field(self, t: Any, state: State) -> State:
+    def vector_field(self, t: Values | float, state: State) -> State:
         if self.posterior == "laplace" and not is_linear(self.problem.network):
             # log det H depends on where the equilibrium is.
             slope = jax.grad(self.free_energy)(state)
@@ -191,7 +192,7 @@ class PrecisionFlow(Flow):
     def _learned(self) -> tuple[int, ...]:
         return tuple(i for i, s in enumerate(self.structures, start=1) if s != "fixed")
 
-    def _given(self, index: int) -> Any:
+    def _given(self, index: int) -> Array:
         """The precision to start from, 1 unless given."""
         values = precisions_of(self.problem, "precisions are learned from")[index - 1].values
         return jnp.ones((), self.problem.dtype) if values is None else values
@@ -202,12 +203,16 @@ def _with_precisions(problem: InferenceProblem, precisions: Sequence[Array]) -> 
 
 
 @eqx.filter_jit
-def _in_time(function: Any, flow: PrecisionFlow, states: State) -> tuple[Array, ...]:
+def _in_time(
+    function: Callable[[PrecisionFlow, State], tuple[Array, ...]],
+    flow: PrecisionFlow,
+    states: State,
+) -> tuple[Array, ...]:
     """`function` of the flow at several states."""
     return jax.vmap(lambda state: function(flow, state))(states)
 
 
-def _parameters(precision: Any, structure: Structure, width: int) -> Array:
+def _parameters(precision: Array, structure: Structure, width: int) -> Array:
     """θ of a precision, as one vector."""
     if structure == "scalar":
         return jnp.log(precision).reshape(1)
@@ -231,7 +236,7 @@ def _precision(parameters: Array, structure: Structure, width: int) -> Array:
 
 
 class OutputNoise(eqx.Module):
-    """The output precision that explains the errors best, from `output_noise`.
+    """The covariance of the output that explains the errors best, from `output_noise`.
 
     - `covariance`: Π_L⁻¹ where F_var is least, shape `(n_L, n_L)`; with zero eigenvalues where it
       is not `interior`.
@@ -239,11 +244,11 @@ class OutputNoise(eqx.Module):
     """
 
     covariance: Float[Array, "n_L n_L"]
-    interior: Any
+    interior: Bool[Array, ""]
 
 
 def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace") -> OutputNoise:
-    """The covariance Π_L⁻¹ of the output that is learned if all other precisions are held.
+    """Compute the covariance Π_L⁻¹ of the output that is learned if other precisions are held.
 
     In closed form for linear networks. With Ĉ the mean of e0 e0ᵀ over the samples, e0 = T −
     feedforward(d), and V = Σ_{l<L} P_l Π_l⁻¹ P_lᵀ what the hidden layers explain,
@@ -255,8 +260,11 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
       with its log-determinant, u = ½(1 − 2m + √(1 − 4m)), less than the noise, if m ≤ ¼; else there
       is none and the precision grows without bound.
 
-    Raises `NotLinearError`, `InputError` unless both ends are clamped, and `PrecisionError` where
-    the errors of the samples do not span the outputs.
+    **Raises:**
+
+    - `NotLinearError` for a network that is not linear.
+    - `InputError` unless both ends are clamped.
+    - `PrecisionError` where the errors of the samples do not span the outputs.
     """
     check_problem(problem)
     check_posterior(posterior)

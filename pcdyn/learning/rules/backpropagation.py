@@ -5,16 +5,14 @@ Each ends with one local gradient per layer, `−(f'_l ∘ d_l) x_{l−1}ᵀ`, a
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.states import step
 from pcdyn._support.types import State
 from pcdyn.errors import InputError
-from pcdyn.learning.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
@@ -28,22 +26,26 @@ class Backpropagation(Rule):
         return "backpropagation"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Take every problem."""
+        """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         found = backpropagation(problem)
         return _without_inference(problem, found.weight_gradient), state
 
 
 class FixedPrediction(Rule):
-    """Inference with predictions and slopes frozen at the feedforward pass (the fixed prediction
-    assumption), for `steps` Euler updates of the errors by `dt`.
+    """Predictive coding with predictions and slopes frozen at the feedforward pass.
 
-    Its equilibrium is BP exactly; ε_{L−1}(t) = (1 − e^{−t}) δ_{L−1} on the way there, for unit
-    precisions of the hidden layers.
+    Under this fixed prediction assumption the equilibrium is BP exactly; on the way there
+    ε_{L−1}(t) = (1 − e^{−t}) δ_{L−1}, for unit precisions of the hidden layers.
+
+    **Arguments:**
+
+    - `dt`: the step of the Euler updates of the errors, in activity time constants.
+    - `steps`: how many updates are made.
     """
 
     dt: float = 0.5
@@ -57,12 +59,12 @@ class FixedPrediction(Rule):
         return "fixed prediction assumption"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Take every problem."""
+        """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         network, activities = problem.network, feedforward(problem)
         pulls = [
             jax.vjp(lambda x, i=index: network.predict(i, x), activities[index - 1])[1]
@@ -74,7 +76,7 @@ class FixedPrediction(Rule):
             hidden = [problem.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
             return [*hidden, output_delta]
 
-        def update(_: Any, errors: State) -> State:
+        def update(_: Array, errors: State) -> State:
             *own, _ = deltas = weighted(errors)
             above = [pull(delta)[0] for pull, delta in zip(pulls, deltas[1:], strict=True)]
             return step(errors, self.dt, jax.tree.map(jnp.subtract, tuple(above), tuple(own)))
@@ -88,7 +90,7 @@ class FixedPrediction(Rule):
 class ZeroDivergence(Rule):
     """Zero-divergence inference learning (Z-IL, Song et al. 2020): BP by L well-timed steps.
 
-    All layers take Euler steps of size `rate` from the feedforward pass; layer l first moves at
+    All layers take Euler steps of size γ = `rate` from the feedforward pass; layer l first moves at
     step L − l, and its weights learn from the error that it has then, γ^{L−l} δ_l. That is BP for
     γ = 1 and BP layer by layer up to a factor otherwise. Hidden precisions must be 1.
     """
@@ -103,17 +105,18 @@ class ZeroDivergence(Rule):
         return "Z-IL"
 
     def check(self, problem: InferenceProblem) -> None:
+        """Raise `InputError` for a hidden layer whose precision is not 1."""
         for index in range(1, problem.network.depth):
-            # At two errors, for an energy that is not Gaussian can have the slope 1 at one of them.
+            # At two errors: an energy that is not Gaussian can have the slope 1 at one of them.
             sizes = jnp.asarray([[1.0], [2.0]], problem.network.dtype)
             probe = jnp.tile(sizes, (1, problem.network.widths[index]))
             if not bool(jnp.all(problem.weighted_error(index, probe) == probe)):
                 raise InputError(f"Z-IL needs unit precision, but layer {index} has another one")
 
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
 
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         network, activities = problem.network, feedforward(problem)
         x, deltas = problem.state_of(activities), []
         for index in range(network.depth, 0, -1):

@@ -8,13 +8,13 @@ precisions appear. They matter as soon as precisions are learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from pcdyn._support.checks import as_float_array, is_traced
 from pcdyn._support.types import Numbers, State
@@ -33,9 +33,9 @@ def variational_free_energy(
     problem: InferenceProblem,
     state: Sequence[Numbers],
     *,
-    posterior: Posterior | Float[Array, "N N"] = "laplace",
+    posterior: Posterior | ArrayLike = "laplace",
 ) -> Float[Array, "*batch"]:
-    """−log p(T | d) or a bound of it, per sample, from a posterior with its mean at `state`.
+    """Compute −log p(T | d) or a bound of it, per sample, from a posterior with mean `state`.
 
     `−log p(x_1 … x_L | d) = Σ_l ½ ε_lᵀ Π_l ε_l − ½ log det Π_l + ½ n_l log 2π` is averaged over the
     posterior of the free layers, and its entropy subtracted. With H = ∂²F/∂x² and N free units,
@@ -51,10 +51,14 @@ def variational_free_energy(
     Of a nonlinear network H is the whole Hessian at the state, and the average over the posterior
     is to second order: the Laplace approximation, which can lie on either side of −log p(T | d).
 
-    Raises `InputError` for energies that are no densities (only `pcdyn.Gaussian` is one),
-    `PosteriorError` where a Hessian or a covariance is not positive definite (NaN under a JAX
-    transformation) or a covariance is not symmetric, and what a state that does not fit raises.
-    (Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.)
+    Sources: Friston 2003; Bogacz 2017, A tutorial on the free-energy framework.
+
+    **Raises:**
+
+    - `InputError` for energies that are no densities (only `pcdyn.Gaussian` is one).
+    - `PosteriorError` where a Hessian or a covariance is not positive definite (NaN under a JAX
+      transformation) or a covariance is not symmetric.
+    - What a state that does not fit raises.
     """
     check_problem(problem)
     check_gaussian(problem)
@@ -95,7 +99,7 @@ def check_gaussian(problem: InferenceProblem) -> None:
     precisions_of(problem, "densities of Gaussian noise need")
 
 
-def check_posterior(posterior: Any) -> None:
+def check_posterior(posterior: object) -> None:
     """Raise `InputError` for a posterior that is no known name."""
     if isinstance(posterior, str) and posterior in get_args(Posterior):
         return
@@ -116,9 +120,10 @@ def _normalisation(problem: InferenceProblem) -> Array:
     return total
 
 
-def _over_samples(problem: InferenceProblem, state: State, function: Any) -> Array:
+def _over_samples(
+    problem: InferenceProblem, state: State, function: Callable[[BlockTridiagonal], Array]
+) -> Array:
     """`function` of H, per sample; once for all samples if the network is linear."""
-    # One Hessian serves every sample of a linear network.
     if is_linear(problem.network):
         return function(hessian(problem))
     if state[0].ndim == 1:
@@ -132,7 +137,7 @@ def _log_determinant(matrix: BlockTridiagonal) -> Array:
     return 2 * jnp.sum(jnp.log(jnp.concatenate(diagonals)))
 
 
-def _checked_covariance(value: Any, state: State) -> Array:
+def _checked_covariance(value: ArrayLike, state: State) -> Array:
     covariance = as_float_array(value, "posterior")
     count = sum(x.shape[-1] for x in state)
     if covariance.shape != (count, count):

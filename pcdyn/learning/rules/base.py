@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.types import Activities
@@ -15,7 +14,7 @@ from pcdyn.model.problem import InferenceProblem
 
 
 class BatchGradient(eqx.Module):
-    """What a rule makes of a batch.
+    """The weight gradient of a batch, and the activities that it comes from.
 
     - `gradient`: a network whose arrays are the gradients, summed over the batch.
     - `activities`: x_0 … x_L after inference; the feedforward pass with the target as x_L for
@@ -30,7 +29,7 @@ class BatchGradient(eqx.Module):
 
 
 class Rule(eqx.Module):
-    """Base of all learning rules.
+    """The base of all learning rules.
 
     A rule may carry a state from batch to batch, such as the inverse weights of target propagation;
     most have none.
@@ -39,19 +38,19 @@ class Rule(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The name of the rule in tables and figures."""
+        """The name of the rule, as tables and figures print it."""
 
     @abc.abstractmethod
     def check(self, problem: InferenceProblem) -> None:
         """Raise the named error for a problem that this rule cannot learn from."""
 
     @abc.abstractmethod
-    def init(self, network: Network, key: PRNGKeyArray) -> Any:
-        """The state before the first batch; `()` if there is none."""
+    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+        """Return the state of the rule before the first batch; `()` if it has none."""
 
     @abc.abstractmethod
-    def learn(self, problem: InferenceProblem, state: Any) -> tuple[BatchGradient, Any]:
-        """The weight gradient from a batch, both ends clamped, and the next state."""
+    def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
+        """Compute the weight gradient of a batch, both ends clamped, and the next state."""
 
 
 def check_steps(name: str, dt: float, steps: int) -> None:

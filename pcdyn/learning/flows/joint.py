@@ -6,36 +6,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, ArrayLike
 
 from pcdyn._support.checks import checked_number, is_traced, number, optional
-from pcdyn._support.types import Activities, Numbers, State
-from pcdyn.equilibria.equilibrium import equilibrium
+from pcdyn._support.types import Activities, Numbers, State, Values
+from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
 from pcdyn.model.flow import Flow
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
+_Tree = TypeVar("_Tree")
+
 
 class JointFlow(Flow):
-    """`τ_l dx_l/dt = −∂F/∂x_l` and `dW/dt = −ε ∂F/∂W` at once, with ε = `ratio`.
+    """The flow of activities and weights: `τ_l dx_l/dt = −∂F/∂x_l` and `dW/dt = −ε ∂F/∂W`.
 
-    Weights are slower than activities by τ_W = 1/ε. As ε → 0 they follow `AdiabaticFlow`, with
-    time counted in units of 1/ε, at a distance in proportion to ε. Time is in units of the activity
-    time constant. Biases and all other parameters of the layers move like weights.
+    Weights are slower than activities by 1/ε, with ε = `ratio`. As ε → 0 they follow
+    `AdiabaticFlow`, with time counted in units of 1/ε, at a distance in proportion to ε. Time is in
+    units of the activity time constant. Biases and all other parameters of the layers move like
+    weights.
 
-    The state is the free activities of `problem`, then the arrays of its network, each as one
-    vector; both start where `problem` says. Raises `InputError` for a ratio that is not positive.
+    The state is the free activities, then the arrays of the network, each as one vector.
+
+    **Arguments:**
+
+    - `problem`: where both start.
+    - `ratio`: ε, positive, or `InputError` is raised.
     """
 
     problem: InferenceProblem
-    ratio: Any
+    ratio: ArrayLike
 
     def __check_init__(self) -> None:
         check_problem(self.problem)
@@ -43,7 +51,7 @@ class JointFlow(Flow):
             checked_number(self.ratio, "ratio", above=0)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.problem.dtype
 
     @property
@@ -51,7 +59,7 @@ class JointFlow(Flow):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """A whole state; or that of an inference problem, with the weights of its network."""
+        """Return a whole state, or that of an inference problem with the weights of its network."""
 
         def start(activities: str | Sequence[Numbers]) -> State:
             free = self.problem.initial_state(activities)
@@ -68,14 +76,14 @@ class JointFlow(Flow):
         """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state[len(self.free_layers) :])}
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self._inner_state(state))
 
     def free_energy(self, state: State) -> Array:
         """Sum F over the batch: what the flow never lets rise."""
         return jnp.sum(self._at(state).free_energy(self._inner_state(state)))
 
-    def vector_field(self, t: Any, state: State) -> State:
+    def vector_field(self, t: Values | float, state: State) -> State:
         count = len(self.free_layers)
         slope = jax.grad(self.free_energy)(state)
         constants = self.problem.state_time_constants
@@ -96,12 +104,17 @@ class JointFlow(Flow):
 
 
 class AdiabaticFlow(Flow):
-    """`dW/dt = −dF*/dW` with F*(W) = min_x F: learning with inference always at its equilibrium.
+    """The flow of weights with inference always at its equilibrium: `dW/dt = −dF*/dW`.
 
-    Time is in units of the weights' time constant. The state is the arrays of the network, each as
-    one vector. The equilibrium is solved, from the feedforward pass, at every evaluation of the
-    vector field, by `method` to `tolerance` (see `pcdyn.equilibrium`); where it is not found the
-    field is NaN and the simulation says so.
+    F*(W) is the minimum of F over x. Time is in units of the weights' time constant. The state is
+    the arrays of the network, each as one vector. The equilibrium is solved, from the feedforward
+    pass, at every evaluation of the vector field; where it is not found the field is NaN and the
+    simulation says so.
+
+    **Arguments:**
+
+    - `problem`: its network is the start.
+    - `method`, `tolerance`: of the equilibrium, as for `pcdyn.equilibrium`.
     """
 
     problem: InferenceProblem
@@ -117,7 +130,7 @@ class AdiabaticFlow(Flow):
         self.method.check(self.problem)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.problem.dtype
 
     @property
@@ -125,7 +138,7 @@ class AdiabaticFlow(Flow):
         return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
-        """The weights of the problem's network, or others; activities start nowhere."""
+        """Return the weights of the problem's network, or others; activities have no start."""
         return self.checked_state(initial, _vectors(self.problem.network))
 
     def activities(self, state: State) -> Activities:
@@ -138,14 +151,14 @@ class AdiabaticFlow(Flow):
         """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state)}
 
-    def observe(self, t: Any, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self.problem.state_of(self.activities(state)))
 
     def free_energy(self, state: State) -> Array:
         """Sum the free energy at equilibrium over the batch: what the flow never lets rise."""
         return jnp.sum(self.observe(0.0, state)[1])
 
-    def vector_field(self, t: Any, state: State) -> State:
+    def vector_field(self, t: Values | float, state: State) -> State:
         # At the equilibrium ∂F/∂x = 0, so that dF*/dW is ∂F/∂W with x held.
         rest = self.problem.state_of(self.activities(state))
         slope = jax.grad(lambda s: jnp.sum(self._at(s).free_energy(rest)))(state)
@@ -155,8 +168,8 @@ class AdiabaticFlow(Flow):
         return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
 
 
-def as_jax(tree: Any) -> Any:
-    """The same with JAX arrays: problem and states of a trajectory on the host are NumPy arrays."""
+def as_jax(tree: _Tree) -> _Tree:
+    """Replace the NumPy arrays of a tree, which a trajectory on the host holds, by those of JAX."""
     arrays, static = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.tree.map(jnp.asarray, arrays), static)
 
@@ -164,12 +177,12 @@ def as_jax(tree: Any) -> Any:
 def activities_at_rest(
     problem: InferenceProblem, method: Solver | None, tolerance: float | None
 ) -> Activities:
-    """The equilibrium x_0 … x_L inside a JAX transformation, NaN for samples without one."""
+    """Solve for the equilibrium x_0 … x_L inside a JAX transformation; NaN where there is none."""
     found = equilibrium(problem, method=method, tolerance=tolerance, throw=False)
     return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
 
 
-def _ok(found: Any, like: Any) -> Any:
+def _ok(found: Equilibrium, like: Values) -> Values:
     """Whether each sample is at its equilibrium, to broadcast with activities."""
     converged = found.status_codes == EquilibriumStatus.CONVERGED
     return converged[..., None] if like.ndim == 2 else converged
@@ -181,7 +194,7 @@ def _vectors(network: Network) -> State:
     return tuple(x.reshape(-1) for x in arrays)
 
 
-def _with_vectors(network: Network, vectors: Sequence[Any]) -> Network:
+def _with_vectors(network: Network, vectors: Sequence[Values]) -> Network:
     """The network with these arrays, which may have a leading axis."""
     arrays, static = eqx.partition(network, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(arrays)

@@ -1,0 +1,1 @@
+"""Learning as flows that `pcdyn.simulate` integrates: of weights, and of precisions."""

@@ -1,0 +1,1 @@
+"""Learning rules: from a network and a batch to a weight gradient."""
