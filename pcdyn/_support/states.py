@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from pcdyn._support.products import einsum
+from pcdyn._support.products import matmul
 from pcdyn._support.types import State, Tree, Values
+
 
 
 def layer_norms(state: State) -> Float[Array, "*batch layers"]:
@@ -24,17 +25,21 @@ def layer_norms(state: State) -> Float[Array, "*batch layers"]:
 
 def largest_norm(state: State) -> Float[Array, "*batch"]:
     """The largest Euclidean norm of any layer, per sample."""
-    norms = [jnp.linalg.norm(x, axis=-1) for x in state]
-    each = [x if x.ndim < 2 else jnp.max(x, axis=0) for x in norms]
-    return jnp.max(jnp.stack(each), axis=0)
+    squares = [_row_products(x, x) for x in state]
+    each = [x if x.ndim < 2 else jnp.max(x, axis=0) for x in squares]
+    return jnp.sqrt(jnp.max(jnp.stack(each), axis=0))
 
 
 def dot(a: State, b: State) -> Float[Array, "*batch"]:
     """The inner product of two states, per sample."""
-    # XLA multiplies rows faster than it sums their products.
-    products = (einsum("...n,...n->...", x, y) for x, y in zip(a, b, strict=True))
+    products = (_row_products(x, y) for x, y in zip(a, b, strict=True))
     each = (x if x.ndim < 2 else jnp.sum(x, axis=0) for x in products)
     return functools.reduce(operator.add, each)
+
+
+def _row_products(a: Values, b: Values) -> Array:
+    # On a CPU a matrix product is four times as fast as as many products of two rows.
+    return matmul(a * b, jnp.ones(a.shape[-1], a.dtype))
 
 
 def step(state: Tree, length: ArrayLike, direction: Tree) -> Tree:

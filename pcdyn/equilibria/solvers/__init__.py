@@ -8,6 +8,7 @@ from pcdyn._support.checks import as_sequence
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.equilibria.solvers.closed_form import ClosedForm
+from pcdyn.equilibria.solvers.conjugate_gradients import ConjugateGradients
 from pcdyn.equilibria.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.equilibria.solvers.flow import FlowToRest
 from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature
@@ -18,6 +19,7 @@ from pcdyn.model.problem import InferenceProblem
 
 __all__ = [
     "ClosedForm",
+    "ConjugateGradients",
     "ErrorDescent",
     "FixedPoint",
     "FlowToRest",
@@ -33,6 +35,7 @@ __all__ = [
 
 _BY_NAME = {
     "closed_form": ClosedForm,
+    "conjugate_gradients": ConjugateGradients,
     "gauss_newton": GaussNewton,
     "nesterov": ErrorDescent,
     "pseudo_transient": PseudoTransient,

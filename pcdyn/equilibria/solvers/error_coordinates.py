@@ -125,10 +125,13 @@ class ErrorCoordinates(eqx.Module):
         output_weighted = self.output_gradient(output_error)
         energy = self.free_energy(errors, output_error)
         slope = jax.tree.map(jnp.add, weighted, pull_chain(output_weighted)[0])
+        return PointEvaluation(energy, slope, self.residual(hidden, weighted, output_weighted))
+
+    def residual(self, hidden: Stacked, weighted: Stacked, output_weighted: Any) -> Any:
+        """The largest ‖∂F/∂x_l‖ by a forward and a backward pass, from precision-weighted errors."""
         _, pull = jax.vjp(self.predictions, hidden)
         (above,) = pull((*weighted[1:], output_weighted))
-        residual = jax.tree.map(jnp.subtract, weighted, above)
-        return PointEvaluation(energy, slope, largest_norm(residual))
+        return largest_norm(jax.tree.map(jnp.subtract, weighted, above))
 
     def free_energy(self, errors: Stacked, output_error: Any) -> Any:
         """F from the errors of all layers."""
@@ -193,13 +196,9 @@ class ErrorCoordinates(eqx.Module):
 
     def apply_covariance(self, vectors: Stacked, errors: Stacked) -> Stacked:
         """Π_l⁻¹ v_l, l = 1 … L−1, or the inverse of the energies' curvature at `errors`."""
-
-        def at_error(energy: Any, vector: Any, error: Any) -> Any:
-            return jax.vmap(lambda v, e: energy.curvature(e, None).unweigh(v))(vector, error)
-
         each = zip(self.energies, self.covariances, vectors, errors, strict=True)
         return tuple(
-            _each_layer(at_error, energy, vector, error)
+            _by_curvature(Precision.unweigh, energy, vector, error)
             if covariance is None
             else _each_layer(Precision.weigh, covariance, vector)
             for energy, covariance, vector, error in each
@@ -229,6 +228,17 @@ def _each_layer(function: Callable[..., Any], stacked: Any, *values: Any) -> Any
     """`function` of each layer of a run, of its energy or precision and its values."""
     arrays, static = eqx.partition(stacked, eqx.is_array)
     return jax.vmap(lambda part, *each: function(eqx.combine(part, static), *each))(arrays, *values)
+
+
+def _by_curvature(function: Callable[..., Any], energies: Any, vectors: Any, errors: Any) -> Any:
+    """`function(curvature, vector)` of each layer of a run and each sample."""
+
+    def one(energy: Any, vector: Any, error: Any) -> Any:
+        if energy.quadratic_form is not None:
+            return function(energy.quadratic_form, vector)
+        return jax.vmap(lambda v, e: function(energy.curvature(e, None), v))(vector, error)
+
+    return _each_layer(one, energies, vectors, errors)
 
 
 def _covariances(energies: Any) -> Any:

@@ -1,0 +1,169 @@
+"""Nonlinear conjugate gradients in error coordinates: few passes where the output is narrow.
+
+The model's Hessian in the errors is `Π + JᵀΠ_L J`. Preconditioned by the precisions it is the
+identity but for as many directions as there are output units, so that conjugate gradients take
+about as many iterations, and fewer where its eigenvalues lie close together. The step length is the
+one that minimises this model along the direction; each iteration is one forward, one backward and
+one tangent pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from pcdyn._support.checks import integer
+from pcdyn._support.states import all_finite, choose, dot, scale, step
+from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
+from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
+from pcdyn.equilibria.solvers.gauss_newton import check_curvature
+from pcdyn.errors import EquilibriumStatus, InputError
+from pcdyn.model.problem import InferenceProblem, State
+
+_RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
+_CONVERGED = int(EquilibriumStatus.CONVERGED)
+_STALLED = int(EquilibriumStatus.STALLED)
+# Iterations before the rate of convergence is judged.
+_JUDGED_AFTER = 4
+
+
+class _Search(eqx.Module):
+    """What is carried from iteration to iteration, per sample.
+
+    `errors` is the point to look at next, `last` the one before it, where F was `energy` and its
+    gradient `slope`; `direction` led from there, with `curvature` its product with Π and itself.
+    `product` is the gradient's with its preconditioned self, at first `first_product`.
+    """
+
+    errors: Stacked
+    last: Stacked
+    energy: Any
+    slope: Stacked
+    direction: Stacked
+    curvature: Any
+    product: Any
+    first_product: Any
+    status: Any
+    iterations: Any
+    passes: Any
+
+
+class ConjugateGradients(Solver):
+    """Nonlinear conjugate gradients (Polak–Ribière) in error coordinates, without a line search.
+
+    It needs both ends clamped and the curvatures of hidden energies, `pcdyn.Gaussian` or others
+    with a method `curvature`. A sample is given up, for the next solver, once F would rise, or
+    once its convergence so far says that `max_iterations` would not do.
+    """
+
+    max_iterations: int = eqx.field(
+        default=100, converter=integer("ConjugateGradients: max_iterations", at_least=1)
+    )
+
+    @property
+    def name(self) -> str:
+        return "conjugate_gradients"
+
+    def check(self, problem: InferenceProblem) -> None:
+        check_curvature(self.name, problem, of_output=False)
+        if not problem.both_ends_clamped:
+            raise InputError(
+                f"{self.name} needs both ends clamped: only then do the errors determine the "
+                "activities and the output error"
+            )
+
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+        chain = ErrorCoordinates(problem)
+        batch, dtype = len(chain.target), chain.target.dtype
+        tolerance = jnp.broadcast_to(jnp.asarray(tolerance, dtype), (batch,))
+
+        def runs(now: _Search) -> Any:
+            return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
+
+        start = chain.errors(state)
+        nothing, none = jax.tree.map(jnp.zeros_like, start), jnp.zeros(batch, int)
+        endless = jnp.full(batch, jnp.inf, dtype)
+        first = _Search(
+            errors=start, last=start, energy=endless, slope=nothing, direction=nothing,
+            curvature=jnp.zeros(batch, dtype), product=endless, first_product=endless, status=none + _RUNNING, iterations=none,
+            passes=none + 1,
+        )  # fmt: skip
+        end = jax.lax.while_loop(
+            lambda now: jnp.any(runs(now)),
+            lambda now: self._iterate(chain, now, runs(now), tolerance),
+            first,
+        )
+        hidden, output_error = chain.activities(end.errors)
+        state = chain.unstack(hidden)
+        finite = jax.vmap(all_finite)((*state, output_error))
+        status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
+        return Solution(state, status, end.iterations, end.passes)
+
+    def _iterate(
+        self, chain: ErrorCoordinates, now: _Search, running: Any, tolerance: Any
+    ) -> _Search:
+        output_error, push, hidden = jax.linearize(chain.output_error, now.errors, has_aux=True)
+        weighted = chain.weighted(now.errors)
+        output_weighted = chain.output_gradient(output_error)
+        energy = chain.free_energy(now.errors, output_error)
+        (pulled,) = jax.linear_transpose(push, now.errors)(output_weighted)
+        slope = jax.tree.map(jnp.add, weighted, pulled)
+
+        # ‖∂F/∂x_l‖ takes two passes more: only where the gradient in the errors is so small that
+        # its layers, which sum up those above, may add up to no more than the tolerance.
+        near = running & (jnp.sqrt(dot(slope, slope)) <= sum(chain.lengths) * tolerance)
+        residual = jax.lax.cond(
+            jnp.any(near),
+            lambda: chain.residual(hidden, weighted, output_weighted),
+            lambda: jnp.full_like(energy, jnp.inf),
+        )
+        # Hidden errors are coordinates; that of the output is a difference.
+        outputs = jnp.abs(chain.target) + jnp.abs(chain.target - output_error)
+        falls = energy <= now.energy + round_off((output_weighted,), (outputs,))
+        converged = falls & (residual <= tolerance)
+
+        steepest = chain.apply_covariance(slope, now.errors)
+        product = dot(slope, steepest)
+        # Polak–Ribière; below 0 the memory is dropped, and at the first iteration there is none.
+        memory: Any = jnp.maximum((product - dot(now.slope, steepest)) / now.product, 0)
+        along = dot(slope, now.direction)
+        memory = jnp.where(memory * along < product, memory, 0)
+        direction = step(scale(-1, steepest), memory, now.direction)
+        # dᵀΠd of the direction d = memory · d' − Π⁻¹g, from that of d'.
+        curvature = product - 2 * memory * along + memory**2 * now.curvature
+        moved = push(direction)
+        output_curvature = dot((moved,), (chain.output_curvature(output_error)(moved),))
+        total = curvature + output_curvature
+        length = (product - memory * along) / jnp.where(total > 0, total, 1)
+
+        iterations = now.iterations + running.astype(int)
+        first_product = jnp.where(now.iterations == 0, product, now.first_product)
+        # ‖∂F/∂e‖ and the tolerance, as if each iteration took off the same factor.
+        fallen = jnp.log(jnp.sqrt(product / first_product))
+        wanted = jnp.log(tolerance / jnp.sqrt(first_product))
+        hopeless = (iterations > _JUDGED_AFTER) & ~(
+            wanted * now.iterations >= fallen * self.max_iterations
+        )
+        stalled = ~falls | ~(total > 0) | hopeless
+        status = jnp.where(stalled, _STALLED, _RUNNING)
+        status = jnp.where(converged, _CONVERGED, status)
+        going = running & (status == _RUNNING)
+        back = choose(falls, now.errors, now.last)
+        return _Search(
+            errors=choose(
+                going, step(now.errors, length, direction), choose(running, back, now.errors)
+            ),
+            last=choose(running, now.errors, now.last),
+            energy=jnp.where(running, energy, now.energy),
+            slope=slope,
+            direction=direction,
+            curvature=curvature,
+            product=product,
+            first_product=first_product,
+            status=jnp.where(running, status, now.status),
+            iterations=iterations,
+            passes=now.passes + jnp.where(running, 3 + 2 * near.any(), 0),
+        )
