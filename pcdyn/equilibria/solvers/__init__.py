@@ -33,6 +33,9 @@ __all__ = [
     "get_solvers",
 ]
 
+# Where conjugate gradients would take more, Gauss–Newton costs less.
+_FEW_ITERATIONS = 30
+
 _BY_NAME = {
     "closed_form": ClosedForm,
     "conjugate_gradients": ConjugateGradients,
@@ -70,17 +73,18 @@ def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, 
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """What to try in turn, each where the one before it did not converge.
 
-    A linear network with quadratic energies has a closed form. Otherwise Gauss–Newton, if the
-    curvature of each energy is known; where it stalls, Nesterov in error coordinates (both ends
-    clamped, quadratic energies of hidden layers), then pseudo-transient continuation, which any
-    energy allows.
+    A linear network with quadratic energies has a closed form. Otherwise conjugate gradients in
+    error coordinates, if both ends are clamped, the curvature of each hidden energy is known and
+    activations have no kinks: they take the fewest passes and are compiled the fastest. They leave
+    to Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
+    output's energy is known too; then comes pseudo-transient continuation, for any energy.
     """
     if has_linear_flow(problem):
         return (ClosedForm(),)
-    quadratic = all(energy.quadratic_form is not None for energy in problem.energy[:-1])
-    middle = (ErrorDescent(),) if problem.both_ends_clamped and quadratic else ()
-    if not has_curvature(problem):
-        return (*middle, PseudoTransient())
-    # Where activations have kinks, what Gauss–Newton leaves is a matter of kinks, not of rates.
-    middle = () if has_kinks(problem.network) else middle
-    return (GaussNewton(), *middle, PseudoTransient())
+    smooth = problem.both_ends_clamped and not has_kinks(problem.network)
+    first = smooth and has_curvature(problem, of_output=False)
+    return (
+        *((ConjugateGradients(max_iterations=_FEW_ITERATIONS),) if first else ()),
+        *((GaussNewton(),) if has_curvature(problem) else ()),
+        PseudoTransient(),
+    )

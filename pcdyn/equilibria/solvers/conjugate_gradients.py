@@ -55,12 +55,12 @@ class ConjugateGradients(Solver):
     """Nonlinear conjugate gradients (Polak–Ribière) in error coordinates, without a line search.
 
     It needs both ends clamped and the curvatures of hidden energies, `pcdyn.Gaussian` or others
-    with a method `curvature`. A sample is given up, for the next solver, once F would rise, or
-    once its convergence so far says that `max_iterations` would not do.
+    with a method `curvature`. A sample is given up, for the next solver, once F would rise, and a
+    batch once the convergence of a sample so far says that `max_iterations` would not do.
     """
 
     max_iterations: int = eqx.field(
-        default=100, converter=integer("ConjugateGradients: max_iterations", at_least=1)
+        default=1000, converter=integer("ConjugateGradients: max_iterations", at_least=1)
     )
 
     @property
@@ -120,9 +120,8 @@ class ConjugateGradients(Solver):
             lambda: chain.residual(hidden, weighted, output_weighted),
             lambda: jnp.full_like(energy, jnp.inf),
         )
-        # Hidden errors are coordinates; that of the output is a difference.
-        outputs = jnp.abs(chain.target) + jnp.abs(chain.target - output_error)
-        falls = energy <= now.energy + round_off((output_weighted,), (outputs,))
+        slack = round_off((*weighted, output_weighted), (*hidden, chain.target))
+        falls = energy <= now.energy + slack
         converged = falls & (residual <= tolerance)
 
         steepest = chain.apply_covariance(slope, now.errors)
@@ -144,9 +143,9 @@ class ConjugateGradients(Solver):
         # ‖∂F/∂e‖ and the tolerance, as if each iteration took off the same factor.
         fallen = jnp.log(jnp.sqrt(product / first_product))
         wanted = jnp.log(tolerance / jnp.sqrt(first_product))
-        hopeless = (iterations > _JUDGED_AFTER) & ~(
-            wanted * now.iterations >= fallen * self.max_iterations
-        )
+        slow = ~(wanted * now.iterations >= fallen * self.max_iterations)
+        # The next solver takes as long for a batch as for one sample of it.
+        hopeless = jnp.any(running & slow & (iterations > _JUDGED_AFTER))
         stalled = ~falls | ~(total > 0) | hopeless
         status = jnp.where(stalled, _STALLED, _RUNNING)
         status = jnp.where(converged, _CONVERGED, status)

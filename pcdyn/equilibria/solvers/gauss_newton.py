@@ -188,9 +188,10 @@ class ActivityModel(DescentModel):
         return propose
 
 
-def has_curvature(problem: InferenceProblem) -> bool:
-    """Whether the curvature of every energy is known."""
-    return _without_curvature(problem, range(1, problem.network.depth + 1)) is None
+def has_curvature(problem: InferenceProblem, *, of_output: bool = True) -> bool:
+    """Whether the curvature of every energy is known, or of the hidden ones."""
+    depth = problem.network.depth
+    return _without_curvature(problem, range(1, depth + 1 if of_output else depth)) is None
 
 
 def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = True) -> None:

@@ -126,11 +126,15 @@ def solve_in_turn(
     """Try solvers until each sample has converged, to a tolerance that may be `relative`."""
     solution, goal = _solve_first(problem, start, solvers[0], tolerance, relative)
     for solver in solvers[1:]:
-        state = _restart(solution, start)
-        # Nothing is left to do for those that have converged to round-off only.
         done = solution.status == EquilibriumStatus.CONVERGED
-        after = _solve(problem, state, solver, jnp.where(done, jnp.inf, goal))
-        solution = _follow_up(solution, after, done)
+
+        def follow_up(solution: Solution, done: Any = done, solver: Solver = solver) -> Solution:
+            state = _restart(solution, start)
+            # Nothing is left to do for those that have converged to round-off only.
+            after = _solve(problem, state, solver, jnp.where(done, jnp.inf, goal))
+            return _follow_up(solution, after, done)
+
+        solution = jax.lax.cond(jnp.all(done), lambda same: same, follow_up, solution)
     return Ran(solution, goal, ", ".join(solver.name for solver in solvers))
 
 
