@@ -33,7 +33,14 @@ T1 = 0.25
 DIFFRAX = ("heun", "midpoint", "ralston", "bosh3", "tsit5", "dopri5", "dopri8", "implicit_euler",
            "kvaerno3", "kvaerno4", "kvaerno5", "rodas5p")  # fmt: skip
 SCIPY = ("rk45", "rk23", "dop853", "radau", "bdf", "lsoda")
-METHODS = ("gauss_newton", "nesterov", "pseudo_transient", "flow", "closed_form")
+METHODS = (
+    "conjugate_gradients",
+    "gauss_newton",
+    "nesterov",
+    "pseudo_transient",
+    "flow",
+    "closed_form",
+)
 README = Path(__file__).parents[1] / "README.md"
 
 

@@ -254,6 +254,7 @@ def calls() -> dict[str, Call]:
         "PseudoTransient": lambda: (solvers.PseudoTransient, {}),
         "GradientDescent": lambda: (solvers.GradientDescent, {"dt": 0.1}),
         "FixedPoint": lambda: (solvers.FixedPoint, {}),
+        "ConjugateGradients": lambda: (solvers.ConjugateGradients, {}),
         "ErrorDescent": lambda: (solvers.ErrorDescent, {}),
         "FlowToRest": lambda: (solvers.FlowToRest, {}),
         "get_solver": lambda: (solvers.get_solver, {"method": "flow"}),

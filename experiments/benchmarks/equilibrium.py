@@ -34,7 +34,7 @@ from pcdyn.theory import Evidence
 _CONFIG = Race(precisions=(1.0, 100.0), deep=())
 _TOLERANCE = 1e-4
 _TSIT5 = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=1000.0)
-_FAST = ("Gauss–Newton", "matrix-free Gauss–Newton", "Nesterov")
+_FAST = ("conjugate gradients", "Gauss–Newton", "matrix-free Gauss–Newton", "Nesterov")
 
 
 def rows() -> Iterator[Evidence]:

@@ -21,6 +21,7 @@ from pcdyn import solvers
 RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
 
 ITERATIVE = {
+    "conjugate gradients": solvers.ConjugateGradients(),
     "Gauss–Newton": solvers.GaussNewton(),
     "matrix-free Gauss–Newton": solvers.GaussNewton(explicit_width=0, cg_tolerance=1e-2),
     "Nesterov": solvers.ErrorDescent(),

@@ -17,7 +17,6 @@ from pcdyn._support.products import matmul
 from pcdyn._support.types import State, Tree, Values
 
 
-
 def layer_norms(state: State) -> Float[Array, "*batch layers"]:
     """The Euclidean norm of each layer, per sample."""
     return jnp.stack([jnp.linalg.norm(layer, axis=-1) for layer in state], axis=-1)

@@ -182,8 +182,8 @@ class Equilibrium:
     method: Annotated[
         tuple[str, ...],
         option(
-            "One or several in turn: closed_form, gauss_newton, nesterov, pseudo_transient, "
-            "fixed_point, flow.",
+            "One or several in turn: closed_form, conjugate_gradients, gauss_newton, nesterov, "
+            "pseudo_transient, fixed_point, flow.",
             metavar="NAME …",
             default="what suits the network",
         ),

@@ -268,8 +268,8 @@ def equilibrium(
     - `method`: a name (`"gauss_newton"`, `"pseudo_transient"`, `"flow"`, …), a value such as
       `pcdyn.solvers.GaussNewton(max_iterations=20)`, or several values to try in turn, each on
       the samples where the one before it did not converge. Unless given: the closed form of a
-      linear network; otherwise Gauss–Newton, then Nesterov in error coordinates, then
-      pseudo-transient continuation.
+      linear network; otherwise conjugate gradients in error coordinates (both ends clamped,
+      smooth activations), then Gauss–Newton, then pseudo-transient continuation.
     - `initial`: `"feedforward"`, `"zeros"` or a state.
     - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute. Unless given it is 1e-6 in
       float64 and 1e-4 in float32 times the scale of each sample: the least of 1, of the largest
@@ -296,8 +296,6 @@ def equilibrium(
     check_problem(problem)
     check_flag(throw, "throw")
     solvers = _solvers(method, problem)
-    for solver in solvers:
-        solver.check(problem)
     given = None if tolerance is None else _checked_tolerance(tolerance)
     relative = given is None
     wanted = (1e-6 if problem.dtype == jnp.float64 else 1e-4) if given is None else given
@@ -330,7 +328,10 @@ def _solvers(
 ) -> tuple[Solver, ...]:
     if method is None:
         return default_solvers(problem)
-    return get_solvers(method)
+    solvers = get_solvers(method)
+    for solver in solvers:
+        solver.check(problem)
+    return solvers
 
 
 def _checked_tolerance(tolerance: float) -> float:

@@ -24,6 +24,7 @@ import scipy.optimize
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import (
     ClosedForm,
+    ConjugateGradients,
     ErrorDescent,
     FixedPoint,
     FlowToRest,
@@ -50,6 +51,7 @@ ROUND_OFF = 1e3 * EPS
 SOLVERS: dict[str, Solver] = {
     "gauss_newton": GaussNewton(),
     "matrix_free": GaussNewton(explicit_width=1),
+    "conjugate_gradients": ConjugateGradients(),
     "nesterov": ErrorDescent(),
     "error_descent": ErrorDescent(nesterov=False),
     "pseudo_transient": PseudoTransient(),
@@ -259,7 +261,7 @@ def test_an_equilibrium_holds_what_numpy_derives_from_its_activities() -> None:
 @pytest.mark.parametrize(
     ("name", "unit"),
     [("gauss_newton", True), ("gauss_newton", False), ("matrix_free", False), ("nesterov", False),
-     ("fixed_point", False)],
+     ("conjugate_gradients", False), ("fixed_point", False)],
 )  # fmt: skip
 def test_solvers_that_weigh_errors_take_every_precision(name: str, unit: bool) -> None:
     """Unit, scalar, diagonal and full in hidden layers and at the output, τ = 1: a dense solve."""
@@ -288,15 +290,17 @@ def test_the_closed_form_is_the_dense_solve(precision: str, via: Any) -> None:
 
 
 def test_the_default_of_a_linear_network_is_the_closed_form() -> None:
-    """And of any other the chain, without Nesterov where an end is free."""
-    linear, curved = (build_case(seed=0, widths=(2, 3, 2), activations=(name,))
-                      for name in ("identity", "tanh"))  # fmt: skip
+    """Of others a chain: in error coordinates first, if both ends are clamped, without kinks."""
+    linear, curved, kinked = (build_case(seed=0, widths=(2, 3, 2), activations=(name,))
+                              for name in ("identity", "tanh", "relu"))  # fmt: skip
     names = {
         clamp: [s.name for s in default_solvers(curved.replace(clamp=clamp).problem)]
         for clamp in CLAMPS
     }
     assert [s.name for s in default_solvers(linear.problem)] == ["closed_form"]
-    assert names["both"] == ["gauss_newton", "nesterov", "pseudo_transient"]
+    assert names["both"] == ["conjugate_gradients", "gauss_newton", "pseudo_transient"]
+    kinks = [s.name for s in default_solvers(kinked.problem)]
+    assert kinks == ["gauss_newton", "pseudo_transient"]
     for clamp in ("input", "output", "none"):
         assert names[clamp] == ["gauss_newton", "pseudo_transient"]
     found = equilibrium(linear.problem)
@@ -397,7 +401,7 @@ def test_a_sample_that_starts_at_rest_stays_there(name: str) -> None:
         layer[2] = rest[2]
     found = equilibrium(problem, method=SOLVERS[name], initial=tuple(start), tolerance=1e-6)
     assert found.ok
-    if name in ("nesterov", "error_descent"):
+    if name in ("nesterov", "error_descent", "conjugate_gradients"):
         assert found.iterations[2] <= 1  # It counts the look that sees the convergence.
     else:
         assert found.iterations[2] == 0
@@ -427,10 +431,10 @@ def test_the_default_converges_where_it_is_hard() -> None:
         assert_at_rest(case, found, 1e-6)
         start = case.feedforward(case.activities[0])
         assert np.all(found.free_energy <= case.free_energy((*start[:-1], case.activities[-1])))
-        first = equilibrium(case.problem, method="gauss_newton", throw=False)
+        first = equilibrium(case.problem, method=default_solvers(case.problem)[0], throw=False)
         done = np.asarray(first.status_codes) == EquilibriumStatus.CONVERGED
         named = found.method.split(", ")
-        assert named == ["gauss_newton", "nesterov", "pseudo_transient"][: len(named)]
+        assert named == ["conjugate_gradients", "gauss_newton", "pseudo_transient"][: len(named)]
         assert done.all() == (len(named) == 1)
         for ours, theirs in zip(found.activities, first.activities, strict=True):
             assert np.array_equal(ours[done], theirs[done])

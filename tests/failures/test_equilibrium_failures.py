@@ -15,6 +15,7 @@ import pytest
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import (
     ClosedForm,
+    ConjugateGradients,
     ErrorDescent,
     FixedPoint,
     FlowToRest,
@@ -103,6 +104,12 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
     ("Nesterov with a free input",
      lambda: solve(ErrorDescent(nesterov=False), input=None, initial="zeros"), InputError,
      "error_descent needs both ends clamped"),
+    ("conjugate gradients of another energy",
+     lambda: solve("conjugate_gradients", energy=Quartic()), InputError,
+     "conjugate_gradients needs the curvature"),
+    ("conjugate gradients with a free output",
+     lambda: solve("conjugate_gradients", output=None), InputError,
+     "conjugate_gradients needs both ends clamped"),
     ("the last of a chain", lambda: solve(["gauss_newton", "nesterov"], output=None), InputError,
      "nesterov"),
     ("fixed point with a free input", lambda: solve("fixed_point", input=None, initial="zeros"),
@@ -152,6 +159,7 @@ TANH = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",))
     "method",
     [
         GaussNewton(max_iterations=1),
+        ConjugateGradients(max_iterations=1),
         ErrorDescent(max_iterations=1),
         PseudoTransient(max_iterations=1),
         FixedPoint(max_iterations=1),
@@ -233,7 +241,8 @@ def test_the_fixed_point_iteration_converges_below_two() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [GaussNewton(), ErrorDescent(), PseudoTransient(), FixedPoint(), FlowToRest()],
+    [ConjugateGradients(), GaussNewton(), ErrorDescent(), PseudoTransient(), FixedPoint(),
+     FlowToRest()],
     ids=lambda method: method.name,
 )  # fmt: skip
 def test_an_overflow_is_non_finite(method: Solver) -> None:
@@ -338,7 +347,7 @@ def test_a_rate_that_is_too_large_is_halved(rate: float, nesterov: bool) -> None
         assert np.max(np.linalg.norm(np.asarray(ours) - theirs, axis=-1)) <= bound
 
 
-@pytest.mark.parametrize("method", ["gauss_newton", "nesterov"])
+@pytest.mark.parametrize("method", ["conjugate_gradients", "gauss_newton", "nesterov"])
 def test_an_output_that_nothing_moves_is_solved(method: str) -> None:
     """With zero output weights the Jacobian of the output is zero, and so is its spectrum."""
     case = build_case(seed=1, widths=(4, 4, 4, 2), activations=("tanh",), batch=3)

@@ -14,13 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pcdyn.equilibria.equilibrium import equilibrium
-from pcdyn.equilibria.solvers import ErrorDescent, GaussNewton, GradientDescent, PseudoTransient
+from pcdyn.equilibria.solvers import (
+    ConjugateGradients,
+    ErrorDescent,
+    GaussNewton,
+    GradientDescent,
+    PseudoTransient,
+)
 from tests.networks import EPS, Case, assert_close, build_case, few, least_curvature
 
 SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = 1e-8
 FREE_OUTPUT = (GaussNewton(), PseudoTransient(), GradientDescent(dt=0.02))
-BOTH = (*FREE_OUTPUT, GaussNewton(explicit_width=1), ErrorDescent(), ErrorDescent(nesterov=False))
+BOTH = (
+    *FREE_OUTPUT,
+    GaussNewton(explicit_width=1),
+    ErrorDescent(),
+    ErrorDescent(nesterov=False),
+    ConjugateGradients(),
+)
 
 # What is clamped, the methods that apply, and the network.
 KINDS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {

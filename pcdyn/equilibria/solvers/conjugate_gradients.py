@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn._support.checks import integer
-from pcdyn._support.states import all_finite, choose, dot, scale, step
+from pcdyn._support.states import all_finite, dot, scale, step
 from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature
@@ -33,16 +33,16 @@ _JUDGED_AFTER = 4
 class _Search(eqx.Module):
     """What is carried from iteration to iteration, per sample.
 
-    `errors` is the point to look at next, `last` the one before it, where F was `energy` and its
-    gradient `slope`; `direction` led from there, with `curvature` its product with Π and itself.
-    `product` is the gradient's with its preconditioned self, at first `first_product`.
+    `errors` is the point to look at next; where it was one step `length · direction` before, F was
+    `energy`, its gradient `slope` and the gradient's product with its preconditioned self
+    `product`, at first `first_product`. `curvature` is the direction's product with Π and itself.
     """
 
     errors: Stacked
-    last: Stacked
     energy: Any
     slope: Stacked
     direction: Stacked
+    length: Any
     curvature: Any
     product: Any
     first_product: Any
@@ -85,11 +85,11 @@ class ConjugateGradients(Solver):
 
         start = chain.errors(state)
         nothing, none = jax.tree.map(jnp.zeros_like, start), jnp.zeros(batch, int)
-        endless = jnp.full(batch, jnp.inf, dtype)
+        zero, endless = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
         first = _Search(
-            errors=start, last=start, energy=endless, slope=nothing, direction=nothing,
-            curvature=jnp.zeros(batch, dtype), product=endless, first_product=endless, status=none + _RUNNING, iterations=none,
-            passes=none + 1,
+            errors=start, energy=endless, slope=nothing, direction=nothing, length=zero,
+            curvature=zero, product=endless, first_product=zero, status=none + _RUNNING,
+            iterations=none, passes=none + 1,
         )  # fmt: skip
         end = jax.lax.while_loop(
             lambda now: jnp.any(runs(now)),
@@ -143,26 +143,27 @@ class ConjugateGradients(Solver):
         # ‖∂F/∂e‖ and the tolerance, as if each iteration took off the same factor.
         fallen = jnp.log(jnp.sqrt(product / first_product))
         wanted = jnp.log(tolerance / jnp.sqrt(first_product))
-        slow = ~(wanted * now.iterations >= fallen * self.max_iterations)
+        share = (now.iterations / self.max_iterations).astype(energy.dtype)
+        slow = ~(fallen <= share * wanted)
         # The next solver takes as long for a batch as for one sample of it.
         hopeless = jnp.any(running & slow & (iterations > _JUDGED_AFTER))
         stalled = ~falls | ~(total > 0) | hopeless
         status = jnp.where(stalled, _STALLED, _RUNNING)
         status = jnp.where(converged, _CONVERGED, status)
         going = running & (status == _RUNNING)
-        back = choose(falls, now.errors, now.last)
+        # Where F has risen, one step back.
+        onward = jnp.where(going, length, 0)
+        back = jnp.where(running & ~falls, -now.length, 0)
         return _Search(
-            errors=choose(
-                going, step(now.errors, length, direction), choose(running, back, now.errors)
-            ),
-            last=choose(running, now.errors, now.last),
+            errors=step(step(now.errors, onward, direction), back, now.direction),
             energy=jnp.where(running, energy, now.energy),
             slope=slope,
             direction=direction,
+            length=length,
             curvature=curvature,
             product=product,
             first_product=first_product,
             status=jnp.where(running, status, now.status),
             iterations=iterations,
-            passes=now.passes + jnp.where(running, 3 + 2 * near.any(), 0),
+            passes=now.passes + jnp.where(running, jnp.where(jnp.any(near), 5, 3), 0),
         )

@@ -128,7 +128,7 @@ class ErrorCoordinates(eqx.Module):
         return PointEvaluation(energy, slope, self.residual(hidden, weighted, output_weighted))
 
     def residual(self, hidden: Stacked, weighted: Stacked, output_weighted: Any) -> Any:
-        """The largest ‖∂F/∂x_l‖ by a forward and a backward pass, from precision-weighted errors."""
+        """The largest ‖∂F/∂x_l‖, by a forward and a backward pass from the weighted errors."""
         _, pull = jax.vjp(self.predictions, hidden)
         (above,) = pull((*weighted[1:], output_weighted))
         return largest_norm(jax.tree.map(jnp.subtract, weighted, above))

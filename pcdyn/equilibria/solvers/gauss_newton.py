@@ -211,9 +211,11 @@ def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int 
     known = set()
     for index in layers:
         energy, width = problem.energy[index - 1], problem.network.widths[index]
+        if energy.quadratic_form is not None:
+            continue
         target = problem.target_of(index)
         kind = (jax.tree.structure(energy), width, target is None)
-        if energy.quadratic_form is not None or kind in known:
+        if kind in known:
             continue
         # Of one sample.
         error = jnp.zeros(width, problem.dtype)
