@@ -413,6 +413,19 @@ def test_a_sample_that_starts_at_rest_stays_there(name: str) -> None:
     assert np.array_equal(found.iterations[others], free.iterations[others])
 
 
+@pytest.mark.parametrize("name", ["conjugate_gradients", "nesterov", "gauss_newton"])
+def test_a_target_that_is_predicted_is_at_rest_exactly(name: str) -> None:
+    """No gradient at all, not even round-off: nothing is divided by it while others go on."""
+    case, _ = mild(3, "tanh")
+    problem = blended(case)
+    predicted = problem.network.feedforward(problem.input)[-1]
+    target = jnp.asarray(problem.output).at[1].set(predicted[1])
+    found = equilibrium(problem.with_data(problem.input, target), method=SOLVERS[name])
+    assert found.ok
+    for x, start in zip(found.state, found.start, strict=True):
+        np.testing.assert_array_equal(x[1], start[1])
+
+
 # --- Solvers in turn ------------------------------------------------------------------------------
 
 

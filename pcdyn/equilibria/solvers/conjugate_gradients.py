@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pcdyn._support.checks import integer
-from pcdyn._support.states import all_finite, dot, scale, step
+from pcdyn._support.states import all_finite, choose, dot, scale, step
 from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature
@@ -151,11 +151,11 @@ class ConjugateGradients(Solver):
         status = jnp.where(stalled, _STALLED, _RUNNING)
         status = jnp.where(converged, _CONVERGED, status)
         going = running & (status == _RUNNING)
-        # Where F has risen, one step back.
-        onward = jnp.where(going, length, 0)
-        back = jnp.where(running & ~falls, -now.length, 0)
+        # Where F has risen, one step back. Directions of samples that rest may be 0 / 0.
+        onward = choose(going, step(now.errors, length, direction), now.errors)
+        back = step(now.errors, -now.length, now.direction)
         return _Search(
-            errors=step(step(now.errors, onward, direction), back, now.direction),
+            errors=choose(running & ~falls, back, onward),
             energy=jnp.where(running, energy, now.energy),
             slope=slope,
             direction=direction,
