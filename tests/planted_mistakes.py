@@ -807,8 +807,8 @@ MISTAKES = (
     Mistake(
         "comparison: the speedup is upside down",
         "pcdyn/analysis/comparison/table.py",
-        "second.run_seconds / best.run_seconds if",
-        "best.run_seconds / second.run_seconds if",
+        "second.run_seconds / best.run_seconds)",
+        "best.run_seconds / second.run_seconds)",
         ("tests/exact/test_compare.py::test_the_recommendation_follows_from_the_table",),
     ),
     Mistake(
