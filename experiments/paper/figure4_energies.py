@@ -50,6 +50,8 @@ def run(config: Config) -> xarray.Dataset:
         times=times,
         integrator=pcdyn.Diffrax("tsit5", rtol=config.rtol, atol=0.1 * config.rtol),
     )
+    steps = trajectory.accepted_steps
+    assert steps is not None, "counted by diffrax"
     dims = ("time", "image")
     return xarray.Dataset(
         {
@@ -60,7 +62,7 @@ def run(config: Config) -> xarray.Dataset:
         coords={"time": ("time", times, {"units": "activity time constants"})},
         attrs={
             "source": digits.source,
-            "steps": int(trajectory.accepted_steps),
+            "steps": int(steps),
             "fallback": trajectory.fallback,
             "allowed_rise": config.rtol * sum(config.widths[1:-1]) ** 0.5,
         },

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     Values = Array
 else:
     Values = Array | np.ndarray | np.generic
-# One number, such as a time.
-Scalar = Values | float | int
+# One number, such as a time, or one for each sample; on the host it can be an array of NumPy.
+Scalar = Values | np.ndarray | float | int
 # One array for each layer 0 … L.
 Activities = tuple[Values, ...]
 # One array for each layer that moves, and for what else moves.

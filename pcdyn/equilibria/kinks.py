@@ -13,12 +13,13 @@ On the host in NumPy, for the few samples of a batch that need it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TypeGuard
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn._support.states import dot, step
 from pcdyn._support.types import State
@@ -46,32 +47,32 @@ class SlidingPoint:
 class _Held(eqx.Module):
     """A layer in which some units are replaced by a line through their kink."""
 
-    layer: Any
-    held: Any
-    kinks: Any
-    slopes: Any
+    layer: Dense
+    held: Array | np.ndarray
+    kinks: Array
+    slopes: Array
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         z = self.layer.preactivation(x)
         line = self.layer.activation(self.kinks) + self.slopes * (z - self.kinks)
         return jnp.where(self.held, line, self.layer.activation(z))
 
 
 def has_kinks(network: Network) -> bool:
-    """Whether any `Dense` layer has an activation with kinks."""
+    """Return whether any `Dense` layer has an activation with kinks."""
     return any(_kinked(layer) for layer in network.layers)
 
 
 @eqx.filter_jit
-def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Any]:
-    """A state beside each ridge of F, and whether F falls on the way there, per sample of a batch.
+def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Array]:
+    """Find a state beside each ridge of F, and whether F falls on the way there, per sample.
 
     On a ridge units have their preactivations at a kink, up to round-off, on one side of which F
     falls at first order, though its gradient with the slope that JAX takes there vanishes. The way
     is down the gradient with the slope of the other side.
     """
 
-    def one(sample: InferenceProblem, state: State) -> tuple[State, Any]:
+    def one(sample: InferenceProblem, state: State) -> tuple[State, Array]:
         activities = sample.activities(state)
         errors = sample.prediction_errors(activities)
         size = jnp.sqrt(dot(activities, activities))
@@ -99,7 +100,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Any
     return problem.map_samples(one, state)
 
 
-def _preactivation_round_off(layer: Dense, size: Any, kinks: Any) -> Any:
+def _preactivation_round_off(layer: Dense, size: Array, kinks: Array) -> Array:
     """How far from its kink the preactivation of each unit may be by round-off alone.
 
     Activities have the round-off of sums of terms of the `size` of the whole state.
@@ -111,7 +112,7 @@ def _preactivation_round_off(layer: Dense, size: Any, kinks: Any) -> Any:
 
 
 def slide(problem: InferenceProblem, state: State, tolerance: float) -> SlidingPoint | None:
-    """The generalised stationary point near `state` of one sample, or `None` if none is found.
+    """Find the generalised stationary point near `state` of one sample, or `None`.
 
     `state` is where a solver or the flow hovers. Units with a preactivation near a kink are held
     there, those that the gradient pulls off are released, and those that would cross a kink on
@@ -243,7 +244,9 @@ class _Local:
 
 
 @eqx.filter_jit
-def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tuple[Any, ...]:
+def _local(
+    problem: InferenceProblem, state: State, held: tuple[Array | np.ndarray, ...]
+) -> tuple[Array, ...]:
     activities = problem.activities(state)
     gaps, lefts, rights, layers = [], [], [], []
     for below, layer, mask in zip(activities, problem.network.layers, held, strict=False):
@@ -273,12 +276,12 @@ def _local(problem: InferenceProblem, state: State, held: tuple[Any, ...]) -> tu
     )  # fmt: skip
 
 
-def _nearest_kinks(layer: Dense, z: Any) -> Any:
+def _nearest_kinks(layer: Dense, z: Array) -> Array:
     points = jnp.asarray(layer.activation.kinks, z.dtype)
     return points[jnp.argmin(jnp.abs(z[:, None] - points[None]), axis=1)]
 
 
-def _one_sided_slopes(layer: Dense, kinks: Any) -> tuple[Any, Any]:
+def _one_sided_slopes(layer: Dense, kinks: Array) -> tuple[Array, Array]:
     """The slopes to the left and to the right of the kinks."""
     # The derivative is constant or smooth on each side: near is as good as at.
     near = jnp.sqrt(jnp.finfo(kinks.dtype).eps) * (1 + jnp.abs(kinks))
@@ -286,7 +289,7 @@ def _one_sided_slopes(layer: Dense, kinks: Any) -> tuple[Any, Any]:
     return slope(kinks - near), slope(kinks + near)
 
 
-def _preactivation_rows(problem: InferenceProblem) -> Any:
+def _preactivation_rows(problem: InferenceProblem) -> Array:
     """∂z/∂y of all predicted units, zero for layers without kinks."""
     network, dtype = problem.network, problem.network.dtype
     blocks = []
@@ -317,5 +320,5 @@ def _constrained_newton(local: _Local, held: np.ndarray) -> tuple[np.ndarray | N
     return step, slopes
 
 
-def _kinked(layer: Any) -> bool:
+def _kinked(layer: object) -> TypeGuard[Dense]:
     return isinstance(layer, Dense) and bool(layer.activation.kinks)

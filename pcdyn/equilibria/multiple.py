@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn._support.checks import as_float_array, as_sequence, checked_number
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import Solver
 from pcdyn.errors import MOST_SAMPLES_NAMED, EquilibriumStatus, ShapeError
@@ -19,6 +20,8 @@ from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
 
 
@@ -33,20 +36,20 @@ class Equilibria(eqx.Module):
     - `searches`: where each start ended.
     """
 
-    activities: tuple[Any, ...]
-    free_energy: Any
-    smallest_eigenvalue: Any
-    basin_of: Any
+    activities: Activities
+    free_energy: Values
+    smallest_eigenvalue: Values
+    basin_of: Values
     searches: Equilibrium
 
     @property
-    def stable(self) -> Any:
-        """Whether each equilibrium is a strict minimum of the free energy."""
+    def stable(self) -> Values:
+        """Which equilibria are strict minima of the free energy."""
         return self.smallest_eigenvalue > 0
 
     @property
     def status(self) -> EquilibriumStatus | tuple[EquilibriumStatus, ...]:
-        """How the search from each start ended."""
+        """Outcome of the search from each start."""
         return self.searches.status
 
     @property
@@ -56,7 +59,7 @@ class Equilibria(eqx.Module):
 
     @property
     def message(self) -> str:
-        """How many starts led to how many equilibria."""
+        """Count of the equilibria, and of the starts that led to them."""
         lost = int(np.sum(np.asarray(self.basin_of) < 0))
         found = f"{len(self)} equilibria, {int(np.sum(self.stable))} of them stable"
         return f"{found}, from {len(self.basin_of)} starts, {lost} of which found none"
@@ -68,7 +71,7 @@ class Equilibria(eqx.Module):
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account: the equilibria with the lowest free energies, one line each."""
+        """Return a readable account: a line for each equilibrium, the lowest free energy first."""
         lines = [self.message]
         for i in range(min(len(self), MOST_SAMPLES_NAMED)):
             starts = int(np.sum(np.asarray(self.basin_of) == i))
@@ -80,14 +83,14 @@ class Equilibria(eqx.Module):
             lines.append(f"  and {len(self) - MOST_SAMPLES_NAMED} more")
         return "\n".join(lines)
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.lines.Line2D]:
         """Draw the activities of each; see `pcdyn.plotting.equilibria`."""
         import pcdyn
 
-        return pcdyn.plotting.equilibria(self, ax=ax, **options)
+        return pcdyn.plotting.equilibria(self, ax=ax)
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with the dimensions `equilibrium`, `start` and `unit_l`."""
+        """Return a labelled data set with the dimensions `equilibrium`, `start` and `unit_l`."""
         import xarray
 
         variables: dict[str, Any] = {
@@ -108,14 +111,22 @@ def multiple_equilibria(
     separation: float = 1e-3,
     tolerance: float | None = None,
 ) -> Equilibria:
-    """The distinct equilibria of one sample that many starts lead to.
+    """Find the distinct equilibria of one sample that many starts lead to.
 
-    Arguments: `problem` with a single sample; `starts`, a state with an axis of starts before each
-    layer, shape `(starts, n_l)`; `method` and `tolerance` as for `pcdyn.equilibrium`; two ends are
-    one equilibrium if their distance is at most `separation` times 1 + the length of the state.
+    Starts that find nothing are counted in `basin_of`, and raise nothing.
 
-    Starts that find nothing are counted in `basin_of`, and raise nothing. Raises `ShapeError` for
-    a problem with a batch and what `pcdyn.equilibrium` raises for starts that do not fit.
+    **Arguments:**
+
+    - `problem`: with a single sample.
+    - `starts`: an array of shape `(starts, n_l)` for each free layer, in their order.
+    - `method`, `tolerance`: as for `pcdyn.equilibrium`.
+    - `separation`: two ends are one equilibrium if their distance is at most this times 1 + the
+      length of the state.
+
+    **Raises:**
+
+    - `pcdyn.errors.ShapeError` for a problem with a batch.
+    - What `pcdyn.equilibrium` raises for starts that do not fit.
     """
     check_problem(problem)
     separation = checked_number(separation, "separation", at_least=0)
@@ -152,16 +163,17 @@ def multiple_equilibria(
         activities=tuple(x[chosen] for x in found.activities),
         free_energy=found.free_energy[chosen],
         smallest_eigenvalue=_smallest_eigenvalues(problem, tuple(x[chosen] for x in found.state)),
-        basin_of=basin_of,
+        basin_of=cast(Values, basin_of),
         searches=found,
     )
 
 
-def _smallest_eigenvalues(problem: InferenceProblem, states: State) -> np.ndarray:
+def _smallest_eigenvalues(problem: InferenceProblem, states: State) -> Values:
     if len(states[0]) == 0:
-        return np.zeros(0)
+        return cast(Values, np.zeros(0))
 
-    def one(state: State) -> Any:
+    def one(state: State) -> Array:
         return jnp.linalg.eigvalsh(free_energy_hessian(problem, state).dense())[0]
 
-    return np.asarray(eqx.filter_jit(jax.vmap(one))(jax.tree.map(jnp.asarray, states)))
+    found = eqx.filter_jit(jax.vmap(one))(jax.tree.map(jnp.asarray, states))
+    return cast(Values, np.asarray(found))

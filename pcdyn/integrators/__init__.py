@@ -24,9 +24,11 @@ __all__ = [
 
 
 def get_integrator(integrator: str | Integrator) -> Integrator:
-    """The integrator of that name, or the given one itself.
+    """Return the integrator of a name, or the given one itself.
 
-    Raises `IntegratorError` for an unknown name.
+    **Raises:**
+
+    - `pcdyn.errors.IntegratorError` for an unknown name.
     """
     if isinstance(integrator, Integrator):
         return integrator

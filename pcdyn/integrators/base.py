@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Values
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
+# Dense output: the state at a time.
+Interpolation = Callable[[Scalar], State]
+
 
 class UntilEquilibrium(eqx.Module):
-    """Stop when ‖dx_l/dt‖ of every free layer and sample is at most `tolerance`.
+    """A stopping rule: every free layer of every sample rests, up to `tolerance`.
 
-    The norm is Euclidean and per layer. Nothing stops before `minimum_time`. A given tolerance is
-    absolute. Unless given it is 1e-6 in float64 and 1e-3 in float32 times the scale of each sample,
-    as for `pcdyn.equilibrium` but over the largest time constant; where weights or precisions move
-    as well, times the largest ‖dx_l/dt‖ at the start if that is below 1.
+    **Arguments:**
+
+    - `tolerance`: the largest ‖dx_l/dt‖, the Euclidean norm of a layer, at which to stop. A given
+      one is absolute. Unless given it is 1e-6 in float64 and 1e-3 in float32 times the scale of
+      each sample, as for `pcdyn.equilibrium` but over the largest time constant; where weights or
+      precisions move as well, times the largest ‖dx_l/dt‖ at the start if that is below 1.
+    - `minimum_time`: nothing stops before it, in units of the activity time constant.
     """
 
-    tolerance: Any = None
-    minimum_time: Any = 0.0
+    tolerance: Scalar | None = None
+    minimum_time: Scalar = 0.0
 
     def __check_init__(self) -> None:
         if self.tolerance is not None:
@@ -38,7 +45,7 @@ class UntilEquilibrium(eqx.Module):
         checked_number(self.minimum_time, "minimum_time", at_least=0, error=ToleranceError)
 
     def resolved(self, problem: Flow, start: State, per_sample: bool) -> UntilEquilibrium:
-        """The same with the tolerance filled in: one for each sample, or one for the batch.
+        """Fill the tolerance in: one for each sample, or one for the batch.
 
         Samples that share their steps share the tolerance of the one that moves fastest: beside it
         one that starts at rest is disturbed by the errors of the steps.
@@ -50,22 +57,22 @@ class UntilEquilibrium(eqx.Module):
             tolerance = tolerance if per_sample else jnp.max(tolerance)
         return self.with_tolerance(tolerance)
 
-    def with_tolerance(self, tolerance: Any) -> UntilEquilibrium:
-        """The same with another tolerance, one number or one per sample, which may be traced."""
+    def with_tolerance(self, tolerance: Scalar | None) -> UntilEquilibrium:
+        """Return the same with another tolerance, one or one per sample, which may be traced."""
         return eqx.tree_at(lambda u: u.tolerance, self, tolerance, is_leaf=lambda x: x is None)
 
-    def reached(self, t: Any, norms: Any) -> Array:
-        """Whether to stop at time t, by the norms of the field: one boolean for all samples."""
-        return (t >= jnp.asarray(self.minimum_time, norms.dtype)) & self.rests(norms)
+    def reached(self, t: Scalar, norms: Array) -> Array:
+        """Decide by the norms of the field whether to stop at time t, all samples together."""
+        return (jnp.asarray(self.minimum_time, norms.dtype) <= t) & self.rests(norms)
 
-    def rests(self, norms: Any) -> Array:
-        """Whether the field of every sample is within the tolerance, one boolean for all."""
+    def rests(self, norms: Array) -> Array:
+        """Decide whether the field of every sample is within the tolerance."""
         tolerance = jnp.asarray(self.tolerance, norms.dtype)
         return jnp.all(norms <= jnp.broadcast_to(tolerance[..., None], norms.shape))
 
 
 @eqx.filter_jit
-def _resting_field(problem: Flow, start: State, relative: Any) -> Any:
+def _resting_field(problem: Flow, start: State, relative: Array) -> Array:
     """What ‖dx_l/dt‖ is to be, per sample."""
     if isinstance(problem, InferenceProblem):
         return resting_tolerance(problem, start, relative) / _slowest_time(problem)
@@ -73,7 +80,7 @@ def _resting_field(problem: Flow, start: State, relative: Any) -> Any:
     return jnp.maximum(relative * largest, jnp.finfo(problem.dtype).tiny)
 
 
-def _slowest_time(problem: InferenceFlow) -> Any:
+def _slowest_time(problem: InferenceFlow) -> Array:
     """The largest time constant of a free layer."""
     return jnp.max(jnp.stack([jnp.max(tau) for tau in problem.state_time_constants]))
 
@@ -87,29 +94,33 @@ class Request(eqx.Module):
 
     problem: Flow
     state: State
-    times: Any
-    t1: Any
+    times: Values
+    t1: Scalar
     until: UntilEquilibrium | None
     dense: bool = eqx.field(static=True)
-    deadline: Any = math.inf
+    deadline: Scalar = math.inf
 
 
 class Integration(eqx.Module):
     """What an integrator returns, before anything is derived from it.
 
-    `states` has a leading axis over the requested times, of which only those up to `end_time`
-    mean anything; `end_state` is the state at `end_time`; `status` is a `pcdyn.Status` as an
-    integer. `interpolation` maps a time to a state, where dense output was asked for. `round_off`
-    estimates by how much round-off may have moved any activity, where that is known.
+    - `states`: with a leading axis over the requested times, of which only those up to `end_time`
+      mean anything.
+    - `end_time`, in units of the activity time constant, and the `end_state` then.
+    - `status`: a `pcdyn.Status` as an integer.
+    - `statistics`: what it cost.
+    - `interpolation`: from a time to the state then, where dense output was asked for.
+    - `round_off`: by how much round-off may have moved any activity, estimated, where known.
+    - `message`: what the solver says itself.
     """
 
     states: State
-    end_time: Any
+    end_time: Scalar
     end_state: State
-    status: Any
+    status: Scalar
     statistics: Statistics = Statistics()
-    interpolation: Any = None
-    round_off: Any = None
+    interpolation: Interpolation | None = None
+    round_off: Values | None = None
     message: str = eqx.field(static=True, default="")
 
 
@@ -119,7 +130,7 @@ class Integrator(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The name of the method in messages and tables."""
+        """Name of the method in messages and tables."""
 
     @property
     @abc.abstractmethod
@@ -128,13 +139,13 @@ class Integrator(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def fixed_step(self) -> Any:
-        """The step size, or `None` if the method chooses it."""
+    def fixed_step(self) -> Scalar | None:
+        """Step size, in units of the activity time constant; `None` if the method chooses it."""
 
     @property
     @abc.abstractmethod
     def most_steps(self) -> int | None:
-        """After how many steps it gives up; `None` for a method without steps."""
+        """Number of steps after which it gives up; `None` for a method without steps."""
 
     @abc.abstractmethod
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
@@ -145,8 +156,10 @@ class Integrator(eqx.Module):
         """Integrate; what goes wrong on the way is a status, not an exception."""
 
 
-def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any]:
-    """rtol and atol of an adaptive method, with defaults for what was not given.
+def default_tolerances(
+    rtol: Scalar | None, atol: Scalar | None, request: Request
+) -> tuple[Scalar, Scalar]:
+    """Fill in the rtol and atol of an adaptive method that were not given.
 
     1e-6 and 1e-9 in float64, 1e-4 and 1e-6 in float32; tighter with `until`.
     """
@@ -159,7 +172,7 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
         # SciPy takes no less.
         floor = 100 * float(jnp.finfo(dtype).eps)
         # From the field to the way that is left, by the slowest rate that precisions allow for.
-        rate: Any = jnp.ones((), dtype)
+        rate = jnp.ones((), dtype)
         if isinstance(request.problem, InferenceFlow):
             slowest = smallest_precision(request.problem) / _slowest_time(request.problem)
             rate = jnp.where(jnp.isfinite(slowest), slowest, 1)
@@ -170,13 +183,13 @@ def default_tolerances(rtol: Any, atol: Any, request: Request) -> tuple[Any, Any
 
 
 def largest_activity(request: Request) -> Array:
-    """The largest absolute activity at the start, clamped ones included; 1 where all vanish."""
+    """Find the largest |activity| at the start, clamped ones included; 1 where all vanish."""
     activities = request.problem.activities(request.state)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in activities]))
     return jnp.where(largest > 0, largest, 1)
 
 
-def check_step(name: str, dt: Any) -> None:
+def check_step(name: str, dt: object) -> None:
     """Raise `IntegratorError` unless a fixed step is positive and finite."""
     checked_number(dt, f"{name}: dt, the step,", above=0, error=IntegratorError)
 
@@ -198,7 +211,9 @@ def check_step_count(method: Integrator, t1: float, until: UntilEquilibrium | No
         )
 
 
-def check_tolerances(name: str, rtol: float | None, atol: float | None, dtype: Any = None) -> None:
+def check_tolerances(
+    name: str, rtol: Scalar | None, atol: Scalar | None, dtype: DTypeLike | None = None
+) -> None:
     """Raise `ToleranceError` for tolerances that are not positive or too fine for the dtype."""
     for label, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:

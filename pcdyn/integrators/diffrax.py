@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.checks import check_instance, checked_integer
 from pcdyn._support.functions import Name
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
     Integrator,
+    Interpolation,
     Request,
     UntilEquilibrium,
     check_step,
     check_tolerances,
     default_tolerances,
-    largest_activity,
 )
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
-from pcdyn.model.stacked import StackedProblem
 
 if TYPE_CHECKING:
     import diffrax
@@ -53,16 +51,16 @@ DIFFRAX_NAMES = tuple(name for name in _SOLVERS if name != "euler")
 
 
 class Diffrax(Integrator):
-    """Integrate with a diffrax solver, on whatever device JAX has.
+    """A diffrax solver with a step size controller, on whatever device JAX has.
 
-    Arguments:
+    **Arguments:**
 
     - `solver`: a diffrax solver, or a name such as `"tsit5"` (the default), `"dopri8"`,
       `"kvaerno5"` or, for stiff problems, `"rodas5p"` (see `pcdyn.integrators.rosenbrock`).
     - `rtol`, `atol`: tolerances of the adaptive step size; 1e-6 and 1e-9 in float64, 1e-4 and
       1e-6 in float32 unless given, and tighter with `until`, where a solver that hovers at its
       own tolerance would never meet the equilibrium's.
-    - `dt`: a fixed step instead.
+    - `dt`: a fixed step instead, in units of the activity time constant.
     - `controller`: any diffrax step size controller instead, with its own tolerances.
     - `max_steps`: after so many steps it gives up.
     - `fallback`: the SciPy method that takes over, and says so, where an adaptive method runs out
@@ -77,11 +75,11 @@ class Diffrax(Integrator):
     lineax's default keeps it. Of any other flow the matrix is dense.
     """
 
-    solver: Any
-    rtol: Any
-    atol: Any
-    dt: Any
-    controller: Any
+    solver: str | diffrax.AbstractSolver
+    rtol: Scalar | None
+    atol: Scalar | None
+    dt: Scalar | None
+    controller: diffrax.AbstractStepSizeController | None
     max_steps: int = eqx.field(static=True)
     fallback: str | None = eqx.field(static=True)
 
@@ -89,15 +87,15 @@ class Diffrax(Integrator):
         self,
         solver: str | diffrax.AbstractSolver = "tsit5",
         *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        dt: float | None = None,
+        rtol: Scalar | None = None,
+        atol: Scalar | None = None,
+        dt: Scalar | None = None,
         controller: diffrax.AbstractStepSizeController | None = None,
         max_steps: int = 2**14,
         fallback: str | None = "LSODA",
     ):
         if not isinstance(solver, str):
-            check_solver(solver)
+            _check_solver(solver)
         elif solver not in _SOLVERS:
             raise IntegratorError(
                 f"unknown diffrax solver {solver!r}; known names are {', '.join(_SOLVERS)}, or "
@@ -110,7 +108,7 @@ class Diffrax(Integrator):
             raise IntegratorError("Diffrax takes a fixed step dt or a controller, not both")
         max_steps = checked_integer(max_steps, "max_steps", at_least=1, error=IntegratorError)
         if controller is not None:
-            check_controller(controller)
+            _check_controller(controller)
         check_tolerances("Diffrax", rtol, atol)
         if fallback is not None:
             SciPy(fallback)  # refuses an unknown one
@@ -129,7 +127,7 @@ class Diffrax(Integrator):
 
     @property
     def successor(self) -> SciPy | None:
-        """What takes over where this one gives up, with the same tolerances.
+        """Integrator that takes over where this one gives up, with the same tolerances.
 
         Nothing does for a fixed step, or for a controller whose tolerances are unknown.
         """
@@ -149,7 +147,7 @@ class Diffrax(Integrator):
         return True
 
     @property
-    def fixed_step(self) -> Any:
+    def fixed_step(self) -> Scalar | None:
         return self.dt
 
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
@@ -171,29 +169,24 @@ class Diffrax(Integrator):
     def most_steps(self) -> int:
         return self.max_steps
 
-    def _solver(self, problem: Flow) -> Any:
-        """The diffrax solver, with the linear algebra that suits the problem."""
+    def _solver(self, problem: Flow) -> diffrax.AbstractSolver:
+        """Build the diffrax solver, with the linear algebra that suits the problem."""
         import diffrax
 
+        from pcdyn.integrators import implicit_steps
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         if self.solver == "rodas5p":
             return Rodas5P(problem if isinstance(problem, InferenceFlow) else None)
         if not isinstance(self.solver, str):
-            return _with_structure(self.solver, problem)
-        solver: Any = getattr(diffrax, _SOLVERS[self.solver])()
-        fixed = self.dt is not None and _is_implicit(solver)
+            return implicit_steps.with_structure(self.solver, problem)
+        solver = getattr(diffrax, _SOLVERS[self.solver])()
+        fixed = self.dt is not None and implicit_steps.is_implicit(solver)
         if fixed or self.solver == "implicit_euler":
-            from optimistix import Chord
+            solver = implicit_steps.with_root_finder(solver, fixed_step=fixed)
+        return implicit_steps.with_structure(solver, problem)
 
-            from pcdyn.integrators.newton import PatientNewton
-
-            # The chord method gives up where it cannot ask for a smaller step.
-            kind = diffrax.with_stepsize_controller_tols(PatientNewton if fixed else Chord)
-            solver = dataclasses.replace(solver, root_finder=kind(cauchy_termination=False))
-        return _with_structure(solver, problem)
-
-    def _root_tolerances(self, request: Request) -> tuple[Any, Any]:
+    def _root_tolerances(self, request: Request) -> tuple[Scalar, Scalar]:
         """Relative and absolute tolerance of an implicit step's root finder.
 
         Those of the step size; for a fixed step √eps, for Newton's method converges quadratically:
@@ -211,8 +204,10 @@ class Diffrax(Integrator):
         problem, state, until = request.problem, request.state, request.until
         import diffrax
 
+        from pcdyn.integrators.implicit_steps import with_root_tolerances
+
         flow = problem.prepared()
-        solver = _with_root_tolerances(
+        solver = with_root_tolerances(
             self._solver(problem), request, *self._root_tolerances(request)
         )
         # Time has the dtype of the state, for their products are added to it.
@@ -220,7 +215,7 @@ class Diffrax(Integrator):
         times, t1 = request.times.astype(dtype), jnp.asarray(request.t1, dtype)
         dt = None if self.dt is None else jnp.asarray(self.dt, dtype)
 
-        def at_rest(t: Any, y: State, args: Any = None, **_: Any) -> Any:
+        def at_rest(t: Scalar, y: State, args: object = None, **_: object) -> Array:
             assert until is not None, "watched for only where it is"
             return until.reached(t, flow.norms(flow.vector_field(t, y)))
 
@@ -244,9 +239,10 @@ class Diffrax(Integrator):
             throw=False,
             adjoint=diffrax.ForwardMode(),
         )
-        states, last = cast(Any, solution.ys)
+        assert solution.ts is not None and solution.ys is not None, "asked for by saveat"
+        states, last = solution.ys
         end_state = jax.tree.map(lambda x: x[0], last)
-        end_time, status = cast(Any, solution.ts)[1][0], _status(solution.result)
+        end_time: Array = solution.ts[1][0]
         # diffrax fills up with infinity what it does not reach, which jax_debug_infs takes for a
         # failure.
         reached = times <= end_time
@@ -266,7 +262,7 @@ class Diffrax(Integrator):
             states=states,
             end_time=end_time,
             end_state=end_state,
-            status=status,
+            status=_status(solution.result),
             statistics=Statistics(
                 vector_field_evaluations=self._evaluations(solver, stats["num_steps"], until),
                 jacobian_evaluations=_jacobian_evaluations(solver, stats["num_steps"]),
@@ -276,7 +272,7 @@ class Diffrax(Integrator):
             interpolation=_dense_output(solution) if request.dense else None,
         )
 
-    def _controller(self, request: Request, t1: Any) -> Any:
+    def _controller(self, request: Request, t1: Array) -> diffrax.AbstractStepSizeController:
         import diffrax
 
         if self.controller is not None:
@@ -291,16 +287,21 @@ class Diffrax(Integrator):
             rtol, atol, norm=largest_sample_rms, dtmin=smallest, force_dtmin=False
         )
 
-    def _evaluations(self, solver: Any, steps: Any, until: UntilEquilibrium | None) -> Any:
-        """Vector-field evaluations of an explicit method; others do not report theirs."""
+    def _evaluations(
+        self, solver: diffrax.AbstractSolver, steps: Array, until: UntilEquilibrium | None
+    ) -> Array | None:
+        """Count vector-field evaluations; diffrax's implicit solvers do not report theirs."""
         import diffrax
 
+        from pcdyn.integrators.rosenbrock import Rodas5P
+
         if isinstance(solver, diffrax.AbstractERK):
-            tableau: Any = solver.tableau
+            tableau = solver.tableau
+            assert isinstance(tableau, diffrax.ButcherTableau), "of one vector field"
             stages, reused = tableau.num_stages, int(tableau.fsal)
         elif isinstance(solver, diffrax.Euler):
             stages, reused = 1, 0
-        elif self.solver == "rodas5p":
+        elif isinstance(solver, Rodas5P):
             stages, reused = solver.stages, 0
         else:
             return None
@@ -309,7 +310,7 @@ class Diffrax(Integrator):
         return (stages - reused) * steps + reused + tests
 
 
-def check_solver(solver: Any) -> None:
+def _check_solver(solver: diffrax.AbstractSolver) -> None:
     """Raise `IntegratorError` for what is no diffrax solver, or one that no gradient flow suits."""
     import diffrax
 
@@ -323,7 +324,7 @@ def check_solver(solver: Any) -> None:
         )
 
 
-def check_controller(controller: Any) -> None:
+def _check_controller(controller: object) -> None:
     """Raise `IntegratorError` for what is no diffrax step size controller."""
     import diffrax
 
@@ -336,31 +337,28 @@ class _Field(eqx.Module):
 
     flow: Flow
 
-    def __call__(self, t: Any, state: State, args: Any) -> State:
+    def __call__(self, t: Scalar, state: State, args: object) -> State:
         return self.flow.vector_field(t, state)
 
 
 class _Interpolation(eqx.Module):
     """diffrax's dense output as a function of time."""
 
-    interpolation: Any
+    interpolation: diffrax.DenseInterpolation
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         return self.interpolation.evaluate(t)
 
 
-def _dense_output(solution: Any) -> _Interpolation:
+def _dense_output(solution: diffrax.Solution) -> Interpolation:
     """Room for steps that were not taken holds a large number instead of infinity, see above."""
-
-    def finite(x: Any) -> Any:
-        known = eqx.is_inexact_array(x)
-        return jnp.where(jnp.isposinf(x), jnp.finfo(x.dtype).max, x) if known else x
-
-    return _Interpolation(jax.tree.map(finite, solution.interpolation))
+    numbers, rest = eqx.partition(solution.interpolation, eqx.is_inexact_array)
+    finite = jax.tree.map(lambda x: jnp.where(jnp.isposinf(x), jnp.finfo(x.dtype).max, x), numbers)
+    return _Interpolation(eqx.combine(finite, rest))
 
 
-def largest_sample_rms(error: Any) -> Any:
-    """The largest root mean square over the units of any one sample."""
+def largest_sample_rms(error: PyTree) -> Array:
+    """Compute the largest root mean square over the units of any one sample."""
     leaves = jax.tree.leaves(error)
     units = sum(x.shape[-1] for x in leaves)
     squares = sum(jnp.sum(jnp.abs(x) ** 2, axis=-1) for x in leaves)
@@ -370,8 +368,8 @@ def largest_sample_rms(error: Any) -> Any:
     return jnp.max(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, mean))))
 
 
-def solver_class(solver: Any) -> type | None:
-    """The diffrax class of a solver or of its name; `None` for anything else."""
+def solver_class(solver: object) -> type[diffrax.AbstractSolver] | None:
+    """Find the diffrax class of a solver or of its name; `None` for anything else."""
     import diffrax
 
     if isinstance(solver, str) and solver == "rodas5p":
@@ -383,77 +381,17 @@ def solver_class(solver: Any) -> type | None:
     return type(solver) if isinstance(solver, diffrax.AbstractSolver) else None
 
 
-def _with_structure(solver: Any, problem: Flow) -> Any:
-    """An implicit solver whose root finder knows how layers and samples couple.
-
-    A linear solver that the user chose stays, and so does the dense one of any other flow.
-    """
-    from lineax import AutoLinearSolver
-
-    if not (_is_implicit(solver) and isinstance(problem, InferenceFlow)):
-        return solver
-    finder = solver.root_finder
-    if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
-        return solver
-    from pcdyn.integrators.structured import ChainSolver
-
-    widths = problem.free_widths if isinstance(problem, StackedProblem) else None
-    chosen = ChainSolver(problem.state_time_constants, widths)
-    finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
-    return dataclasses.replace(solver, root_finder=finder)
-
-
-# Hairer & Wanner (Solving ODEs II, IV.8) stop at a hundredth to a tenth of the tolerance. Below it
-# round-off of a stiff field can keep corrections from shrinking, in float32 below the tolerance.
-_SMALL_CORRECTION = 0.1
-_SMALL_CORRECTION_SINGLE = 1.0
-
-
-def _with_root_tolerances(solver: Any, request: Request, rtol: Any, atol: Any) -> Any:
-    """An implicit solver whose root finder measures corrections by the size of the activities.
-
-    The unknowns of an implicit step are increments of the state, which vanish at equilibrium: an
-    error relative to them is finer than the field is known in, the finer the stiffer. A root finder
-    with tolerances of its own keeps them.
-    """
-    from optimistix import max_norm
-
-    if not _is_implicit(solver):
-        return solver
-    finder = solver.root_finder
-    # diffrax marks what it would fill in from the step size controller by one object.
-    if isinstance(getattr(finder, "rtol", 0.0), float | int | np.ndarray | jax.Array):
-        return solver
-    dtype = request.problem.dtype
-    scale = largest_activity(request)
-    tolerances = jnp.asarray(rtol, dtype), jnp.asarray(atol + rtol * scale, dtype)
-    small = _SMALL_CORRECTION if dtype == jnp.float64 else _SMALL_CORRECTION_SINGLE
-
-    def correction_norm(correction: Any) -> Any:
-        """The largest entry, or zero, which ends the iteration, where that is small."""
-        norm = max_norm(correction)
-        return jnp.where(norm < small, 0, norm)
-
-    finder = eqx.tree_at(lambda f: (f.rtol, f.atol, f.norm), finder, (*tolerances, correction_norm))
-    return dataclasses.replace(solver, root_finder=finder)
-
-
-def _jacobian_evaluations(solver: Any, steps: Any) -> Any:
-    """One a step for a Rosenbrock method; diffrax's implicit solvers do not report theirs."""
+def _jacobian_evaluations(solver: diffrax.AbstractSolver, steps: Array) -> Array | int | None:
+    """Count one a step for a Rosenbrock method; diffrax's implicit solvers do not report theirs."""
+    from pcdyn.integrators.implicit_steps import is_implicit
     from pcdyn.integrators.rosenbrock import Rodas5P
 
     if isinstance(solver, Rodas5P):
         return steps
-    return None if _is_implicit(solver) else 0
+    return None if is_implicit(solver) else 0
 
 
-def _is_implicit(solver: Any) -> bool:
-    import diffrax
-
-    return isinstance(solver, diffrax.AbstractImplicitSolver)
-
-
-def _status(result: Any) -> Any:
+def _status(result: diffrax.RESULTS) -> Array:
     from diffrax import RESULTS
 
     code = jnp.asarray(int(Status.SOLVER_FAILED))

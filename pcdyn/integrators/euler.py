@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.errors import IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
@@ -25,17 +24,25 @@ from pcdyn.model.flow import Flow
 # Of a step: so far from a multiple of dt a time still counts as one.
 _MOST_SLACK = 0.1
 
+# The step, the state, and whether the run has ended.
+_Carry = tuple[Array, State, Array]
+
 
 class Euler(Integrator):
     """The update `x ← x + dt · dx/dt`, repeated; n updates reach t = n·dt.
 
-    `dt` is the "learning rate η" of the paper's inference. Times between two updates are
-    interpolated linearly. diffrax's Euler steps by differences of accumulated times, which are
-    not exactly `dt`; this one is the plain loop. It stops at the first non-finite state. Where t1
-    is no multiple of `dt` the last update is shorter. More than `max_steps` updates are refused.
+    Times between two updates are interpolated linearly. diffrax's Euler steps by differences of
+    accumulated times, which are not exactly `dt`; this one is the plain loop. It stops at the first
+    non-finite state. Where t1 is no multiple of `dt` the last update is shorter.
+
+    **Arguments:**
+
+    - `dt`: the step, in units of the activity time constant: the "learning rate η" of the paper's
+      inference.
+    - `max_steps`: more updates are refused.
     """
 
-    dt: Any
+    dt: Scalar
     max_steps: int = eqx.field(
         # float32 counts so far without an error in the division of times.
         static=True,
@@ -55,7 +62,7 @@ class Euler(Integrator):
         return True
 
     @property
-    def fixed_step(self) -> Any:
+    def fixed_step(self) -> Scalar:
         return self.dt
 
     @property
@@ -74,28 +81,28 @@ class Euler(Integrator):
         dtype = request.problem.dtype
         dt = jnp.asarray(self.dt, dtype)
 
-        def field(step: Any, state: State) -> State:
+        def field(step: Scalar, state: State) -> State:
             return flow.vector_field(jnp.asarray(step, dtype) * dt, state)
 
-        def finished(step: Any, state: State) -> Any:
+        def finished(step: Scalar, state: State) -> Array:
             if until is None:
                 return jnp.asarray(False)
             norms = flow.norms(field(step, state))
             return until.reached(jnp.asarray(step, dtype) * dt, norms)
 
-        def advance(carry: Any, stop: Any) -> Any:
-            def proceed(carry: Any) -> Any:
+        def advance(carry: _Carry, stop: Array) -> _Carry:
+            def proceed(carry: _Carry) -> Array:
                 step, state, done = carry
                 return (step < stop) & ~done & all_finite(state)
 
-            def body(carry: Any) -> Any:
+            def body(carry: _Carry) -> _Carry:
                 step, state, _ = carry
                 state = jax.tree.map(lambda x, v: x + dt * v, state, field(step, state))
                 return step + 1, state, finished(step + 1, state)
 
             return jax.lax.while_loop(proceed, body, carry)
 
-        def save(carry: Any, save_step: Any) -> Any:
+        def save(carry: _Carry, save_step: tuple[Array, Array]) -> tuple[_Carry, State]:
             whole, fraction = save_step
             carry = advance(carry, whole)
 
@@ -107,7 +114,7 @@ class Euler(Integrator):
 
         # Times that are meant to be multiples of dt are so only up to round-off, here of the ratio
         # and, where they come in float32, of the times.
-        steps: jax.Array = jnp.append(request.times, t1) / self.dt
+        steps = jnp.append(request.times, t1) / self.dt
         nearest = jnp.round(steps)
         slack = jnp.minimum(1e-6 * jnp.maximum(nearest, 1), _MOST_SLACK)
         on_grid = jnp.abs(steps - nearest) <= slack

@@ -16,11 +16,15 @@ from pcdyn.references.linear import exact_flow, hessian
 class Exact(Integrator):
     """`y(t) = y* + e^{−Ht}(y(0) − y*)` of a linear network, without any time step.
 
-    Raises `pcdyn.errors.NotLinearError` for other networks. It evaluates the solution at given
-    times and cannot watch for equilibrium, which `pcdyn.linear_equilibrium` gives directly. Exact
-    is the formula, not its value: `Trajectory.round_off` estimates how far activities are off, and
-    a `pcdyn.errors.RoundOffWarning` says where half of the digits are lost, which takes a ratio of
+    It evaluates the solution at given times and cannot watch for equilibrium, which
+    `pcdyn.linear_equilibrium` gives directly. Exact is the formula, not its value:
+    `Trajectory.round_off` estimates how far activities are off, and a
+    `pcdyn.errors.RoundOffWarning` says where half of the digits are lost, which takes a ratio of
     rates of about 1/eps. It has derivatives of any order in both modes, by anything.
+
+    **Raises:**
+
+    - `pcdyn.errors.NotLinearError` for other networks, when it is used.
     """
 
     @property

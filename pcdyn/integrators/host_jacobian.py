@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -16,6 +16,9 @@ from pcdyn._support.types import State
 from pcdyn.integrators.structured import PaddedChain, sample_hessians
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 
 class ChainPattern:
@@ -40,8 +43,8 @@ class ChainPattern:
         self._order = np.lexsort((self._rows, self._columns))
         self._starts = np.searchsorted(self._columns[self._order], np.arange(self.size + 1))
 
-    def sparse(self, entries: np.ndarray) -> Any:
-        """The matrix by columns, as SuperLU factorises it."""
+    def sparse(self, entries: np.ndarray) -> scipy.sparse.csc_array:
+        """Return the matrix by columns, as SuperLU factorises it."""
         from scipy.sparse import csc_array
 
         parts = (entries[self._order], self._rows[self._order], self._starts)
@@ -54,7 +57,7 @@ class ChainPattern:
         return packed
 
     def options(self, method: str, entries: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
-        """The arguments of `solve_ivp` for this matrix, with `entries` from a flat state."""
+        """Return the arguments of `solve_ivp` for this matrix, with `entries` from a flat state."""
         if method == "LSODA":
             band = self.bandwidth
             return {"jac": lambda t, y: self.banded(entries(y)), "lband": band, "uband": band}
@@ -63,7 +66,7 @@ class ChainPattern:
 
 @eqx.filter_jit
 def chain_entries(problem: InferenceProblem, state: State) -> Array:
-    """The entries of the blocks of −T⁻¹H, in the order of `ChainPattern`, sample after sample."""
+    """Compute the entries of −T⁻¹H, in the order of `ChainPattern`, sample after sample."""
     hessians, taus = sample_hessians(problem, state), problem.state_time_constants
     blocks = [-block / tau for block, tau in zip(hessians.diagonal, taus, strict=True)]
     blocks += [-block / tau for block, tau in zip(hessians.upper, taus[:-1], strict=True)]
@@ -77,9 +80,9 @@ def chain_entries(problem: InferenceProblem, state: State) -> Array:
 
 @eqx.filter_jit
 def deep_entries(problem: StackedProblem, state: State) -> Array:
-    """As `chain_entries`, from products with the Jacobian."""
+    """Compute those of a `StackedProblem`, from products with the Jacobian."""
     _, product = jax.linearize(lambda x: problem.vector_field(0.0, (x,))[0], state[0])
     chain = PaddedChain(problem.free_widths)
-    matrix: Any = chain.blocks(product, state[0], symmetric=False)
-    flat = [x.reshape(*x.shape[:-3], -1) for x in (matrix.diagonal, matrix.upper, matrix.lower)]
+    matrix = chain.blocks(product, state[0], symmetric=False)
+    flat = [x.reshape(*x.shape[:-3], -1) for x in jax.tree.leaves(matrix)]
     return jnp.concatenate(flat, axis=-1)[..., chain.entries].reshape(-1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pcdyn.errors import Status
+
+if TYPE_CHECKING:
+    import scipy.integrate
 
 # No step of any method takes as many, rejected attempts included, unless it hardly moves.
 _EVALUATIONS_PER_STEP = 64
@@ -23,7 +26,7 @@ class Course:
 
     times: np.ndarray
     end: np.ndarray
-    sol: Callable[[Any], np.ndarray]
+    sol: Callable[[float | np.ndarray], np.ndarray]
     status: Status
     message: str
     evaluations: int
@@ -47,7 +50,7 @@ def march(
     max_steps: int,
     deadline: float,
     event: Callable[[float, np.ndarray], bool] | None,
-    **options: Any,
+    **options: object,
 ) -> Course:
     """Integrate by a method of `scipy.integrate` to `t1`, or to where `event` becomes true.
 
@@ -57,7 +60,7 @@ def march(
     from scipy import integrate
 
     bounded = _bounded(field, max_steps, deadline)
-    steps: list[Any] = []
+    steps: list[scipy.integrate.DenseOutput] = []
     times, end, solver = [0.0], start, None
     status, message = Status.REACHED_T1, ""
     try:
@@ -66,9 +69,9 @@ def march(
             if len(steps) == max_steps:
                 status = Status.MAX_STEPS
                 break
-            said = solver.step()
+            reply = solver.step()
             if solver.status == "failed":
-                status, message = Status.STEP_TOO_SMALL, f"SciPy says: {said}"
+                status, message = Status.STEP_TOO_SMALL, f"SciPy says: {reply}"
                 break
             output = solver.dense_output()
             t, y = solver.t, solver.y
@@ -102,12 +105,12 @@ def march(
 def _bounded(
     field: Callable[[float, np.ndarray], np.ndarray], max_steps: int, deadline: float
 ) -> Callable[[float, np.ndarray], np.ndarray]:
-    left, non_finite = _EVALUATIONS_PER_STEP * max_steps, 0
+    remaining, non_finite = _EVALUATIONS_PER_STEP * max_steps, 0
 
     def bounded(t: float, y: np.ndarray) -> np.ndarray:
-        nonlocal left, non_finite
-        left -= 1
-        if left < 0:
+        nonlocal remaining, non_finite
+        remaining -= 1
+        if remaining < 0:
             raise _Stop(Status.MAX_STEPS)
         if time.monotonic() > deadline:
             raise _Stop(Status.TIME_LIMIT)
@@ -121,8 +124,13 @@ def _bounded(
     return bounded
 
 
-def _first_time(event: Callable[..., bool], output: Any, before: float, after: float) -> float:
-    """The time within a step from which the event is true, by bisection."""
+def _first_time(
+    event: Callable[[float, np.ndarray], bool],
+    output: scipy.integrate.DenseOutput,
+    before: float,
+    after: float,
+) -> float:
+    """Find the time within a step from which the event is true, by bisection."""
     while after - before > 4 * _EPS * after:
         middle = (before + after) / 2
         if event(middle, output(middle)):
@@ -133,8 +141,11 @@ def _first_time(event: Callable[..., bool], output: Any, before: float, after: f
 
 
 def _dense(
-    method: str, times: list[float], steps: list[Any], start: np.ndarray
-) -> Callable[[Any], np.ndarray]:
+    method: str,
+    times: list[float],
+    steps: list[scipy.integrate.DenseOutput],
+    start: np.ndarray,
+) -> Callable[[float | np.ndarray], np.ndarray]:
     from scipy.integrate import OdeSolution
 
     if not steps:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.products import tensordot
+from pcdyn._support.types import Scalar
 from pcdyn.integrators.structured import (
     PaddedChain,
     factorise,
@@ -75,20 +77,22 @@ _DENSE_WEIGHTS = np.array((
 class QuarticInterpolation(diffrax.AbstractLocalInterpolation):
     """Dense output of order 4 of a Rodas step: y0, y1 and three coefficients."""
 
-    t0: Any
-    t1: Any
-    y0: Any
-    y1: Any
-    coefficients: tuple[Any, Any, Any]
+    # Numbers, for which static checks let no narrower type replace diffrax's abstract fields.
+    t0: PyTree[Scalar]
+    t1: PyTree[Scalar]
+    y0: PyTree
+    y1: PyTree
+    coefficients: tuple[PyTree, PyTree, PyTree]
 
-    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Any:
-        """The state at t0, or its change from t0 to t1."""
+    def evaluate(self, t0: Scalar, t1: Scalar | None = None, left: bool = True) -> PyTree:
+        """Compute the state at t0, or its change from t0 to t1."""
         if t1 is not None:
             return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        length: jax.Array = self.t1 - self.t0
-        s: Any = jnp.where(length == 0, 0, (t0 - self.t0) / jnp.where(length == 0, 1, length))
+        length = jnp.asarray(self.t1 - self.t0)
+        elapsed = jnp.asarray(t0 - self.t0)
+        s = jnp.where(length == 0, 0, elapsed / jnp.where(length == 0, 1, length))
 
-        def at(y0: Any, y1: Any, a: Any, b: Any, c: Any) -> Any:
+        def at(y0: Array, y1: Array, a: Array, b: Array, c: Array) -> Array:
             return (1 - s) * (y0 + s * (a + s * (b + s * c))) + s * y1
 
         return jax.tree.map(at, self.y0, self.y1, *self.coefficients)
@@ -113,24 +117,31 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = QuarticInterpolation
     stages: ClassVar[int] = len(_STATE_WEIGHTS)
 
-    def order(self, terms: Any) -> int:
-        """Five; the error estimate is that of the embedded method of order four."""
+    def order(self, terms: PyTree) -> int:
+        """Return 5; the error estimate is that of the embedded method of order four."""
         return 5
 
-    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> None:
-        """No state: nothing is carried from step to step."""
+    def init(self, terms: PyTree, t0: Scalar, t1: Scalar, y0: PyTree, args: PyTree) -> None:
+        """Carry nothing from step to step."""
 
-    def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
+    def func(self, terms: PyTree, t0: Scalar, y0: PyTree, args: PyTree) -> PyTree:
         """Evaluate the vector field, as diffrax asks a solver to."""
         return terms.vf(t0, y0, args)
 
     def step(
-        self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: None, made_jump: Any
-    ) -> Any:
-        """One step from t0 to t1, its error estimate and its dense output."""
-        dt = t1 - t0
+        self,
+        terms: PyTree,
+        t0: Scalar,
+        t1: Scalar,
+        y0: PyTree,
+        args: PyTree,
+        solver_state: None,
+        made_jump: Scalar,
+    ) -> tuple[PyTree, PyTree, dict[str, PyTree], None, diffrax.RESULTS]:
+        """Take one step from t0 to t1, its error estimate and its dense output."""
+        dt = jnp.asarray(t1 - t0)
 
-        def field(t: Any, y: Any) -> Any:
+        def field(t: Scalar, y: PyTree) -> PyTree:
             return terms.vf(t, y, args)
 
         solution = self._stage_solver(lambda y: field(t0, y), y0, _GAMMA * dt)
@@ -139,7 +150,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             _, slope = jax.jvp(lambda t: field(t, y0), (t0,), (jnp.ones_like(t0),))
 
         # A loop, for eight copies of the field take long to compile.
-        def stage(i: Any, increments: Any) -> Any:
+        def stage(i: Array, increments: PyTree) -> PyTree:
             state = _plus(y0, jnp.asarray(_square(_STATE_WEIGHTS), dt.dtype)[i], increments)
             rate = field(t0 + jnp.asarray(_STAGE_TIMES, dt.dtype)[i] * dt, state)
             if slope is not None:
@@ -158,7 +169,9 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         error = jax.tree.map(lambda x: x[-1], increments)
         return y1, error, info, None, diffrax.RESULTS.successful
 
-    def _stage_solver(self, field: Any, y0: Any, scaled_dt: Any) -> Callable[[Any], Any]:
+    def _stage_solver(
+        self, field: Callable[[PyTree], PyTree], y0: PyTree, scaled_dt: Scalar
+    ) -> Callable[[PyTree], PyTree]:
         """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
         if isinstance(self.problem, StackedProblem):
             (tau,), (x,) = self.problem.state_time_constants, y0
@@ -182,7 +195,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         return lambda rhs: solver.compute(state, rhs, {})[0]
 
 
-def _plus(start: Any, weights: Any, increments: Any) -> Any:
+def _plus(start: PyTree, weights: Array | np.ndarray, increments: PyTree) -> PyTree:
     """start + Σ weight · increment, the increments along the leading axis."""
     return jax.tree.map(
         lambda x, k: x + tensordot(jnp.asarray(weights, k.dtype), k, 1), start, increments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from types import ModuleType, UnionType
 
 import equinox as eqx
 import jax
@@ -12,9 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.states import choose
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Tree, Values
 from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
-from pcdyn.integrators.base import Integration, Integrator, Request, default_tolerances
+from pcdyn.integrators.base import (
+    Integration,
+    Integrator,
+    Interpolation,
+    Request,
+    default_tolerances,
+)
 from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
@@ -30,7 +36,7 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(problem: Flow, state: State, goal: Any) -> Integration:
+    def one(problem: Flow, state: State, goal: Values | None) -> Integration:
         return _checked_run(method, _of(request, problem, state, goal))
 
     runs = _with_samples(request.problem).map_samples(one, request.state, _goals(request))
@@ -42,21 +48,23 @@ def _with_samples(problem: Flow) -> InferenceFlow:
     return problem
 
 
-def _of(request: Request, problem: Flow, state: State, goal: Any) -> Request:
-    """What is asked of one sample or of several."""
+def _of(request: Request, problem: Flow, state: State, goal: Values | None) -> Request:
+    """Ask the same of one sample or of several."""
     until = None if request.until is None else request.until.with_tolerance(goal)
     return dataclasses.replace(request, problem=problem, state=state, until=until)
 
 
-def _goals(request: Request) -> Any:
+def _goals(request: Request) -> Values | None:
     """The tolerance of each sample at which to stop."""
     if request.until is None:
         return None
-    return jnp.broadcast_to(request.until.tolerance, request.state[0].shape[:1])
+    tolerance = request.until.tolerance
+    assert tolerance is not None, "filled in before anything runs"
+    return jnp.broadcast_to(tolerance, request.state[0].shape[:1])
 
 
-def _take(request: Request, samples: Any) -> Request:
-    """One sample (an index) or several (an array of indices) of a batch."""
+def _take(request: Request, samples: int | np.ndarray) -> Request:
+    """Take one sample (an index) or several (an array of indices) of a batch."""
     state, goals = jax.tree.map(lambda x: x[samples], (request.state, _goals(request)))
     return _of(request, _with_samples(request.problem).sample(samples), state, goals)
 
@@ -76,9 +84,9 @@ def _batch_of(run: Integration) -> Integration:
 class _EachSample(eqx.Module):
     """Dense outputs of several samples as one function of time."""
 
-    interpolations: Any
+    interpolations: Interpolation
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         return eqx.filter_vmap(lambda each: each(t))(self.interpolations)
 
 
@@ -93,13 +101,13 @@ def _checked_run(method: Integrator, request: Request) -> Integration:
 class _HeldEnds(eqx.Module):
     """Dense output that holds the end state after the end, or is NaN there after a failure."""
 
-    interpolation: Any
+    interpolation: Interpolation
     start: State
     end_state: State
-    end_time: Any
-    failed: Any
+    end_time: Scalar
+    failed: Scalar
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         inside = self.interpolation(jnp.minimum(t, self.end_time))
         beyond = jax.tree.map(lambda x: jnp.where(self.failed, jnp.nan, x), self.end_state)
         before = choose(t > self.end_time, beyond, inside)
@@ -114,7 +122,7 @@ def _with_held_ends(run: Integration, start: State) -> Integration:
     return dataclasses.replace(run, interpolation=held)
 
 
-def _finish(run: Integration, request: Request, xp: Any) -> Integration:
+def _finish(run: Integration, request: Request, xp: ModuleType) -> Integration:
     """Rows that mean something only; `xp` is NumPy on the host, where nothing need be compiled."""
     times = xp.asarray(request.times, xp.asarray(run.end_time).dtype)
     run = _without_non_finite(_with_end_row(run, times, xp), times, xp)
@@ -124,11 +132,11 @@ def _finish(run: Integration, request: Request, xp: Any) -> Integration:
     return dataclasses.replace(run, end_time=end_time)
 
 
-def _with_end_row(run: Integration, times: Any, xp: Any) -> Integration:
+def _with_end_row(run: Integration, times: Values, xp: ModuleType) -> Integration:
     """Hold the end state at times after the end; add it as a last row."""
     reached = times <= run.end_time
 
-    def extend(saved: Any, end: Any) -> Any:
+    def extend(saved: Values, end: Values) -> Values:
         mask = reached.reshape(-1, *[1] * end.ndim)
         return xp.concatenate([xp.where(mask, saved, end[None]), end[None]])
 
@@ -136,7 +144,7 @@ def _with_end_row(run: Integration, times: Any, xp: Any) -> Integration:
     return dataclasses.replace(run, states=states)
 
 
-def _without_non_finite(run: Integration, times: Any, xp: Any) -> Integration:
+def _without_non_finite(run: Integration, times: Values, xp: ModuleType) -> Integration:
     """End a run before its first non-finite row, whatever the solver thought of it."""
     finite_rows = [xp.all(xp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in run.states]
     finite = xp.cumprod(xp.stack(finite_rows).all(axis=0)).astype(bool)
@@ -211,11 +219,11 @@ def integrate_with_fallback(
     replaced = _replace_samples(run, samples, again(_take(request, samples)))
     shown = ", ".join(map(str, samples[:MOST_SAMPLES_NAMED]))
     more = ", ..." if samples.size > MOST_SAMPLES_NAMED else ""
-    counted = f"{samples.size} of {run.status.size} samples: {shown}{more}"
+    counted = f"{samples.size} of {np.size(run.status)} samples: {shown}{more}"
     return replaced, f"{label}, {reason} ({counted})", problem
 
 
-def _reason(status: Any) -> str:
+def _reason(status: Scalar) -> str:
     if np.any(status == Status.MAX_STEPS):
         return "ran out of steps"
     if np.any(status == Status.STEP_TOO_SMALL):
@@ -237,11 +245,11 @@ def _integrate_on_device(method: Integrator, request: Request, per_sample: bool)
     # Not integers: those inside a diffrax solver bound its loops and must be known.
     arrays, numbers = _numbers_as_arrays((method, request), float)
     if per_sample:
-        return on_host(_integrate_compiled(arrays, numbers, per_sample))
+        return _run_on_host(_integrate_compiled(arrays, numbers, per_sample))
     # What `integrate` does, but checked on the host: that halves the time of compilation.
     run = _finish_on_host(_unchecked_compiled(arrays, numbers), request)
     if method.fixed_step is not None:
-        run = on_host(_with_stability_compiled(run, request.problem, request.state))
+        run = _run_on_host(_with_stability_compiled(run, request.problem, request.state))
     return run
 
 
@@ -262,7 +270,7 @@ def _joined(run: Integration, request: Request) -> Integration:
     end_time, end_state = np.max(run.end_time), run.end_state
     if not status.ok:
         times = np.asarray(request.times)
-        first = np.min(np.asarray(run.end_time)[Status.failed(run.status)])
+        first = np.min(np.asarray(run.end_time)[Status.failed(np.asarray(run.status))])
         rows = np.flatnonzero(times <= first)
         end_time = times[rows[-1]] if rows.size else 0.0
         end_state = tuple(x[rows[-1]] for x in run.states) if rows.size else request.state
@@ -283,27 +291,27 @@ def _integrate_on_host(method: Integrator, request: Request, per_sample: bool) -
 
 
 def _finish_on_host(run: Integration, request: Request) -> Integration:
-    finished = _finish(_numbers_as_arrays(on_host(run)), request, np)
+    finished = _finish(_numbers_as_arrays(_run_on_host(run)), request, np)
     return _with_held_ends(finished, request.state)
 
 
 class _Stacked(eqx.Module):
     """Dense outputs of several samples, which differ in kind, as one function of time."""
 
-    interpolations: tuple[Any, ...]
+    interpolations: tuple[Interpolation, ...]
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         return _stacked_rows([each(t) for each in self.interpolations])
 
 
 class _Replaced(eqx.Module):
     """Dense output of a batch in which another one has taken over for some samples."""
 
-    interpolation: Any
-    again: Any
+    interpolation: Interpolation
+    again: Interpolation
     samples: np.ndarray
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         return _with_rows(self.interpolation(t), self.again(t), self.samples, 0)
 
 
@@ -321,7 +329,7 @@ def _stacked_rows(states: list[State], axis: int = 0) -> State:
 
 def _stack(runs: list[Integration]) -> Integration:
     """One integration of several samples, sample after time."""
-    interpolations = [run.interpolation for run in runs]
+    dense = [run.interpolation for run in runs if run.interpolation is not None]
     message = next((run.message for run in runs if run.message), "")
     return Integration(
         states=_stacked_rows([run.states for run in runs], axis=1),
@@ -329,7 +337,7 @@ def _stack(runs: list[Integration]) -> Integration:
         end_state=_stacked_rows([run.end_state for run in runs]),
         status=np.stack([run.status for run in runs]),
         statistics=stacked([run.statistics for run in runs]),
-        interpolation=None if interpolations[0] is None else _Stacked(tuple(interpolations)),
+        interpolation=_Stacked(tuple(dense)) if dense else None,
         message=message,
     )
 
@@ -337,7 +345,7 @@ def _stack(runs: list[Integration]) -> Integration:
 def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) -> Integration:
     """`run` with some samples replaced by those of another integration."""
     interpolation = run.interpolation
-    if interpolation is not None:
+    if interpolation is not None and again.interpolation is not None:
         interpolation = _Replaced(interpolation, again.interpolation, samples)
     end_time, status = np.array(run.end_time), np.array(run.status)
     end_time[samples], status[samples] = again.end_time, again.status
@@ -353,14 +361,17 @@ def _replace_samples(run: Integration, samples: np.ndarray, again: Integration) 
     )
 
 
-def _numbers_as_arrays(tree: Any, kinds: Any = (int, float)) -> Any:
-    """As arrays, times, tolerances, steps and counts can change without compiling again."""
+def _numbers_as_arrays(tree: Tree, kinds: type | UnionType = int | float) -> Tree:
+    """Make arrays of times, tolerances, steps and counts: they change without compiling again."""
     return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, kinds) else x, tree)
 
 
-def on_host(run: Any) -> Any:
-    """The same with NumPy arrays, except for dense output, which is evaluated where it was made."""
-    if isinstance(run, Integration) and run.interpolation is not None:
-        without = on_host(dataclasses.replace(run, interpolation=None))
-        return dataclasses.replace(without, interpolation=run.interpolation)
-    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, run)
+def on_host(tree: Tree) -> Tree:
+    """Convert the arrays of JAX in a tree to those of NumPy."""
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _run_on_host(run: Integration) -> Integration:
+    """A run on the host, except for dense output, which is evaluated where it was made."""
+    without = on_host(dataclasses.replace(run, interpolation=None))
+    return dataclasses.replace(without, interpolation=run.interpolation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
 import jax
@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn._support.checks import check_choice, integer, is_traced
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Tree, Values
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (
     Integration,
     Integrator,
+    Interpolation,
     Request,
     UntilEquilibrium,
     check_tolerances,
@@ -25,8 +26,11 @@ from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_en
 from pcdyn.integrators.host_steps import Course, march
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
-from pcdyn.model.problem import InferenceFlow
+from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
+
+if TYPE_CHECKING:
+    import scipy.integrate
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 # LAPACK's dense factorisation is quicker where more of one sample's matrix than this is not zero.
@@ -36,18 +40,23 @@ SCIPY_NAMES = {method.lower(): method for method in _METHODS}
 
 
 class SciPy(Integrator):
-    """Integrate with `scipy.integrate.solve_ivp`, in float64 on the host's CPU.
+    """A method of `scipy.integrate.solve_ivp`, in float64 on the host's CPU.
 
-    Arguments: `method`, one of RK45, RK23, DOP853, Radau, BDF, LSODA; `rtol` and `atol`, with the
-    defaults of `pcdyn.Diffrax`. The state is advanced in float64, the vector field computed in the
-    dtype of the network. Radau, BDF and LSODA get the Jacobian of the vector field by automatic
-    differentiation; that of a batch or of many layers is handed over as a sparse or banded matrix.
-    It gives up after `max_steps` steps, or 64 times as many evaluations of the vector field.
+    The state is advanced in float64, the vector field computed in the dtype of the network. Radau,
+    BDF and LSODA get the Jacobian of the vector field by automatic differentiation; that of a batch
+    or of many layers is handed over as a sparse or banded matrix.
+
+    **Arguments:**
+
+    - `method`: one of RK45, RK23, DOP853, Radau, BDF and LSODA.
+    - `rtol`, `atol`: tolerances, with the defaults of `pcdyn.Diffrax`.
+    - `max_steps`: after so many steps it gives up, or after 64 times as many evaluations of the
+      vector field.
     """
 
     method: str = eqx.field(static=True, default="LSODA")
-    rtol: Any = None
-    atol: Any = None
+    rtol: Scalar | None = None
+    atol: Scalar | None = None
     max_steps: int = eqx.field(
         static=True,
         default=2**14,
@@ -91,7 +100,7 @@ class SciPy(Integrator):
 
         def at_rest(t: float, y: np.ndarray) -> bool:
             assert until is not None, "watched for only where it is"
-            return t >= until.minimum_time and system.below(t, y, until)
+            return bool(t >= until.minimum_time) and system.below(t, y, until)
 
         with np.errstate(all="ignore"):
             course = march(
@@ -128,9 +137,12 @@ class SciPy(Integrator):
             message=course.message,
         )
 
-    def _output(self, system: _HostSystem, course: Course, request: Request) -> Any:
-        moved = len(course.times) > 1
-        return system.output(course.sol) if moved else _Rest(request.state)
+    def _output(self, system: _HostSystem, course: Course, request: Request) -> Interpolation:
+        from scipy.integrate import OdeSolution
+
+        if isinstance(course.sol, OdeSolution):
+            return system.output(course.sol)
+        return _Rest(request.state)
 
 
 class _HostSystem:
@@ -138,23 +150,23 @@ class _HostSystem:
 
     def __init__(self, problem: Flow, state: State):
         arrays, rest = eqx.partition(problem.prepared(), eqx.is_array)
-        self._flow = eqx.combine(jax.device_put(arrays, _host_device()), rest)
+        self._flow = eqx.combine(_on_cpu(arrays), rest)
         self._widths = tuple(x.shape[-1] for x in state)
         self._batch = state[0].shape[:-1]
         self._dtype = problem.dtype
         self.tests = 0
 
     def flatten(self, state: State) -> np.ndarray:
-        """The state as one float64 vector."""
+        """Return the state as one float64 vector."""
         layers = [np.asarray(x, dtype=np.float64) for x in state]
         return np.concatenate(layers, axis=-1).reshape(-1)
 
     def unflatten(self, y: np.ndarray) -> State:
-        """The state of a flat vector, or the states of several with a leading axis."""
+        """Return the state of a flat vector, or the states of several with a leading axis."""
         return _unflatten(y, self._widths, self._batch, self._dtype)
 
-    def output(self, solution: Any) -> _DenseOutput:
-        """SciPy's dense output as a function from a time to a state."""
+    def output(self, solution: scipy.integrate.OdeSolution) -> _DenseOutput:
+        """Wrap SciPy's dense output as a function from a time to a state."""
         return _DenseOutput(_Interpolants(solution), self._widths, self._batch, self._dtype)
 
     def field(self, t: float, y: np.ndarray) -> np.ndarray:
@@ -165,27 +177,28 @@ class _HostSystem:
         return field.reshape(-1)
 
     def dense_jacobian(self, t: float, y: np.ndarray) -> np.ndarray:
-        """∂(dx/dt)/∂x of one flat vector, shape (N, N)."""
+        """Compute ∂(dx/dt)/∂x of one flat vector, shape (N, N)."""
         rows, time = y.reshape(*self._batch, -1).astype(self._dtype), np.asarray(t, self._dtype)
         found = _jacobian(self._flow, self._widths, time, rows)
         return np.asarray(found, dtype=np.float64).reshape(y.size, y.size)
 
     def jacobian_options(self, method: str) -> dict[str, Any]:
-        """The arguments of solve_ivp that give the method its Jacobian."""
+        """Return the arguments of solve_ivp that give the method its Jacobian."""
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
         problem = self._flow
-        if not isinstance(problem, InferenceFlow):
+        if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": self.dense_jacobian}
-        deep = isinstance(problem, StackedProblem)
-        widths = problem.free_widths if deep else self._widths
+        widths = problem.free_widths if isinstance(problem, StackedProblem) else self._widths
         pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)))
         if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": self.dense_jacobian}
 
         def entries(y: np.ndarray) -> np.ndarray:
-            found: Any = deep_entries if deep else chain_entries
-            return np.asarray(found(problem, self.unflatten(y)), dtype=np.float64)
+            state = self.unflatten(y)
+            if isinstance(problem, StackedProblem):
+                return np.asarray(deep_entries(problem, state), dtype=np.float64)
+            return np.asarray(chain_entries(problem, state), dtype=np.float64)
 
         return pattern.options(method, entries)
 
@@ -199,26 +212,29 @@ class _HostSystem:
         return bool(np.all(norms <= np.asarray(until.tolerance)[..., None]))
 
 
-def _host_device() -> Any:
-    """The CPU, or JAX's default device where JAX was told to do without a CPU."""
+def _on_cpu(tree: Tree) -> Tree:
+    """Move arrays to the CPU, or to JAX's default device where JAX is set to do without a CPU."""
     try:
-        return jax.local_devices(backend="cpu")[0]
+        device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
-        return jax.local_devices()[0]
+        device = jax.local_devices()[0]
+    return jax.device_put(tree, device)
 
 
 @eqx.filter_jit
-def _flat_field(flow: Flow, widths: tuple[int, ...], t: Any, rows: Any) -> Array:
+def _flat_field(flow: Flow, widths: tuple[int, ...], t: Scalar, rows: Values | np.ndarray) -> Array:
     state = tuple(jnp.split(rows, np.cumsum(widths)[:-1], axis=-1))
     return jnp.concatenate(flow.vector_field(t, state), axis=-1)
 
 
 @eqx.filter_jit
-def _jacobian(flow: Flow, widths: tuple[int, ...], t: Any, rows: Any) -> Array:
+def _jacobian(flow: Flow, widths: tuple[int, ...], t: Scalar, rows: Values | np.ndarray) -> Array:
     return jax.jacfwd(lambda y: _flat_field(flow, widths, t, y))(rows)
 
 
-def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> State:
+def _unflatten(
+    y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], dtype: np.dtype
+) -> State:
     rows = y.reshape(*y.shape[:-1], *batch, sum(widths)).astype(dtype)
     return cast(State, tuple(np.split(rows, np.cumsum(widths)[:-1], axis=-1)))
 
@@ -226,7 +242,7 @@ def _unflatten(y: np.ndarray, widths: tuple[int, ...], batch: tuple[int, ...], d
 class _Interpolants:
     """SciPy's dense output as a value: equal where it gives the same states."""
 
-    def __init__(self, solution: Any):
+    def __init__(self, solution: scipy.integrate.OdeSolution):
         self.solution = solution
 
     def _key(self) -> tuple[bytes, bytes]:
@@ -246,9 +262,9 @@ class _DenseOutput(eqx.Module):
     interpolants: _Interpolants = eqx.field(static=True)
     widths: tuple[int, ...] = eqx.field(static=True)
     batch: tuple[int, ...] = eqx.field(static=True)
-    dtype: Any = eqx.field(static=True)
+    dtype: np.dtype = eqx.field(static=True)
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         if is_traced(t):
             raise DenseOutputError(
                 "SciPy's dense output is evaluated on the host, which JAX cannot transform: "
@@ -263,7 +279,7 @@ class _Rest(eqx.Module):
 
     state: State
 
-    def __call__(self, t: Any) -> State:
+    def __call__(self, t: Scalar) -> State:
         return self.state
 
 

@@ -10,11 +10,12 @@ one, with an error of the order of the width (Filippov 1988, §8; Sotomayor & Te
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.types import State
 from pcdyn.model.activations import Activation
@@ -24,7 +25,7 @@ from pcdyn.model.problem import InferenceProblem
 
 
 def rounded(problem: Flow, state: State, rtol: float) -> tuple[Flow, float] | None:
-    """The problem with its kinks rounded, and the largest width; `None` if it has no kinks.
+    """Round the kinks of a problem; also returns the largest width. `None` if it has no kinks.
 
     The width is `rtol`, but no less than √eps, of the preactivations that activities as large as
     those at `state` can cause.
@@ -61,38 +62,44 @@ class _Rounded(eqx.Module):
     """A `Dense` layer whose activation has its kinks rounded over `width`."""
 
     layer: Dense
-    width: Any
+    width: Array
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         return _value(self.layer.activation, self.layer.preactivation(x), self.width)
+
+
+# The preactivation and the width; a value and its derivative.
+_Pair = tuple[Array, Array]
 
 
 # The value is the activation's own, for rounding would change it by no more than the width; the
 # slope is a mean slope, and the curvature that of the slope.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _value(activation: Activation, z: Any, width: Any) -> Any:
+def _value(activation: Activation, z: Array, width: Array) -> Array:
     return activation(z)
 
 
 @_value.defjvp
-def _value_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
+def _value_jvp(activation: Activation, primals: _Pair, tangents: _Pair) -> _Pair:
     (z, width), (dz, _) = primals, tangents
     return _value(activation, z, width), _slope(activation, z, width) * dz
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _slope(activation: Activation, z: Any, width: Any) -> Any:
+def _slope(activation: Activation, z: Array, width: Array) -> Array:
     return _mean_rate(activation, activation.function, z, width)
 
 
 @_slope.defjvp
-def _slope_jvp(activation: Activation, primals: Any, tangents: Any) -> Any:
+def _slope_jvp(activation: Activation, primals: _Pair, tangents: _Pair) -> _Pair:
     (z, width), (dz, _) = primals, tangents
     curvature = _mean_rate(activation, _derivative(activation.function), z, width)
     return _slope(activation, z, width), curvature * dz
 
 
-def _mean_rate(activation: Activation, function: Any, z: Any, width: Any) -> Any:
+def _mean_rate(
+    activation: Activation, function: Callable[[Array], Array], z: Array, width: Array
+) -> Array:
     """The derivative of `function`, or within `width` above a kink its mean over `width` below z.
 
     At a kink it is that from below, as in the activations themselves: a flow that starts on the
@@ -104,5 +111,5 @@ def _mean_rate(activation: Activation, function: Any, z: Any, width: Any) -> Any
     return jnp.where(inside, mean, _derivative(function)(z))
 
 
-def _derivative(function: Any) -> Any:
+def _derivative(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return lambda z: jax.jvp(function, (z,), (jnp.ones_like(z),))[1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,17 +20,29 @@ from pcdyn.integrators.base import Integrator
 from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax, solver_class
 from pcdyn.integrators.euler import Euler
 
+if TYPE_CHECKING:
+    import diffrax
 
-def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
-    """The largest s with |R(−x)| ≤ 1 for all 0 ≤ x ≤ s: stable are steps up to s / fastest rate.
 
-    With a `direction`, a complex number of size 1 and no negative real part, x is on the ray from 0
-    through it, for a mode that oscillates as it decays: its rate is |rate| · direction.
+def stability_interval(
+    method: str | Integrator | diffrax.AbstractSolver, direction: float | complex = 1.0
+) -> float:
+    """Find the largest s with |R(−x)| ≤ 1 for all 0 ≤ x ≤ s.
 
-    2 for explicit Euler, infinite for diffrax's implicit methods. `method` is a name, a diffrax
-    solver, `pcdyn.Euler` or `pcdyn.Diffrax`. Raises `IntegratorError` for a method that is not a
-    Runge–Kutta method of diffrax: multistep, stochastic, splitting or unknown; `InputError` for
-    what is no direction.
+    Steps up to s / fastest rate are stable. It is 2 for explicit Euler, and infinite for diffrax's
+    implicit methods.
+
+    **Arguments:**
+
+    - `method`: a name, a diffrax solver, `pcdyn.Euler` or `pcdyn.Diffrax`.
+    - `direction`: a complex number of size 1 and no negative real part. x is on the ray from 0
+      through it, for a mode that oscillates as it decays: its rate is |rate| · direction.
+
+    **Raises:**
+
+    - `pcdyn.errors.IntegratorError` for a method that is not a Runge–Kutta method of diffrax:
+      multistep, stochastic, splitting or unknown.
+    - `pcdyn.errors.InputError` for what is no direction.
     """
     known = isinstance(direction, numbers.Complex) and not isinstance(direction, bool)
     if not (known and abs(abs(direction) - 1) < 1e-6 and direction.real >= 0):
@@ -50,8 +62,10 @@ def stability_interval(method: Any, direction: float | complex = 1.0) -> float:
     return interval
 
 
-def known_interval(method: Any, direction: float | complex = 1.0) -> float | None:
-    """`stability_interval`, or `None` where the method has no stability function known here."""
+def known_interval(
+    method: str | Integrator | diffrax.AbstractSolver, direction: float | complex = 1.0
+) -> float | None:
+    """Return `stability_interval`, or `None` where no stability function is known."""
     if isinstance(method, Euler):
         method = "euler"
     elif isinstance(method, Diffrax):
@@ -63,7 +77,7 @@ def known_interval(method: Any, direction: float | complex = 1.0) -> float | Non
 
 
 @functools.lru_cache(maxsize=2**10)
-def _interval_of(solver: type, direction: float | complex) -> float | None:
+def _interval_of(solver: type[diffrax.AbstractSolver], direction: float | complex) -> float | None:
     from pcdyn.integrators.rosenbrock import Rodas5P
 
     if issubclass(solver, Rodas5P):
@@ -72,7 +86,7 @@ def _interval_of(solver: type, direction: float | complex) -> float | None:
     return None if matrix_and_weights is None else _interval(*matrix_and_weights, direction)
 
 
-def _tableau(solver: Any) -> tuple[np.ndarray, np.ndarray] | None:
+def _tableau(solver: type[diffrax.AbstractSolver]) -> tuple[np.ndarray, np.ndarray] | None:
     """A and b of a diffrax solver."""
     import diffrax
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pcdyn._support.products import einsum, matmul
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem
@@ -22,16 +23,16 @@ _COLOURS = 3
 
 
 def sample_hessians(problem: InferenceProblem, state: State) -> BlockTridiagonal:
-    """∂²F/∂x² of one sample, or of each sample of a batch with the sample as leading axis."""
+    """Compute ∂²F/∂x² of one sample, or of each of a batch with the sample as leading axis."""
     if state[0].ndim == 1:
         return free_energy_hessian(problem, state)
     return problem.map_samples(free_energy_hessian, state)
 
 
 def shifted(
-    matrix: BlockTridiagonal, time_constants: tuple[Array, ...], rate: Any
+    matrix: BlockTridiagonal, time_constants: tuple[Array, ...], rate: Scalar
 ) -> BlockTridiagonal:
-    """rate · T + H, for T = diag(τ_l) and matrices H with or without a leading axis of samples."""
+    """Compute rate · T + H, for T = diag(τ_l) and H with or without a leading axis of samples."""
     diagonal = tuple(
         block + rate * tau * _identity_like(block)
         for block, tau in zip(matrix.diagonal, time_constants, strict=True)
@@ -51,7 +52,7 @@ class InverseBlockCholesky(eqx.Module):
     couplings: tuple[Array, ...]
 
     def solve(self, rhs: State) -> State:
-        """H⁻¹ rhs, for `rhs[i]` of shape `(n_i,)` or `(batch, n_i)` as the matrices."""
+        """Compute H⁻¹ rhs, for `rhs[i]` of shape `(n_i,)` or `(batch, n_i)` as the matrices."""
         partial = [rhs[0]]
         for coupling, part in zip(self.couplings, rhs[1:], strict=True):
             partial.append(part - _times(jnp.matrix_transpose(coupling), partial[-1]))
@@ -63,7 +64,7 @@ class InverseBlockCholesky(eqx.Module):
 
 
 def factorise(matrix: BlockTridiagonal) -> InverseBlockCholesky:
-    """O(Σ n_l³) for each sample; NaN for a sample whose matrix is not positive definite."""
+    """Factorise, O(Σ n_l³) a sample; NaN for a sample whose matrix is not positive definite."""
     inverses: list[Array] = []
     couplings: list[Array] = []
     for i, block in enumerate(matrix.diagonal):
@@ -80,7 +81,7 @@ def _triangular_inverse(lower: Array) -> Array:
     """L⁻¹, row by row for all samples at once."""
     eye = _identity_like(lower)
 
-    def with_row(i: Any, inverse: Array) -> Array:
+    def with_row(i: Scalar, inverse: Array) -> Array:
         row = eye[..., i, :] - _times(jnp.matrix_transpose(inverse), lower[..., i, :])
         return inverse.at[..., i, :].set(row / lower[..., i, i][..., None])
 
@@ -95,8 +96,10 @@ def _times(matrix: Array, vector: Array) -> Array:
     return einsum("...ij,...j->...i", matrix, vector)
 
 
-def chain_blocks(product: Any, like: State | tuple[jax.ShapeDtypeStruct, ...]) -> BlockTridiagonal:
-    """The blocks of a symmetric block-tridiagonal linear map of states shaped like `like`.
+def chain_blocks(
+    product: Callable[[State], State], like: State | tuple[jax.ShapeDtypeStruct, ...]
+) -> BlockTridiagonal:
+    """Find the blocks of a symmetric block-tridiagonal linear map of states shaped like `like`.
 
     Layers three apart share no neighbour, so that 3 · max n_l products give the blocks of all
     samples at once. What `product` might do across samples or beyond neighbours is not seen.
@@ -104,7 +107,7 @@ def chain_blocks(product: Any, like: State | tuple[jax.ShapeDtypeStruct, ...]) -
     count, widest = len(like), max(x.shape[-1] for x in like)
     colours = range(min(_COLOURS, count))
 
-    def column(colour: Any, unit: Any) -> State:
+    def column(colour: Array, unit: Array) -> State:
         direction = tuple(
             jnp.broadcast_to(
                 ((jnp.arange(x.shape[-1]) == unit) & (colour == i % _COLOURS)).astype(x.dtype),
@@ -146,15 +149,15 @@ class PaddedFactors(eqx.Module):
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def solve(self, rhs: State) -> State:
-        """H⁻¹ rhs, for one array `(*batch, N)` of all layers."""
+        """Compute H⁻¹ rhs, for one array `(*batch, N)` of all layers."""
         chain = PaddedChain(self.widths)
 
-        def down(partial: Array, now: Any) -> tuple[Array, Array]:
+        def down(partial: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
             coupling, part = now
             partial = part - _times(jnp.matrix_transpose(coupling), partial)
             return partial, partial
 
-        def up(above: Array, now: Any) -> tuple[Array, Array]:
+        def up(above: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             inverse, coupling, partial = now
             solution = _times(inverse, partial) - _times(coupling, above)
             return solution, solution
@@ -187,7 +190,7 @@ class PaddedChain:
         self.entries = np.flatnonzero(np.concatenate([x.ravel() for x in pairs]))
 
     def pad(self, x: Array) -> Array:
-        """An array `(*batch, N)` as `(*batch, layers, n)`, with zeros where there is no unit."""
+        """Reshape `(*batch, N)` to `(*batch, layers, n)`, with zeros where there is no unit."""
         return jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)[..., self._sources]
 
     def unpad(self, x: Array) -> Array:
@@ -195,15 +198,19 @@ class PaddedChain:
         return x.reshape(*x.shape[:-2], -1)[..., self._units]
 
     def blocks(
-        self, product: Any, like: Array | jax.ShapeDtypeStruct, *, symmetric: bool = True
+        self,
+        product: Callable[[Array], Array],
+        like: Array | jax.ShapeDtypeStruct,
+        *,
+        symmetric: bool = True,
     ) -> PaddedBlocks:
-        """As `chain_blocks`, of a linear map of arrays shaped like `like`."""
+        """Find the blocks as `chain_blocks` does, of a linear map of arrays shaped like `like`."""
         layers, colours = np.arange(len(self.widths)), min(_COLOURS, len(self.widths))
         chosen = (layers % _COLOURS == np.arange(colours)[:, None])[:, None, :, None]
         pattern = chosen & np.eye(self.widest, dtype=bool)[None, :, None, :]
         units = pattern.reshape(colours, self.widest, -1)[..., self._units]
 
-        def column(unit: Any) -> Array:
+        def column(unit: Array) -> Array:
             return self.pad(product(jnp.broadcast_to(unit.astype(like.dtype), like.shape)))
 
         columns = jax.vmap(jax.vmap(column))(jnp.asarray(units))
@@ -220,13 +227,13 @@ class PaddedChain:
         return PaddedBlocks(rows(0, 0), rows(-1, 1), lower)
 
     def factorise(self, matrix: PaddedBlocks) -> PaddedFactors:
-        """As `factorise`; units that there are not stand apart, with ones on the diagonal."""
+        """Factorise as `factorise` does; the padding stands apart, with ones on the diagonal."""
         ones = jnp.asarray(self._outside[:, :, None] * np.eye(self.widest), matrix.diagonal.dtype)
         diagonal = matrix.diagonal + jnp.broadcast_to(ones, matrix.diagonal.shape)
         blocks, upper = (jnp.moveaxis(x, -3, 0) for x in (diagonal, matrix.upper))
         upper = jnp.concatenate([jnp.zeros_like(blocks[:1]), upper])
 
-        def eliminate(below: Array, now: Any) -> tuple[Array, Any]:
+        def eliminate(below: Array, now: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             block, above = now
             coupling = matmul(below, above)
             inverse = _triangular_inverse(
@@ -286,7 +293,7 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
     def compute(
         self, state: _ChainState, vector: State, options: dict[str, Any]
     ) -> tuple[State, lx.RESULTS, dict[str, Any]]:
-        """The solution by forward and backward substitution."""
+        """Solve by forward and backward substitution."""
 
         def times(x: State) -> State:
             return tuple(

@@ -186,7 +186,8 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         end_time=once("end_time", "real numbers"),
         statistics=Statistics(
             *(once(name, "integers") if name in variables else None for name in COUNTS),
-            *(number(dataset, name) for name in _SECONDS),
+            compile_seconds=number(dataset, "compile_seconds"),
+            run_seconds=number(dataset, "run_seconds"),
         ),
         integrator=str(attribute(dataset, "integrator")),
         fallback=str(attribute(dataset, "fallback")),

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.checks import as_sequence, check_choice, check_size, checked_integer, is_traced
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Activities, Numbers, State
+from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.hessian import with_derivatives
@@ -277,9 +277,9 @@ class ExactFlow(eqx.Module):
     round_off: Float[Array, "*batch"]
     widths: tuple[int, ...] = eqx.field(static=True)
 
-    def __call__(self, t: Float[Array, ""]) -> State:
+    def __call__(self, t: Scalar) -> State:
         """Evaluate the state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
-        moved = relaxed(self.factor, self.modes, self.residual, t)
+        moved = relaxed(self.factor, self.modes, self.residual, jnp.asarray(t))
         return _split(self.initial + _times(moved, self.scale), self.widths)
 
 

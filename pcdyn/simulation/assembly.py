@@ -98,7 +98,7 @@ def _build(
         prediction_errors=errors,
         energies=observed.energies,
         vector_field_norms=observed.norms,
-        status_codes=run.status,
+        status_codes=xp.asarray(run.status),
         end_time=run.end_time,
         statistics=run.statistics,
         interpolation=interpolation,

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
 from pcdyn._support.forward_only import forward_only
 from pcdyn._support.timing import Stopwatch
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Numbers, State, Values
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
     IntegratorError,
@@ -122,7 +122,7 @@ def simulate(
     request = Request(
         problem=deep,
         state=deep.pack(state) if isinstance(deep, StackedProblem) else state,
-        times=saves,
+        times=cast(Values, saves),
         t1=float(t1),
         until=None if stop is None else stop.resolved(problem, state, per_sample),
         dense=dense,

@@ -99,7 +99,7 @@ def compare(
         ).reshape(repeats, len(chosen))
     compiling: dict[str, float] = {}
     for trial, run in zip(chosen, firsts, strict=True):
-        compiling[trial.label] = compiling.get(trial.label, 0.0) + run.compile_seconds
+        compiling[trial.label] = compiling.get(trial.label, 0.0) + float(run.compile_seconds)
     rows = [
         _row(trial, run, truth, compiling[trial.label], float(spent))
         for trial, run, spent in zip(chosen, firsts, np.median(seconds, axis=0), strict=True)

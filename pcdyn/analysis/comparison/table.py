@@ -216,7 +216,9 @@ class Comparison:
         best = enough[0] if enough else None
         others = [row for row in enough if best and row.integrator != best.integrator]
         second = others[0] if others else None
-        speedup = second.run_seconds / best.run_seconds if best and second else math.nan
+        speedup = math.nan
+        if best and second:
+            speedup = float(second.run_seconds / best.run_seconds)
         reached = {row.integrator for row in enough}
         missed = tuple(name for name in self.integrators if name not in reached)
         text = _sentence(error, metric, best, second, speedup, missed)
@@ -261,8 +263,8 @@ class Comparison:
             *errors,
             _number(row.equilibrium_time, ".3g"),
             *counts,
-            _number(row.compile_seconds, ".2f"),
-            _number(row.run_seconds, ".2e"),
+            _number(float(row.compile_seconds), ".2f"),
+            _number(float(row.run_seconds), ".2e"),
         )
 
     def to_xarray(self) -> xarray.Dataset:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.states import dot, step
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Values
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.model.problem import InferenceProblem
 
@@ -23,14 +23,17 @@ _STEP_ROUNDINGS = 32
 class Solution(eqx.Module):
     """The end of a solver's run, per sample.
 
-    `status` is a `pcdyn.EquilibriumStatus` as an integer. `passes` counts forward, backward and
-    tangent passes through the network; one evaluation of the vector field takes two.
+    - `state`: the free layers.
+    - `status`: a `pcdyn.EquilibriumStatus` as an integer.
+    - `iterations`: those of the solver.
+    - `passes`: forward, backward and tangent passes through the network; one evaluation of the
+      vector field takes two.
     """
 
     state: State
-    status: Any
-    iterations: Any
-    passes: Any
+    status: Values
+    iterations: Values
+    passes: Values
 
 
 class Solver(eqx.Module):
@@ -39,14 +42,14 @@ class Solver(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The name of the method in messages and tables."""
+        """Name of the method in messages and tables."""
 
     @abc.abstractmethod
     def check(self, problem: InferenceProblem) -> None:
         """Raise the named error for a problem that this solver cannot take."""
 
     @abc.abstractmethod
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         """Solve every sample of a batch from `state`; each stops changing once it is solved.
 
         It has converged when ‖∂F/∂x_l‖ is at most `tolerance`, one number or one per sample, in
@@ -55,24 +58,24 @@ class Solver(eqx.Module):
 
 
 def solve_each(
-    solve: Callable[[InferenceProblem, State, Any], Solution],
+    solve: Callable[[InferenceProblem, State, Array], Solution],
     problem: InferenceProblem,
     state: State,
-    tolerance: Any,
+    tolerance: Scalar,
 ) -> Solution:
     """Apply a function that solves one sample to a tolerance to every sample of a batch."""
     each = jnp.broadcast_to(jnp.asarray(tolerance, problem.dtype), state[0].shape[:1])
     return problem.map_samples(solve, state, each)
 
 
-def final_status(converged: Any, finite: Any, otherwise: EquilibriumStatus) -> Any:
+def final_status(converged: Values | bool, finite: Values, otherwise: EquilibriumStatus) -> Array:
     """Choose the status of a run from what is known of its end."""
     status = jnp.where(converged, int(EquilibriumStatus.CONVERGED), int(otherwise))
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
 
 
-def round_off(weighted: State, activities: State) -> Any:
-    """The round-off of F, per sample, from precision-weighted errors and the activities there.
+def round_off(weighted: State, activities: State) -> Array:
+    """Estimate the round-off of F, per sample, from weighted errors and the activities there.
 
     Prediction errors are differences of activities, each of which is rounded.
     """
@@ -80,22 +83,29 @@ def round_off(weighted: State, activities: State) -> Any:
     return 4 * jnp.finfo(size.dtype).eps * size
 
 
-def energy_round_off(problem: InferenceProblem, state: State) -> Any:
-    """The round-off of F at a state, per sample."""
+def energy_round_off(problem: InferenceProblem, state: State) -> Array:
+    """Estimate the round-off of F at a state, per sample."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
     weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
     return round_off(weighted, activities[1:])
 
 
-def within_round_off(moved: Any, state: Any) -> Any:
-    """Whether a step is no more than the round-off of a state, per sample."""
+def within_round_off(moved: State, state: State) -> Array:
+    """Return whether a step is no more than the round-off of a state, per sample."""
     squares = dot(moved, moved), dot(state, state)
     resolved = _STEP_ROUNDINGS * jnp.finfo(squares[0].dtype).eps
     return squares[0] <= resolved**2 * squares[1]
 
 
-def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State, Any]:
+# The solution, the residual, the direction, the squared residual, the number of products, and
+# whether a direction without curvature has shown.
+_Carry = tuple[State, State, State, Array, Array, Array]
+
+
+def conjugate_gradients(
+    product: Callable[[State], State], rhs: State, tolerance: Scalar
+) -> tuple[State, Array]:
     """Solve until the residual falls by `tolerance`, or a direction of negative curvature shows.
 
     There it returns what it has, which is a descent direction (Steihaug); the solvers of JAX and
@@ -106,18 +116,17 @@ def conjugate_gradients(product: Any, rhs: State, tolerance: Any) -> tuple[State
     target = tolerance**2 * first
     units = sum(x.shape[-1] for x in rhs)
 
-    def unsolved(carry: Any) -> Any:
+    def unsolved(carry: _Carry) -> Array:
         _, _, _, squared, count, flat = carry
         return (squared > target) & (count < 2 * units) & ~flat
 
-    def body(carry: Any) -> Any:
-        squared: jax.Array
+    def body(carry: _Carry) -> _Carry:
         x, residual, direction, squared, count, flat = carry
         active = unsolved(carry)
         image = product(direction)
         curvature = dot(direction, image)
         flat = flat | (active & ~(curvature > 0))
-        length: Any = squared / jnp.where(curvature > 0, curvature, 1)
+        length = squared / jnp.where(curvature > 0, curvature, 1)
         # Downhill without curvature: the right-hand side itself, if there is nothing better.
         length = jnp.where(flat, jnp.where(count == 0, 1, 0).astype(length.dtype), length)
         length = jnp.where(active, length, 0)

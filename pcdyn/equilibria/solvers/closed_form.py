@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import check_choice
 from pcdyn._support.states import all_finite
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.model.problem import InferenceProblem
@@ -18,10 +18,12 @@ from pcdyn.references.linear import hessian, linear_equilibrium
 
 
 class ClosedForm(Solver):
-    """Solve a linear network in closed form, as `pcdyn.linear_equilibrium` does.
+    """The closed form of a linear network, that of `pcdyn.linear_equilibrium`.
 
-    `via` is `"output_space"` (both ends clamped: the S-matrix, n_L × n_L), `"cholesky"` (block
-    tridiagonal, any clamps), or by default whichever is smaller.
+    **Arguments:**
+
+    - `via`: `"output_space"` (both ends clamped: the S-matrix, n_L × n_L), `"cholesky"` (block
+      tridiagonal, any clamps), or by default whichever is smaller.
     """
 
     via: Literal["output_space", "cholesky"] | None = eqx.field(static=True, default=None)
@@ -37,7 +39,7 @@ class ClosedForm(Solver):
     def check(self, problem: InferenceProblem) -> None:
         hessian(problem)
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         # The S-matrix costs a multiplication of n_L rows per layer, the blocks a factorisation.
         widths = problem.network.widths
         # Above a narrower layer S is singular but for the precision of the output.

@@ -12,15 +12,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
 
 from pcdyn._support.products import einsum
 from pcdyn._support.states import choose, dot, scale, step
+from pcdyn._support.types import Scalar, State, Tree
 from pcdyn.equilibria.solvers.base import Solution, within_round_off
 from pcdyn.errors import EquilibriumStatus
 
@@ -35,15 +36,15 @@ _KEPT_BELOW = 0.3
 _RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
 
 # From the slope to the step that minimises the damped model, and the passes that this costs.
-Propose = Callable[[Any], tuple[Any, Any]]
+Propose = Callable[[State], tuple[State, Scalar]]
 
 
 class PointEvaluation(eqx.Module):
     """F, its gradient `slope` in the solver's coordinates, and the largest `residual` ‖∂F/∂x_l‖."""
 
-    energy: Any
-    slope: Any
-    residual: Any
+    energy: Array
+    slope: State
+    residual: Array
 
 
 class DescentModel(eqx.Module):
@@ -60,23 +61,23 @@ class DescentModel(eqx.Module):
         """Passes through the network that a new matrix costs."""
 
     @abc.abstractmethod
-    def evaluate(self, point: Any) -> PointEvaluation:
+    def evaluate(self, point: State) -> PointEvaluation:
         """Compute F, its slope and the residual at a point."""
 
     @abc.abstractmethod
-    def factorise(self, point: Any, damping: Any) -> Propose:
+    def factorise(self, point: State, damping: Array) -> Propose:
         """Factorise the model around a point, with a damping per sample."""
 
     @abc.abstractmethod
-    def round_off(self, point: Any) -> Any:
+    def round_off(self, point: State) -> Array:
         """Estimate the round-off of F at a point, per sample."""
 
     @abc.abstractmethod
-    def activities(self, point: Any) -> Any:
+    def activities(self, point: State) -> State:
         """Return the free activities that a point stands for."""
 
     @abc.abstractmethod
-    def take(self, samples: Any) -> DescentModel:
+    def take(self, samples: Array) -> DescentModel:
         """Select samples of the batch."""
 
 
@@ -88,22 +89,24 @@ class _Memory(eqx.Module):
     `proposed` and `moved`, `(batch, N)`, are of the last step.
     """
 
-    proposals: Any
-    arrivals: Any
-    gram: Any
-    proposed: Any
-    moved: Any
+    proposals: Array
+    arrivals: Array
+    gram: Array
+    proposed: Array
+    moved: Array
 
     @staticmethod
-    def empty(like: Any) -> _Memory:
+    def empty(like: State) -> _Memory:
         """Before the first step."""
         nothing = _rows(jax.tree.map(jnp.zeros_like, like))
         stack = jnp.stack([nothing] * _REMEMBERED, axis=1)
         gram = jnp.zeros((len(nothing), _REMEMBERED, _REMEMBERED), nothing.dtype)
         return _Memory(stack, stack, gram, nothing, nothing)
 
-    def with_proposal(self, proposed: Any, count: Any, follows: Any, turn: Any) -> _Memory:
-        """One more proposal of those whose `turn` it is.
+    def with_proposal(
+        self, proposed: Array, count: Array, follows: Array, chosen: Array
+    ) -> _Memory:
+        """Add a proposal of the `chosen` samples.
 
         Only where it `follows` another is there a difference to take; others forget one instead.
         """
@@ -114,10 +117,10 @@ class _Memory(eqx.Module):
         arrivals = self.arrivals.at[:, place].set(arrival)
         products = einsum("bmn,bn->bm", proposals, change)
         gram = self.gram.at[:, place].set(products).at[:, :, place].set(products)
-        proposed = jnp.where(turn[:, None], proposed, self.proposed)
+        proposed = jnp.where(chosen[:, None], proposed, self.proposed)
         return _Memory(proposals, arrivals, gram, proposed, self.moved)
 
-    def accelerated(self) -> Any:
+    def accelerated(self) -> Array:
         """Anderson's step: the combination of this proposal and the last ones that cancels best."""
         size = jnp.trace(self.gram, axis1=1, axis2=2)
         # Differences of zero, before there are any, get no weight.
@@ -128,12 +131,12 @@ class _Memory(eqx.Module):
         return self.proposed - einsum("bm,bmn->bn", weights, self.arrivals)
 
 
-def _rows(stacked: Any) -> Any:
+def _rows(point: State) -> Array:
     """All layers of each sample side by side."""
-    return jax.vmap(lambda sample: ravel_pytree(sample)[0], in_axes=-2)(stacked)
+    return jax.vmap(lambda sample: ravel_pytree(sample)[0], in_axes=-2)(point)
 
 
-def _from_rows(rows: Any, like: Any) -> Any:
+def _from_rows(rows: Array, like: State) -> State:
     """The inverse of `_rows`."""
     _, unravel = ravel_pytree(jax.tree.map(lambda x: x[..., 0, :], like))
     return jax.vmap(unravel, out_axes=-2)(rows)
@@ -146,32 +149,34 @@ class _Search(eqx.Module):
     asks for a new matrix.
     """
 
-    point: Any
-    seen: PointEvaluation
+    point: State
+    evaluation: PointEvaluation
     memory: _Memory
-    direction: Any
-    length: jax.Array
-    fresh: Any
-    damping: Any
-    status: Any
-    iterations: Any
-    passes: Any
-    count: Any
-    renew: Any
+    direction: State
+    length: Array
+    fresh: Array
+    damping: Array
+    status: Array
+    iterations: Array
+    passes: Array
+    count: Array
+    renew: Array
 
-    def take(self, samples: Any) -> _Search:
+    def take(self, samples: Array) -> _Search:
         """Select samples of the batch."""
 
-        def rows(tree: Any) -> Any:
+        def rows(tree: Tree) -> Tree:
             return jax.tree.map(lambda x: x[samples], tree)
 
-        def layers(tree: Any) -> Any:
+        def layers(tree: Tree) -> Tree:
             return jax.tree.map(lambda x: x[..., samples, :], tree)
 
-        seen = self.seen
+        evaluation = self.evaluation
         return _Search(
             point=layers(self.point),
-            seen=PointEvaluation(rows(seen.energy), layers(seen.slope), rows(seen.residual)),
+            evaluation=PointEvaluation(
+                rows(evaluation.energy), layers(evaluation.slope), rows(evaluation.residual)
+            ),
             memory=rows(self.memory),
             direction=layers(self.direction),
             length=rows(self.length),
@@ -185,23 +190,25 @@ class _Search(eqx.Module):
         )
 
 
-def descend(model: DescentModel, start: Any, tolerance: Any, max_iterations: Any) -> Solution:
+def descend(
+    model: DescentModel, start: State, tolerance: Scalar, max_iterations: Scalar
+) -> Solution:
     """Minimise F of every sample from `start` until its largest residual is at most `tolerance`.
 
     The tolerance is one number or one per sample. Once no more than one sample in four is unsolved,
     those go on by themselves. The `state` of the solution is in the coordinates of `start`.
     """
-    seen = model.evaluate(start)
-    zero, none = jnp.zeros_like(seen.energy), jnp.zeros(seen.energy.shape, int)
+    evaluation = model.evaluate(start)
+    zero, none = jnp.zeros_like(evaluation.energy), jnp.zeros(evaluation.energy.shape, int)
     now = _Search(
         point=start,
-        seen=seen,
+        evaluation=evaluation,
         memory=_Memory.empty(start),
         direction=jax.tree.map(jnp.zeros_like, start),
         length=zero,
         fresh=jnp.ones_like(none, bool),
         damping=zero,
-        status=_verdict(seen, tolerance),
+        status=_verdict(evaluation, tolerance),
         iterations=none,
         passes=none + model.evaluation_passes,
         count=jnp.asarray(0),
@@ -223,16 +230,16 @@ def descend(model: DescentModel, start: Any, tolerance: Any, max_iterations: Any
     )
 
 
-def _active(now: _Search, max_iterations: Any) -> Any:
+def _active(now: _Search, max_iterations: Scalar) -> Array:
     return (now.status == _RUNNING) & (now.iterations < max_iterations)
 
 
 def _search(
-    model: DescentModel, now: _Search, tolerance: Any, max_iterations: Any, few: int
+    model: DescentModel, now: _Search, tolerance: Array, max_iterations: Scalar, few: int
 ) -> _Search:
     """Search until no more than `few` samples are unsolved."""
 
-    def unfinished(now: _Search) -> Any:
+    def unfinished(now: _Search) -> Array:
         return jnp.sum(_active(now, max_iterations)) > few
 
     def with_new_matrix(now: _Search) -> _Search:
@@ -253,47 +260,47 @@ def _search(
     return jax.lax.while_loop(unfinished, with_new_matrix, now)
 
 
-def _with_direction(now: _Search, active: Any, propose: Propose) -> tuple[_Search, Any]:
-    """With directions for the fresh samples; also the passes that each of them spent."""
-    turn = active & now.fresh
+def _with_direction(now: _Search, active: Array, propose: Propose) -> tuple[_Search, Array]:
+    """Choose directions for the fresh samples; also returns the passes that each of them spent."""
+    starting = active & now.fresh
     # Of the others nothing is asked, so that conjugate gradients do not wait for them.
-    proposed, spent = propose(scale(turn.astype(now.length.dtype), now.seen.slope))
-    follows = turn & (now.iterations > 0)
-    memory = now.memory.with_proposal(_rows(proposed), now.count, follows, turn)
-    direction = _descent_direction(now.seen.slope, proposed, memory)
+    proposed, spent = propose(scale(starting.astype(now.length.dtype), now.evaluation.slope))
+    follows = starting & (now.iterations > 0)
+    memory = now.memory.with_proposal(_rows(proposed), now.count, follows, starting)
+    direction = _descent_direction(now.evaluation.slope, proposed, memory)
     # A model that could not be factorised proposes NaN.
     direction = jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0), direction)
     now = dataclasses.replace(
         now,
         memory=memory,
-        direction=choose(turn, direction, now.direction),
-        length=jnp.where(turn, 1, now.length),
+        direction=choose(starting, direction, now.direction),
+        length=jnp.where(starting, 1, now.length),
     )
-    return now, jnp.where(turn, spent, 0)
+    return now, jnp.where(starting, spent, 0)
 
 
 def _after_trial(
     model: DescentModel,
     now: _Search,
-    active: Any,
-    slack: Any,
-    activities: Any,
-    tolerance: Any,
-    spent: Any,
+    active: Array,
+    slack: Array,
+    activities: State,
+    tolerance: Array,
+    spent: Array,
 ) -> _Search:
     """Take the step where F has fallen enough; elsewhere halve its length, or give up."""
-    fall = dot(now.seen.slope, now.direction)
+    fall = dot(now.evaluation.slope, now.direction)
     moved = scale(jnp.where(active, now.length, 0), now.direction)
-    seen = model.evaluate(step(now.point, 1, moved))
-    enough = now.seen.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
-    taken = active & (seen.energy <= enough) & (fall < 0) & jnp.isfinite(seen.residual)
+    evaluation = model.evaluate(step(now.point, 1, moved))
+    enough = now.evaluation.energy + _SUFFICIENT_DECREASE * now.length * fall + slack
+    taken = active & (evaluation.energy <= enough) & (fall < 0) & jnp.isfinite(evaluation.residual)
     given_up = active & ~taken & ((now.length <= _SHORTEST_STEP) | ~(fall < 0))
     decided = taken | given_up
-    accepted: Any = jnp.where(taken, now.length, 0)
+    accepted = jnp.where(taken, now.length, 0)
     moved = scale(jnp.where(taken, 1, 0).astype(accepted.dtype), moved)
-    brings_much = (accepted == 1) & (seen.residual < _KEPT_BELOW * now.seen.residual)
-    seen = choose(taken, seen, now.seen)
-    status: Any = jnp.where(taken, _verdict(seen, tolerance), now.status)
+    brings_much = (accepted == 1) & (evaluation.residual < _KEPT_BELOW * now.evaluation.residual)
+    evaluation = choose(taken, evaluation, now.evaluation)
+    status = jnp.where(taken, _verdict(evaluation, tolerance), now.status)
     # A whole step that changes nothing, not even the gradient much, has solved for one of round-off
     # alone.
     still = (accepted == 1) & (now.damping == 0) & within_round_off(moved, activities)
@@ -309,7 +316,7 @@ def _after_trial(
     return dataclasses.replace(
         now,
         point=step(now.point, 1, moved),
-        seen=seen,
+        evaluation=evaluation,
         memory=memory,
         length=now.length / 2,
         fresh=decided,
@@ -323,20 +330,20 @@ def _after_trial(
     )
 
 
-def _verdict(seen: PointEvaluation, tolerance: Any) -> Any:
-    finite = jnp.isfinite(seen.energy) & jnp.isfinite(seen.residual)
-    status = jnp.where(seen.residual <= tolerance, int(EquilibriumStatus.CONVERGED), _RUNNING)
+def _verdict(evaluation: PointEvaluation, tolerance: Scalar) -> Array:
+    finite = jnp.isfinite(evaluation.energy) & jnp.isfinite(evaluation.residual)
+    status = jnp.where(evaluation.residual <= tolerance, int(EquilibriumStatus.CONVERGED), _RUNNING)
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
 
 
-def _descent_direction(slope: Any, proposed: Any, memory: _Memory) -> Any:
+def _descent_direction(slope: State, proposed: State, memory: _Memory) -> State:
     """The accelerated step where it is steep enough, otherwise the proposed one."""
     direction = _from_rows(memory.accelerated(), proposed)
     steep = dot(slope, direction) < 0.1 * dot(slope, proposed)
     return choose(steep, direction, proposed)
 
 
-def _next_damping(damping: jax.Array, length: jax.Array) -> jax.Array:
+def _next_damping(damping: Array, length: Array) -> Array:
     more = jnp.maximum(10 * damping, _FIRST_DAMPING)
     less = jnp.where(damping > _FIRST_DAMPING, damping / 10, 0)
     return jnp.where(length == 1, less, jnp.where(length < 0.1, more, damping))

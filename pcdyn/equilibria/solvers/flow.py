@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.checks import number
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, solve_each
 from pcdyn.errors import EquilibriumStatus, IntegratorError, Status, TimesError
 from pcdyn.integrators import Diffrax, Integrator, UntilEquilibrium, get_integrator
@@ -17,14 +16,20 @@ from pcdyn.model.problem import InferenceProblem
 
 
 class FlowToRest(Solver):
-    """Integrate the flow until the vector field is small, or to `t1`.
+    """The flow itself, integrated until the vector field is small, or to `t1`.
 
-    Arguments: `integrator`, any that runs in JAX and can watch for equilibrium; `t1`, in activity
-    time constants. Its `passes` are 0 for an implicit integrator, which does not report them.
+    Its `passes` are 0 for an implicit integrator, which does not report them.
+
+    **Arguments:**
+
+    - `integrator`: any that runs in JAX and can watch for equilibrium.
+    - `t1`: where it gives up, in units of the activity time constant.
     """
 
     integrator: Integrator = eqx.field(default_factory=Diffrax, converter=get_integrator)
-    t1: Any = eqx.field(default=1e4, converter=number("FlowToRest: t1", above=0, error=TimesError))
+    t1: Scalar = eqx.field(
+        default=1e4, converter=number("FlowToRest: t1", above=0, error=TimesError)
+    )
 
     @property
     def name(self) -> str:
@@ -38,10 +43,10 @@ class FlowToRest(Solver):
             )
         self.integrator.check(problem, UntilEquilibrium(), False)
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         return solve_each(self._solve_one, problem, state, tolerance)
 
-    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Array) -> Solution:
         # The tolerance is one of the gradient, the field is the gradient over τ.
         slowest = jnp.maximum(1.0, jnp.max(jnp.stack(problem.state_time_constants)))
         run = self.integrator.integrate(
@@ -62,6 +67,6 @@ class FlowToRest(Solver):
             (Status.NON_FINITE, EquilibriumStatus.NON_FINITE),
         ):
             status = jnp.where(run.status == outcome, int(meaning), status)
-        evaluations = run.statistics.vector_field_evaluations
-        passes = 0 if evaluations is None else 2 * evaluations
-        return Solution(run.end_state, status, run.statistics.accepted_steps, jnp.asarray(passes))
+        evaluations, steps = run.statistics.vector_field_evaluations, run.statistics.accepted_steps
+        passes = jnp.asarray(0 if evaluations is None else 2 * evaluations)
+        return Solution(run.end_state, status, jnp.asarray(0 if steps is None else steps), passes)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.checks import integer, number
 from pcdyn._support.states import largest_norm, scale, step
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
 from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propose, descend
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
@@ -34,16 +34,19 @@ from pcdyn.references.linear import gauss_newton_hessian
 class GaussNewton(Solver):
     """Damped Gauss–Newton with a line search that never lets F rise beyond its round-off.
 
-    Arguments: `max_iterations`; `explicit_width`: for outputs up to this width S is computed
-    column by column, each by a backward and a tangent pass, and solved by Cholesky; for wider ones
-    it is solved by conjugate gradients to the relative accuracy `cg_tolerance`.
-
     It needs energies of which the curvature is known, `pcdyn.Gaussian`, sums over units
     (`pcdyn.LogCosh` and others) or your own with a method `curvature`. Curvatures take the place of
     the precision where the step starts; that of sums over units is, where h'' is not positive, the
     weight of iteratively reweighted least squares (`Separable.bend`), so that every step is one of
     a positive definite model. Where residuals are large or energies not convex it can end at
-    another stationary point than the gradient flow: `Equilibrium.basin` looks.
+    another stationary point than the gradient flow: `Equilibrium.basin` checks that.
+
+    **Arguments:**
+
+    - `max_iterations`: so many steps, those that could not be taken included, for each sample.
+    - `explicit_width`: for outputs up to this width S is computed column by column, each by a
+      backward and a tangent pass, and solved by Cholesky.
+    - `cg_tolerance`: for wider ones it is solved by conjugate gradients to this relative accuracy.
     """
 
     max_iterations: int = eqx.field(
@@ -63,7 +66,7 @@ class GaussNewton(Solver):
     def check(self, problem: InferenceProblem) -> None:
         check_curvature(self.name, problem)
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         if not problem.both_ends_clamped:
             return descend(ActivityModel(problem), state, tolerance, self.max_iterations)
         chain = ErrorCoordinates(problem)
@@ -72,6 +75,10 @@ class GaussNewton(Solver):
         end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
         return dataclasses.replace(end, state=chain.unstack(hidden))
+
+
+# From a vector of the output space to the solution of S, and the passes that this costs.
+_Solve = Callable[[Array], tuple[Array, Scalar]]
 
 
 class ErrorModel(DescentModel):
@@ -92,21 +99,21 @@ class ErrorModel(DescentModel):
     def evaluate(self, point: Stacked) -> PointEvaluation:
         return self.chain.evaluate(point)
 
-    def round_off(self, point: Stacked) -> Any:
+    def round_off(self, point: Stacked) -> Array:
         return self.chain.round_off(point)
 
     def activities(self, point: Stacked) -> Stacked:
         return self.chain.activities(point)[0]
 
-    def take(self, samples: Any) -> ErrorModel:
+    def take(self, samples: Array) -> ErrorModel:
         return dataclasses.replace(self, chain=self.chain.take(samples))
 
-    def factorise(self, point: Stacked, damping: Any) -> Propose:
+    def factorise(self, point: Stacked, damping: Array) -> Propose:
         push, pull = self.chain.linearise(point)
         lessened = 1 / (1 + damping)
         output_covariance = self.chain.output_covariance(self.chain.activities(point)[1])
 
-        def s_product(covector: Any) -> Any:
+        def s_product(covector: Array) -> Array:
             """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
             own = output_covariance(covector)
             through = push(self.chain.apply_covariance(pull(covector), point))
@@ -115,7 +122,7 @@ class ErrorModel(DescentModel):
         solver = self._cholesky if self.explicit else self._conjugate_gradients
         solve = solver(s_product)
 
-        def propose(slope: Stacked) -> tuple[Stacked, Any]:
+        def propose(slope: Stacked) -> tuple[Stacked, Scalar]:
             # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
             steepest = scale(lessened, self.chain.apply_covariance(slope, point))
             solved, passes = solve(push(steepest))
@@ -124,7 +131,7 @@ class ErrorModel(DescentModel):
 
         return propose
 
-    def _cholesky(self, s_product: Any) -> Any:
+    def _cholesky(self, s_product: Callable[[Array], Array]) -> _Solve:
         batch, width = self.chain.target.shape
         identity = jnp.eye(width, dtype=self.chain.target.dtype)
         columns = jax.vmap(
@@ -134,8 +141,8 @@ class ErrorModel(DescentModel):
         solve = jax.vmap(lambda factor, rhs: jsl.cho_solve((factor, True), rhs))
         return lambda covector: (solve(factors, covector), 0)
 
-    def _conjugate_gradients(self, s_product: Any) -> Any:
-        def solve(covector: Any) -> tuple[Any, Any]:
+    def _conjugate_gradients(self, s_product: Callable[[Array], Array]) -> _Solve:
+        def solve(covector: Array) -> tuple[Array, Scalar]:
             (solved,), products = conjugate_gradients(
                 lambda v: (s_product(v[0]),), (covector,), self.cg_tolerance
             )
@@ -163,17 +170,17 @@ class ActivityModel(DescentModel):
         slope = self.problem.gradient(point)
         return PointEvaluation(self.problem.free_energy(point), slope, largest_norm(slope))
 
-    def round_off(self, point: State) -> Any:
+    def round_off(self, point: State) -> Array:
         return energy_round_off(self.problem, point)
 
     def activities(self, point: State) -> State:
         return point
 
-    def take(self, samples: Any) -> ActivityModel:
+    def take(self, samples: Array) -> ActivityModel:
         return dataclasses.replace(self, problem=self.problem.sample(samples))
 
-    def factorise(self, point: State, damping: Any) -> Propose:
-        def factor(one: InferenceProblem, state: State, damping: Any) -> BlockCholesky:
+    def factorise(self, point: State, damping: Array) -> Propose:
+        def factor(one: InferenceProblem, state: State, damping: Array) -> BlockCholesky:
             jacobians = layer_jacobians(one, state)
             matrix = gauss_newton_hessian(one, curvatures(one, state), jacobians)
             largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
@@ -181,7 +188,7 @@ class ActivityModel(DescentModel):
 
         factors = self.problem.map_samples(factor, point, damping)
 
-        def propose(slope: State) -> tuple[State, Any]:
+        def propose(slope: State) -> tuple[State, Scalar]:
             solved = jax.vmap(lambda factor, rhs: factor.solve(rhs))(factors, slope)
             return jax.tree.map(jnp.negative, solved), 0
 
@@ -232,14 +239,17 @@ def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int 
     return None
 
 
-def curvatures(problem: InferenceProblem, state: State) -> tuple[Any, ...]:
-    """The precisions that stand for the energies at a state of one sample."""
+def curvatures(problem: InferenceProblem, state: State) -> tuple[PyTree, ...]:
+    """Return the precisions that stand for the energies at a state of one sample.
+
+    Each is a `Precision`, or `None` where the curvature is not known.
+    """
     errors = problem.prediction_errors(problem.activities(state))
     return tuple(problem.curvature(index, error) for index, error in enumerate(errors, start=1))
 
 
-def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Any]:
-    """∂μ_l/∂x_{l−1} of shape (n_l, n_{l−1}), for each l whose lower layer is free."""
+def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Array]:
+    """Compute ∂μ_l/∂x_{l−1} of shape (n_l, n_{l−1}), for each l whose lower layer is free."""
     activities, widths = problem.activities(state), problem.network.widths
     jacobians = {}
     for index in range(1, problem.network.depth + 1):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.checks import integer, number
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import (
     Solution,
     Solver,
@@ -23,16 +22,24 @@ from pcdyn.errors import EquilibriumStatus
 from pcdyn.linearisation.scales import smallest_precision
 from pcdyn.model.problem import InferenceProblem
 
+# The state, the slope there, the time step, the status, and the numbers of iterations and passes.
+_Carry = tuple[State, State, Array, Array, Array, Array]
+
 
 class PseudoTransient(Solver):
     """Newton–Krylov steps `(1/Δt + ∂²F/∂x²) δ = −∂F/∂x` with a growing pseudo-time step Δt.
 
     Small steps follow the gradient flow and so stay in its basin; large ones are Newton's and
     converge quadratically. Δt grows as the gradient falls (switched evolution relaxation) and
-    shrinks where a step would raise F. Linear systems are solved by conjugate gradients with
-    Hessian products. Arguments: `first_step`, the first Δt in activity time constants over the
-    smallest precision; `growth`, the largest factor between steps; `cg_tolerance`, relative;
-    `max_iterations`.
+    shrinks where a step would raise F.
+
+    **Arguments:**
+
+    - `first_step`: the first Δt, in activity time constants over the smallest precision.
+    - `growth`: the largest factor between steps.
+    - `cg_tolerance`: the relative accuracy to which conjugate gradients, with Hessian products,
+      solve the linear systems.
+    - `max_iterations`: steps after which it gives up.
     """
 
     first_step: float = eqx.field(
@@ -55,23 +62,23 @@ class PseudoTransient(Solver):
     def check(self, problem: InferenceProblem) -> None:
         """Take every problem."""
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         return solve_each(self._solve_one, problem, state, tolerance)
 
-    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Array) -> Solution:
         dtype = problem.network.dtype
         running = int(EquilibriumStatus.ITERATION_LIMIT)
         # In the units of time that the precisions give.
         precision = smallest_precision(problem)
-        unit: Any = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
-        first_step: Any = jnp.asarray(self.first_step, dtype) * unit
+        unit = jnp.where(jnp.isfinite(precision), 1 / precision, 1)
+        first_step = jnp.asarray(self.first_step, dtype) * unit
         smallest = jnp.finfo(dtype).eps
 
-        def proceed(carry: Any) -> Any:
+        def proceed(carry: _Carry) -> Array:
             _, _, _, status, iterations, _ = carry
             return (status == running) & (iterations < self.max_iterations)
 
-        def body(carry: Any) -> Any:
+        def body(carry: _Carry) -> _Carry:
             state, slope, time_step, _, iterations, passes = carry
             energy = problem.free_energy(state)
             direction, products = self._step(problem, state, slope, time_step)
@@ -85,7 +92,7 @@ class PseudoTransient(Solver):
             )
             # The gradient grows on the way out of a saddle, where the flow needs time, not care.
             onward = jnp.maximum(time_step * factor, jnp.minimum(2 * time_step, first_step / 5))
-            next_step: Any = jnp.where(accepted, onward, 0.25 * time_step)
+            next_step = jnp.where(accepted, onward, 0.25 * time_step)
             state, slope = choose(accepted, (trial, trial_slope), (state, slope))
             converged = largest_norm(slope) <= tolerance
             # A long step that changes nothing has solved for a gradient of round-off alone.
@@ -106,9 +113,9 @@ class PseudoTransient(Solver):
         return Solution(state, status, iterations, passes)
 
     def _step(
-        self, problem: InferenceProblem, state: State, slope: State, time_step: Any
-    ) -> tuple[State, Any]:
-        """The step, and the number of Hessian products it took."""
+        self, problem: InferenceProblem, state: State, slope: State, time_step: Array
+    ) -> tuple[State, Array]:
+        """Compute the step, and the number of Hessian products it took."""
         _, curve = jax.linearize(problem.gradient, state)
 
         def product(tangent: State) -> State:
@@ -117,5 +124,5 @@ class PseudoTransient(Solver):
         return conjugate_gradients(product, jax.tree.map(jnp.negative, slope), self.cg_tolerance)
 
 
-def _size(slope: State) -> Any:
+def _size(slope: State) -> Array:
     return jnp.sqrt(dot(slope, slope))

@@ -8,7 +8,8 @@ network; what they leave is measured, and what is not near enough goes on.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -19,7 +20,7 @@ from pcdyn._support.checks import as_sequence, checked_integer, integer, number
 from pcdyn._support.forward_only import without_derivative
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.states import choose, dot, scale, step
-from pcdyn._support.types import State
+from pcdyn._support.types import State, Tree, Values
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
@@ -37,6 +38,8 @@ _MORE_PRODUCTS, _MORE_PRECONDITIONED = 8, 3
 _SAMPLES = 4
 _WIDEST = 32
 
+_Constant = TypeVar("_Constant")
+
 _NO_DERIVATIVE = InputError(
     "TruncatedGaussNewton stops short of the equilibrium, where what it returns has no useful "
     'derivative: differentiate PredictiveCoding(method="gauss_newton"), or the default of '
@@ -48,18 +51,18 @@ class TruncatedSolution(eqx.Module):
     """The end of inference to a relative accuracy, per sample.
 
     - `state`: the hidden activities.
-    - `residual`: how far from it, per sample, as `TruncatedGaussNewton` measures it.
+    - `residual`: how far from the equilibrium, per sample, as `TruncatedGaussNewton` measures it.
     - `iterations`: Gauss–Newton steps of the whole batch.
     - `handed_over`: which samples the fallback took over.
     """
 
     state: State
-    residual: Any
-    iterations: Any
-    handed_over: Any
+    residual: Values
+    iterations: Values
+    handed_over: Values
 
 
-def _as_products(value: Any) -> tuple[int, ...]:
+def _as_products(value: object) -> tuple[int, ...]:
     wanted = "a list of positive integers"
     products = tuple(
         checked_integer(count, "each of products", at_least=1)
@@ -77,25 +80,31 @@ class TruncatedGaussNewton(eqx.Module):
     per sample: F has no curvature below Π there but for that of the predictions, so that this
     bounds to first order how much of the displacement from the feedforward pass is missing.
 
-    One step is taken for each entry of `products`, the number of conjugate-gradient steps in it.
-    While the median over the batch is above `tolerance` more steps follow, at most `max_iterations`
-    in all. Samples then above `unsettled`, or with more energy than their feedforward pass, are
-    solved to `tolerance` by `GaussNewton` (by `ErrorDescent` where the output's energy has no
+    After one step for each of `products` more follow while the median over the batch is above
+    `tolerance`. Samples then above `unsettled`, or with more energy than their feedforward pass,
+    are solved to `tolerance` by `GaussNewton` (by `ErrorDescent` where the output's energy has no
     curvature, as cross-entropy), which check every step. With energies that are not Gaussian F can
     have less curvature than the model there, so that accuracy is that of the model's next step.
     Where activations have kinks gradients need not vanish, and only the energy decides. What
     remains of a sample's error depends on the others of its batch, by the median and by what the
     preconditioner has of them.
+
+    **Arguments:**
+
+    - `tolerance`: the relative residual at which half of a batch may stop.
+    - `unsettled`: that above which a sample is handed over.
+    - `products`: the number of conjugate-gradient steps in each of the first Gauss–Newton steps.
+    - `max_iterations`: the most Gauss–Newton steps in all.
     """
 
-    tolerance: Any = eqx.field(
+    tolerance: float = eqx.field(
         default=0.02, converter=number("TruncatedGaussNewton: tolerance", above=0)
     )
-    unsettled: Any = eqx.field(
+    unsettled: float = eqx.field(
         default=UNSETTLED, converter=number("TruncatedGaussNewton: unsettled", above=0)
     )
     products: tuple[int, ...] = eqx.field(static=True, default=(3, 1), converter=_as_products)
-    max_iterations: Any = eqx.field(
+    max_iterations: int = eqx.field(
         default=6, converter=integer("TruncatedGaussNewton: max_iterations", at_least=1)
     )
 
@@ -109,7 +118,7 @@ class TruncatedGaussNewton(eqx.Module):
             raise InputError("TruncatedGaussNewton needs both ends clamped")
 
     def settle(self, problem: InferenceProblem) -> TruncatedSolution:
-        """The equilibrium of every sample, and how near it is."""
+        """Find the equilibrium of every sample, and how near it is."""
         problem = without_derivative(problem, _NO_DERIVATIVE)
         chain = ErrorCoordinates(problem)
         errors = chain.stack(problem.zeros_state())
@@ -119,44 +128,50 @@ class TruncatedGaussNewton(eqx.Module):
         point, iterations = self._more_steps(
             chain, preconditioner, _evaluated(chain, errors), jnp.asarray(len(self.products))
         )
-        left = self._left(problem, chain, point)
+        unsolved = self._unsolved(problem, chain, point)
         point, _ = _while(
             lambda carry: jnp.any(carry[1]),
-            lambda problem, carry: (self._handed_over(problem, *carry), jnp.zeros_like(left)),
+            lambda problem, carry: (self._handed_over(problem, *carry), jnp.zeros_like(unsolved)),
             problem,
-            (point, left),
+            (point, unsolved),
         )
-        return TruncatedSolution(chain.unstack(point.hidden), point.residual, iterations, left)
+        return TruncatedSolution(chain.unstack(point.hidden), point.residual, iterations, unsolved)
 
     def _more_steps(
-        self, chain: ErrorCoordinates, preconditioner: Any, point: _Point, iterations: Any
-    ) -> tuple[_Point, Any]:
-        """Steps of more products while the median needs them."""
+        self,
+        chain: ErrorCoordinates,
+        preconditioner: Array | None,
+        point: _Point,
+        iterations: Array,
+    ) -> tuple[_Point, Array]:
+        """Take steps of more products while the median needs them."""
 
-        def body(constant: Any, carry: Any) -> Any:
+        def body(
+            constant: tuple[ErrorCoordinates, Array | None], carry: tuple[_Point, Array]
+        ) -> tuple[_Point, Array]:
             (chain, preconditioner), (point, iterations) = constant, carry
             products = _MORE_PRODUCTS if preconditioner is None else _MORE_PRECONDITIONED
             new = _evaluated(chain, _stepped(chain, point.errors, products, preconditioner))
             return _chosen(new.energy <= point.energy, new, point), iterations + 1
 
-        def far(carry: Any) -> Any:
+        def far(carry: tuple[_Point, Array]) -> Array:
             return self._far(carry[0]) & (carry[1] < self.max_iterations)
 
         return _while(far, body, (chain, preconditioner), (point, iterations))
 
-    def _far(self, point: _Point) -> Any:
+    def _far(self, point: _Point) -> Array:
         """Whether fewer than half of the samples are near enough."""
         return 2 * jnp.sum(point.residual <= self.tolerance) < point.residual.size
 
-    def _left(self, problem: InferenceProblem, chain: ErrorCoordinates, point: _Point) -> Any:
+    def _unsolved(self, problem: InferenceProblem, chain: ErrorCoordinates, point: _Point) -> Array:
         """The samples that must be handed over."""
         rises = _rises(chain, point)
         if has_kinks(problem.network):
             return rises
         return rises | ~(point.residual <= self.unsettled)
 
-    def _handed_over(self, problem: InferenceProblem, point: _Point, left: Any) -> _Point:
-        """The samples that are `left` solved by a solver that checks every step."""
+    def _handed_over(self, problem: InferenceProblem, point: _Point, unsolved: Array) -> _Point:
+        """Solve the `unsolved` samples by a solver that checks every step."""
         chain = ErrorCoordinates(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
@@ -167,43 +182,48 @@ class TruncatedGaussNewton(eqx.Module):
         start = jax.tree.map(jnp.nan_to_num, point.errors)
         hidden, _ = chain.activities(scale(lower.astype(point.energy.dtype), start))
         size = jnp.sqrt(jnp.maximum(dot(start, chain.weighted(start)), 0))
-        goal = jnp.where(left, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
+        goal = jnp.where(unsolved, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
         solved = solver.solve(problem, chain.unstack(hidden), goal)
-        return _chosen(left, _evaluated(chain, chain.errors(solved.state)), point)
+        return _chosen(unsolved, _evaluated(chain, chain.errors(solved.state)), point)
 
 
 class _Point(eqx.Module):
-    """Errors, and what is seen there: activities, F and the relative residual."""
+    """Errors, and the activities, F and the relative residual there."""
 
     errors: Stacked
     hidden: Stacked
-    energy: Any
-    residual: Any
+    energy: Array
+    residual: Array
 
 
-def _while(condition: Any, body: Any, constant: Any, carry: Any) -> Any:
-    """`while condition(carry): carry = body(constant, carry)`, for loops that seldom turn.
+def _while(
+    condition: Callable[[Tree], Array],
+    body: Callable[[_Constant, Tree], Tree],
+    constant: _Constant,
+    carry: Tree,
+) -> Tree:
+    """`while condition(carry): carry = body(constant, carry)`, for loops that seldom run.
 
-    XLA would compute what does not change in the body before the loop, also where it never turns:
+    XLA would compute what does not change in the body before the loop, also where it never runs:
     all that the body reads passes a barrier with what changes in it.
     """
 
-    def turn(carry: Any) -> Any:
+    def iterate(carry: Tree) -> Tree:
         arrays, static = eqx.partition((constant, carry), eqx.is_array)
         return body(*eqx.combine(jax.lax.optimization_barrier(arrays), static))
 
-    return jax.lax.while_loop(condition, turn, carry)
+    return jax.lax.while_loop(condition, iterate, carry)
 
 
-def _rises(chain: ErrorCoordinates, point: _Point) -> Any:
+def _rises(chain: ErrorCoordinates, point: _Point) -> Array:
     """Where F is above that of the feedforward pass, by more than round-off, or not finite."""
     start = jax.tree.map(jnp.zeros_like, point.errors)
     at_rest = chain.free_energy(start, chain.activities(start)[1])
     return ~(point.energy <= at_rest + 1e3 * jnp.finfo(at_rest.dtype).eps * jnp.abs(at_rest))
 
 
-def _chosen(condition: Any, yes: _Point, no: _Point) -> _Point:
-    """One of two points per sample."""
+def _chosen(condition: Array, yes: _Point, no: _Point) -> _Point:
+    """Choose one of two points per sample."""
     return jax.tree.map(lambda a, b: choose(condition, a, b), yes, no)
 
 
@@ -220,9 +240,9 @@ def _evaluated(chain: ErrorCoordinates, errors: Stacked) -> _Point:
 
 
 def _stepped(
-    chain: ErrorCoordinates, errors: Stacked, products: int, preconditioner: Any
+    chain: ErrorCoordinates, errors: Stacked, products: int, preconditioner: Array | None
 ) -> Stacked:
-    """One Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
+    """Take one Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
     With G = ∂E_L/∂r, H = ∂²E_L/∂r² (or its stand-in) and K = J Π⁻¹ Jᵀ the new errors are
     `Π⁻¹ Jᵀ (G + H y)`, where `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which
@@ -231,7 +251,7 @@ def _stepped(
     output_error, push, pull = _linearised(chain, errors)
     curve = chain.output_curvature(output_error)
 
-    def spread(covector: Any) -> Stacked:
+    def spread(covector: Array) -> Stacked:
         return chain.apply_covariance(pull(covector), errors)
 
     steepest = spread(chain.output_gradient(output_error))
@@ -245,7 +265,9 @@ def _stepped(
     return step(steepest, 1, spread(curve(found)))
 
 
-def _linearised(chain: ErrorCoordinates, errors: Stacked) -> tuple[Any, Any, Any]:
+def _linearised(
+    chain: ErrorCoordinates, errors: Stacked
+) -> tuple[Array, Callable[[Stacked], Array], Callable[[Array], Stacked]]:
     """The output error, and products with J and Jᵀ."""
     output_error, tangent = jax.linearize(lambda e: chain.activities(e)[1], errors)
     transposed = jax.linear_transpose(tangent, errors)
@@ -257,18 +279,22 @@ def _linearised(chain: ErrorCoordinates, errors: Stacked) -> tuple[Any, Any, Any
 
 
 def _conjugate_steps(
-    coupled: Any, curve: Any, preconditioner: Any, rhs: Any, steps: int
+    coupled: Callable[[Array], Array],
+    curve: Callable[[Array], Array],
+    preconditioner: Array | None,
+    rhs: Float[Array, "batch n"],
+    steps: int,
 ) -> Float[Array, "batch n"]:
-    """y with `(1 + K H) y = rhs`, by conjugate gradients in the inner product of H.
+    """Solve `(1 + K H) y = rhs` by conjugate gradients in the inner product of H.
 
     `coupled` is the product with K, `curve` that with H, per sample. In this inner product the
     system is symmetric, also where H is singular, as that of a softmax is.
     """
 
-    def inner(a: Any, b: Any) -> Any:
+    def inner(a: Array, b: Array) -> Array:
         return einsum("bn,bn->b", a, b)
 
-    def precondition(vectors: Any) -> Any:
+    def precondition(vectors: Array) -> Array:
         return vectors if preconditioner is None else matmul(vectors, preconditioner.T)
 
     answer, residual = jnp.zeros_like(rhs), rhs
@@ -290,7 +316,7 @@ def _conjugate_steps(
     return answer
 
 
-def _preconditioner(chain: ErrorCoordinates, start: Stacked) -> Any:
+def _preconditioner(chain: ErrorCoordinates, start: Stacked) -> Array | None:
     """`(1 + K̄ Π_L)⁻¹`, K̄ the mean of K over the first samples, which have much of it in common.
 
     `None` for a softmax, whose H is each sample's own, and for wide outputs, where it would cost
@@ -303,7 +329,7 @@ def _preconditioner(chain: ErrorCoordinates, start: Stacked) -> Any:
     _, push, pull = _linearised(few, jax.tree.map(lambda x: x[:, :samples], start))
     units = jnp.eye(width, dtype=chain.target.dtype)
 
-    def mean_of_row(unit: Any) -> Any:
+    def mean_of_row(unit: Array) -> Array:
         covector = jnp.broadcast_to(unit, (samples, width))
         return jnp.mean(push(few.apply_covariance(pull(covector), start)), axis=0)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from pcdyn._support.checks import checked_number, is_traced, number, optional
-from pcdyn._support.types import Activities, Numbers, State, Values
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
@@ -76,14 +76,14 @@ class JointFlow(Flow):
         """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state[len(self.free_layers) :])}
 
-    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self._inner_state(state))
 
     def free_energy(self, state: State) -> Array:
         """Sum F over the batch: what the flow never lets rise."""
         return jnp.sum(self._at(state).free_energy(self._inner_state(state)))
 
-    def vector_field(self, t: Values | float, state: State) -> State:
+    def vector_field(self, t: Scalar, state: State) -> State:
         count = len(self.free_layers)
         slope = jax.grad(self.free_energy)(state)
         constants = self.problem.state_time_constants
@@ -151,14 +151,14 @@ class AdiabaticFlow(Flow):
         """Name what moves besides activities: the network, as `"network"`."""
         return {"network": _with_vectors(self.problem.network, state)}
 
-    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self.problem.state_of(self.activities(state)))
 
     def free_energy(self, state: State) -> Array:
         """Sum the free energy at equilibrium over the batch: what the flow never lets rise."""
         return jnp.sum(self.observe(0.0, state)[1])
 
-    def vector_field(self, t: Values | float, state: State) -> State:
+    def vector_field(self, t: Scalar, state: State) -> State:
         # At the equilibrium ∂F/∂x = 0, so that dF*/dW is ∂F/∂W with x held.
         rest = self.problem.state_of(self.activities(state))
         slope = jax.grad(lambda s: jnp.sum(self._at(s).free_energy(rest)))(state)

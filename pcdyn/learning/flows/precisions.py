@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from pcdyn._support.checks import as_sequence, check_instance, is_traced, number, optional
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Activities, Numbers, State, Values
+from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.flows.joint import activities_at_rest, as_jax
@@ -154,7 +154,7 @@ class PrecisionFlow(Flow):
         """Name what moves besides activities: Π_1 … Π_L, as `"precisions"`."""
         return {"precisions": self.precisions_at(state)}
 
-    def observe(self, t: Values | float, state: State) -> tuple[Activities, Array]:
+    def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         rest = self.problem.state_of(self.activities(state))
         return self.problem_at(state).observe(t, rest)
 
@@ -175,7 +175,7 @@ class PrecisionFlow(Flow):
         rest = self.problem.state_of(trajectory.activities)
         return jax.jit(jax.vmap(at))(*as_jax((trajectory.precisions, rest)))
 
-    def vector_field(self, t: Values | float, state: State) -> State:
+    def vector_field(self, t: Scalar, state: State) -> State:
         if self.posterior == "laplace" and not is_linear(self.problem.network):
             # log det H depends on where the equilibrium is.
             slope = jax.grad(self.free_energy)(state)

@@ -77,7 +77,8 @@ class Precision(eqx.Module):
 
     def scaled(self, factor: Scalar) -> Precision:
         """Return the precision times a positive factor."""
-        return Precision(jnp.asarray(factor) if self.values is None else factor * self.values)
+        factor = jnp.asarray(factor)
+        return Precision(factor if self.values is None else factor * self.values)
 
     def matrix(self, width: int, dtype: DTypeLike) -> Float[Array, "n n"]:
         """Write Π as a full matrix of `width` rows."""
