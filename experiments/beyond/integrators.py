@@ -172,8 +172,8 @@ def orders(config: Config) -> np.ndarray:
     )
 
 
-def fastest(data: xarray.Dataset, name: str, error: float, metric: str = "run_seconds") -> Any:
-    """For each integrator the least `metric` of its runs with a maximum error of at most `error`.
+def fastest(data: xarray.Dataset, name: str, error: float) -> Any:
+    """For each integrator the least seconds of its runs with a maximum error of at most `error`.
 
     A series from the least; integrators that do not reach the error are left out.
     """
@@ -181,8 +181,8 @@ def fastest(data: xarray.Dataset, name: str, error: float, metric: str = "run_se
         (data.problem == name) & data.status.isin(["REACHED_T1", "CONVERGED"])
         & (data.maximum_error <= error)
     )  # fmt: skip
-    part = data[[metric]].isel(run=np.flatnonzero(good.values))
-    series: Any = part[metric].to_series().groupby(part.integrator.values).min()
+    part = data.isel(run=np.flatnonzero(good.values))
+    series: Any = part.run_seconds.to_series().groupby(part.integrator.values).min()
     return series.dropna().sort_values()
 
 

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.beyond import _interpolation_drawing as drawing
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import vector_cosine
 from experiments.shared.networks import gaussian_weights, network_of
 from experiments.shared.precision_paths import (
     TOLERANCE,
@@ -30,6 +29,7 @@ from experiments.shared.precision_paths import (
     precisions_of,
     with_precisions,
 )
+from pcdyn._support.states import cosine
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -140,8 +140,8 @@ def compare(
     by_bp = weight_vectors(bp.weight_gradient)
     hidden = activities[1:-1]
     return {
-        "activity_cosine_feedforward": each(vector_cosine, hidden, bp.activities[1:-1]),
-        "activity_cosine_tp": each(vector_cosine, hidden, targets[1:-1]),
+        "activity_cosine_feedforward": each(cosine, hidden, bp.activities[1:-1]),
+        "activity_cosine_tp": each(cosine, hidden, targets[1:-1]),
         "activity_distance_feedforward": each(distances, hidden, bp.activities[1:-1]),
         "activity_distance_tp": each(distances, hidden, targets[1:-1]),
         # Where the way from the feedforward pass to the targets is 1 long.
@@ -149,12 +149,12 @@ def compare(
         "way_to_tp": each(
             lengths, [x - t for x, t in zip(hidden, targets[1:-1], strict=True)], local[:-1]
         ),
-        "error_cosine_bp": each(vector_cosine, scaled, bp.deltas),
+        "error_cosine_bp": each(cosine, scaled, bp.deltas),
         "error_distance_bp": each(distances, scaled, bp.deltas),
-        "error_cosine_tp": each(vector_cosine, scaled, local),
-        "gradient_cosine_bp": each(vector_cosine, learned, by_bp),
+        "error_cosine_tp": each(cosine, scaled, local),
+        "gradient_cosine_bp": each(cosine, learned, by_bp),
         "gradient_distance_bp": each(distances, learned, by_bp),
-        "gradient_cosine_tp": each(vector_cosine, learned, by_tp),
+        "gradient_cosine_tp": each(cosine, learned, by_tp),
     }
 
 

@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import vector_cosine
 from experiments.shared.precision_paths import with_precisions
 from pcdyn import learning, linear
+from pcdyn._support.states import cosine
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
 
@@ -153,12 +154,10 @@ def compared(problem: pcdyn.InferenceProblem, precisions: Any) -> Any:
             deltas = [one.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
             ours = local_gradient(one.network, rest, deltas)
             theirs = pcdyn.backpropagation(one).weight_gradient
-            return vector_cosine(*(
-                jnp.concatenate([w.ravel() for w in jax.tree.leaves(g)]) for g in (ours, theirs)
-            ))  # fmt: skip
+            return cosine(ravel_pytree(ours)[0], ravel_pytree(theirs)[0])
 
         bp = jax.vmap(angle)(now.input, now.output, activities)
-        tp = jax.vmap(vector_cosine)(activities[1] - before[1], target)
+        tp = jax.vmap(cosine)(activities[1] - before[1], target)
         return jnp.mean(bp), jnp.mean(tp), jnp.mean(linear.negative_log_likelihood(now))
 
     return jax.vmap(at)(tuple(jnp.asarray(p) for p in precisions))

@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
+from pcdyn import plotting
 from pcdyn.theory import Evidence
 from pcdyn.theory.dynamics import (
     condition_numbers,
@@ -26,6 +27,7 @@ from pcdyn.theory.dynamics import (
     marchenko_pastur_edges,
     random_square_weights,
 )
+from pcdyn.theory.evidence import evidence_from_xarray, evidence_to_xarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +93,7 @@ def run(config: Config) -> xarray.Dataset:
             "wide_share_expected": (("wide_rate",), marchenko_pastur_shares(wide_edges, 0.5)),
             "wide_density_expected": (("wide_rate",), marchenko_pastur_density(
                 (wide_edges[1:] + wide_edges[:-1]) / 2, 0.5)),
-            "evidence": ("row", [e.claim for e in evidence]),
-            "evidence_measured": ("row", [e.measured for e in evidence]),
-            "evidence_expected": ("row", [e.expected for e in evidence]),
-            "evidence_tolerance": ("row", [e.tolerance for e in evidence]),
-            "evidence_holds": ("row", [e.holds for e in evidence]),
-            "evidence_known": ("row", [e.expected_to_hold for e in evidence]),
+            **evidence_to_xarray(evidence),
         },
         coords={
             "depth": list(config.depths), "width": list(config.widths),
@@ -141,18 +138,10 @@ def marchenko_pastur_shares(edges: Sequence[float] | np.ndarray, ratio: float) -
 
 def check(data: xarray.Dataset) -> list[Evidence]:
     """The evidence of the theory, the shape of the spectrum, and the effect of precisions."""
-    rows = zip(
-        data.evidence.values, data.evidence_measured.values, data.evidence_expected.values,
-        data.evidence_tolerance.values, data.evidence_known.values, strict=True,
-    )  # fmt: skip
     medians = data.condition_by_ratio.sel(quartile=0.5)
     ratios, ends = data.ratio.values, medians.values
     return [
-        *(
-            Evidence("Eq 28", str(text), float(measured), "equal" if known else "at most",
-                     float(expected), float(tolerance), expected_to_hold=bool(known))
-            for text, measured, expected, tolerance, known in rows
-        ),
+        *evidence_from_xarray(data),
         Evidence(
             "Eq 28", "the rates of a wide layer have the density of Marchenko and Pastur (largest "
             "distance of the distributions)",
@@ -193,7 +182,7 @@ def plot(data: xarray.Dataset) -> Figure:
         third.plot(data.depth, data.slowest_time.sel(width=width), "o-", label=f"width {width}")
     for ax, label, title in (
         (second, "condition number of H", "deeper is stiffer"),
-        (third, "time (activity time constants)", "slowest relaxation time, median"),
+        (third, plotting.TIME_LABEL, "slowest relaxation time, median"),
     ):
         ax.set(xscale="log", yscale="log", xlabel="depth L", ylabel=label, title=title)
         ax.set_xticks(data.depth.values, [str(d) for d in data.depth.values], minor=False)

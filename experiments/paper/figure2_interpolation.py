@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 

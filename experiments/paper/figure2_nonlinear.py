@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 
@@ -96,7 +96,7 @@ def plot(data: xarray.Dataset) -> Figure:
     for ax, (panel, name, text) in zip(axes, panels, strict=True):
         values = data[f"cosine_to_{name}"].values
         plotting.mean_band(data.time.values, values, ax=ax, label="mean ± std")
-        ax.set(xlabel="time (activity time constants)", ylabel="cosine similarity")
+        ax.set(xlabel=plotting.TIME_LABEL, ylabel="cosine similarity")
         ax.set_title(f"{panel}  hidden layer and {text}")
     return figure
 

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine, largest_rise
+from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 
@@ -157,7 +158,7 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.set_title(title)
         ax.legend()
     for ax in axes.flat:
-        ax.set_xlabel("time (activity time constants)")
+        ax.set_xlabel(plotting.TIME_LABEL)
     return figure
 
 

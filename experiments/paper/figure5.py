@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.example import COLORS, Example, problem_of
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
+from pcdyn._support.states import cosine
 from pcdyn.plotting import schematic
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence

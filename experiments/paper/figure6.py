@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 import xarray
+from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -23,11 +24,10 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.example import COLORS, Example, problem_of
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
 from experiments.shared.precision_paths import TOLERANCE, followed_path, precisions_of
 from pcdyn import learning
-from pcdyn._support.states import step
+from pcdyn._support.states import cosine, step
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.plotting import schematic
 from pcdyn.theory import Evidence
@@ -177,8 +177,8 @@ def rule_distance(problem: pcdyn.InferenceProblem, rule: learning.Rule, gradient
     rule.check(batch)
     learned, _ = rule.learn(batch, ())
     ours, theirs = (
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(g, eqx.is_inexact_array))])
-        for g in (learned.gradient, gradient)
+        np.asarray(ravel_pytree(eqx.filter(each, eqx.is_inexact_array))[0])
+        for each in (learned.gradient, gradient)
     )
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 

@@ -61,12 +61,12 @@ def load(name: str, lowest: float = 0.0) -> tuple[Any, Any]:
 
 
 def trained_classifier(
-    network: pcdyn.Network, digits: Any, *, epochs: int, key: jax.Array, batch: int = 64
+    network: pcdyn.Network, digits: Any, *, epochs: int, key: jax.Array
 ) -> pcdyn.Network:
-    """The network after `epochs` of BP on digits: squared error, rate .05, momentum .9."""
+    """The network after `epochs` of BP: squared error, batches of 64, rate .05, momentum .9."""
     images, targets = jnp.asarray(digits.images), jnp.asarray(digits.one_hot)
     weights, static = eqx.partition(network, eqx.is_array)
-    optimiser = optax.sgd(0.05, 0.9)
+    optimiser, batch = optax.sgd(0.05, 0.9), 64
 
     def loss(weights: Any, x: Any, y: Any) -> Any:
         errors = eqx.combine(weights, static).feedforward(x)[-1] - y

@@ -6,6 +6,7 @@ In a batch the axis before it is the sample. Axes before that, if any, are layer
 from __future__ import annotations
 
 import functools
+import math
 import operator
 
 import equinox as eqx
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.products import einsum
 from pcdyn._support.types import State, Tree, Values
 
@@ -35,6 +37,14 @@ def dot(a: State, b: State) -> Float[Array, "*batch"]:
     products = (einsum("...n,...n->...", x, y) for x, y in zip(a, b, strict=True))
     each = (x if x.ndim < 2 else jnp.sum(x, axis=0) for x in products)
     return functools.reduce(operator.add, each)
+
+
+def cosine(a: Values, b: Values, *, of_zero: float = math.nan) -> Values:
+    """The cosine similarity along the last axis, and `of_zero` where either vanishes."""
+    xp = array_namespace(a)
+    lengths = xp.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    quotients = (a * b).sum(-1) / xp.where(lengths == 0, 1, lengths)
+    return xp.where(lengths == 0, of_zero, quotients)
 
 
 def step(state: Tree, length: ArrayLike, direction: Tree) -> Tree:
