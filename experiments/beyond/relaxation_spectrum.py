@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
@@ -106,7 +108,7 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def quartiles(rates: Any) -> np.ndarray:
+def quartiles(rates: ArrayLike) -> np.ndarray:
     """Of the condition number, over networks."""
     rates = np.asarray(rates)
     return np.quantile(rates[:, -1] / rates[:, 0], [0.25, 0.5, 0.75])
@@ -119,10 +121,10 @@ def wide_layer(config: Config) -> np.ndarray:
     return np.asarray(linear_spectra([jnp.zeros((networks, n, 1)), draws]))
 
 
-def marchenko_pastur_density(rates: Any, ratio: float) -> np.ndarray:
+def marchenko_pastur_density(rates: np.ndarray, ratio: float) -> np.ndarray:
     """The density of 1 + the eigenvalues of WᵀW, n/m = ratio ≤ 1, entries N(0, 1/m)."""
     low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2
-    inner = np.clip(np.asarray(rates) - 1, low, high)
+    inner = np.clip(rates - 1, low, high)
     return np.sqrt((high - inner) * (inner - low)) / (2 * np.pi * ratio * inner)
 
 
@@ -204,7 +206,9 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _with_quartiles(ax: Any, x: Any, values: Any, label: str | None) -> None:
+def _with_quartiles(
+    ax: Axes, x: xarray.DataArray, values: xarray.DataArray, label: str | None
+) -> None:
     """The median in a band from the lower to the upper quartile."""
     (line,) = ax.plot(x, values.sel(quartile=0.5), "o-", label=label)
     ax.fill_between(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import xarray
 from matplotlib import pyplot as plt
@@ -146,7 +145,7 @@ def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> li
             statement.snippet, "```"]  # fmt: skip
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -47,7 +46,9 @@ def run(config: Config) -> xarray.Dataset:
         "euler": pcdyn.Euler(dt=config.euler_step),
     }
 
-    def one(weights: Any, input: Any, output: Any) -> Any:
+    def one(
+        weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +17,7 @@ from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
+from pcdyn.references import TargetPropagationPass
 from pcdyn.theory import Evidence
 
 
@@ -45,7 +45,9 @@ def run(config: Config) -> xarray.Dataset:
     starts = config.target_std * jr.normal(keys[2], (config.networks, config.width))
     times = np.concatenate([[0], np.geomspace(1e-2, config.t1, 160)])
 
-    def one(weights: Any, target: Any, start: Any) -> Any:
+    def one(
+        weights: jax.Array, target: jax.Array, start: jax.Array
+    ) -> tuple[pcdyn.Trajectory, TargetPropagationPass]:
         problem = pcdyn.InferenceProblem(network_of(weights, "tanh"), output=target)
         reference = pcdyn.target_propagation(problem)
         trajectory = pcdyn.simulate(

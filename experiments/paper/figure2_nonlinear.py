@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -44,7 +43,7 @@ def run(config: Config) -> xarray.Dataset:
     inputs, outputs = 1 + jr.normal(keys[1], shape), jnp.tanh(jr.normal(keys[2], shape))
     times = np.linspace(0, config.t1, 201)
 
-    def one(weights: Any, input: Any, output: Any) -> Any:
+    def one(weights: jax.Array, input: jax.Array, output: jax.Array) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(network_of(weights, "tanh"), input=input, output=output)
         trajectory = pcdyn.simulate(
             problem, t1=config.t1, times=times, integrator=pcdyn.Diffrax("tsit5", rtol=1e-8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -60,7 +59,9 @@ def run(config: Config) -> xarray.Dataset:
     covariances, rejected = random_covariances(keys[3], config)
     times = np.linspace(0, config.t1, 241)
 
-    def one(weights: Any, precisions: Any, input: Any, output: Any) -> Any:
+    def one(
+        weights: jax.Array, precisions: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output,
             energy=pcdyn.Gaussian([precisions[0], precisions[1]]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -51,7 +50,9 @@ def run(config: Config) -> xarray.Dataset:
     )
     times = np.concatenate([[0], np.geomspace(1e-4, config.t1, 160)])
 
-    def one(ratio: Any, weights: Any, input: Any, output: Any) -> Any:
+    def one(
+        ratio: jax.Array, weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output,
             energy=pcdyn.Gaussian([1.0, ratio]),

@@ -17,7 +17,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray
+from jaxtyping import PyTree
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
@@ -78,7 +80,7 @@ class Observed(eqx.Module):
         )
         rules = {"pc": learning.PredictiveCoding(), "bp": learning.Backpropagation()}
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
+        def add(total: PyTree, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             problem = pcdyn.InferenceProblem(
                 network, input=part[0], output=part[1], energy=self.energy
             )
@@ -217,7 +219,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _accuracy(ax: Any, part: xarray.Dataset) -> None:
+def _accuracy(ax: Axes, part: xarray.Dataset) -> None:
     for rule in RULES:
         values = 100 * part.evaluated_accuracy.sel(rule=rule).transpose("seed", "epochs_done")
         plotting.mean_band(np.arange(part.sizes["epochs_done"]), values.values, ax=ax, label=rule)
@@ -226,7 +228,7 @@ def _accuracy(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="lower right")
 
 
-def _cosines(ax: Any, part: xarray.Dataset) -> None:
+def _cosines(ax: Axes, part: xarray.Dataset) -> None:
     every = part.cosine_by_batch
     count = every.sizes["thinned_batch"]
     epochs = (np.arange(every.sizes["epoch"])[:, None] + np.arange(count) / count).ravel()
@@ -240,7 +242,7 @@ def _cosines(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="lower center", ncols=3)
 
 
-def _loss_change(ax: Any, part: xarray.Dataset) -> None:
+def _loss_change(ax: Axes, part: xarray.Dataset) -> None:
     x = np.arange(part.sizes["epoch"]) + 0.5
     for label, values in (
         ("before inference", part.loss), ("after", part.output_loss),
@@ -252,7 +254,7 @@ def _loss_change(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="upper right")
 
 
-def _norms(ax: Any, part: xarray.Dataset) -> None:
+def _norms(ax: Axes, part: xarray.Dataset) -> None:
     x = np.arange(part.sizes["epochs_done"])
     for rule, trained, dashes in zip(RULES, ("PC", "BP"), ("-", "--"), strict=True):
         for color, (name, label) in enumerate((("bp", "∇ℒ"), ("pc", "∇F*"))):

@@ -20,7 +20,7 @@ def row(
     return Evidence("", what, float(measured), relation, limit, note=note, timed=True)
 
 
-def best_time(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+def best_time(function: Callable[..., Any], *arguments: object) -> tuple[Any, float]:
     """The result of a compiled call and the least seconds it took, not counting the first."""
     result, best = jax.block_until_ready(function(*arguments)), np.inf
     for _ in range(4):

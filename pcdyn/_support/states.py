@@ -8,15 +8,19 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.products import einsum
 from pcdyn._support.types import State, Tree, Values
+
+_Array = TypeVar("_Array", Array, np.ndarray)
 
 
 def layer_norms(state: State) -> Float[Array, "*batch layers"]:
@@ -39,7 +43,7 @@ def dot(a: State, b: State) -> Float[Array, "*batch"]:
     return functools.reduce(operator.add, each)
 
 
-def cosine(a: Values, b: Values, *, of_zero: float = math.nan) -> Values:
+def cosine(a: _Array, b: _Array, *, of_zero: float = math.nan) -> _Array:
     """The cosine similarity along the last axis, and `of_zero` where either vanishes."""
     xp = array_namespace(a)
     lengths = xp.sqrt((a**2).sum(-1) * (b**2).sum(-1))
