@@ -546,10 +546,20 @@ MISTAKES = (
         ),
     ),
     Mistake(
-        "trajectory: lengths are squared",
-        "pcdyn/simulation/trajectory.py",
-        "lengths = xp.sqrt((here**2).sum(-1) * (there**2).sum(-1))",
-        "lengths = (here**2).sum(-1) * (there**2).sum(-1)",
+        "conjugate gradients: what falls has converged",
+        "pcdyn/equilibria/solvers/conjugate_gradients.py",
+        "converged = falls & (residual <= tolerance)",
+        "converged = falls",
+        (
+            "tests/exact/test_equilibrium.py"
+            "::test_every_solver_ends_at_the_equilibrium[conjugate_gradients]",
+        ),
+    ),
+    Mistake(
+        "cosines: lengths are squared",
+        "pcdyn/_support/states.py",
+        "lengths = xp.sqrt((a**2).sum(-1) * (b**2).sum(-1))",
+        "lengths = (a**2).sum(-1) * (b**2).sum(-1)",
         ("tests/exact/test_integrators.py::test_distances_cosines_and_angles_are_those_of_numpy",),
     ),
     Mistake(

@@ -27,6 +27,7 @@ from experiments.shared.networks import (
 )
 from experiments.shared.timing import best_time, row
 from pcdyn import learning
+from pcdyn._support.types import State
 from pcdyn.theory import Evidence
 
 
@@ -49,9 +50,10 @@ def rows() -> Iterator[Evidence]:
     """Seconds on each device, and the largest error there."""
     accelerator, cpu = jax.devices()[0], jax.devices("cpu")[0]
     devices = [accelerator] if accelerator == cpu else [accelerator, cpu]
+    names = ["CPU" if device.platform == "cpu" else device.device_kind for device in devices]
     for work in works():
         seconds = []
-        for device in devices:
+        for device, name in zip(devices, names, strict=True):
             with jax.default_device(device):
                 arrays = jax.device_put(work.arrays, device)
                 compiled = eqx.filter_jit(work.call) if work.compiled else work.call
@@ -61,16 +63,12 @@ def rows() -> Iterator[Evidence]:
                 result, best = best_time(compiled, arrays)
             seconds.append(best)
             yield row(
-                f"{work.name}, {_name(device)}: seconds", best,
+                f"{work.name}, {name}: seconds", best,
                 note=f"first call {first:.1f} s, largest {work.what} "
                 f"{float(np.max(np.asarray(result))):.1e}",
             )  # fmt: skip
         if len(seconds) == 2:
-            yield row(f"{work.name}: CPU / {_name(devices[0])}", seconds[1] / seconds[0])
-
-
-def _name(device: Any) -> str:
-    return "CPU" if device.platform == "cpu" else device.device_kind
+            yield row(f"{work.name}: CPU / {names[0]}", seconds[1] / seconds[0])
 
 
 def works() -> Iterator[Work]:
@@ -88,17 +86,17 @@ def _ensembles(networks: int) -> Iterator[Work]:
     """Figure 2's linear networks, each with its own step sizes, in float64."""
     arrays = linear_problems(jr.split(jr.key(0), 3), networks=networks, width=5, std=0.05**0.5)
 
-    def problem(weights: Any, input: Any, output: Any) -> pcdyn.InferenceProblem:
+    def problem(weights: jax.Array, input: jax.Array, output: jax.Array) -> pcdyn.InferenceProblem:
         return pcdyn.InferenceProblem(network_of(weights, "identity"), input=input, output=output)
 
-    def residual(problem: pcdyn.InferenceProblem, state: Any) -> Any:
+    def residual(problem: pcdyn.InferenceProblem, state: State) -> jax.Array:
         return jnp.linalg.norm(problem.gradient(state)[0])
 
-    def closed_form(weights: Any, input: Any, output: Any) -> Any:
+    def closed_form(weights: jax.Array, input: jax.Array, output: jax.Array) -> jax.Array:
         posed = problem(weights, input, output)
         return residual(posed, posed.state_of(pcdyn.linear_equilibrium(posed)))
 
-    def trajectory(weights: Any, input: Any, output: Any) -> Any:
+    def trajectory(weights: jax.Array, input: jax.Array, output: jax.Array) -> jax.Array:
         posed = problem(weights, input, output)
         runs = [
             pcdyn.simulate(posed, t1=20.0, times=[0.0, 20.0], integrator=i, throw=False)
@@ -117,7 +115,7 @@ def _equilibrium(batch: int) -> Work:
     """Of a trained classifier of digits, in float32."""
     network, images, targets = _classifier(batch)
 
-    def solve(arrays: Any) -> Any:
+    def solve(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         images, targets = arrays
         problem = pcdyn.InferenceProblem(network, input=images, output=targets)
         return pcdyn.equilibrium(problem, throw=False).residual_norms
@@ -135,7 +133,7 @@ def _training(samples: int, batch: int) -> Iterator[Work]:
         ("PC", learning.PredictiveCoding()),
     ):
 
-        def epoch(arrays: Any, rule: learning.Rule = rule) -> Any:
+        def epoch(arrays: tuple[jax.Array, jax.Array], rule: learning.Rule = rule) -> np.ndarray:
             return learning.train(
                 network, *arrays, rule=rule, optimiser=optimiser, epochs=1, batch_size=batch,
                 key=jr.key(0), reduction="sum",
@@ -160,7 +158,7 @@ def _stiff(batch: int) -> Work:
     network = pcdyn.mlp([20] * 4, activation="tanh", std=0.05**0.5, key=keys[0])
     arrays = (1 + jr.normal(keys[1], (batch, 20)), jnp.tanh(jr.normal(keys[2], (batch, 20))))
 
-    def run(arrays: Any) -> Any:
+    def run(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         input, output = arrays
         problem = pcdyn.InferenceProblem(
             network, input=input, output=output, energy=pcdyn.Gaussian([1.0, 1.0, 1e4])
@@ -182,7 +180,7 @@ def _deep(batch: int) -> Work:
     labels = jr.randint(keys[2], (batch,), 0, 10)
     arrays = (jr.normal(keys[1], (batch, 128), jnp.float32), jax.nn.one_hot(labels, 10))
 
-    def solve(arrays: Any) -> Any:
+    def solve(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         input, output = arrays
         problem = pcdyn.InferenceProblem(network, input=input, output=output)
         return pcdyn.equilibrium(problem, throw=False).residual_norms

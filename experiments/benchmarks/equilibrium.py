@@ -173,7 +173,7 @@ def _calls(
     return calls, {name: int(np.sum(call() != converged)) for name, call in calls.items()}
 
 
-def _by_default(problem: pcdyn.InferenceProblem) -> Any:
+def _by_default(problem: pcdyn.InferenceProblem) -> jax.Array:
     return pcdyn.equilibrium(problem, tolerance=_TOLERANCE, throw=False).status_codes
 
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 import pcdyn
 from experiments.shared.networks import classifier, load, trained_classifier
 from experiments.shared.solver_races import exact_equilibrium
 from experiments.shared.timing import best_times, row
 from pcdyn import learning
+from pcdyn.io.datasets import Dataset
 from pcdyn.theory import Evidence
 
 _WIDTHS = (784, 128, 64, 10)
@@ -50,7 +52,9 @@ def rows() -> Iterator[Evidence]:
     yield from _seeds(train)
 
 
-def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> Iterator[Evidence]:
+def _steps(
+    which: str, activation: str, network: pcdyn.Network, train: Dataset
+) -> Iterator[Evidence]:
     what = f"{which}: time of a step,"
     data = (jnp.asarray(train.images), jnp.asarray(train.one_hot))
     calls: dict[str, Callable[[], Any]] = {
@@ -76,7 +80,11 @@ def _steps(which: str, activation: str, network: pcdyn.Network, train: Any) -> I
 
 
 def _call(
-    network: pcdyn.Network, data: Any, rule: learning.Rule, key: Any, epochs: int
+    network: pcdyn.Network,
+    data: tuple[jax.Array, jax.Array],
+    rule: learning.Rule,
+    key: jax.Array,
+    epochs: int,
 ) -> Callable[[], Any]:
     """Training as a user calls it, with the data on the device already."""
     return lambda: learning.train(
@@ -85,25 +93,29 @@ def _call(
     ).state  # fmt: skip
 
 
-def _plain_epoch(network: pcdyn.Network, data: Any, function: Any) -> Callable[[], Any]:
+def _plain_epoch(
+    network: pcdyn.Network,
+    data: tuple[jax.Array, jax.Array],
+    function: Callable[[jax.Array], jax.Array],
+) -> Callable[[], Any]:
     """BP by hand, without anything recorded but the loss."""
     inputs, targets = data
     weights = [(layer.weight, layer.bias) for layer in network.layers]
 
-    def loss(weights: Any, x: Any, y: Any) -> Any:
+    def loss(weights: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
         for weight, bias in weights[:-1]:
             x = function(x @ weight.T + bias)
         weight, bias = weights[-1]
         return 0.5 * jnp.sum((x @ weight.T + bias - y) ** 2)
 
-    def update(carry: Any, rows: Any) -> Any:
+    def update(carry: PyTree, rows: jax.Array) -> PyTree:
         weights, state = carry
         value, slope = jax.value_and_grad(loss)(weights, inputs[rows], targets[rows])
         updates, state = _OPTIMISER.update(slope, state, weights)
         return (optax.apply_updates(weights, updates), state), value
 
     @jax.jit
-    def epoch(weights: Any, key: Any) -> Any:
+    def epoch(weights: PyTree, key: jax.Array) -> PyTree:
         count = len(inputs) // _BATCH * _BATCH
         order = jr.permutation(key, len(inputs))[:count].reshape(-1, _BATCH)
         return jax.lax.scan(update, (weights, _OPTIMISER.init(weights)), order)
@@ -111,11 +123,11 @@ def _plain_epoch(network: pcdyn.Network, data: Any, function: Any) -> Callable[[
     return lambda: epoch(weights, jr.key(0))
 
 
-def _errors(network: pcdyn.Network, train: Any, batches: int = 8) -> tuple[float, float]:
-    """Median and ninth decile of ‖x − x*‖ / ‖x_ff − x*‖ over some batches."""
+def _errors(network: pcdyn.Network, train: Dataset) -> tuple[float, float]:
+    """Median and ninth decile of ‖x − x*‖ / ‖x_ff − x*‖ over eight batches."""
     settle = eqx.filter_jit(lambda problem: learning.TruncatedGaussNewton().settle(problem).state)
     errors = []
-    for batch in range(batches):
+    for batch in range(8):
         rows = slice(batch * _BATCH, (batch + 1) * _BATCH)
         problem = pcdyn.InferenceProblem(
             network, input=train.images[rows], output=train.one_hot[rows]
@@ -130,7 +142,7 @@ def _errors(network: pcdyn.Network, train: Any, batches: int = 8) -> tuple[float
     return float(np.median(errors)), float(np.quantile(errors, 0.9))
 
 
-def _seeds(train: Any) -> Iterator[Evidence]:
+def _seeds(train: Dataset) -> Iterator[Evidence]:
     keys = jr.split(jr.key(0), _SEEDS)
     stack = eqx.filter_vmap(lambda key: classifier(_WIDTHS, "tanh", key))(keys)
     one = classifier(_WIDTHS, "tanh", keys[0])

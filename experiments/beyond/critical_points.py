@@ -8,7 +8,6 @@ saddle of ℒ, which it approaches while its output weights grow without end.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -76,13 +75,13 @@ def interpolable(config: Config) -> pcdyn.InferenceProblem:
     )
 
 
-def noisy(key: Any, precision: float) -> pcdyn.InferenceProblem:
+def noisy(key: jax.Array, precision: float) -> pcdyn.InferenceProblem:
     """Linear 1-1-2 with random weights; ℒ has a saddle at 5.0 per sample and is least at 4.5."""
     network = pcdyn.mlp((1, 1, 2), activation="identity", key=key)
     return noisy_problem([layer.weight for layer in network.layers], noise=3.0, precision=precision)
 
 
-def follow(problem: pcdyn.InferenceProblem, t1: float, times: Any) -> dict[str, np.ndarray]:
+def follow(problem: pcdyn.InferenceProblem, t1: float, times: np.ndarray) -> dict[str, np.ndarray]:
     """Gradient norms of F* and ℒ, the loss and the size of the weights along learning.
 
     ℒ and its gradient are those of unit output precision, means over the samples.
@@ -101,7 +100,9 @@ def follow(problem: pcdyn.InferenceProblem, t1: float, times: Any) -> dict[str, 
     }  # fmt: skip
 
 
-def _loss_and_slope(problem: pcdyn.InferenceProblem, network: pcdyn.Network) -> Any:
+def _loss_and_slope(
+    problem: pcdyn.InferenceProblem, network: pcdyn.Network
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """‖∇ℒ‖ and ℒ at unit output precision, summed over the samples, and ‖W‖."""
     plain = pcdyn.InferenceProblem(network, input=problem.input, output=problem.output)
     found = pcdyn.backpropagation(plain)

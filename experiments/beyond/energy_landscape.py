@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from pcdyn import plotting
+from pcdyn._support.types import State
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.theory import Evidence
 
@@ -120,15 +123,15 @@ def case_data(case: str, config: Config) -> xarray.Dataset:
     return xarray.Dataset(data)
 
 
-def split(problem: pcdyn.InferenceProblem, points: Any) -> tuple[Any, ...]:
+def split(problem: pcdyn.InferenceProblem, points: ArrayLike) -> tuple[Any, ...]:
     """The state, or states, of stacked free layers."""
     widths = [problem.network.widths[index] for index in problem.free_layers]
     return tuple(jnp.split(jnp.asarray(points), list(np.cumsum(widths)[:-1]), axis=-1))
 
 
 @eqx.filter_jit
-def _values(problem: pcdyn.InferenceProblem, points: Any) -> Any:
-    def energy(point: Any) -> Any:
+def _values(problem: pcdyn.InferenceProblem, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def energy(point: jax.Array) -> jax.Array:
         return problem.free_energy(split(problem, point))
 
     return jax.vmap(jax.value_and_grad(energy))(points)
@@ -141,7 +144,7 @@ def values(problem: pcdyn.InferenceProblem, points: np.ndarray) -> tuple[np.ndar
 
 
 def euler_path(
-    problem: pcdyn.InferenceProblem, initial: Any, config: Config, dt: float
+    problem: pcdyn.InferenceProblem, initial: State, config: Config, dt: float
 ) -> np.ndarray:
     """Explicit Euler, state after state."""
     run = pcdyn.simulate(
@@ -151,7 +154,9 @@ def euler_path(
     return np.concatenate(problem.state_of(run.activities), -1)
 
 
-def gauss_newton_path(problem: pcdyn.InferenceProblem, initial: Any, config: Config) -> np.ndarray:
+def gauss_newton_path(
+    problem: pcdyn.InferenceProblem, initial: State, config: Config
+) -> np.ndarray:
     """The state after each number of iterations."""
     path, state = [np.concatenate(initial)], initial
     for _ in range(config.gauss_newton_steps):
@@ -245,7 +250,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _plane(ax: Any, part: xarray.Dataset) -> None:
+def _plane(ax: Axes, part: xarray.Dataset) -> None:
     """F above its minimum in logarithmic colours, and the paths."""
     above = part.energy.values - float(part.rest_energy)
     levels = np.geomspace(1e-3, 1, 22) * above.max()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import jax
 import jax.random as jr
 import numpy as np
 import xarray
@@ -74,7 +74,7 @@ def run(config: Config) -> xarray.Dataset:
     )
 
 
-def _problem(config: Config, std: float, key: Any) -> pcdyn.InferenceProblem:
+def _problem(config: Config, std: float, key: jax.Array) -> pcdyn.InferenceProblem:
     keys = jr.split(key, 3)
     weights = std * jr.normal(keys[0], (3, config.width, config.width))
     shape = (config.samples, config.width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -87,7 +88,9 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def _stacked(rows: Any, dims: Callable[[str], tuple[str, ...]]) -> dict[str, Any]:
+def _stacked(
+    rows: Sequence[Sequence[Mapping[str, ArrayLike]]], dims: Callable[[str], tuple[str, ...]]
+) -> dict[str, Any]:
     """Dictionaries of arrays, in rows, as variables."""
     return {
         name: (dims(name), np.stack([np.stack([np.asarray(v[name]) for v in row]) for row in rows]))
@@ -96,13 +99,15 @@ def _stacked(rows: Any, dims: Callable[[str], tuple[str, ...]]) -> dict[str, Any
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def condition(config: Config, activation: str, weights: Any, inputs: Any, outputs: Any) -> Any:
+def condition(
+    config: Config, activation: str, weights: jax.Array, inputs: jax.Array, outputs: jax.Array
+) -> dict[str, jax.Array]:
     """The radius of I − H at the equilibrium, and whether the iteration got there.
 
     The equilibrium is the closed form, or what Gauss–Newton finds from the feedforward pass.
     """
 
-    def one(weights: Any, input: Any, output: Any) -> dict[str, Any]:
+    def one(weights: jax.Array, input: jax.Array, output: jax.Array) -> dict[str, Any]:
         problem = problem_of(activation, weights, input, output)
         rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-8, throw=False)
         iterated = pcdyn.equilibrium(
@@ -121,12 +126,14 @@ def condition(config: Config, activation: str, weights: Any, inputs: Any, output
     return jax.vmap(one)(weights, inputs, outputs)
 
 
-def problem_of(activation: str, weights: Any, input: Any, output: Any) -> pcdyn.InferenceProblem:
+def problem_of(
+    activation: str, weights: jax.Array, input: jax.Array, output: jax.Array
+) -> pcdyn.InferenceProblem:
     """Both ends clamped, unit precisions."""
     return pcdyn.InferenceProblem(network_of(weights, activation), input=input, output=output)
 
 
-def distance(a: Any, b: Any) -> Any:
+def distance(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     """The Euclidean distance of two states, any leading axes."""
     squares = [jnp.sum((x - y) ** 2, axis=-1) for x, y in zip(a, b, strict=True)]
     return jnp.sqrt(jnp.sum(jnp.stack(squares), axis=0))
@@ -147,7 +154,7 @@ def linear_radius(weights: np.ndarray) -> float:
     return float(np.max(np.abs(np.linalg.eigvals(np.block(rows)))))
 
 
-def by_euler(problem: pcdyn.InferenceProblem, step: float, times: Any) -> pcdyn.Trajectory:
+def by_euler(problem: pcdyn.InferenceProblem, step: float, times: np.ndarray) -> pcdyn.Trajectory:
     """Explicit Euler from the feedforward pass, stable or not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pcdyn.StepSizeWarning)
@@ -156,7 +163,9 @@ def by_euler(problem: pcdyn.InferenceProblem, step: float, times: Any) -> pcdyn.
         )
 
 
-def race_of(config: Config, activation: str, std: float, data: Any) -> dict[str, Any]:
+def race_of(
+    config: Config, activation: str, std: float, data: tuple[jax.Array, jax.Array, jax.Array]
+) -> dict[str, Any]:
     """Distances to the equilibrium of the iteration, of Euler and of an adaptive integrator."""
     weights, input, output = data
     problem = problem_of(activation, std * weights, input, output)
@@ -204,7 +213,7 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def decidable(here: xarray.Dataset, iterations: int) -> Any:
+def decidable(here: xarray.Dataset, iterations: int) -> xarray.DataArray:
     """Draws whose radius is far enough from 1 that the iterations given can show on which side.
 
     The slowest mode shrinks or grows by radius^iterations; 1e13 takes any start to the tolerance.

@@ -16,7 +16,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray
+from jaxtyping import PyTree
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
@@ -29,16 +31,19 @@ from pcdyn.model.energies.generalised import (
     Divisive,
     LogCosh,
     PseudoHuber,
+    Separable,
     Student,
 )
 from pcdyn.theory import Evidence
 
 
-def _half_square(error: Any) -> Any:
+def _half_square(error: jax.Array) -> jax.Array:
     return error**2 / 2
 
 
-ENERGIES: dict[str, Any] = {
+Energies = pcdyn.Energy | list[pcdyn.Energy]
+
+ENERGIES: dict[str, Separable] = {
     "Gaussian": CustomEnergy(_half_square),
     "Student, s = 1": Student(),
     "log cosh": LogCosh(),
@@ -138,7 +143,7 @@ def _pair(config: Config) -> xarray.Dataset:
     return as_data("pair", -1, portrait)
 
 
-def inference_errors(config: Config, energy: Any) -> np.ndarray:
+def inference_errors(config: Config, energy: Energies) -> np.ndarray:
     """‖x* − x‖ of causes inferred from observations W x + noise, some of them outliers.
 
     The input is free and the output clamped: equilibrium is the M-estimate of x (robust
@@ -153,7 +158,7 @@ def inference_errors(config: Config, energy: Any) -> np.ndarray:
     return distance.reshape(len(config.fractions), config.samples)
 
 
-def observations(config: Config, energy: Any) -> tuple[pcdyn.InferenceProblem, np.ndarray]:
+def observations(config: Config, energy: Energies) -> tuple[pcdyn.InferenceProblem, np.ndarray]:
     """The problem with all fractions in one batch, and the causes to be found."""
     rng = np.random.default_rng(config.seed)
     weight = rng.normal(size=(20, 3)) / np.sqrt(3)
@@ -197,7 +202,7 @@ def _learning(config: Config, energies: list[Any]) -> dict[str, Any]:
     }
 
 
-def regression(config: Config, key: Any, raised: Any) -> tuple[Any, Any, Any]:
+def regression(config: Config, key: jax.Array, raised: jax.Array) -> tuple[Any, Any, Any]:
     """Inputs, targets sin 2x with noise, some of them `raised`, and which."""
     keys = jr.split(jr.fold_in(key, 1), 3)
     x = jr.uniform(keys[0], (config.learning_samples, 1), minval=-2, maxval=2)
@@ -208,19 +213,21 @@ def regression(config: Config, key: Any, raised: Any) -> tuple[Any, Any, Any]:
 
 
 @eqx.filter_jit
-def learn(config: Config, energy: Any, keys: Any, shown: Any, raised: Any) -> tuple[Any, Any]:
+def learn(
+    config: Config, energy: Energies, keys: jax.Array, shown: jax.Array, raised: jax.Array
+) -> tuple[Any, Any]:
     """What networks of all seeds predict after learning, and how far inference was from its end."""
     rule = learning.EulerPredictiveCoding(dt=0.2, steps=config.euler_steps)
     optimiser = optax.adam(1e-2)
 
-    def one(key: Any) -> tuple[Any, Any]:
+    def one(key: jax.Array) -> tuple[Any, Any]:
         x, y, _ = regression(config, key, raised)
         network = pcdyn.mlp(
             (1, 12, 1), activation="tanh", output_activation="identity", bias=True, key=key
         )
         weights, static = eqx.partition(network, eqx.is_inexact_array)
 
-        def update(carry: Any, _: Any) -> tuple[Any, Any]:
+        def update(carry: PyTree, _: None) -> tuple[Any, Any]:
             weights, moments = carry
             problem = pcdyn.InferenceProblem(
                 eqx.combine(weights, static), input=x, output=y, energy=energy
@@ -240,7 +247,7 @@ def learn(config: Config, energy: Any, keys: Any, shown: Any, raised: Any) -> tu
     return jax.vmap(one)(keys)
 
 
-def relaxation(config: Config, energy: Any, times: np.ndarray) -> np.ndarray:
+def relaxation(config: Config, energy: Energies, times: np.ndarray) -> np.ndarray:
     """(F(t) − F*) / (F(0) − F*) of a tanh 3-5-2 network from its feedforward pass."""
     keys = jr.split(jr.key(config.seed + 1), 3)
     network = pcdyn.mlp((3, 5, 2), activation="tanh", output_activation="identity", key=keys[0])
@@ -397,7 +404,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _draw_wells(ax: Any, data: xarray.Dataset) -> None:
+def _draw_wells(ax: Axes, data: xarray.Dataset) -> None:
     ax.plot(data.activity, data.landscape, "k")
     for x, stable in zip(data.chain_equilibria.values, data.chain_stable.values, strict=True):
         level = np.interp(x, data.activity.values, data.landscape.values)
@@ -408,7 +415,7 @@ def _draw_wells(ax: Any, data: xarray.Dataset) -> None:
     ax.set(xlabel="x", ylabel="F", title=f"Student chain 0 → x → {data.target:g}")
 
 
-def _draw_fits(ax: Any, data: xarray.Dataset) -> None:
+def _draw_fits(ax: Axes, data: xarray.Dataset) -> None:
     hit = data.outlier.values[0]
     x, y = data.data_x.values[0], data.data_y.values[0]
     ax.plot(x[~hit], y[~hit], ".", color="0.6", ms=4)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -99,7 +101,7 @@ def problems(
 
 
 def in_both(
-    network: pcdyn.Network, inputs: Any, outputs: Any
+    network: pcdyn.Network, inputs: ArrayLike, outputs: ArrayLike
 ) -> tuple[pcdyn.InferenceProblem, pcdyn.InferenceProblem]:
     """The float32 problem in float64, and itself."""
     single = pcdyn.InferenceProblem(network, input=inputs, output=outputs)
@@ -183,7 +185,7 @@ def _backends(data: xarray.Dataset, problem: str) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def _range(values: Any) -> str:
+def _range(values: xarray.DataArray) -> str:
     return f"{values.min():.2g} to {values.max():.2g}"
 
 
@@ -218,7 +220,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _draw(axes: Any, data: xarray.Dataset, line: str, label: str) -> None:
+def _draw(axes: Axes, data: xarray.Dataset, line: str, label: str) -> None:
     axes.plot(data.run_seconds, data.maximum_error, line, label=label, markersize=4)
 
 

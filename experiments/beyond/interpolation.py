@@ -8,6 +8,7 @@ precision, `Π_l ε_l / Π_L` with δ_l and likewise for weight gradients.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.beyond import _interpolation_drawing as drawing
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import vector_cosine
 from experiments.shared.networks import gaussian_weights, network_of
 from experiments.shared.precision_paths import (
     TOLERANCE,
@@ -30,6 +30,8 @@ from experiments.shared.precision_paths import (
     precisions_of,
     with_precisions,
 )
+from pcdyn._support.states import cosine
+from pcdyn._support.types import Activities
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -90,14 +92,18 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def measure(kind: str, path: Any, weights: Any, inputs: Any, sources: Any) -> dict[str, Any]:
+def measure(
+    kind: str, path: jax.Array, weights: jax.Array, inputs: jax.Array, sources: jax.Array
+) -> dict[str, Any]:
     """Equilibria of all networks along a path, and how near they are to both ends."""
     found = _MEASURE[kind](path, weights, inputs, sources)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def _measure(kind: str) -> Any:
-    def one(path: Any, weights: Any, input: Any, source: Any) -> dict[str, Any]:
+def _measure(kind: str) -> Callable[..., dict[str, jax.Array]]:
+    def one(
+        path: jax.Array, weights: jax.Array, input: jax.Array, source: jax.Array
+    ) -> dict[str, Any]:
         network = network_of(weights, "identity" if kind == "linear" else "tanh")
         # What the network makes of other data can be reached.
         problem = pcdyn.InferenceProblem(
@@ -115,10 +121,10 @@ def _measure(kind: str) -> Any:
 _MEASURE = {kind: _measure(kind) for kind in KINDS}
 
 
-def linear_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
+def linear_path(problem: pcdyn.InferenceProblem, path: jax.Array) -> tuple[Activities, jax.Array]:
     """Closed-form activities at each point, and their residuals."""
 
-    def at(row: Any) -> Any:
+    def at(row: jax.Array) -> tuple[Activities, jax.Array]:
         here = with_precisions(problem, row)
         activities = pcdyn.linear_equilibrium(here)
         return activities, largest_slope(here, activities)
@@ -127,7 +133,7 @@ def linear_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
 
 
 def compare(
-    problem: pcdyn.InferenceProblem, row: Any, activities: Any, targets: Any
+    problem: pcdyn.InferenceProblem, row: jax.Array, activities: Activities, targets: Activities
 ) -> dict[str, Any]:
     """Cosines and relative distances per layer; `problem` has unit precisions."""
     network, bp = problem.network, pcdyn.backpropagation(problem)
@@ -140,8 +146,8 @@ def compare(
     by_bp = weight_vectors(bp.weight_gradient)
     hidden = activities[1:-1]
     return {
-        "activity_cosine_feedforward": each(vector_cosine, hidden, bp.activities[1:-1]),
-        "activity_cosine_tp": each(vector_cosine, hidden, targets[1:-1]),
+        "activity_cosine_feedforward": each(cosine, hidden, bp.activities[1:-1]),
+        "activity_cosine_tp": each(cosine, hidden, targets[1:-1]),
         "activity_distance_feedforward": each(distances, hidden, bp.activities[1:-1]),
         "activity_distance_tp": each(distances, hidden, targets[1:-1]),
         # Where the way from the feedforward pass to the targets is 1 long.
@@ -149,12 +155,12 @@ def compare(
         "way_to_tp": each(
             lengths, [x - t for x, t in zip(hidden, targets[1:-1], strict=True)], local[:-1]
         ),
-        "error_cosine_bp": each(vector_cosine, scaled, bp.deltas),
+        "error_cosine_bp": each(cosine, scaled, bp.deltas),
         "error_distance_bp": each(distances, scaled, bp.deltas),
-        "error_cosine_tp": each(vector_cosine, scaled, local),
-        "gradient_cosine_bp": each(vector_cosine, learned, by_bp),
+        "error_cosine_tp": each(cosine, scaled, local),
+        "gradient_cosine_bp": each(cosine, learned, by_bp),
         "gradient_distance_bp": each(distances, learned, by_bp),
-        "gradient_cosine_tp": each(vector_cosine, learned, by_tp),
+        "gradient_cosine_tp": each(cosine, learned, by_tp),
     }
 
 
@@ -163,22 +169,26 @@ def weight_vectors(gradient: pcdyn.Network) -> list[Any]:
     return [layer.weight.reshape(-1) for layer in gradient.layers]
 
 
-def each(function: Any, a: Any, b: Any) -> Any:
+def each(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    a: Sequence[jax.Array],
+    b: Sequence[jax.Array],
+) -> jax.Array:
     """A function of two vectors for every layer, stacked."""
     return jnp.stack([function(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def lengths(a: Any, b: Any) -> Any:
+def lengths(a: jax.Array, b: jax.Array) -> jax.Array:
     """‖a‖ / ‖b‖."""
     return jnp.linalg.norm(a) / jnp.linalg.norm(b)
 
 
-def distances(a: Any, b: Any) -> Any:
+def distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """‖a − b‖ / ‖b‖."""
     return lengths(a - b, b)
 
 
-def wide_networks(config: Config, odds: Any, key: Any) -> dict[str, np.ndarray]:
+def wide_networks(config: Config, odds: np.ndarray, key: jax.Array) -> dict[str, np.ndarray]:
     """Distances of layer L − 1 to `W⁺T` and to `x_ff + W⁺(T − W x_ff)` where W is wide.
 
     With one hidden layer, and with two, where the inverse has to be weighted by the covariance C
@@ -196,7 +206,9 @@ def wide_networks(config: Config, odds: Any, key: Any) -> dict[str, np.ndarray]:
         for depth in (len(weights) - 1, len(weights))
     }
 
-    def one(paths: Any, input: Any, output: Any, *weights: Any) -> dict[str, Any]:
+    def one(
+        paths: dict[int, jax.Array], input: jax.Array, output: jax.Array, *weights: jax.Array
+    ) -> dict[str, Any]:
         found = {}
         for name, own in (("one", weights[1:]), ("two", weights)):
             network = pcdyn.Network([pcdyn.Dense(weight) for weight in own])
@@ -210,7 +222,7 @@ def wide_networks(config: Config, odds: Any, key: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in values.items()}
 
 
-def limits(problem: pcdyn.InferenceProblem, path: Any, name: str) -> dict[str, Any]:
+def limits(problem: pcdyn.InferenceProblem, path: jax.Array, name: str) -> dict[str, Any]:
     """Relative distances of x_{L−1} to what it might tend to, at each point of a path."""
     *below, last = [layer.weight for layer in problem.network.layers]
     start = pcdyn.feedforward(problem)
@@ -272,7 +284,7 @@ def _residual(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def _slopes(values: Any, path: Any, low: bool) -> np.ndarray:
+def _slopes(values: xarray.DataArray, path: xarray.DataArray, low: bool) -> np.ndarray:
     """d log(value) / d log(path) over a decade at one end of a path, for every network."""
     decades = np.log10(path.values)
     # At the low end of the long path one decade further in, where round-off plays no part.
@@ -283,7 +295,12 @@ def _slopes(values: Any, path: Any, low: bool) -> np.ndarray:
 
 
 def _order(
-    text: str, values: Any, path: Any, *, low: bool = False, order: int = 1
+    text: str,
+    values: xarray.DataArray,
+    path: xarray.DataArray,
+    *,
+    low: bool = False,
+    order: int = 1,
 ) -> list[Evidence]:
     slopes = _slopes(values, path, low) * (1 if low else -1)
     medians = [float(np.median(each)) for each in slopes]
@@ -302,7 +319,7 @@ def _order(
     ]  # fmt: skip
 
 
-def _end(text: str, values: Any, what: str, bound: float, *, holds: bool) -> Evidence:
+def _end(text: str, values: xarray.DataArray, what: str, bound: float, *, holds: bool) -> Evidence:
     medians = ", ".join(f"{float(values.sel(kind=k).median()):.2g} ({k})" for k in KINDS)
     return Evidence(
         NAME, f"{text} ({what}: median)", float(values.median()), "at most", bound,

@@ -8,6 +8,7 @@ recovers the noise. With the delta posterior of the paper some layer always coll
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -16,15 +17,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jax.flatten_util import ravel_pytree
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import vector_cosine
 from experiments.shared.precision_paths import with_precisions
 from pcdyn import learning, linear
+from pcdyn._support.states import cosine
+from pcdyn._support.types import Activities
+from pcdyn.learning.flows.precisions import Structure
+from pcdyn.learning.flows.variational import Posterior
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
 
@@ -119,9 +126,13 @@ def sampled(config: Config, hidden: float, output: np.ndarray) -> pcdyn.Inferenc
 
 
 def follow(
-    problem: pcdyn.InferenceProblem, start: Any, structures: Any, posterior: Any, times: np.ndarray,
+    problem: pcdyn.InferenceProblem,
+    start: Iterable[ArrayLike],
+    structures: tuple[Structure, Structure],
+    posterior: Posterior,
+    times: np.ndarray,
     config: Config,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Precisions, free energy, likelihood and cosines along the flow."""
     flow = learning.PrecisionFlow(with_precisions(problem, start), structures, posterior)
     run = pcdyn.simulate(
@@ -131,34 +142,36 @@ def follow(
     found = {"precisions": run.precisions, "free_energy": np.asarray(flow.free_energy_along(run))}
     if "fixed" in structures:
         return found
+    assert run.precisions is not None
     bp, tp, likelihood = (np.asarray(x) for x in compared(problem, run.precisions))
     return found | {"cosine_bp": bp, "cosine_tp": tp, "likelihood": likelihood}
 
 
 @eqx.filter_jit
-def compared(problem: pcdyn.InferenceProblem, precisions: Any) -> Any:
+def compared(
+    problem: pcdyn.InferenceProblem, precisions: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """At each time: the cosine of the weight gradient to BP's, that of the hidden activities' move
     to (difference) target propagation's, means over the samples, and −log p(T | d)."""
 
-    def at(precisions: Any) -> Any:
+    def at(precisions: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         now = with_precisions(problem, precisions)
+        assert now.input is not None and now.output is not None
         activities = pcdyn.linear_equilibrium(now, method="output_space")
         before = pcdyn.feedforward(now)
         left = now.output_error(before[-1])
         target = left @ jnp.linalg.pinv(now.network.layers[-1].weight).T
 
-        def angle(x: Any, y: Any, rest: Any) -> Any:
+        def angle(x: jax.Array, y: jax.Array, rest: Activities) -> jax.Array:
             one = now.with_data(x, y)
             errors = one.prediction_errors(rest)
             deltas = [one.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
             ours = local_gradient(one.network, rest, deltas)
             theirs = pcdyn.backpropagation(one).weight_gradient
-            return vector_cosine(*(
-                jnp.concatenate([w.ravel() for w in jax.tree.leaves(g)]) for g in (ours, theirs)
-            ))  # fmt: skip
+            return cosine(ravel_pytree(ours)[0], ravel_pytree(theirs)[0])
 
         bp = jax.vmap(angle)(now.input, now.output, activities)
-        tp = jax.vmap(vector_cosine)(activities[1] - before[1], target)
+        tp = jax.vmap(cosine)(activities[1] - before[1], target)
         return jnp.mean(bp), jnp.mean(tp), jnp.mean(linear.negative_log_likelihood(now))
 
     return jax.vmap(at)(tuple(jnp.asarray(p) for p in precisions))
@@ -298,13 +311,13 @@ def _full(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def rates(values: Any) -> float:
+def rates(values: xarray.DataArray) -> float:
     """The slope over the last quarter of the delta posterior's time."""
     late = values.isel(delta_time=[3 * values.sizes["delta_time"] // 4, -1])
     return float((np.diff(late) / np.diff(late.delta_time)).item())
 
 
-def numbers(values: Any) -> str:
+def numbers(values: xarray.DataArray) -> str:
     """The numbers of a short vector."""
     return ", ".join(f"{float(v):.3f}" for v in values)
 
@@ -348,7 +361,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def draw_free_energy(ax: Any, data: xarray.Dataset, colors: Any) -> None:
+def draw_free_energy(ax: Axes, data: xarray.Dataset, colors: list[str]) -> None:
     """F in time for both posteriors, on the time axis of the delta posterior."""
     shown = data.sel(time=slice(0, float(data.delta_time[-1])))
     ax.plot(shown.time, shown.free_energy, label="Laplace")
@@ -363,7 +376,7 @@ def draw_free_energy(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     ax.legend(loc="lower left")
 
 
-def draw_noises(ax: Any, data: xarray.Dataset, colors: Any) -> None:
+def draw_noises(ax: Axes, data: xarray.Dataset, colors: list[str]) -> None:
     """Ellipses of one standard deviation."""
     angle = np.linspace(0, 2 * np.pi, 200)
     circle = np.stack([np.cos(angle), np.sin(angle)])
@@ -377,7 +390,7 @@ def draw_noises(ax: Any, data: xarray.Dataset, colors: Any) -> None:
     ax.legend(loc="upper center", ncols=2)
 
 
-def draw_cosines(ax: Any, data: xarray.Dataset, colors: Any) -> None:
+def draw_cosines(ax: Axes, data: xarray.Dataset, colors: list[str]) -> None:
     """Cosines to BP and TP, each flow over its own time."""
     flows = [("Laplace", data.time, data.cosine_bp, data.cosine_tp)]
     for start in STARTS:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jax.flatten_util import ravel_pytree
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -115,7 +117,7 @@ def ends(t1: float, cases: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def reduced_energy(weights: Any, noise: Any, precision: Any) -> Any:
+def reduced_energy(weights: jax.Array, noise: jax.Array, precision: jax.Array) -> jax.Array:
     """F*/λ per sample of `noisy_problem` at weights (w, a, b), from `F* = ½ e0ᵀ S⁻¹ e0`.
 
     It is `½ [(e − w W_2)ᵀ K (e − w W_2) + c² K_bb]` with e = (1, 0) and, by Woodbury,
@@ -129,15 +131,22 @@ def reduced_energy(weights: Any, noise: Any, precision: Any) -> Any:
 
 
 @eqx.filter_jit
-def _flows(t1: Any, starts: Any, precision: Any, noise: Any, decay: Any, fixed: Any) -> Any:
-    def slope(t: Any, y: Any, args: Any) -> Any:
+def _flows(
+    t1: float,
+    starts: jax.Array,
+    precision: jax.Array,
+    noise: jax.Array,
+    decay: jax.Array,
+    fixed: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    def slope(t: ArrayLike, y: jax.Array, args: tuple[jax.Array, ...]) -> jax.Array:
         precision, noise, decay, fixed = args
         move = -jax.grad(reduced_energy)(y, noise, precision) - decay * y
         second = y.at[0].set(0.0)
         normal = second / jnp.linalg.norm(second)
         return move - fixed * jnp.sum(move * normal) * normal
 
-    def one(start: Any, *args: Any) -> Any:
+    def one(start: jax.Array, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(slope), diffrax.Kvaerno5(), 0.0, t1, None, start, args,
             stepsize_controller=diffrax.PIDController(rtol=1e-7, atol=1e-10),
@@ -151,7 +160,7 @@ def _flows(t1: Any, starts: Any, precision: Any, noise: Any, decay: Any, fixed: 
     return jax.vmap(one)(starts, precision, noise, decay, fixed)
 
 
-def _flow_of(weights: Any, noise: Any, precision: Any) -> learning.AdiabaticFlow:
+def _flow_of(weights: jax.Array, noise: float, precision: float) -> learning.AdiabaticFlow:
     problem = noisy_problem(
         [weights[:1, None], weights[1:, None]], noise=noise, precision=precision
     )
@@ -183,15 +192,11 @@ def order(config: Config) -> dict[str, Any]:
     network = pcdyn.mlp((3, 8, 2), activation="tanh", key=keys[0])
     inputs, outputs = jr.normal(keys[1], (8, 3)), 0.5 * jnp.tanh(jr.normal(keys[2], (8, 2)))
     plain = pcdyn.InferenceProblem(network, input=inputs, output=outputs)
-    expected = jnp.concatenate([
-        jnp.ravel(g)
-        for g in jax.tree.leaves(
-            eqx.filter(pcdyn.backpropagation(plain).weight_gradient, eqx.is_inexact_array)
-        )
-    ])  # fmt: skip
+    gradient = pcdyn.backpropagation(plain).weight_gradient
+    expected, _ = ravel_pytree(eqx.filter(gradient, eqx.is_inexact_array))
 
     @jax.jit
-    def gap(precision: Any) -> Any:
+    def gap(precision: jax.Array) -> jax.Array:
         problem = pcdyn.InferenceProblem(
             network, input=inputs, output=outputs, energy=pcdyn.Gaussian([1.0, precision])
         )
@@ -203,13 +208,13 @@ def order(config: Config) -> dict[str, Any]:
     return {"gradient_gap": ("order_precision", values)}
 
 
-def loss(weights: Any, noise: Any) -> Any:
+def loss(weights: ArrayLike, noise: ArrayLike) -> np.ndarray:
     """ℒ per sample at unit precision of weights (w, a, b): x and ξ are uncorrelated."""
     w, a, b = np.moveaxis(np.asarray(weights), -1, 0)
     return 0.5 * ((1 - w * a) ** 2 + (w * b) ** 2 + np.asarray(noise) ** 2)
 
 
-def loss_gradient(weights: Any) -> Any:
+def loss_gradient(weights: ArrayLike) -> np.ndarray:
     """‖∇ℒ‖ of the same, by hand."""
     w, a, b = np.moveaxis(np.asarray(weights), -1, 0)
     miss = 1 - w * a

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
+from pcdyn import plotting
 from pcdyn.theory import Evidence
 from pcdyn.theory.dynamics import (
     condition_numbers,
@@ -26,6 +29,7 @@ from pcdyn.theory.dynamics import (
     marchenko_pastur_edges,
     random_square_weights,
 )
+from pcdyn.theory.evidence import evidence_from_xarray, evidence_to_xarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +95,7 @@ def run(config: Config) -> xarray.Dataset:
             "wide_share_expected": (("wide_rate",), marchenko_pastur_shares(wide_edges, 0.5)),
             "wide_density_expected": (("wide_rate",), marchenko_pastur_density(
                 (wide_edges[1:] + wide_edges[:-1]) / 2, 0.5)),
-            "evidence": ("row", [e.claim for e in evidence]),
-            "evidence_measured": ("row", [e.measured for e in evidence]),
-            "evidence_expected": ("row", [e.expected for e in evidence]),
-            "evidence_tolerance": ("row", [e.tolerance for e in evidence]),
-            "evidence_holds": ("row", [e.holds for e in evidence]),
-            "evidence_known": ("row", [e.expected_to_hold for e in evidence]),
+            **evidence_to_xarray(evidence),
         },
         coords={
             "depth": list(config.depths), "width": list(config.widths),
@@ -109,7 +108,7 @@ def run(config: Config) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def quartiles(rates: Any) -> np.ndarray:
+def quartiles(rates: ArrayLike) -> np.ndarray:
     """Of the condition number, over networks."""
     rates = np.asarray(rates)
     return np.quantile(rates[:, -1] / rates[:, 0], [0.25, 0.5, 0.75])
@@ -122,10 +121,10 @@ def wide_layer(config: Config) -> np.ndarray:
     return np.asarray(linear_spectra([jnp.zeros((networks, n, 1)), draws]))
 
 
-def marchenko_pastur_density(rates: Any, ratio: float) -> np.ndarray:
+def marchenko_pastur_density(rates: np.ndarray, ratio: float) -> np.ndarray:
     """The density of 1 + the eigenvalues of WᵀW, n/m = ratio ≤ 1, entries N(0, 1/m)."""
     low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2
-    inner = np.clip(np.asarray(rates) - 1, low, high)
+    inner = np.clip(rates - 1, low, high)
     return np.sqrt((high - inner) * (inner - low)) / (2 * np.pi * ratio * inner)
 
 
@@ -141,18 +140,10 @@ def marchenko_pastur_shares(edges: Sequence[float] | np.ndarray, ratio: float) -
 
 def check(data: xarray.Dataset) -> list[Evidence]:
     """The evidence of the theory, the shape of the spectrum, and the effect of precisions."""
-    rows = zip(
-        data.evidence.values, data.evidence_measured.values, data.evidence_expected.values,
-        data.evidence_tolerance.values, data.evidence_known.values, strict=True,
-    )  # fmt: skip
     medians = data.condition_by_ratio.sel(quartile=0.5)
     ratios, ends = data.ratio.values, medians.values
     return [
-        *(
-            Evidence("Eq 28", str(text), float(measured), "equal" if known else "at most",
-                     float(expected), float(tolerance), expected_to_hold=bool(known))
-            for text, measured, expected, tolerance, known in rows
-        ),
+        *evidence_from_xarray(data),
         Evidence(
             "Eq 28", "the rates of a wide layer have the density of Marchenko and Pastur (largest "
             "distance of the distributions)",
@@ -193,7 +184,7 @@ def plot(data: xarray.Dataset) -> Figure:
         third.plot(data.depth, data.slowest_time.sel(width=width), "o-", label=f"width {width}")
     for ax, label, title in (
         (second, "condition number of H", "deeper is stiffer"),
-        (third, "time (activity time constants)", "slowest relaxation time, median"),
+        (third, plotting.TIME_LABEL, "slowest relaxation time, median"),
     ):
         ax.set(xscale="log", yscale="log", xlabel="depth L", ylabel=label, title=title)
         ax.set_xticks(data.depth.values, [str(d) for d in data.depth.values], minor=False)
@@ -215,7 +206,9 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _with_quartiles(ax: Any, x: Any, values: Any, label: str | None) -> None:
+def _with_quartiles(
+    ax: Axes, x: xarray.DataArray, values: xarray.DataArray, label: str | None
+) -> None:
     """The median in a band from the lower to the upper quartile."""
     (line,) = ax.plot(x, values.sel(quartile=0.5), "o-", label=label)
     ax.fill_between(

@@ -7,10 +7,8 @@ writes a page. `pcdyn verify` does the same on fewer networks, as a table.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import xarray
 from matplotlib import pyplot as plt
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared.experiment import Experiment
 from pcdyn.theory import STATEMENTS, Evidence, Statement, expectation, verify
+from pcdyn.theory.evidence import evidence_from_xarray
 from pcdyn.theory.pictures import margins, orders
 
 
@@ -39,20 +38,9 @@ def run(config: Config) -> xarray.Dataset:
     return found.to_xarray().assign_attrs(source="random numbers")
 
 
-def check(data: xarray.Dataset) -> list[Evidence]:
-    """The evidence in a data set."""
-    rows = []
-    for i in range(data.sizes["claim"]):
-        row: dict[str, Any] = {str(name): values[i].item() for name, values in data.items()}
-        row["claim"], row["settings"] = row.pop("text"), json.loads(row["settings"])
-        del row["holds"]
-        rows.append(Evidence(**row))
-    return rows
-
-
 def plot(data: xarray.Dataset) -> Figure:
     """Margins of all claims, and the curves behind the orders."""
-    evidence = check(data)
+    evidence = evidence_from_xarray(data)
     figure = plt.figure(figsize=(12, 7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     margins(evidence, ax=left)
@@ -78,7 +66,7 @@ NOTATION = (
 
 def page(data: xarray.Dataset, folder: Path) -> str:
     """The statements as a page: words, verdict, the form that holds, numbers, source."""
-    evidence = check(data)
+    evidence = evidence_from_xarray(data)
     lines = [
         "# The statements of the paper, measured",
         "",
@@ -104,7 +92,7 @@ def page(data: xarray.Dataset, folder: Path) -> str:
 
 def summary(data: xarray.Dataset) -> str:
     """The statements for the index of all figures: verdicts, what holds, links to the evidence."""
-    evidence = check(data)
+    evidence = evidence_from_xarray(data)
     unexpected = sum(not e.as_known for e in evidence)
     lines = [
         f"{len(evidence)} claims, {sum(e.holds for e in evidence)} of which hold; {unexpected} "
@@ -157,7 +145,7 @@ def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> li
             statement.snippet, "```"]  # fmt: skip
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -168,5 +156,5 @@ def _cell(text: str) -> str:
 EXPERIMENT = Experiment(
     "theorems", "extra: every numbered statement, measured", {"paper": Config()},
     {"networks": 4, "statements": ("3.4", "Eq 21", "A.3", "Eq 48")},
-    run, check, plot, summary, page,
+    run, evidence_from_xarray, plot, summary, page,
 )  # fmt: skip

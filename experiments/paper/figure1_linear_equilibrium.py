@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -47,7 +46,9 @@ def run(config: Config) -> xarray.Dataset:
         "euler": pcdyn.Euler(dt=config.euler_step),
     }
 
-    def one(weights: Any, input: Any, output: Any) -> Any:
+    def one(
+        weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output
         )
@@ -109,14 +110,14 @@ def plot(data: xarray.Dataset) -> Figure:
         color = line.get_color()
         axes[0].plot(data.time[::8], euler[::8, unit], "o", ms=2.5, color=color)
         axes[0].axhline(float(data.equilibrium[0, unit]), color=color, ls="--", lw=0.8)
-    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set(xlabel=plotting.TIME_LABEL, ylabel="hidden activity $x_1$")
     axes[0].set_title("C  exact (lines), Euler (dots), equilibrium (dashed)")
     for name, style in (("exact", "-"), ("tsit5", "--"), ("euler", "-")):
         squared = data.distance.sel(integrator=name) ** 2
         plotting.mean_band(data.time.values, squared.values, ax=axes[1], label=name)
         axes[1].lines[-1].set_linestyle(style)
     axes[1].set_yscale("log")
-    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
     axes[1].set_title("D  distance to equilibrium (mean ± std)")
     axes[1].legend()
     return figure

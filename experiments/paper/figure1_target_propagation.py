@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +16,8 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import gaussian_weights, network_of
+from pcdyn import plotting
+from pcdyn.references import TargetPropagationPass
 from pcdyn.theory import Evidence
 
 
@@ -44,7 +45,9 @@ def run(config: Config) -> xarray.Dataset:
     starts = config.target_std * jr.normal(keys[2], (config.networks, config.width))
     times = np.concatenate([[0], np.geomspace(1e-2, config.t1, 160)])
 
-    def one(weights: Any, target: Any, start: Any) -> Any:
+    def one(
+        weights: jax.Array, target: jax.Array, start: jax.Array
+    ) -> tuple[pcdyn.Trajectory, TargetPropagationPass]:
         problem = pcdyn.InferenceProblem(network_of(weights, "tanh"), output=target)
         reference = pcdyn.target_propagation(problem)
         trajectory = pcdyn.simulate(
@@ -98,7 +101,7 @@ def plot(data: xarray.Dataset) -> Figure:
     for unit in range(width):
         (line,) = axes[0].plot(data.time[shown], hidden[shown, unit])
         axes[0].axhline(float(data.target[0, width + unit]), color=line.get_color(), ls="--")
-    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set(xlabel=plotting.TIME_LABEL, ylabel="hidden activity $x_1$")
     axes[0].set_title("A  activities and TP targets (dashed)")
     squared = (data.activity - data.target) ** 2
     for index, label in ((1, "hidden layer $x_1$"), (0, "input layer $x_0$")):
@@ -109,7 +112,7 @@ def plot(data: xarray.Dataset) -> Figure:
         axes[1].fill_between(
             data.time[1:], low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0
         )
-    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
     axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
     axes[1].legend()
     return figure

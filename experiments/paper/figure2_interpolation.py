@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,9 +15,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 
@@ -46,7 +45,9 @@ def run(config: Config) -> xarray.Dataset:
     ratios = np.logspace(config.lowest_decade, config.highest_decade, config.ratios)
     t1 = config.euler_step * config.euler_steps
 
-    def one(ratio: Any, weights: Any, input: Any, output: Any) -> Any:
+    def one(
+        ratio: jax.Array, weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output,
             energy=pcdyn.Gaussian([1.0, ratio]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,9 +15,9 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 
@@ -44,7 +43,7 @@ def run(config: Config) -> xarray.Dataset:
     inputs, outputs = 1 + jr.normal(keys[1], shape), jnp.tanh(jr.normal(keys[2], shape))
     times = np.linspace(0, config.t1, 201)
 
-    def one(weights: Any, input: Any, output: Any) -> Any:
+    def one(weights: jax.Array, input: jax.Array, output: jax.Array) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(network_of(weights, "tanh"), input=input, output=output)
         trajectory = pcdyn.simulate(
             problem, t1=config.t1, times=times, integrator=pcdyn.Diffrax("tsit5", rtol=1e-8)
@@ -96,7 +95,7 @@ def plot(data: xarray.Dataset) -> Figure:
     for ax, (panel, name, text) in zip(axes, panels, strict=True):
         values = data[f"cosine_to_{name}"].values
         plotting.mean_band(data.time.values, values, ax=ax, label="mean ± std")
-        ax.set(xlabel="time (activity time constants)", ylabel="cosine similarity")
+        ax.set(xlabel=plotting.TIME_LABEL, ylabel="cosine similarity")
         ax.set_title(f"{panel}  hidden layer and {text}")
     return figure
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +17,7 @@ import pcdyn
 from experiments.shared.experiment import Experiment
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
+from pcdyn import plotting
 from pcdyn.theory import Evidence
 
 
@@ -59,7 +59,9 @@ def run(config: Config) -> xarray.Dataset:
     covariances, rejected = random_covariances(keys[3], config)
     times = np.linspace(0, config.t1, 241)
 
-    def one(weights: Any, precisions: Any, input: Any, output: Any) -> Any:
+    def one(
+        weights: jax.Array, precisions: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output,
             energy=pcdyn.Gaussian([precisions[0], precisions[1]]),
@@ -110,13 +112,13 @@ def plot(data: xarray.Dataset) -> Figure:
     for unit in range(data.sizes["unit"]):
         (line,) = axes[0].plot(data.time[shown], data.activity[0, shown, unit])
         axes[0].axhline(float(data.equilibrium[0, unit]), color=line.get_color(), ls="--")
-    axes[0].set(xlabel="time (activity time constants)", ylabel="hidden activity $x_1$")
+    axes[0].set(xlabel=plotting.TIME_LABEL, ylabel="hidden activity $x_1$")
     axes[0].set_title("A  activities and equilibrium (dashed)")
     squared = data.distance**2
     axes[1].semilogy(data.time, squared.median("network"), label="median")
     low, high = squared.quantile([0.1, 0.9], dim="network").values
     axes[1].fill_between(data.time, low, high, alpha=0.2, lw=0, label="10–90 %")
-    axes[1].set(xlabel="time (activity time constants)", ylabel="squared distance")
+    axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
     axes[1].set_title("B  distance to the precision equilibrium")
     axes[1].legend()
     return figure

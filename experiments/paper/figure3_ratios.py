@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,9 +15,10 @@ from matplotlib.figure import Figure
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine, largest_rise
+from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
+from pcdyn._support.states import cosine
 from pcdyn.theory import Evidence
 
 
@@ -50,7 +50,9 @@ def run(config: Config) -> xarray.Dataset:
     )
     times = np.concatenate([[0], np.geomspace(1e-4, config.t1, 160)])
 
-    def one(ratio: Any, weights: Any, input: Any, output: Any) -> Any:
+    def one(
+        ratio: jax.Array, weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output,
             energy=pcdyn.Gaussian([1.0, ratio]),
@@ -157,7 +159,7 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.set_title(title)
         ax.legend()
     for ax in axes.flat:
-        ax.set_xlabel("time (activity time constants)")
+        ax.set_xlabel(plotting.TIME_LABEL)
     return figure
 
 

@@ -102,7 +102,7 @@ def plot(data: xarray.Dataset) -> Figure:
         ("free_energy", "free energy $F$"),
     ):
         plotting.mean_band(data.time.values, data[name].values.T, ax=ax, label=label)
-    ax.set(xlabel="time (activity time constants)", ylabel="energy per image")
+    ax.set(xlabel=plotting.TIME_LABEL, ylabel="energy per image")
     where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
     ax.set_title(f"A  energies during inference ({data.sizes['image']} images, {where})")
     ax.legend()

@@ -17,7 +17,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray
+from jaxtyping import PyTree
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pcdyn
@@ -78,7 +80,7 @@ class Observed(eqx.Module):
         )
         rules = {"pc": learning.PredictiveCoding(), "bp": learning.Backpropagation()}
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
+        def add(total: PyTree, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             problem = pcdyn.InferenceProblem(
                 network, input=part[0], output=part[1], energy=self.energy
             )
@@ -155,16 +157,10 @@ def check(data: xarray.Dataset) -> list[Evidence]:
         final = 100 * part.evaluated_accuracy.isel(epochs_done=-1)
         pc, bp = (final.sel(rule=rule) for rule in RULES)
         if full and str(name) == "mnist":
-            claims.append(
-                Evidence(
-                    "4B",
-                    f"PC learns {name} (% of the test set)",
-                    float(pc.mean()),
-                    "at least",
-                    96.0 if code else 94.0,
-                    note=_spread(pc),
-                )
-            )
+            claims.append(Evidence(
+                "4B", f"PC learns {name} (% of the test set)", float(pc.mean()), "at least",
+                96.0 if code else 94.0, note=_spread(pc),
+            ))  # fmt: skip
         # On the shipped sample the spread of seeds is too wide to decide.
         if full:
             spread = 1.0 if code else float(np.hypot(pc.std(), bp.std()))
@@ -223,7 +219,7 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _accuracy(ax: Any, part: xarray.Dataset) -> None:
+def _accuracy(ax: Axes, part: xarray.Dataset) -> None:
     for rule in RULES:
         values = 100 * part.evaluated_accuracy.sel(rule=rule).transpose("seed", "epochs_done")
         plotting.mean_band(np.arange(part.sizes["epochs_done"]), values.values, ax=ax, label=rule)
@@ -232,7 +228,7 @@ def _accuracy(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="lower right")
 
 
-def _cosines(ax: Any, part: xarray.Dataset) -> None:
+def _cosines(ax: Axes, part: xarray.Dataset) -> None:
     every = part.cosine_by_batch
     count = every.sizes["thinned_batch"]
     epochs = (np.arange(every.sizes["epoch"])[:, None] + np.arange(count) / count).ravel()
@@ -246,7 +242,7 @@ def _cosines(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="lower center", ncols=3)
 
 
-def _loss_change(ax: Any, part: xarray.Dataset) -> None:
+def _loss_change(ax: Axes, part: xarray.Dataset) -> None:
     x = np.arange(part.sizes["epoch"]) + 0.5
     for label, values in (
         ("before inference", part.loss), ("after", part.output_loss),
@@ -258,13 +254,11 @@ def _loss_change(ax: Any, part: xarray.Dataset) -> None:
     ax.legend(loc="upper right")
 
 
-def _norms(ax: Any, part: xarray.Dataset) -> None:
+def _norms(ax: Axes, part: xarray.Dataset) -> None:
     x = np.arange(part.sizes["epochs_done"])
-    styles = {"predictive coding": "-", "backpropagation": "--"}
-    for rule, dashes in styles.items():
+    for rule, trained, dashes in zip(RULES, ("PC", "BP"), ("-", "--"), strict=True):
         for color, (name, label) in enumerate((("bp", "∇ℒ"), ("pc", "∇F*"))):
             rows = part[f"evaluated_{name}_gradient"].sel(rule=rule).mean("seed").values
-            trained = "PC" if rule == RULES[0] else "BP"
             ax.plot(x, rows, dashes, color=f"C{color}", label=f"{label}, trained by {trained}")
     ax.set_yscale("log")
     ax.set_ylim(None, 6 * ax.get_ylim()[1])

@@ -7,7 +7,6 @@ are as wide as they are large.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.example import COLORS, Example, problem_of
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
+from pcdyn._support.states import cosine
 from pcdyn.plotting import schematic
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
@@ -46,7 +45,7 @@ def run(config: Example) -> xarray.Dataset:
         for rule in rules.values()
     ])  # fmt: skip
 
-    def loss(network: pcdyn.Network) -> Any:
+    def loss(network: pcdyn.Network) -> jax.Array:
         output = network.feedforward(jnp.asarray(problem.input))[-1]
         return 0.5 * jnp.sum(problem.output_error(output) ** 2)
 
@@ -73,7 +72,7 @@ def run(config: Example) -> xarray.Dataset:
     )  # fmt: skip
 
 
-def _balance(problem: pcdyn.InferenceProblem, rest: Any) -> float:
+def _balance(problem: pcdyn.InferenceProblem, rest: pcdyn.Equilibrium) -> float:
     """The largest entry of ε_l − W_{l+1}ᵀ(f' ∘ ε_{l+1}) at rest, f' of tanh by hand."""
     gaps = []
     for index, layer in enumerate(problem.network.layers[1:], start=1):
@@ -191,7 +190,9 @@ def _draw_rule(ax: Axes, data: xarray.Dataset, rule: str, network: pcdyn.Network
     schematic.frame(ax, (-0.6, 4.6 * depth + 1.0), (_LOW - 1.5, 3.4))
 
 
-def _gap(upper: schematic.Layout, lower: schematic.Layout, layer: int) -> Any:
+def _gap(
+    upper: schematic.Layout, lower: schematic.Layout, layer: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """From below the activities of a layer to above what is under them."""
     x, y = upper.middle(layer)
     top = y - upper.half_height(layer) - 0.08
@@ -199,7 +200,7 @@ def _gap(upper: schematic.Layout, lower: schematic.Layout, layer: int) -> Any:
 
 
 def _draw_exchange(
-    ax: Axes, upper: schematic.Layout, lower: schematic.Layout, sizes: Any, color: str
+    ax: Axes, upper: schematic.Layout, lower: schematic.Layout, sizes: np.ndarray, color: str
 ) -> None:
     """Errors act on the activities of their own layer and of the one below."""
     for layer, size in enumerate(sizes, start=1):

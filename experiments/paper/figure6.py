@@ -7,6 +7,7 @@ wide as the prediction errors that they carry backward.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 import xarray
+from jax.flatten_util import ravel_pytree
+from jaxtyping import ArrayLike
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -23,13 +26,14 @@ from matplotlib.figure import Figure
 import pcdyn
 from experiments.shared.example import COLORS, Example, problem_of
 from experiments.shared.experiment import Experiment
-from experiments.shared.measures import cosine
 from experiments.shared.networks import network_of
 from experiments.shared.precision_paths import TOLERANCE, followed_path, precisions_of
 from pcdyn import learning
-from pcdyn._support.states import step
+from pcdyn._support.states import cosine, step
+from pcdyn._support.types import Activities, State
 from pcdyn.model.energies.interpolation import graded, interpolated
 from pcdyn.plotting import schematic
+from pcdyn.references import BackpropagationPass
 from pcdyn.theory import Evidence
 
 BOXES = ("low precision", "fixed prediction", "first update", "input free", "high precision ratio",
@@ -108,13 +112,15 @@ def followed(problem: pcdyn.InferenceProblem, energies: list[list[pcdyn.Gaussian
     ]
 
 
-def _far(values: Any, references: Any) -> list[float]:
+def _far(values: Sequence[ArrayLike], references: Sequence[ArrayLike]) -> list[float]:
     """Relative distances, as many as there are values."""
     pairs = zip(values, references[: len(values)], strict=True)
     return [float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)) for a, b in pairs]
 
 
-def fixed_predictions(problem: pcdyn.InferenceProblem, bp: Any, times: Any) -> list[Any]:
+def fixed_predictions(
+    problem: pcdyn.InferenceProblem, bp: BackpropagationPass, times: np.ndarray
+) -> list[Any]:
     """Hidden errors with predictions and slopes frozen: `ε̇_l = −ε_l + J_{l+1}ᵀ ε_{l+1}`."""
     network = problem.network
     slopes = [
@@ -138,7 +144,9 @@ def fixed_predictions(problem: pcdyn.InferenceProblem, bp: Any, times: Any) -> l
     return [row.reshape(-1, width) for row in solved.y.T]
 
 
-def first_updates(problem: pcdyn.InferenceProblem, times: Any) -> tuple[list[Any], list[Any]]:
+def first_updates(
+    problem: pcdyn.InferenceProblem, times: np.ndarray
+) -> tuple[list[Any], list[Any]]:
     """`ε_l (L − l)!/t^{L−l}` early on, and ε_l at the step of size 1 that first moves it."""
     depth = problem.network.depth
     factorials = np.cumprod([1, *range(1, depth)])
@@ -159,7 +167,9 @@ def first_updates(problem: pcdyn.InferenceProblem, times: Any) -> tuple[list[Any
     return early, errors
 
 
-def input_free(config: Config, problem: pcdyn.InferenceProblem, start: Any) -> Any:
+def input_free(
+    config: Config, problem: pcdyn.InferenceProblem, start: State
+) -> tuple[list[list[np.ndarray]], np.ndarray]:
     """Activities along the flow with the input free, from the feedforward pass."""
     free = pcdyn.InferenceProblem(problem.network, output=problem.output)
     times = np.append(0, np.geomspace(0.1, config.free_time, 40))
@@ -170,20 +180,24 @@ def input_free(config: Config, problem: pcdyn.InferenceProblem, start: Any) -> A
     return [[np.asarray(x[i]) for x in flow.activities] for i in range(len(times))], times
 
 
-def rule_distance(problem: pcdyn.InferenceProblem, rule: learning.Rule, gradient: Any) -> float:
+def rule_distance(
+    problem: pcdyn.InferenceProblem, rule: learning.Rule, gradient: pcdyn.Network
+) -> float:
     """Relative distance of a rule's weight gradient to another."""
     assert problem.input is not None and problem.output is not None
     batch = problem.with_data(problem.input[None], problem.output[None])
     rule.check(batch)
     learned, _ = rule.learn(batch, ())
     ours, theirs = (
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(g, eqx.is_inexact_array))])
-        for g in (learned.gradient, gradient)
+        np.asarray(ravel_pytree(eqx.filter(each, eqx.is_inexact_array))[0])
+        for each in (learned.gradient, gradient)
     )
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def neither(rest: Any, bp: Any, targets: Any) -> np.ndarray:
+def neither(
+    rest: tuple[list[np.ndarray], list[np.ndarray]], bp: BackpropagationPass, targets: Activities
+) -> np.ndarray:
     """Cosines of the prediction errors at unit precisions to BP's deltas and TP's errors."""
     local = [t - x for t, x in zip(targets[1:], bp.activities[1:], strict=True)]
     return np.stack([cosine(np.stack(rest[1]), np.stack(each)) for each in (bp.deltas, local)])
@@ -267,7 +281,9 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _draw_network(ax: Axes, data: xarray.Dataset, name: str, network: Any, color: str) -> None:
+def _draw_network(
+    ax: Axes, data: xarray.Dataset, name: str, network: pcdyn.Network, color: str
+) -> None:
     layout = schematic.Layout(network.widths, layer_distance=1.9)
     values = list(data.activities.sel(box=name).values)
     clamped = (0, network.depth) if name != "input free" else (network.depth,)

@@ -11,16 +11,17 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import matplotlib
 import tyro
 from tqdm import tqdm
 
-from experiments.shared.experiment import Experiment, check_settings, find, names
+from experiments.shared.experiment import Experiment, Settings, check_settings, find, names
 from experiments.shared.index import table, write_index
 from experiments.shared.saving import (
     facts,
@@ -35,6 +36,8 @@ from pcdyn._support.files import read_bytes
 from pcdyn.errors import InputError
 from pcdyn.io.netcdf import read_dataset
 from pcdyn.theory import Evidence
+
+_Parsed = TypeVar("_Parsed")
 
 _ABOUT = """Run experiments, save data, pictures and manifests, and print the table of claims.
 
@@ -118,7 +121,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[tuple[Experiment[Any]
     """
     # Names and presets first: they decide which other options there are, and their defaults.
     asked = [a for a in arguments if a not in ("-h", "--help")]
-    options, _ = _parsed(Options, asked, return_unknown_args=True)
+    options, _ = _parsed(partial(tyro.cli, Options, args=asked, return_unknown_args=True))
     every = (*names("paper"), *names("beyond"))
     named = [name for name in dict.fromkeys(options.names) if name in every]
     chosen = [find(name) for name in named or names("paper")]
@@ -135,7 +138,8 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[tuple[Experiment[Any]
         for name, settings in given if named
     ]  # fmt: skip
     common = ("options", Annotated[Options, tyro.conf.arg(name="")], Options())
-    found = vars(_parsed(dataclasses.make_dataclass("Given", [common, *seed, *fields]), arguments))
+    given_options = dataclasses.make_dataclass("Given", [common, *seed, *fields])
+    found = vars(_parsed(partial(tyro.cli, given_options, args=arguments)))
     for name in set(found["options"].names) - set(every) - {"list"}:
         find(name)
     settings = [found.get(name, default) for name, default in given]
@@ -151,14 +155,14 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[tuple[Experiment[Any]
     return found["options"], list(zip(chosen, settings, strict=True))
 
 
-def _parsed(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
-    """What tyro makes of these arguments; its message in one line where it refuses them."""
+def _parsed(parse: Callable[..., _Parsed]) -> _Parsed:
+    """What tyro makes of the arguments; its message in one line where it refuses them."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                kind, args=arguments, prog="python -m experiments", description=_ABOUT,
-                config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True, **options,
+            return parse(
+                prog="python -m experiments", description=_ABOUT, use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
             )  # fmt: skip
     except SystemExit as leaving:
         if not leaving.code:
@@ -168,7 +172,7 @@ def _parsed(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
 
 
 def run_experiment(
-    experiment: Experiment[Any], settings: Any, options: Options
+    experiment: Experiment[Any], settings: Settings, options: Options
 ) -> Sequence[Evidence]:
     """Run one experiment and save its data; then check, draw and describe them."""
     folder = options.folder / experiment.name

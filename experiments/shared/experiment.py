@@ -101,7 +101,7 @@ def check_settings(name: str, settings: Settings) -> None:
             raise InputError(f"{where} is {value}: give a finite number")
 
 
-def _numbers(settings: Any) -> Iterator[tuple[str, int | float]]:
+def _numbers(settings: Settings) -> Iterator[tuple[str, int | float]]:
     """Every number of the settings with the name of its field, those of tuples one by one."""
     for field in dataclasses.fields(settings):
         rest = [vars(settings)[field.name]]
@@ -109,7 +109,7 @@ def _numbers(settings: Any) -> Iterator[tuple[str, int | float]]:
             value = rest.pop()
             if isinstance(value, tuple):
                 rest.extend(value)
-            elif dataclasses.is_dataclass(value):
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 yield from ((f"{field.name}.{n}", v) for n, v in _numbers(value))
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 yield field.name, value

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 import pcdyn
+from pcdyn.io.datasets import Dataset
 
 
 def gaussian_weights(
@@ -42,7 +44,7 @@ def in_float64(problem: pcdyn.InferenceProblem) -> pcdyn.InferenceProblem:
 
 
 def classifier(
-    widths: tuple[int, ...], activation: str, key: Any, gain: float = 1.0
+    widths: tuple[int, ...], activation: str, key: jax.Array, gain: float = 1.0
 ) -> pcdyn.Network:
     """A float32 network with identity output and biases, weights N(0, gain² / n_{l−1})."""
     network = pcdyn.mlp(
@@ -61,18 +63,18 @@ def load(name: str, lowest: float = 0.0) -> tuple[Any, Any]:
 
 
 def trained_classifier(
-    network: pcdyn.Network, digits: Any, *, epochs: int, key: jax.Array, batch: int = 64
+    network: pcdyn.Network, digits: Dataset, *, epochs: int, key: jax.Array
 ) -> pcdyn.Network:
-    """The network after `epochs` of BP on digits: squared error, rate .05, momentum .9."""
+    """The network after `epochs` of BP: squared error, batches of 64, rate .05, momentum .9."""
     images, targets = jnp.asarray(digits.images), jnp.asarray(digits.one_hot)
     weights, static = eqx.partition(network, eqx.is_array)
-    optimiser = optax.sgd(0.05, 0.9)
+    optimiser, batch = optax.sgd(0.05, 0.9), 64
 
-    def loss(weights: Any, x: Any, y: Any) -> Any:
+    def loss(weights: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
         errors = eqx.combine(weights, static).feedforward(x)[-1] - y
         return 0.5 * jnp.mean(jnp.sum(errors**2, axis=-1))
 
-    def update(carry: Any, rows: Any) -> tuple[Any, None]:
+    def update(carry: PyTree, rows: jax.Array) -> tuple[Any, None]:
         weights, momentum = carry
         slope = jax.grad(loss)(weights, images[rows], targets[rows])
         change, momentum = optimiser.update(slope, momentum)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
 
 import pcdyn
+from pcdyn.analysis.phase_plane import state_at
 
 _MOST_CURVE_POINTS = 1500
 
@@ -49,17 +48,10 @@ def as_data(case: str, seed: int, portrait: pcdyn.PhasePortrait) -> xarray.Datas
     )
 
 
-def state_at(problem: pcdyn.InferenceProblem, points: Any) -> tuple[Any, ...]:
-    """The state at points (…, 2)."""
-    points = jnp.asarray(points)
-    return (points,) if len(problem.free_layers) == 1 else (points[..., :1], points[..., 1:])
-
-
-def differenced_rates(
-    problem: pcdyn.InferenceProblem, portrait: pcdyn.PhasePortrait, step: float = 1e-4
-) -> np.ndarray:
+def differenced_rates(problem: pcdyn.InferenceProblem, portrait: pcdyn.PhasePortrait) -> np.ndarray:
     """Eigenvalues of the Hessian of F by central differences, NaN at a kink."""
     energy = jax.jit(jax.vmap(lambda x: problem.free_energy(state_at(problem, x))))
+    step = 1e-4
     units = step * np.eye(2)
     corners = np.array([[[a + b, a - b, b - a, -a - b] for b in units] for a in units])
     rates = np.full(portrait.rates.shape, np.nan)
@@ -90,7 +82,8 @@ def distances_by_lsoda(
     many = problem.with_data(batch[0], batch[1])
     run = pcdyn.simulate(
         many, t1=float(portrait.times[-1]), times=[float(portrait.times[-1])],
-        initial=state_at(many, starts), integrator=pcdyn.SciPy("LSODA", rtol=1e-8, atol=1e-10),
+        initial=state_at(many, jnp.asarray(starts)),
+        integrator=pcdyn.SciPy("LSODA", rtol=1e-8, atol=1e-10),
     )  # fmt: skip
     ends = np.concatenate(many.state_of(run.final), axis=-1)
     found = np.linalg.norm(ends - portrait.equilibria[basins], axis=-1)

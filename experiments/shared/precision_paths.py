@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 import pcdyn
 from pcdyn._support.states import largest_norm
+from pcdyn._support.types import Activities, State
 
 # Of ‖∂F/∂x_l‖ at each equilibrium.
 TOLERANCE = 1e-7
@@ -23,7 +25,9 @@ def precisions_of(energies: list[list[pcdyn.Gaussian]]) -> jax.Array:
     return rows / rows.min(axis=1, keepdims=True)
 
 
-def with_precisions(problem: pcdyn.InferenceProblem, row: Any) -> pcdyn.InferenceProblem:
+def with_precisions(
+    problem: pcdyn.InferenceProblem, row: Iterable[ArrayLike]
+) -> pcdyn.InferenceProblem:
     """The same problem with these precisions."""
     return pcdyn.InferenceProblem(
         problem.network, input=problem.input, output=problem.output,
@@ -31,10 +35,10 @@ def with_precisions(problem: pcdyn.InferenceProblem, row: Any) -> pcdyn.Inferenc
     )  # fmt: skip
 
 
-def followed_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
+def followed_path(problem: pcdyn.InferenceProblem, path: jax.Array) -> tuple[Activities, jax.Array]:
     """Each equilibrium is looked for from the one before, the first from the feedforward pass."""
 
-    def at(state: Any, row: Any) -> Any:
+    def at(state: State, row: jax.Array) -> tuple[State, tuple[Activities, jax.Array]]:
         here = with_precisions(problem, row)
         found = pcdyn.equilibrium(
             here, method="gauss_newton", initial=state, tolerance=TOLERANCE, throw=False
@@ -44,6 +48,6 @@ def followed_path(problem: pcdyn.InferenceProblem, path: Any) -> Any:
     return jax.lax.scan(at, problem.feedforward_state(), path)[1]
 
 
-def largest_slope(problem: pcdyn.InferenceProblem, activities: Any) -> Any:
+def largest_slope(problem: pcdyn.InferenceProblem, activities: Activities) -> jax.Array:
     """The largest ‖∂F/∂x_l‖."""
     return largest_norm(problem.gradient(problem.state_of(activities)))

@@ -16,6 +16,8 @@ import pcdyn
 from experiments.shared.networks import classifier, in_float64, trained_classifier
 from experiments.shared.timing import best_time
 from pcdyn import solvers
+from pcdyn._support.types import State
+from pcdyn.model.network import Initialisation
 
 # Work by which each method is let run further and further: iterations, or time constants.
 RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
@@ -42,7 +44,7 @@ class Race:
     depths: tuple[int, ...] = (8, 16, 32, 64)
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     width: int = 128
-    deep: tuple[tuple[int, str], ...] = (
+    deep: tuple[tuple[int, Initialisation], ...] = (
         (8, "orthogonal"), (64, "orthogonal"), (32, "fan_in"),
     )  # fmt: skip
     solvers: tuple[str, ...] = (
@@ -93,7 +95,7 @@ def digit_problems(config: Race, keys: jax.Array) -> tuple[dict[str, pcdyn.Infer
 
 
 def deep_problem(
-    config: Race, depth: int, width: int, initialisation: Any = "orthogonal"
+    config: Race, depth: int, width: int, initialisation: Initialisation = "orthogonal"
 ) -> pcdyn.InferenceProblem:
     """`depth` tanh layers of equal width below 10 linear outputs; Gaussian inputs, one-hot targets.
 
@@ -147,7 +149,7 @@ def compiled(problem: pcdyn.InferenceProblem, name: str) -> Callable[..., Any]:
     # What it has found after so much work, not when it would stop.
     options: dict[str, Any] = {"tolerance": 1e-30, "throw": False}
 
-    def solve(problem: pcdyn.InferenceProblem, work: Any) -> Any:
+    def solve(problem: pcdyn.InferenceProblem, work: jax.Array) -> State:
         if name == "Tsit5":
             solver = solvers.FlowToRest(pcdyn.Diffrax("tsit5", fallback=None), t1=work)
         else:
@@ -157,11 +159,11 @@ def compiled(problem: pcdyn.InferenceProblem, name: str) -> Callable[..., Any]:
     return eqx.filter_jit(solve)
 
 
-def euler(problem: pcdyn.InferenceProblem, step: float, steps: Any) -> Any:
+def euler(problem: pcdyn.InferenceProblem, step: float, steps: jax.Array) -> State:
     """A bare loop of Euler steps, without any check: the least that an update can cost."""
     prepared = problem.prepared()
 
-    def update(_: Any, state: Any) -> Any:
+    def update(_: jax.Array, state: State) -> State:
         slope = prepared.gradient(state)
         return jax.tree.map(lambda x, g: x - step * g, state, slope)
 
@@ -169,12 +171,12 @@ def euler(problem: pcdyn.InferenceProblem, step: float, steps: Any) -> Any:
 
 
 @eqx.filter_jit
-def largest_curvature(problem: pcdyn.InferenceProblem) -> Any:
+def largest_curvature(problem: pcdyn.InferenceProblem) -> jax.Array:
     """The largest eigenvalue of the Hessian at the feedforward pass, by power iteration."""
     state = problem.feedforward_state()
     _, product = jax.linearize(problem.gradient, state)
 
-    def iterate(_: Any, carry: Any) -> Any:
+    def iterate(_: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         direction, _ = carry
         image = product(direction)
         size = jnp.sqrt(sum(jnp.sum(x**2, -1) for x in image))
@@ -188,12 +190,12 @@ def largest_curvature(problem: pcdyn.InferenceProblem) -> Any:
 def to_rest(solver: pcdyn.solvers.Solver, tolerance: float = 1e-4) -> Callable[..., Any]:
     """A compiled function from a problem to the status of each sample."""
 
-    def solve(problem: pcdyn.InferenceProblem) -> Any:
+    def solve(problem: pcdyn.InferenceProblem) -> jax.Array:
         found = pcdyn.equilibrium(problem, method=solver, tolerance=tolerance, throw=False)
         return found.status_codes
 
     return eqx.filter_jit(solve)
 
 
-def _rows(state: Any) -> np.ndarray:
+def _rows(state: State) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64) for x in state], axis=-1)

@@ -20,10 +20,10 @@ def row(
     return Evidence("", what, float(measured), relation, limit, note=note, timed=True)
 
 
-def best_time(function: Callable[..., Any], *arguments: Any, repeats: int = 4) -> tuple[Any, float]:
+def best_time(function: Callable[..., Any], *arguments: object) -> tuple[Any, float]:
     """The result of a compiled call and the least seconds it took, not counting the first."""
     result, best = jax.block_until_ready(function(*arguments)), np.inf
-    for _ in range(repeats):
+    for _ in range(4):
         started = time.perf_counter()
         result = jax.block_until_ready(function(*arguments))
         best = min(best, time.perf_counter() - started)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import is_traced
-from pcdyn._support.types import Values
 
 
-def array_namespace(array: Values) -> ModuleType:
+def array_namespace(array: object) -> ModuleType:
     """The library that an array is of."""
     return np if isinstance(array, np.ndarray | np.generic) else jnp
 

@@ -6,15 +6,21 @@ In a batch the axis before it is the sample. Axes before that, if any, are layer
 from __future__ import annotations
 
 import functools
+import math
 import operator
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.products import matmul
 from pcdyn._support.types import State, Tree, Values
+
+_Array = TypeVar("_Array", Array, np.ndarray)
 
 
 def layer_norms(state: State) -> Float[Array, "*batch layers"]:
@@ -39,6 +45,14 @@ def dot(a: State, b: State) -> Float[Array, "*batch"]:
 def _row_products(a: Values, b: Values) -> Array:
     # On a CPU a matrix product is four times as fast as as many products of two rows.
     return matmul(a * b, jnp.ones(a.shape[-1], a.dtype))
+
+
+def cosine(a: _Array, b: _Array, *, of_zero: float = math.nan) -> _Array:
+    """The cosine similarity along the last axis, and `of_zero` where either vanishes."""
+    xp = array_namespace(a)
+    lengths = xp.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    quotients = (a * b).sum(-1) / xp.where(lengths == 0, 1, lengths)
+    return xp.where(lengths == 0, of_zero, quotients)
 
 
 def step(state: Tree, length: ArrayLike, direction: Tree) -> Tree:

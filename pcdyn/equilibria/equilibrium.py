@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
 from pcdyn._support.checks import check_flag, check_instance, check_key, checked_number, is_traced
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import Stopwatch
-from pcdyn._support.types import Numbers, State
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.equilibria.solvers import FlowToRest, Solver, default_solvers, get_solvers
 from pcdyn.equilibria.solvers.run import Ran, solve_in_turn, solve_on_host, within_round_off
 from pcdyn.errors import (
@@ -34,6 +36,8 @@ from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.model.stacked import StackedProblem, stacked
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.lines
     import xarray
 
 
@@ -67,17 +71,17 @@ class Equilibrium(LayerEnergies):
 
     problem: InferenceProblem
     start: State
-    activities: tuple[Any, ...]
-    prediction_errors: tuple[Any, ...]
-    energies: Any
-    residual_norms: Any
-    tolerance: Any
-    status_codes: Any
-    at_kink: tuple[Any, ...]
-    iterations: Any
-    passes: Any
-    compile_seconds: Any = 0.0
-    run_seconds: Any = 0.0
+    activities: Activities
+    prediction_errors: tuple[Values, ...]
+    energies: Values
+    residual_norms: Values
+    tolerance: Values
+    status_codes: Values
+    at_kink: tuple[Values, ...]
+    iterations: Values
+    passes: Values
+    compile_seconds: Scalar = 0.0
+    run_seconds: Scalar = 0.0
     given_tolerance: float | None = eqx.field(static=True, default=None)
     method: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
@@ -120,7 +124,7 @@ class Equilibrium(LayerEnergies):
         *,
         flow: FlowToRest | None = None,
         perturbation: float = 0.0,
-        key: Any = None,
+        key: PRNGKeyArray | None = None,
         tolerance: float = 1e-2,
     ) -> Basin:
         """Follow the gradient flow from the start and see whether it ends here.
@@ -159,11 +163,13 @@ class Equilibrium(LayerEnergies):
         agrees = distance <= tolerance * displacement
         return Basin(agrees, settled, distance, displacement, rest)
 
-    def plot(self, ax: Any = None, **options: Any) -> Any:
+    def plot(
+        self, ax: matplotlib.axes.Axes | None = None, *, sample: int = 0
+    ) -> list[matplotlib.lines.Line2D]:
         """Draw the activities and where the search began; see `pcdyn.plotting.equilibrium`."""
         import pcdyn
 
-        return pcdyn.plotting.equilibrium(self, ax=ax, **options)
+        return pcdyn.plotting.equilibrium(self, ax=ax, sample=sample)
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set with named dimensions; see `pcdyn.io.equilibria`."""
@@ -216,10 +222,10 @@ class Basin(eqx.Module):
     - `rest`: where it ended.
     """
 
-    agrees: Any
-    settled: Any
-    distance: Any
-    displacement: Any
+    agrees: np.ndarray
+    settled: np.ndarray
+    distance: np.ndarray
+    displacement: np.ndarray
     rest: Equilibrium
 
     @property
@@ -248,7 +254,7 @@ class Basin(eqx.Module):
         )
 
 
-def _distance(a: State, b: State) -> Any:
+def _distance(a: State, b: State) -> np.ndarray:
     squares = [np.sum((np.asarray(x) - np.asarray(y)) ** 2, -1) for x, y in zip(a, b, strict=True)]
     return np.sqrt(sum(squares))
 
@@ -348,7 +354,7 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
 
 
 @eqx.filter_jit
-def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
+def _observe(problem: InferenceProblem, state: State) -> tuple[State, Array, Array]:
     deep = stacked(problem)
     if not isinstance(deep, StackedProblem):
         errors = problem.prediction_errors(problem.activities(state))
@@ -362,17 +368,17 @@ def _observe(problem: InferenceProblem, state: State) -> tuple[Any, Any, Any]:
 class _Verdict:
     """What is thought of each sample: the status, and the residuals and tolerances by layer."""
 
-    status: Any
-    residuals: Any
-    tolerance: Any
+    status: Values
+    residuals: Values
+    tolerance: Values
 
 
 def _verdict(
-    problem: InferenceProblem, ran: Ran, observed: tuple[Any, Any, Any], relative: bool
+    problem: InferenceProblem, ran: Ran, observed: tuple[State, Values, Values], relative: bool
 ) -> _Verdict:
     """A solver's claim to have converged is checked."""
     _, energies, residuals = observed
-    xp = np if isinstance(residuals, np.ndarray) else jnp
+    xp = array_namespace(residuals)
     tolerance = xp.broadcast_to(ran.tolerance[:, None], residuals.shape)
     resting = xp.all(residuals <= tolerance, axis=-1)
     claimed = ran.solution.status == EquilibriumStatus.CONVERGED
@@ -381,7 +387,7 @@ def _verdict(
         accepted = claimed & ~resting & xp.asarray(reached)
         tolerance = xp.where(accepted[:, None], xp.asarray(wider), tolerance)
         resting = resting | accepted
-    doubted: Any = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
+    doubted = xp.where(claimed, int(EquilibriumStatus.STALLED), ran.solution.status)
     # A slope can vanish because the energy it is of has overflowed.
     finite = xp.all(xp.isfinite(residuals), axis=-1) & xp.all(xp.isfinite(energies), axis=-1)
     doubted = xp.where(finite, doubted, int(EquilibriumStatus.NON_FINITE))
@@ -394,17 +400,17 @@ def _build(
     start: State,
     state: State,
     ran: Ran,
-    observed: tuple[Any, Any, Any],
+    observed: tuple[State, Values, Values],
     verdict: _Verdict,
     given: float | None,
 ) -> Equilibrium:
     """What follows from what the solvers have found."""
     errors, energies, _ = observed
-    xp = np if isinstance(errors[0], np.ndarray) else jnp
+    xp = array_namespace(errors[0])
     status, residuals, tolerance = verdict.status, verdict.residuals, verdict.tolerance
     at_kink = tuple(xp.zeros(error.shape, bool) for error in errors)
     if ran.sliding:
-        status, residuals = np.array(status), np.array(residuals)
+        status, residuals = jax.tree.map(np.array, (status, residuals))
     for sample, point in ran.sliding.items():
         # A point with no unit at a kink is an equilibrium like any other.
         slides = any(mask.any() for mask in point.at_kink)
@@ -426,7 +432,7 @@ def _build(
     )  # fmt: skip
 
 
-def _range(values: Any) -> str:
+def _range(values: Values) -> str:
     low, high = f"{np.min(values):.2g}", f"{np.max(values):.2g}"
     return low if low == high else f"{low} … {high}"
 

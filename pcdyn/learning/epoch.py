@@ -12,6 +12,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from pcdyn._support.states import cosine
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.energies.energy import Energy
@@ -109,8 +110,9 @@ def _record(
     if setup.compare:
         reference = backpropagation(problem).weight_gradient
         pairs = list(zip(_matrices(learned.gradient), _matrices(reference), strict=True))
-        record["cosine"] = jnp.stack([_cosine(a.ravel(), b.ravel()) for a, b in pairs])
-        record["row_cosine"] = jnp.stack([jnp.mean(_cosine(a, b)) for a, b in pairs])
+        # The row of a dead unit has no direction.
+        record["cosine"] = jnp.stack([cosine(a.ravel(), b.ravel(), of_zero=0) for a, b in pairs])
+        record["row_cosine"] = jnp.stack([cosine(a, b, of_zero=0).mean() for a, b in pairs])
     return record
 
 
@@ -119,12 +121,6 @@ def _matrices(gradient: Network) -> list[Array]:
     each = [jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array)) for layer in gradient.layers]
     largest = [max(leaves, key=lambda x: x.size) for leaves in each]
     return [x.reshape(len(x), -1) for x in largest]
-
-
-def _cosine(a: Array, b: Array) -> Array:
-    """The cosine along the last axis; 0 where either vanishes, as a dead unit's row does."""
-    lengths = jnp.sqrt(jnp.sum(a**2, -1) * jnp.sum(b**2, -1))
-    return jnp.sum(a * b, -1) / jnp.where(lengths > 0, lengths, 1)
 
 
 def accuracy(outputs: Array, targets: Array) -> Array:

@@ -21,6 +21,7 @@ from pcdyn._support.checks import (
     is_traced,
 )
 from pcdyn._support.namespaces import array_namespace
+from pcdyn._support.states import cosine
 from pcdyn._support.types import Activities, Numbers, Scalar, Values
 from pcdyn.errors import (
     DenseOutputError,
@@ -179,17 +180,13 @@ class Trajectory(LayerEnergies, WithStatistics):
 
         NaN where either vanishes, for it has no direction there.
         """
-        here, there = self._pair(reference, layers)
-        xp = array_namespace(here)
-        product = (here * there).sum(-1)
-        lengths = xp.sqrt((here**2).sum(-1) * (there**2).sum(-1))
-        return product / xp.where(lengths > 0, lengths, np.nan)
+        return cosine(*self._pair(reference, layers))
 
     def angle_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
         """Compute the angle of the activities to `reference` in radians, as `distance_to`."""
-        cosine = self.cosine_to(reference, layers=layers)
-        xp = array_namespace(cosine)
-        return xp.arccos(xp.clip(cosine, -1, 1))
+        cosines = self.cosine_to(reference, layers=layers)
+        xp = array_namespace(cosines)
+        return xp.arccos(xp.clip(cosines, -1, 1))
 
     def _pair(self, reference: Reference, layers: Sequence[int] | None) -> tuple[Values, Values]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import xarray
+
+_COLUMNS = (
+    "statement", "relation", "oracle", "measured", "expected", "tolerance", "expected_to_hold",
+    "holds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +74,25 @@ class Evidence:
         if self.as_known:
             return "holds" if self.holds else "does not hold (finding)"
         return "holds (UNEXPECTED)" if self.holds else "FAILS"
+
+
+def evidence_to_xarray(evidence: Sequence[Evidence]) -> xarray.Dataset:
+    """Lay evidence out along the dimension `claim`, settings as JSON, without its notes."""
+    import xarray
+
+    columns = {name: [getattr(e, name) for e in evidence] for name in _COLUMNS}
+    columns["settings"] = [json.dumps(dict(e.settings), ensure_ascii=False) for e in evidence]
+    # Not a coordinate: the texts of claims are data.
+    columns["text"] = [e.claim for e in evidence]
+    return xarray.Dataset({name: ("claim", values) for name, values in columns.items()})
+
+
+def evidence_from_xarray(data: xarray.Dataset) -> list[Evidence]:
+    """Take the evidence out of a data set that `evidence_to_xarray` made, whatever else it has."""
+    columns = {name: data[name].values.tolist() for name in _COLUMNS if name != "holds"}
+    columns["claim"] = data.text.values.tolist()
+    columns["settings"] = [json.loads(text) for text in data.settings.values]
+    return [
+        Evidence(**dict(zip(columns, row, strict=True)))
+        for row in zip(*columns.values(), strict=True)
+    ]

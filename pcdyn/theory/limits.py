@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from pcdyn.learning import FixedPrediction, JointFlow, Rule, ZeroDivergence
@@ -140,8 +141,7 @@ def _learned(rule: Rule, problem: InferenceProblem) -> Array:
     assert problem.input is not None
     assert problem.output is not None
     batch = problem.with_data(problem.input[None], problem.output[None])
-    gradient = rule.learn(batch, ())[0].gradient
-    return jax.numpy.concatenate([layer.weight.ravel() for layer in gradient.layers])
+    return ravel_pytree(rule.learn(batch, ())[0].gradient)[0]
 
 
 def first_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:

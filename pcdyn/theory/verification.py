@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pcdyn._support.checks import checked_integer
 from pcdyn.errors import InputError
-from pcdyn.theory.evidence import Evidence
+from pcdyn.theory.evidence import Evidence, evidence_to_xarray
 from pcdyn.theory.registry import select
 from pcdyn.theory.statement import Statement
 
@@ -114,23 +114,8 @@ class Verification:
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the evidence along the dimension `claim`, settings as JSON."""
-        import json
-
-        import xarray
-
-        rows = self.evidence
-        names = ("statement", "claim", "relation", "oracle")
-        numbers = ("measured", "expected", "tolerance")
-        columns = {n: [getattr(e, n) for e in rows] for n in (*names, *numbers)}
-        columns["settings"] = [json.dumps(dict(e.settings), ensure_ascii=False) for e in rows]
-        columns["holds"] = [e.holds for e in rows]
-        columns["expected_to_hold"] = [e.expected_to_hold for e in rows]
-        # Not a coordinate: the texts of claims are data.
-        columns["text"] = columns.pop("claim")
-        return xarray.Dataset(
-            {name: ("claim", values) for name, values in columns.items()},
-            attrs={"seed": self.seed, "networks": self.networks},
-        )
+        data = evidence_to_xarray(self.evidence)
+        return data.assign_attrs(seed=self.seed, networks=self.networks)
 
 
 def expectation(evidence: Evidence) -> str:

@@ -19,6 +19,7 @@ from pcdyn.learning import AdiabaticFlow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.output_error import OutputErrorFlow
 from pcdyn.theory import STATEMENTS, Evidence, dynamics, inference, learning, limits, select, verify
+from pcdyn.theory.evidence import evidence_from_xarray
 from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
 from pcdyn.theory.pictures import margins, orders
@@ -122,7 +123,7 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     assert len(found.plot(ax)) >= len(found.evidence)
     plt.close(figure)
     data = found.to_xarray()
-    assert data.measured.values.tolist() == [e.measured for e in found.evidence]
+    assert evidence_from_xarray(data) == list(found.evidence)
     assert found.ok
     wrong = dataclasses.replace(found.evidence[0], expected=math.inf)
     changed = Verification((Measured(found.measured[0].statement, (wrong,), 0.0),), 0, 3)

@@ -9,19 +9,19 @@ one tangent pass.
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite, choose, dot, scale, step
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature
 from pcdyn.errors import EquilibriumStatus, InputError
-from pcdyn.model.problem import InferenceProblem, State
+from pcdyn.model.problem import InferenceProblem
 
 _RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
 _CONVERGED = int(EquilibriumStatus.CONVERGED)
@@ -39,16 +39,16 @@ class _Search(eqx.Module):
     """
 
     errors: Stacked
-    energy: Any
+    energy: Array
     slope: Stacked
     direction: Stacked
-    length: Any
-    curvature: Any
-    product: Any
-    first_product: Any
-    status: Any
-    iterations: Any
-    passes: Any
+    length: Array
+    curvature: Array
+    product: Array
+    first_product: Array
+    status: Array
+    iterations: Array
+    passes: Array
 
 
 class ConjugateGradients(Solver):
@@ -75,12 +75,12 @@ class ConjugateGradients(Solver):
                 "activities and the output error"
             )
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         chain = ErrorCoordinates(problem)
         batch, dtype = len(chain.target), chain.target.dtype
         tolerance = jnp.broadcast_to(jnp.asarray(tolerance, dtype), (batch,))
 
-        def runs(now: _Search) -> Any:
+        def runs(now: _Search) -> Array:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
         start = chain.errors(state)
@@ -103,7 +103,7 @@ class ConjugateGradients(Solver):
         return Solution(state, status, end.iterations, end.passes)
 
     def _iterate(
-        self, chain: ErrorCoordinates, now: _Search, running: Any, tolerance: Any
+        self, chain: ErrorCoordinates, now: _Search, running: Array, tolerance: Array
     ) -> _Search:
         output_error, push, hidden = jax.linearize(chain.output_error, now.errors, has_aux=True)
         weighted = chain.weighted(now.errors)
@@ -127,7 +127,7 @@ class ConjugateGradients(Solver):
         steepest = chain.apply_covariance(slope, now.errors)
         product = dot(slope, steepest)
         # Polak–Ribière; below 0 the memory is dropped, and at the first iteration there is none.
-        memory: Any = jnp.maximum((product - dot(now.slope, steepest)) / now.product, 0)
+        memory: Array = jnp.maximum((product - dot(now.slope, steepest)) / now.product, 0)
         along = dot(slope, now.direction)
         memory = jnp.where(memory * along < product, memory, 0)
         direction = step(scale(-1, steepest), memory, now.direction)

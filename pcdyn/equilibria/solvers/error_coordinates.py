@@ -14,22 +14,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from pcdyn._support.states import dot, largest_norm
-from pcdyn._support.types import State
+from pcdyn._support.types import State, Values
 from pcdyn.equilibria.solvers.base import round_off
 from pcdyn.equilibria.solvers.damped import PointEvaluation
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.network import apply_layer, stack, structure_of
+from pcdyn.model.network import Layer, apply_layer, stack, structure_of
 from pcdyn.model.problem import InferenceProblem
 
-Stacked = tuple[Any, ...]
+Stacked = tuple[Values, ...]
+# Of a matrix and one vector per sample.
+Product = Callable[[Values], Array]
 # Loops of up to so many layers are written out, which is faster to run and not slow to compile.
 _WRITTEN_OUT = 4
 
@@ -41,10 +43,10 @@ class ErrorCoordinates(eqx.Module):
     are quadratic, `None` for the others.
     """
 
-    first_prediction: Any
-    target: Any
-    layers: tuple[Any, ...]
-    output_layer: Any
+    first_prediction: Values
+    target: Values
+    layers: tuple[Layer, ...]
+    output_layer: Layer
     energies: tuple[Energy, ...]
     covariances: tuple[Precision | None, ...]
     output_energy: Energy
@@ -52,8 +54,9 @@ class ErrorCoordinates(eqx.Module):
 
     def __init__(self, problem: InferenceProblem):
         network, (first, *_, last) = problem.network, problem.energy
-        self.first_prediction = problem.prepared().first_prediction
-        self.target = problem.output
+        prepared = problem.prepared()
+        assert prepared.first_prediction is not None and prepared.output is not None
+        self.first_prediction, self.target = prepared.first_prediction, prepared.output
         self.output_layer = network.layers[-1]
         self.output_energy = last
         each = [
@@ -67,7 +70,7 @@ class ErrorCoordinates(eqx.Module):
         self.covariances = tuple(map(_covariances, self.energies))
         self.lengths = (1, *map(len, runs))
 
-    def take(self, samples: Any) -> ErrorCoordinates:
+    def take(self, samples: Array | slice) -> ErrorCoordinates:
         """Select samples of the batch."""
         return eqx.tree_at(
             lambda c: (c.first_prediction, c.target), self,
@@ -89,7 +92,7 @@ class ErrorCoordinates(eqx.Module):
         predictions = (self.first_prediction[None], *self.predictions(activities)[:-1])
         return jax.tree.map(jnp.subtract, activities, predictions)
 
-    def predictions(self, activities: Stacked) -> tuple[Any, ...]:
+    def predictions(self, activities: Stacked) -> tuple[Values, ...]:
         """Predict layers 2 … L from the hidden activities, stacked, the output by itself."""
         results, below = [], activities[0][-1]
         for layer, here in zip(self.layers, activities[1:], strict=True):
@@ -99,10 +102,10 @@ class ErrorCoordinates(eqx.Module):
             below = here[-1]
         return (*results, apply_layer(self.output_layer, below))
 
-    def activities(self, errors: Stacked) -> tuple[Stacked, Any]:
+    def activities(self, errors: Stacked) -> tuple[Stacked, Array]:
         """The hidden activities x_1 … x_{L−1} and the output error r."""
 
-        def climb(x: Any, layer: Any, error: Any) -> tuple[Any, Any]:
+        def climb(x: Array, layer: Layer, error: Array) -> tuple[Array, Array]:
             x = apply_layer(layer, x) + error
             return x, x
 
@@ -113,7 +116,7 @@ class ErrorCoordinates(eqx.Module):
             hidden.append(run)
         return tuple(hidden), self.target - apply_layer(self.output_layer, x)
 
-    def output_error(self, errors: Stacked) -> tuple[Any, Stacked]:
+    def output_error(self, errors: Stacked) -> tuple[Array, Stacked]:
         """The output error r, and the hidden activities."""
         hidden, output_error = self.activities(errors)
         return output_error, hidden
@@ -127,13 +130,13 @@ class ErrorCoordinates(eqx.Module):
         slope = jax.tree.map(jnp.add, weighted, pull_chain(output_weighted)[0])
         return PointEvaluation(energy, slope, self.residual(hidden, weighted, output_weighted))
 
-    def residual(self, hidden: Stacked, weighted: Stacked, output_weighted: Any) -> Any:
+    def residual(self, hidden: Stacked, weighted: Stacked, output_weighted: Values) -> Array:
         """The largest ‖∂F/∂x_l‖, by a forward and a backward pass from the weighted errors."""
         _, pull = jax.vjp(self.predictions, hidden)
         (above,) = pull((*weighted[1:], output_weighted))
         return largest_norm(jax.tree.map(jnp.subtract, weighted, above))
 
-    def free_energy(self, errors: Stacked, output_error: Any) -> Any:
+    def free_energy(self, errors: Stacked, output_error: Values) -> Array:
         """F from the errors of all layers."""
         if self.is_quadratic:
             hidden = 0.5 * dot(errors, self.weighted(errors))
@@ -142,29 +145,29 @@ class ErrorCoordinates(eqx.Module):
             hidden = sum(jnp.sum(run, axis=0) for run in each)
         return hidden + self.output_energy.value(output_error, self.target)
 
-    def output_gradient(self, output_error: Any) -> Any:
+    def output_gradient(self, output_error: Values) -> Array:
         """∂E_L/∂r: Π_L r where the output energy is Gaussian."""
         return self.output_energy.gradient(output_error, self.target)
 
-    def output_curvature(self, output_error: Any) -> Callable[[Any], Any]:
+    def output_curvature(self, output_error: Values) -> Product:
         """Products with the curvature of E_L, or with ∂²E_L/∂r² where that is not known."""
         known = self._output_products(output_error, lambda curvature: curvature)
         return known or jax.linearize(self.output_gradient, output_error)[1]
 
-    def output_covariance(self, output_error: Any) -> Callable[[Any], Any]:
+    def output_covariance(self, output_error: Values) -> Product:
         """Products with the inverse of the curvature of E_L, for an energy that has one."""
         known = self._output_products(output_error, Precision.inverse)
         assert known is not None, "the solvers have checked this"
         return known
 
     def _output_products(
-        self, output_error: Any, form: Callable[[Precision], Precision]
-    ) -> Callable[[Any], Any] | None:
+        self, output_error: Values, form: Callable[[Precision], Precision]
+    ) -> Product | None:
         constant = self.output_energy.quadratic_form
         if constant is not None:
             return form(constant).weigh
 
-        def one(error: Any, target: Any) -> Precision | None:
+        def one(error: Array, target: Array) -> Precision | None:
             curvature = self.output_energy.curvature(error, target)
             return None if curvature is None else form(curvature)
 
@@ -176,7 +179,7 @@ class ErrorCoordinates(eqx.Module):
         """Whether the energies of the hidden layers are."""
         return all(covariance is not None for covariance in self.covariances)
 
-    def round_off(self, errors: Stacked) -> Any:
+    def round_off(self, errors: Stacked) -> Array:
         """Estimate the round-off of F at these errors, per sample."""
         hidden, output_error = self.activities(errors)
         weighted = (*self.weighted(errors), self.output_gradient(output_error))
@@ -184,7 +187,7 @@ class ErrorCoordinates(eqx.Module):
 
     def linearise(
         self, errors: Stacked
-    ) -> tuple[Callable[[Stacked], Any], Callable[[Any], Stacked]]:
+    ) -> tuple[Callable[[Stacked], Array], Callable[[Values], Stacked]]:
         """Products with the Jacobians J_l = ∂μ_L/∂x_l: `Σ_l J_l v_l`, and `J_lᵀ v` for all l."""
         _, push = jax.linearize(lambda e: self.target - self.activities(e)[1], errors)
         transposed = jax.linear_transpose(push, errors)
@@ -196,25 +199,36 @@ class ErrorCoordinates(eqx.Module):
 
     def apply_covariance(self, vectors: Stacked, errors: Stacked) -> Stacked:
         """Π_l⁻¹ v_l, l = 1 … L−1, or the inverse of the energies' curvature at `errors`."""
+
+        def at_error(energy: Energy, vector: Array, error: Array) -> Array:
+            def one(vector: Array, error: Array) -> Array:
+                curvature = energy.curvature(error, None)
+                assert curvature is not None, "the solvers have checked this"
+                return curvature.unweigh(vector)
+
+            return jax.vmap(one)(vector, error)
+
         each = zip(self.energies, self.covariances, vectors, errors, strict=True)
         return tuple(
-            _by_curvature(Precision.unweigh, energy, vector, error)
+            _each_layer(at_error, energy, vector, error)
             if covariance is None
             else _each_layer(Precision.weigh, covariance, vector)
             for energy, covariance, vector, error in each
         )
 
-    def _each_run(self, function: Callable[..., Any], errors: Stacked) -> Stacked:
+    def _each_run(self, function: Callable[..., Array], errors: Stacked) -> Stacked:
         """`function(energy, error)` of each layer, stacked."""
         pairs = zip(self.energies, errors, strict=True)
         return tuple(_each_layer(function, energy, error) for energy, error in pairs)
 
 
-def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:
+def _scan(
+    body: Callable[..., tuple[PyTree, Array]], carry: PyTree, layers: PyTree, values: Values
+) -> tuple[PyTree, Array]:
     """`body(carry, layer, value)` over a run of layers and stacked values."""
     arrays, static = eqx.partition(layers, eqx.is_array)
 
-    def step(carry: Any, now: Any) -> tuple[Any, Any]:
+    def step(carry: PyTree, now: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
         return body(carry, eqx.combine(now[0], static), now[1])
 
     if len(values) == 1:
@@ -224,24 +238,13 @@ def _scan(body: Any, carry: Any, layers: Any, values: Any) -> tuple[Any, Any]:
     return jax.lax.scan(step, carry, (arrays, values), unroll=len(values) <= _WRITTEN_OUT)
 
 
-def _each_layer(function: Callable[..., Any], stacked: Any, *values: Any) -> Any:
+def _each_layer(function: Callable[..., Array], stacked: PyTree, *values: Values) -> Array:
     """`function` of each layer of a run, of its energy or precision and its values."""
     arrays, static = eqx.partition(stacked, eqx.is_array)
     return jax.vmap(lambda part, *each: function(eqx.combine(part, static), *each))(arrays, *values)
 
 
-def _by_curvature(function: Callable[..., Any], energies: Any, vectors: Any, errors: Any) -> Any:
-    """`function(curvature, vector)` of each layer of a run and each sample."""
-
-    def one(energy: Any, vector: Any, error: Any) -> Any:
-        if energy.quadratic_form is not None:
-            return function(energy.quadratic_form, vector)
-        return jax.vmap(lambda v, e: function(energy.curvature(e, None), v))(vector, error)
-
-    return _each_layer(one, energies, vectors, errors)
-
-
-def _covariances(energies: Any) -> Any:
+def _covariances(energies: Energy) -> Precision | None:
     """The stacked Π⁻¹ of stacked energies; `None` where they are not quadratic."""
 
     def one(energy: Energy) -> Precision | None:

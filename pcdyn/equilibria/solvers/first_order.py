@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pcdyn._support.checks import flag, integer, number, optional
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.equilibria.solvers.gauss_newton import check_curvature, curvatures
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.model.problem import InferenceProblem
+
+# The next state, from the problem of one sample, its state and ∂F/∂x there.
+_Update = Callable[[InferenceProblem, State, State], State]
+# A state, ∂F/∂x there, and how many updates led to it.
+_Carry = tuple[State, State, Array]
 
 
 class GradientDescent(Solver):
@@ -24,7 +30,7 @@ class GradientDescent(Solver):
     `dt` must be below 2 / the largest eigenvalue of the Hessian. `max_iterations` updates at most.
     """
 
-    dt: Any = eqx.field(converter=number("GradientDescent: dt", above=0))
+    dt: Scalar = eqx.field(converter=number("GradientDescent: dt", above=0))
     max_iterations: int = eqx.field(
         default=10_000, converter=integer("GradientDescent: max_iterations", at_least=1)
     )
@@ -36,7 +42,7 @@ class GradientDescent(Solver):
     def check(self, problem: InferenceProblem) -> None:
         """Take every problem."""
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         def update(_: InferenceProblem, state: State, slope: State) -> State:
             return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
 
@@ -68,7 +74,7 @@ class FixedPoint(Solver):
         if problem.input is None:
             raise InputError("fixed_point needs a clamped input: x_0 has no prediction to go to")
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         def update(problem: InferenceProblem, state: State, slope: State) -> State:
             precisions = curvatures(problem, state)
             return tuple(
@@ -83,16 +89,20 @@ class FixedPoint(Solver):
 
 
 def _iterate(
-    problem: InferenceProblem, state: State, tolerance: Any, update: Any, max_iterations: Any
+    problem: InferenceProblem,
+    state: State,
+    tolerance: Scalar,
+    update: _Update,
+    max_iterations: Scalar,
 ) -> Solution:
     """Repeat an update of the activities until their gradient is small."""
 
-    def proceed(carry: Any) -> Any:
+    def proceed(carry: _Carry) -> Array:
         _, slope, iterations = carry
         resting = largest_norm(slope) <= tolerance
         return ~resting & (iterations < max_iterations) & all_finite(slope)
 
-    def body(carry: Any) -> Any:
+    def body(carry: _Carry) -> _Carry:
         state, slope, iterations = carry
         state = update(problem, state, slope)
         return state, problem.gradient(state), iterations + 1
@@ -119,11 +129,11 @@ class _Descent(eqx.Module):
     errors: Stacked
     ahead: Stacked
     best: Stacked
-    lowest: Any
-    stale: Any
-    rate: Any
-    status: Any
-    iterations: Any
+    lowest: Array
+    stale: Array
+    rate: Array
+    status: Array
+    iterations: Array
 
 
 class ErrorDescent(Solver):
@@ -137,7 +147,9 @@ class ErrorDescent(Solver):
     """
 
     nesterov: bool = eqx.field(static=True, default=True, converter=flag("ErrorDescent: nesterov"))
-    rate: Any = eqx.field(default=None, converter=optional(number("ErrorDescent: rate", above=0)))
+    rate: Scalar | None = eqx.field(
+        default=None, converter=optional(number("ErrorDescent: rate", above=0))
+    )
     power_iterations: int = eqx.field(
         static=True, default=6, converter=integer("ErrorDescent: power_iterations", at_least=1)
     )
@@ -157,10 +169,10 @@ class ErrorDescent(Solver):
                 "activities and the output error"
             )
 
-    def solve(self, problem: InferenceProblem, state: State, tolerance: Any) -> Solution:
+    def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         chain, dtype = ErrorCoordinates(problem), problem.network.dtype
 
-        def runs(now: _Descent) -> Any:
+        def runs(now: _Descent) -> Array:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
         def iterate(now: _Descent) -> _Descent:
@@ -174,7 +186,7 @@ class ErrorDescent(Solver):
             momentum = jnp.where(keeps, (1 - root) / (1 + root), 0)
             lower: jax.Array = seen.energy < now.lowest
             best = choose(lower, now.ahead, now.best)
-            stale: Any = jnp.where(lower, 0, now.stale + 1)
+            stale: Array = jnp.where(lower, 0, now.stale + 1)
             grew = ~(seen.energy <= 2 * now.lowest)
             too_fast = grew | (stale > _PATIENCE)
             status = jnp.where(now.rate < jnp.finfo(dtype).eps, _STALLED, _RUNNING)
@@ -216,16 +228,16 @@ class ErrorDescent(Solver):
         estimate = 0 if self.rate is not None else 1 + 2 * self.power_iterations
         return Solution(state, status, end.iterations, 4 * end.iterations + estimate)
 
-    def _first_rate(self, chain: ErrorCoordinates, errors: Stacked) -> Any:
+    def _first_rate(self, chain: ErrorCoordinates, errors: Stacked) -> Array:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
         push, pull = chain.linearise(errors)
         curve = chain.output_curvature(chain.activities(errors)[1])
 
-        def body(_: Any, carry: Any) -> Any:
+        def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             covector, _ = carry
             # Zero stays zero: the output does not move, and the rate is 1.
             size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
-            covector = covector / jnp.where(size > 0, size, 1)
+            covector = covector / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
             image = curve(push(chain.apply_covariance(pull(covector), errors)))
             return image, jnp.linalg.norm(image, axis=-1)
 

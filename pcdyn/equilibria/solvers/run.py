@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pcdyn._support.states import all_finite, choose, layer_norms
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State, Values
 from pcdyn.equilibria.kinks import SlidingPoint, has_kinks, slide, step_off_ridges
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.errors import EquilibriumStatus
@@ -20,6 +20,8 @@ from pcdyn.integrators.run import on_host
 from pcdyn.linearisation.scales import gradient_round_off, resting_tolerance
 from pcdyn.model.problem import InferenceProblem
 
+# A solution, where the next search starts, which samples it is for, and how many there were.
+_Carry = tuple[Solution, State, Array, Array]
 # How often a search may end on a ridge and go on from beside it.
 _MOST_RIDGES = 4
 
@@ -33,15 +35,15 @@ class Ran:
     """
 
     solution: Solution
-    tolerance: Any
+    tolerance: Values
     names: str
     sliding: dict[int, SlidingPoint] = dataclasses.field(default_factory=dict)
 
 
 @eqx.filter_jit
 def _solve_first(
-    problem: InferenceProblem, state: State, solver: Solver, tolerance: Any, relative: bool
-) -> tuple[Solution, Any]:
+    problem: InferenceProblem, state: State, solver: Solver, tolerance: Scalar, relative: bool
+) -> tuple[Solution, Values]:
     """The solution, and the tolerance per sample."""
     if has_kinks(problem.network):
         # On a ridge the gradient vanishes, and nothing could be small beside it.
@@ -55,14 +57,14 @@ def _solve_first(
 
 
 @eqx.filter_jit
-def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Any) -> Solution:
+def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Values) -> Solution:
     """Solve from `state`, and where that ends on a ridge of F, again from beside it."""
     # The verdict is of the residual computed again, in another order of operations.
     goal = 0.9 * goal
     if not has_kinks(problem.network):
         return solver.solve(problem, state, goal)
 
-    def again(carry: Any) -> Any:
+    def again(carry: _Carry) -> _Carry:
         before, start, running, count = carry
         # What is not to run has converged at once.
         after = solver.solve(problem, start, jnp.where(running, goal, jnp.inf))
@@ -74,7 +76,7 @@ def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Any) -
         start = choose(ridge, beside, solution.state)
         return solution, start, ridge, count + 1
 
-    def unfinished(carry: Any) -> Any:
+    def unfinished(carry: _Carry) -> Array:
         return jnp.any(carry[2]) & (carry[3] < _MOST_RIDGES)
 
     shapes = jax.eval_shape(lambda: solver.solve(problem, state, goal))
@@ -90,13 +92,15 @@ def _with_costs_of(before: Solution, after: Solution) -> Solution:
     return dataclasses.replace(after, passes=before.passes + after.passes)
 
 
-def _follow_up(before: Solution, after: Solution, done: Any) -> Solution:
+def _follow_up(before: Solution, after: Solution, done: Values) -> Solution:
     """The second solution where the first is not done, with the costs of both."""
     return choose(done, before, _with_costs_of(before, after))
 
 
 @eqx.filter_jit
-def within_round_off(problem: InferenceProblem, state: State, tolerance: Any) -> tuple[Any, Any]:
+def within_round_off(
+    problem: InferenceProblem, state: State, tolerance: Values
+) -> tuple[Array, Array]:
     """Whether the gradient of each sample is within its round-off, and then that as tolerance.
 
     By layer; the tolerance of other samples, and of layers with less round-off, is what it was.
@@ -120,7 +124,7 @@ def solve_in_turn(
     problem: InferenceProblem,
     start: State,
     solvers: Sequence[Solver],
-    tolerance: Any,
+    tolerance: Scalar,
     relative: bool,
 ) -> Ran:
     """Try solvers until each sample has converged, to a tolerance that may be `relative`."""
@@ -128,7 +132,7 @@ def solve_in_turn(
     for solver in solvers[1:]:
         done = solution.status == EquilibriumStatus.CONVERGED
 
-        def follow_up(solution: Solution, done: Any = done, solver: Solver = solver) -> Solution:
+        def follow_up(solution: Solution, done: Array = done, solver: Solver = solver) -> Solution:
             state = _restart(solution, start)
             # Nothing is left to do for those that have converged to round-off only.
             after = _solve(problem, state, solver, jnp.where(done, jnp.inf, goal))
@@ -156,22 +160,27 @@ def solve_on_host(
     ]
     given = np.asarray(tolerance, problem.network.dtype)
     solution, goal = _solve_first(problem, start, each[0], given, relative)
-    goal, sliding, done = np.asarray(goal), {}, np.zeros(goal.shape, bool)
+    goal, sliding = jax.tree.map(np.asarray, goal), {}
+    done: Values = jax.tree.map(lambda x: np.zeros(x.shape, bool), goal)
     ran = 0
     for ran, solver in enumerate(each, start=1):
         if ran > 1:
-            left = np.where(done, np.inf, goal).astype(goal.dtype)
-            after = _solve(problem, _restart(solution, start), solver, left)
+            after = _solve(problem, _restart(solution, start), solver, _unless(done, goal))
             solution = _follow_up(solution, after, done)
         solution = on_host(solution)
         if has_kinks(problem.network):
             solution, sliding = _slide_rest(problem, solution, goal, sliding)
         done = solution.status == EquilibriumStatus.CONVERGED
-        done[list(sliding)] = True
+        done = done | np.isin(np.arange(len(done)), list(sliding))
         if done.all():
             break
     names = [*(solver.name for solver in solvers[:ran]), *(["kinks"] if sliding else [])]
     return Ran(solution, goal, ", ".join(names), sliding)
+
+
+def _unless(done: Values, goal: Values) -> Values:
+    """The tolerance on the host, infinite for samples that are done."""
+    return jax.tree.map(lambda x: np.where(done, np.inf, x).astype(x.dtype), goal)
 
 
 def _slide_rest(
