@@ -905,13 +905,4 @@ MISTAKES = (
         "not claim.holds and claim.expected_to_hold for claim",
         ("tests/figures/test_experiments.py::test_a_failed_claim_makes_the_run_fail",),
     ),
-    Mistake(
-        "experiments: the cosine without its root",
-        "experiments/shared/measures.py",
-        "return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))",
-        "return (a * b).sum(-1) / ((a**2).sum(-1) * (b**2).sum(-1))",
-        (
-            "tests/figures/test_experiments.py::test_claims_hold_and_the_saved_data_give_the_saved_files[figure3_ratios]",
-        ),
-    ),
 )
