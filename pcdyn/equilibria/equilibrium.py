@@ -222,10 +222,10 @@ class Basin(eqx.Module):
     - `rest`: where it ended.
     """
 
-    agrees: np.ndarray
-    settled: np.ndarray
-    distance: np.ndarray
-    displacement: np.ndarray
+    agrees: np.ndarray | np.generic
+    settled: np.ndarray | np.generic
+    distance: np.ndarray | np.generic
+    displacement: np.ndarray | np.generic
     rest: Equilibrium
 
     @property
@@ -254,7 +254,7 @@ class Basin(eqx.Module):
         )
 
 
-def _distance(a: State, b: State) -> np.ndarray:
+def _distance(a: State, b: State) -> np.ndarray | np.generic:
     squares = [np.sum((np.asarray(x) - np.asarray(y)) ** 2, -1) for x, y in zip(a, b, strict=True)]
     return np.sqrt(sum(squares))
 

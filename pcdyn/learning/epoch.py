@@ -111,8 +111,8 @@ def _record(
         reference = backpropagation(problem).weight_gradient
         pairs = list(zip(_matrices(learned.gradient), _matrices(reference), strict=True))
         # The row of a dead unit has no direction.
-        record["cosine"] = jnp.stack([cosine(a.ravel(), b.ravel(), of_zero=0) for a, b in pairs])
-        record["row_cosine"] = jnp.stack([cosine(a, b, of_zero=0).mean() for a, b in pairs])
+        record["cosine"] = jnp.stack([cosine(a.ravel(), b.ravel(), of_zero=0.0) for a, b in pairs])
+        record["row_cosine"] = jnp.stack([cosine(a, b, of_zero=0.0).mean() for a, b in pairs])
     return record
 
 

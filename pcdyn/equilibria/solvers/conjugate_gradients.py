@@ -138,7 +138,6 @@ class ConjugateGradients(Solver):
         total = curvature + output_curvature
         length = (product - memory * along) / jnp.where(total > 0, total, 1)
 
-        iterations = now.iterations + running.astype(int)
         first_product = jnp.where(now.iterations == 0, product, now.first_product)
         # ‖∂F/∂e‖ and the tolerance, as if each iteration took off the same factor.
         fallen = jnp.log(jnp.sqrt(product / first_product))
@@ -146,7 +145,7 @@ class ConjugateGradients(Solver):
         share = (now.iterations / self.max_iterations).astype(energy.dtype)
         slow = ~(fallen <= share * wanted)
         # The next solver takes as long for a batch as for one sample of it.
-        hopeless = jnp.any(running & slow & (iterations > _JUDGED_AFTER))
+        hopeless = jnp.any(running & slow & (now.iterations >= _JUDGED_AFTER))
         stalled = ~falls | ~(total > 0) | hopeless
         status = jnp.where(stalled, _STALLED, _RUNNING)
         status = jnp.where(converged, _CONVERGED, status)
@@ -164,6 +163,6 @@ class ConjugateGradients(Solver):
             product=product,
             first_product=first_product,
             status=jnp.where(running, status, now.status),
-            iterations=iterations,
+            iterations=now.iterations + going.astype(int),
             passes=now.passes + jnp.where(running, jnp.where(jnp.any(near), 5, 3), 0),
         )
