@@ -17,8 +17,10 @@ Numbers = ArrayLike | Sequence[Any]
 # one of the two only.
 if TYPE_CHECKING:
     Values = Array
+    HostValues = np.ndarray
 else:
-    Values = Array | np.ndarray | np.generic
+    HostValues = np.ndarray | np.generic
+    Values = Array | HostValues
 # One number, such as a time, or one for each sample; on the host it can be an array of NumPy.
 Scalar = Values | np.ndarray | float | int
 # One array for each layer 0 … L.

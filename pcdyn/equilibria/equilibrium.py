@@ -17,7 +17,7 @@ from pcdyn._support.checks import check_flag, check_instance, check_key, checked
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import Stopwatch
-from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
+from pcdyn._support.types import Activities, HostValues, Numbers, Scalar, State, Values
 from pcdyn.equilibria.solvers import FlowToRest, Solver, default_solvers, get_solvers
 from pcdyn.equilibria.solvers.run import Ran, solve_in_turn, solve_on_host, within_round_off
 from pcdyn.errors import (
@@ -222,10 +222,10 @@ class Basin(eqx.Module):
     - `rest`: where it ended.
     """
 
-    agrees: np.ndarray | np.generic
-    settled: np.ndarray | np.generic
-    distance: np.ndarray | np.generic
-    displacement: np.ndarray | np.generic
+    agrees: HostValues
+    settled: HostValues
+    distance: HostValues
+    displacement: HostValues
     rest: Equilibrium
 
     @property
@@ -254,7 +254,7 @@ class Basin(eqx.Module):
         )
 
 
-def _distance(a: State, b: State) -> np.ndarray | np.generic:
+def _distance(a: State, b: State) -> HostValues:
     squares = [np.sum((np.asarray(x) - np.asarray(y)) ** 2, -1) for x, y in zip(a, b, strict=True)]
     return np.sqrt(sum(squares))
 
