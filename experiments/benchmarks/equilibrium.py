@@ -22,6 +22,7 @@ from experiments.shared.solver_races import (
     Race,
     compiled,
     deep_problem,
+    error_descent,
     exact_equilibrium,
     ladder,
     problems,
@@ -43,6 +44,7 @@ def rows() -> Iterator[Evidence]:
     for precision, limit in ((1, 25), (100, 200)):
         yield from _against_tsit5(cases[f"MNIST trained, Π = {precision}"], precision, limit)
     yield from _against_twenty_steps(cases["MNIST trained, Π = 1"])
+    yield from _against_error_descent(cases["MNIST trained, Π = 1"])
     yield from _linear()
     yield from _orthogonal()
     for depth in (32, 64):
@@ -97,6 +99,25 @@ def _against_twenty_steps(problem: pcdyn.InferenceProblem) -> Iterator[Evidence]
             np.inf if name == "Nesterov" else 1.0,
             note=f"{name} {_ms(times[name])}, {count} iterations; Euler {_ms(times['Euler'])}",
         )
+
+
+def _against_error_descent(problem: pcdyn.InferenceProblem) -> Iterator[Evidence]:
+    """The default beside what it does without a check at a rate that is known to be good."""
+    by_hand = eqx.filter_jit(lambda problem: error_descent(problem, 0.4, 20))
+    default = eqx.filter_jit(_by_default)
+    times = best_times(
+        {
+            "20 steps at rate .4": lambda: by_hand(problem),
+            "the default": lambda: default(problem),
+            "its whole call": lambda: _by_default(problem),
+        }
+    )
+    what, note = "MNIST trained, residual 1e-4: the default", _notes(times, {})
+    found = pcdyn.equilibrium(problem, tolerance=_TOLERANCE)
+    yield row(f"{what}, most passes", np.max(found.passes), 15)
+    bare, compiled, whole = times.values()
+    yield row(f"{what} / 20 bare steps in error coordinates", compiled / bare, 1.0, note=note)
+    yield row(f"{what}, whole call / compiled", whole / compiled, 1.5)
 
 
 def _linear() -> Iterator[Evidence]:

@@ -170,6 +170,25 @@ def euler(problem: pcdyn.InferenceProblem, step: float, steps: jax.Array) -> Sta
     return jax.lax.fori_loop(0, steps, update, problem.feedforward_state())
 
 
+def error_descent(problem: pcdyn.InferenceProblem, rate: float, steps: int) -> State:
+    """A bare loop of descent in error coordinates, as others write it, for unit precisions."""
+    hidden, last = problem.network.layers[1:-1], problem.network.layers[-1]
+    first, target = problem.prepared().first_prediction, problem.output
+
+    def free_energy(errors: State) -> jax.Array:
+        x = first + errors[0]
+        for layer, error in zip(hidden, errors[1:], strict=True):
+            x = jax.vmap(layer)(x) + error
+        each = (*errors, target - jax.vmap(last)(x))
+        return sum((jnp.sum(error**2) for error in each), jnp.zeros(())) / 2
+
+    def update(_: jax.Array, errors: State) -> State:
+        return jax.tree.map(lambda e, g: e - rate * g, errors, jax.grad(free_energy)(errors))
+
+    none = jax.tree.map(jnp.zeros_like, problem.zeros_state())
+    return jax.lax.fori_loop(0, steps, update, none)
+
+
 @eqx.filter_jit
 def largest_curvature(problem: pcdyn.InferenceProblem) -> jax.Array:
     """The largest eigenvalue of the Hessian at the feedforward pass, by power iteration."""
