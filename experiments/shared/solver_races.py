@@ -17,7 +17,7 @@ from experiments.shared.networks import classifier, in_float64, trained_classifi
 from experiments.shared.timing import best_time
 from pcdyn import solvers
 from pcdyn._support.types import State
-from pcdyn.model.network import Initialisation
+from pcdyn.model.network import Initialisation, apply_layer
 
 # Work by which each method is let run further and further: iterations, or time constants.
 RUNGS = np.array([1, 2, 3, 5, 8, 12, 20, 50, 100, 300, 1000, 3000, 10_000])
@@ -178,8 +178,8 @@ def error_descent(problem: pcdyn.InferenceProblem, rate: float, steps: int) -> S
     def free_energy(errors: State) -> jax.Array:
         x = first + errors[0]
         for layer, error in zip(hidden, errors[1:], strict=True):
-            x = jax.vmap(layer)(x) + error
-        each = (*errors, target - jax.vmap(last)(x))
+            x = apply_layer(layer, x) + error
+        each = (*errors, target - apply_layer(last, x))
         return sum((jnp.sum(error**2) for error in each), jnp.zeros(())) / 2
 
     def update(_: jax.Array, errors: State) -> State:
