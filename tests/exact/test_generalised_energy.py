@@ -198,7 +198,7 @@ MIXED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXED)
 def test_equilibrium_and_learning_agree_with_scipy(name: str) -> None:
-    """The default solver, Gauss–Newton, ends at SciPy's minimum.
+    """The default solvers end at SciPy's minimum.
 
     With an energy for each layer the weight gradient is dF*/dW by differences, and the truncated
     steps of learning agree with it.
@@ -209,7 +209,7 @@ def test_equilibrium_and_learning_agree_with_scipy(name: str) -> None:
         case.network, input=case.input, output=case.output, energy=energy
     )
     rest = pcdyn.equilibrium(problem, tolerance=1e-9)
-    assert rest.method == "gauss_newton"
+    assert rest.ok
 
     def least(changed: Any) -> Any:
         return minimize(numpy_free_energy, np.asarray(rest.state[0][0]),
