@@ -174,6 +174,7 @@ def error_descent(problem: pcdyn.InferenceProblem, rate: float, steps: int) -> S
     """A bare loop of descent in error coordinates, as others write it, for unit precisions."""
     hidden, last = problem.network.layers[1:-1], problem.network.layers[-1]
     first, target = problem.prepared().first_prediction, problem.output
+    assert first is not None and target is not None, "both ends are clamped"
 
     def free_energy(errors: State) -> jax.Array:
         x = first + errors[0]
