@@ -8,6 +8,7 @@ only while a solver runs (a diverging step, too many steps) is a `Status` of the
 
 from __future__ import annotations
 
+import abc
 import collections
 import enum
 import functools
@@ -117,9 +118,9 @@ class _Outcome(enum.IntEnum):
     """How a computation ended: integers that print as their names."""
 
     @property
+    @abc.abstractmethod
     def ok(self) -> bool:
         """Whether it is a success."""
-        raise NotImplementedError
 
     @classmethod
     def failed(cls, codes: _Codes) -> _Codes:

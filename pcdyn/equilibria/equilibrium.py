@@ -129,12 +129,18 @@ class Equilibrium(LayerEnergies):
     ) -> Basin:
         """Follow the gradient flow from the start and see whether it ends here.
 
-        Arguments: `flow`, how to integrate it; `perturbation`, the standard deviation of Gaussian
-        noise added to the start, drawn with `key`: does the neighbourhood of the start end here
-        too?; `tolerance` of the distance, relative to the way from the start to this equilibrium.
+        A flow that does not come to rest, as along a kink, raises nothing: see `Basin.settled`.
 
-        A flow that does not come to rest, as along a kink, raises nothing: see `settled`. Raises
-        `InputError` for a negative perturbation or one without a key.
+        **Arguments:**
+
+        - `flow`: how to integrate it.
+        - `perturbation`: the standard deviation of Gaussian noise added to the start, drawn with
+          `key`: does the neighbourhood of the start end here too?
+        - `tolerance`: of the distance, relative to the way from the start to this equilibrium.
+
+        **Raises:**
+
+        - `pcdyn.errors.InputError` for a negative perturbation or one without a key.
         """
         start = self.start
         tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
@@ -172,7 +178,7 @@ class Equilibrium(LayerEnergies):
         return pcdyn.plotting.equilibrium(self, ax=ax, sample=sample)
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set with named dimensions; see `pcdyn.io.equilibria`."""
+        """Return a labelled data set with named dimensions; see `pcdyn.io.equilibria`."""
         import pcdyn
 
         return pcdyn.io.equilibria.to_xarray(self)
@@ -181,7 +187,7 @@ class Equilibrium(LayerEnergies):
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account, for all samples together."""
+        """Return a readable account, for all samples together."""
         if is_traced(self.energies):
             return f"Equilibrium by {self.method} inside of a JAX transformation"
         widths = [x.shape[-1] for x in self.activities]
@@ -247,7 +253,7 @@ class Basin(eqx.Module):
         return self.summary()
 
     def summary(self) -> str:
-        """A readable account, for all samples together."""
+        """Return a readable account, for all samples together."""
         return (
             f"Basin: {self.message}\n  distance at most {np.max(self.distance):.2g}, displacement "
             f"from the start at most {np.max(self.displacement):.2g}"
@@ -267,22 +273,7 @@ def equilibrium(
     tolerance: float | None = None,
     throw: bool = True,
 ) -> Equilibrium:
-    """The equilibrium that inference from `initial` leads to, with its residual.
-
-    Arguments:
-
-    - `method`: a name (`"gauss_newton"`, `"pseudo_transient"`, `"flow"`, …), a value such as
-      `pcdyn.solvers.GaussNewton(max_iterations=20)`, or several values to try in turn, each on
-      the samples where the one before it did not converge. Unless given: the closed form of a
-      linear network; otherwise conjugate gradients in error coordinates (both ends clamped,
-      smooth activations), then Gauss–Newton, then pseudo-transient continuation.
-    - `initial`: `"feedforward"`, `"zeros"` or a state.
-    - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute. Unless given it is 1e-6 in
-      float64 and 1e-4 in float32 times the scale of each sample: the least of 1, of the largest
-      ‖∂F/∂x_l‖ at the start, and of the largest prediction error there times the smallest
-      precision. A sample whose gradient at the start is within its round-off is at rest there.
-    - `throw`: raise `pcdyn.NotConvergedError` if any sample has not converged, with what was found
-      in its `equilibrium`; with `throw=False` the status says so instead.
+    """Find the equilibrium that inference from `initial` leads to, with its residual.
 
     Where round-off keeps the gradient above a tolerance that was not given, as at large ratios of
     precisions, a sample has converged once the steps of its solver change nothing and the gradient
@@ -296,8 +287,27 @@ def equilibrium(
     by the implicit function theorem; time constants do not move it. Samples that have not
     converged, such as those that slide along a kink, have derivatives that are NaN.
 
-    Raises `ToleranceError` and what the problem, the solver and the initial state raise, before
-    anything runs.
+    **Arguments:**
+
+    - `problem`: what is clamped, to which network, with which energies.
+    - `method`: a name (`"gauss_newton"`, `"pseudo_transient"`, `"flow"`, …), a value such as
+      `pcdyn.solvers.GaussNewton(max_iterations=20)`, or several values to try in turn, each on
+      the samples where the one before it did not converge. Unless given: the closed form of a
+      linear network; otherwise conjugate gradients in error coordinates (both ends clamped,
+      smooth activations), then Gauss–Newton, then pseudo-transient continuation.
+    - `initial`: `"feedforward"`, `"zeros"` or a state.
+    - `tolerance` of ‖∂F/∂x_l‖ in every free layer and sample, absolute. Unless given it is 1e-6 in
+      float64 and 1e-4 in float32 times the scale of each sample: the least of 1, of the largest
+      ‖∂F/∂x_l‖ at the start, and of the largest prediction error there times the smallest
+      precision. A sample whose gradient at the start is within its round-off is at rest there.
+    - `throw`: raise `pcdyn.NotConvergedError` if any sample has not converged, with what was found
+      in its `equilibrium`; with `throw=False` the status says so instead.
+
+    **Raises:**
+
+    - `pcdyn.errors.ToleranceError`, and what the problem, the solver and the initial state raise,
+      before anything runs.
+    - `pcdyn.NotConvergedError` afterwards, unless `throw=False`.
     """
     check_problem(problem)
     check_flag(throw, "throw")

@@ -48,7 +48,12 @@ _BY_NAME = {
 
 
 def get_solver(method: str | Solver) -> Solver:
-    """The solver of that name, or the given one itself; raises `InputError` for an unknown name."""
+    """Return the solver of a name, or the given one itself.
+
+    **Raises:**
+
+    - `pcdyn.errors.InputError` for an unknown name.
+    """
     if isinstance(method, Solver):
         return method
     if not isinstance(method, str) or method not in _BY_NAME:
@@ -61,7 +66,12 @@ def get_solver(method: str | Solver) -> Solver:
 
 
 def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, ...]:
-    """The solvers to try in turn; raises `InputError` for what is no name, solver or list."""
+    """Return the solvers to try in turn, by name or as given.
+
+    **Raises:**
+
+    - `pcdyn.errors.InputError` for what is no name, solver or list.
+    """
     if isinstance(method, str | Solver):
         return (get_solver(method),)
     methods = as_sequence(method, "method", "a name, a solver, or a list of solvers")
@@ -71,7 +81,7 @@ def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, 
 
 
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
-    """What to try in turn, each where the one before it did not converge.
+    """Choose what to try in turn, each where the one before it did not converge.
 
     A linear network with quadratic energies has a closed form. Otherwise conjugate gradients in
     error coordinates, if both ends are clamped, the curvature of each hidden energy is known and

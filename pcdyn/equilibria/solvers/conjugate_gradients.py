@@ -19,8 +19,8 @@ from pcdyn._support.states import all_finite, choose, dot, scale, step
 from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
-from pcdyn.equilibria.solvers.gauss_newton import check_curvature
-from pcdyn.errors import EquilibriumStatus, InputError
+from pcdyn.equilibria.solvers.gauss_newton import check_error_coordinates
+from pcdyn.errors import EquilibriumStatus
 from pcdyn.model.problem import InferenceProblem
 
 _RUNNING = int(EquilibriumStatus.ITERATION_LIMIT)
@@ -57,6 +57,10 @@ class ConjugateGradients(Solver):
     It needs both ends clamped and the curvatures of hidden energies, `pcdyn.Gaussian` or others
     with a method `curvature`. A sample is given up, for the next solver, once F would rise, and a
     batch once the convergence of a sample so far says that `max_iterations` would not do.
+
+    **Arguments:**
+
+    - `max_iterations`: steps after which it gives up, for each sample.
     """
 
     max_iterations: int = eqx.field(
@@ -68,12 +72,7 @@ class ConjugateGradients(Solver):
         return "conjugate_gradients"
 
     def check(self, problem: InferenceProblem) -> None:
-        check_curvature(self.name, problem, of_output=False)
-        if not problem.both_ends_clamped:
-            raise InputError(
-                f"{self.name} needs both ends clamped: only then do the errors determine the "
-                "activities and the output error"
-            )
+        check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         chain = ErrorCoordinates(problem)
@@ -150,7 +149,7 @@ class ConjugateGradients(Solver):
         status = jnp.where(stalled, _STALLED, _RUNNING)
         status = jnp.where(converged, _CONVERGED, status)
         going = running & (status == _RUNNING)
-        # Where F has risen, one step back. Directions of samples that rest may be 0 / 0.
+        # Where F has risen, or is not finite any more, one step back.
         onward = choose(going, step(now.errors, length, direction), now.errors)
         back = step(now.errors, -now.length, now.direction)
         return _Search(

@@ -14,7 +14,11 @@ from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
 from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
-from pcdyn.equilibria.solvers.gauss_newton import check_curvature, curvatures
+from pcdyn.equilibria.solvers.gauss_newton import (
+    check_curvature,
+    check_error_coordinates,
+    curvatures,
+)
 from pcdyn.errors import EquilibriumStatus, InputError
 from pcdyn.model.problem import InferenceProblem
 
@@ -27,7 +31,11 @@ _Carry = tuple[State, State, Array]
 class GradientDescent(Solver):
     """The paper's update `x ← x − dt · ∂F/∂x`, explicit Euler on the flow, until it rests.
 
-    `dt` must be below 2 / the largest eigenvalue of the Hessian. `max_iterations` updates at most.
+    **Arguments:**
+
+    - `dt`: the step, in units of the activity time constant; below 2 / the largest eigenvalue of
+      the Hessian.
+    - `max_iterations`: updates after which it gives up.
     """
 
     dt: Scalar = eqx.field(converter=number("GradientDescent: dt", above=0))
@@ -59,6 +67,10 @@ class FixedPoint(Solver):
     Gaussian is the inverse of their curvature at the errors. It converges only where every
     eigenvalue of Π⁻¹H is below 2, H being the Hessian at the equilibrium; otherwise it runs away
     and says so.
+
+    **Arguments:**
+
+    - `max_iterations`: updates after which it gives up.
     """
 
     max_iterations: int = eqx.field(
@@ -141,9 +153,15 @@ class ErrorDescent(Solver):
 
     The signal of an output error reaches every layer in one pass, where in the activities it
     travels one layer per step. The model's Hessian `1 + Π⁻½ Jᵀ Π_L J Π⁻½` has no eigenvalue below
-    1; its largest is estimated by `power_iterations` products and sets the `rate`, unless that is
-    given. `nesterov` adds momentum, dropped where it points uphill, and then needs about √κ instead
-    of κ iterations. A rate at which F grows, or does not fall for long, is halved.
+    1. A rate at which F grows, or does not fall for long, is halved.
+
+    **Arguments:**
+
+    - `nesterov`: add momentum, dropped where it points uphill; it then takes about √κ instead of κ
+      iterations.
+    - `rate`: the step; unless given 1 / the largest eigenvalue, which is estimated.
+    - `power_iterations`: products that estimate it.
+    - `max_iterations`: steps after which it gives up, for each sample.
     """
 
     nesterov: bool = eqx.field(static=True, default=True, converter=flag("ErrorDescent: nesterov"))
@@ -162,12 +180,7 @@ class ErrorDescent(Solver):
         return "nesterov" if self.nesterov else "error_descent"
 
     def check(self, problem: InferenceProblem) -> None:
-        check_curvature(self.name, problem, of_output=False)
-        if not problem.both_ends_clamped:
-            raise InputError(
-                f"{self.name} needs both ends clamped: only then do the errors determine the "
-                "activities and the output error"
-            )
+        check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         chain, dtype = ErrorCoordinates(problem), problem.network.dtype

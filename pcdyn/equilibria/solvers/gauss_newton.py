@@ -196,7 +196,7 @@ class ActivityModel(DescentModel):
 
 
 def has_curvature(problem: InferenceProblem, *, of_output: bool = True) -> bool:
-    """Whether the curvature of every energy is known, or of the hidden ones."""
+    """Return whether the curvature of every energy is known, or of the hidden ones."""
     depth = problem.network.depth
     return _without_curvature(problem, range(1, depth + 1 if of_output else depth)) is None
 
@@ -210,6 +210,16 @@ def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = T
             f"{name} needs the curvature of each energy, but that of layer {index}, "
             f"{type(problem.energy[index - 1]).__name__}, has none: write its method "
             '`curvature`, or use the method "pseudo_transient", which needs none'
+        )
+
+
+def check_error_coordinates(name: str, problem: InferenceProblem) -> None:
+    """Raise `InputError` unless both ends are clamped and hidden curvatures are known."""
+    check_curvature(name, problem, of_output=False)
+    if not problem.both_ends_clamped:
+        raise InputError(
+            f"{name} needs both ends clamped: only then do the errors determine the activities and "
+            "the output error"
         )
 
 

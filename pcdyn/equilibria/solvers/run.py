@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -35,7 +36,7 @@ class Ran:
     """
 
     solution: Solution
-    tolerance: Values
+    tolerance: Values | np.ndarray
     names: str
     sliding: dict[int, SlidingPoint] = dataclasses.field(default_factory=dict)
 
@@ -57,7 +58,7 @@ def _solve_first(
 
 
 @eqx.filter_jit
-def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Values) -> Solution:
+def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Scalar) -> Solution:
     """Solve from `state`, and where that ends on a ridge of F, again from beside it."""
     # The verdict is of the residual computed again, in another order of operations.
     goal = 0.9 * goal
@@ -92,14 +93,14 @@ def _with_costs_of(before: Solution, after: Solution) -> Solution:
     return dataclasses.replace(after, passes=before.passes + after.passes)
 
 
-def _follow_up(before: Solution, after: Solution, done: Values) -> Solution:
+def _follow_up(before: Solution, after: Solution, done: Values | np.ndarray) -> Solution:
     """The second solution where the first is not done, with the costs of both."""
     return choose(done, before, _with_costs_of(before, after))
 
 
 @eqx.filter_jit
 def within_round_off(
-    problem: InferenceProblem, state: State, tolerance: Values
+    problem: InferenceProblem, state: State, tolerance: Values | np.ndarray
 ) -> tuple[Array, Array]:
     """Whether the gradient of each sample is within its round-off, and then that as tolerance.
 
@@ -120,6 +121,16 @@ def _restart(solution: Solution, start: State) -> State:
     )
 
 
+def _followed(
+    problem: InferenceProblem, start: State, solver: Solver, goal: Values, before: Solution
+) -> Solution:
+    """A solution with what another solver makes of the samples that have not converged."""
+    done = before.status == EquilibriumStatus.CONVERGED
+    # Nothing is left to do for those that have converged to round-off only.
+    goal = jnp.where(done, jnp.inf, goal)
+    return _follow_up(before, _solve(problem, _restart(before, start), solver, goal), done)
+
+
 def solve_in_turn(
     problem: InferenceProblem,
     start: State,
@@ -130,15 +141,9 @@ def solve_in_turn(
     """Try solvers until each sample has converged, to a tolerance that may be `relative`."""
     solution, goal = _solve_first(problem, start, solvers[0], tolerance, relative)
     for solver in solvers[1:]:
+        follow = partial(_followed, problem, start, solver, goal)
         done = solution.status == EquilibriumStatus.CONVERGED
-
-        def follow_up(solution: Solution, done: Array = done, solver: Solver = solver) -> Solution:
-            state = _restart(solution, start)
-            # Nothing is left to do for those that have converged to round-off only.
-            after = _solve(problem, state, solver, jnp.where(done, jnp.inf, goal))
-            return _follow_up(solution, after, done)
-
-        solution = jax.lax.cond(jnp.all(done), lambda same: same, follow_up, solution)
+        solution = jax.lax.cond(jnp.all(done), lambda same: same, follow, solution)
     return Ran(solution, goal, ", ".join(solver.name for solver in solvers))
 
 
@@ -160,27 +165,22 @@ def solve_on_host(
     ]
     given = np.asarray(tolerance, problem.network.dtype)
     solution, goal = _solve_first(problem, start, each[0], given, relative)
-    goal, sliding = jax.tree.map(np.asarray, goal), {}
-    done: Values = jax.tree.map(lambda x: np.zeros(x.shape, bool), goal)
+    goal, sliding, done = np.asarray(goal), {}, np.zeros(goal.shape, bool)
     ran = 0
     for ran, solver in enumerate(each, start=1):
         if ran > 1:
-            after = _solve(problem, _restart(solution, start), solver, _unless(done, goal))
+            left = np.where(done, np.inf, goal).astype(goal.dtype)
+            after = _solve(problem, _restart(solution, start), solver, left)
             solution = _follow_up(solution, after, done)
         solution = on_host(solution)
         if has_kinks(problem.network):
             solution, sliding = _slide_rest(problem, solution, goal, sliding)
-        done = solution.status == EquilibriumStatus.CONVERGED
-        done = done | np.isin(np.arange(len(done)), list(sliding))
+        done = np.asarray(solution.status == EquilibriumStatus.CONVERGED)
+        done[list(sliding)] = True
         if done.all():
             break
     names = [*(solver.name for solver in solvers[:ran]), *(["kinks"] if sliding else [])]
     return Ran(solution, goal, ", ".join(names), sliding)
-
-
-def _unless(done: Values, goal: Values) -> Values:
-    """The tolerance on the host, infinite for samples that are done."""
-    return jax.tree.map(lambda x: np.where(done, np.inf, x).astype(x.dtype), goal)
 
 
 def _slide_rest(
