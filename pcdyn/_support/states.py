@@ -1,4 +1,4 @@
-"""Arithmetic of states: tuples of arrays whose last axis is a layer's units.
+"""Arithmetic of states, tuples of arrays whose last axis is a layer's units, and of such arrays.
 
 In a batch the axis before it is the sample. Axes before that, if any, are layers of one width.
 """
@@ -43,7 +43,8 @@ def dot(a: State, b: State) -> Float[Array, "*batch"]:
 
 
 def _row_products(a: Values, b: Values) -> Array:
-    # On a CPU a matrix product is four times as fast as as many products of two rows.
+    # On a CPU one product with a vector of ones takes a quarter of the time of a product of two
+    # rows for each sample.
     return matmul(a * b, jnp.ones(a.shape[-1], a.dtype))
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.types import Activities, Numbers, State, Values
-from pcdyn.analysis.time_scales import Stability, module_of
+from pcdyn.analysis.time_scales import Stability
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.errors import (
     EquilibriumStatus,
@@ -32,9 +33,6 @@ from pcdyn.linearisation.spectrum import (
 from pcdyn.model.flow import Flow, check_contract, check_flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.simulation.trajectory import Trajectory
-
-# Where a flow is linearised.
-_Point = str | Equilibrium | Trajectory | Sequence[Numbers]
 
 
 def stability(
@@ -95,12 +93,12 @@ def stability_along(problem: Flow, trajectory: Trajectory) -> Stability:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     where = "all times of a trajectory"
     if not isinstance(problem, InferenceProblem):
-        found = _linearised(problem, np.asarray(trajectory.times), stacked, where)
+        found = _linearised(problem, trajectory.times, stacked, where)
         return dataclasses.replace(found, times=trajectory.times)
     return _build(problem, stacked, at=where, times=trajectory.times)
 
 
-def _of_flow(flow: Flow, at: _Point) -> Stability:
+def _of_flow(flow: Flow, at: str | Equilibrium | Trajectory | Sequence[Numbers]) -> Stability:
     """`stability` of a flow that is none of inference."""
     name = type(flow).__name__
     if isinstance(at, Equilibrium) or (isinstance(at, str) and at == "equilibrium"):
@@ -109,15 +107,15 @@ def _of_flow(flow: Flow, at: _Point) -> Stability:
             'such as where pcdyn.simulate(…, until="equilibrium") has ended'
         )
     if isinstance(at, Trajectory):
-        state, time, where = _states(flow, at, at.final), at.times[-1], "the end of a trajectory"
+        state, times, where = _states(flow, at, at.final), at.times[-1:], "the end of a trajectory"
     else:
-        state, time = flow.initial_state(at), 0.0
+        state, times = flow.initial_state(at), np.zeros(1)
         where = f"the {at} state" if isinstance(at, str) else "the given state"
     states = jax.tree.map(lambda x: x[None], state)
-    return jax.tree.map(lambda x: x[0], _linearised(flow, np.array([time]), states, where))
+    return jax.tree.map(lambda x: x[0], _linearised(flow, times, states, where))
 
 
-def _linearised(flow: Flow, times: np.ndarray, states: State, where: str) -> Stability:
+def _linearised(flow: Flow, times: Values | np.ndarray, states: State, where: str) -> Stability:
     """`Stability` of any flow at several times and states."""
     name, units = type(flow).__name__, sum(x[0].size for x in states)
     if is_traced(flow, states):
@@ -128,7 +126,7 @@ def _linearised(flow: Flow, times: np.ndarray, states: State, where: str) -> Sta
             f"the {name} moves {units} units, but all rates are known only up to {MOST_DENSE_UNITS}"
         )
     try:
-        found = flow_spectrum(flow, times.astype(flow.dtype), states)
+        found = flow_spectrum(flow, np.asarray(times, flow.dtype), states)
     except SpectrumError as error:
         raise SpectrumError(f"{error}, at {where}") from error
     return Stability(
@@ -191,7 +189,7 @@ def _build(
     spectrum = _spectrum(problem, state, units)
     spectrum = jax.tree.map(lambda x: x.reshape(*leading, x.shape[-1]), spectrum)
     spectrum = spectrum if traced else on_host(spectrum)
-    xp = module_of(spectrum.rates)
+    xp = array_namespace(spectrum.rates)
     kink = xp.broadcast_to(xp.asarray(False if at_kink is None else at_kink), leading)
     hidden = jax.tree.map(lambda x: xp.where(kink[..., None], xp.nan, x), spectrum)
     return Stability(

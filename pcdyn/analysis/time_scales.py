@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 
 from pcdyn._support.checks import is_traced
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.types import Values
 from pcdyn.errors import ShapeError
 from pcdyn.integrators import Integrator
@@ -200,10 +200,10 @@ class Stability(eqx.Module):
         if not self.complete:
             lines.insert(1, "  by Lanczos iterations: only the slowest and the fastest rate")
         if np.any(self.unstable):
-            kind = "saddles or maxima of the free energy"
-            if self._is_complex:
-                kind = "left by the flow"
-            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {kind}, "
+            where = (
+                "left by the flow" if self._is_complex else "saddles or maxima of the free energy"
+            )
+            lines.insert(1, f"  UNSTABLE: {np.sum(self.unstable)} of {count} states are {where}, "
                             "with rates below zero")  # fmt: skip
         if self._is_complex and np.any(self.rates.imag):
             fastest = _range(np.max(np.abs(self.rates.imag), axis=-1))
@@ -264,7 +264,7 @@ class Stability(eqx.Module):
 
     @property
     def _module(self) -> ModuleType:
-        return module_of(self.rates)
+        return array_namespace(self.rates)
 
     @property
     def _round_off(self) -> Values:
@@ -292,14 +292,9 @@ class Stability(eqx.Module):
 
 def _reciprocal(values: Values, finite: Values) -> Values:
     """1 / values, infinite where not `finite`; NaN stays NaN."""
-    xp = module_of(values)
+    xp = array_namespace(values)
     safe = xp.where(finite, values, 1)
     return xp.where(finite, 1 / safe, xp.where(xp.isnan(values), xp.nan, xp.inf))
-
-
-def module_of(values: Values) -> ModuleType:
-    """Choose NumPy for arrays on the host, and jax.numpy for others."""
-    return np if isinstance(values, np.ndarray | np.generic) else jnp
 
 
 def _known(values: Values) -> np.ndarray:

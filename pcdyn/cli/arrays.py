@@ -14,7 +14,7 @@ _SUFFIXES = (".npy", ".npz", ".nc")
 
 
 def load_array(source: str, name: str, folder: Path) -> np.ndarray:
-    """Load the array `FILE` or `FILE:NAME`; of several arrays the one called `name` unless named.
+    """Load the array `FILE` or `FILE:NAME`; of several arrays `name` if no NAME is given.
 
     A relative path is relative to `folder`. Raises `DataError` if the file is missing, of another
     kind, corrupt, or without that array.

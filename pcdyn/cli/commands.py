@@ -82,11 +82,11 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
         **vars(statistics),
     }
 
-    def draw(axes: list[matplotlib.axes.Axes]) -> None:
+    def draw(upper: matplotlib.axes.Axes, lower: matplotlib.axes.Axes) -> None:
         from pcdyn import plotting
 
-        plotting.activities(trajectory, ax=axes[0])
-        plotting.energies(trajectory, ax=axes[1])
+        plotting.activities(trajectory, ax=upper)
+        plotting.energies(trajectory, ax=lower)
 
     return Result(
         summary=lines(summary),
@@ -139,7 +139,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
         summary=lines(summary),
         record=record,
         dataset=lambda: file_of(found),
-        draw=lambda: _figure(lambda axes: found.plot(axes[0])),
+        draw=lambda: _figure(found.plot),
     )
 
 
@@ -184,7 +184,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         summary="\n\n".join(parts),
         record=record,
         dataset=lambda: with_problem(file_of(comparison), problem),
-        draw=lambda: _figure(lambda axes: comparison.plot(axes[0])),
+        draw=lambda: _figure(comparison.plot),
         table=comparison.to_csv,
     )
 
@@ -213,7 +213,7 @@ def run_stability(options: Stability, settings: Settings) -> Result:
         summary="\n".join([lines([("network", describe(problem))]), found.summary()]),
         record=record,
         dataset=lambda: with_problem(file_of(found), problem),
-        draw=lambda: _figure(lambda axes: found.plot(axes[0])),
+        draw=lambda: _figure(found.plot),
     )
 
 
@@ -236,7 +236,7 @@ def run_verify(options: Verify, _: Settings) -> Result:
             "statements": found.records(),
         },
         dataset=lambda: file_of(found),
-        draw=lambda: _figure(lambda axes: found.plot(axes[0]), height=6.4),
+        draw=lambda: _figure(found.plot, height=6.4),
         failure=failure,
     )
 
@@ -301,7 +301,7 @@ def _reported(count: object) -> str:
 
 
 def _figure(
-    draw: Callable[[list[matplotlib.axes.Axes]], object], *, panels: int = 1, height: float = 4.0
+    draw: Callable[..., object], *, panels: int = 1, height: float = 4.0
 ) -> matplotlib.figure.Figure:
     """A figure of panels one above the other, in the style of pcdyn."""
     from matplotlib.figure import Figure
@@ -310,7 +310,7 @@ def _figure(
 
     with plotting.style():
         figure = Figure(figsize=(6.4, height), layout="constrained")
-        draw(list(figure.subplots(panels, 1, squeeze=False).flat))
+        draw(*figure.subplots(panels, 1, squeeze=False).flat)
     return figure
 
 

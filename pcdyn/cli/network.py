@@ -147,7 +147,7 @@ def _clamped(
     return data["input"], data["output"]
 
 
-def _named_energy(text: str, precisions: float | int | Sequence[Numbers] | None) -> Energy:
+def _named_energy(text: str, precisions: float | int | Sequence[object] | None) -> Energy:
     """The energy of `"name"` or `"name:parameter"`."""
     name, colon, number = text.partition(":")
     try:
@@ -160,7 +160,7 @@ def _named_energy(text: str, precisions: float | int | Sequence[Numbers] | None)
 
 
 def _precisions(
-    given: float | int | Sequence[Numbers] | None,
+    given: float | int | Sequence[object] | None,
 ) -> np.ndarray | list[np.ndarray] | None:
     if given is None:
         return None
@@ -171,7 +171,7 @@ def _precisions(
     return [_as_numbers(each) for each in given]
 
 
-def _as_numbers(precision: Numbers) -> np.ndarray:
+def _as_numbers(precision: object) -> np.ndarray:
     try:
         return np.asarray(precision, dtype=float)
     except (TypeError, ValueError, OverflowError) as error:

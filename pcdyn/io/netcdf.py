@@ -133,9 +133,9 @@ def named_values(
     values = np.asarray(variable.transpose(*wanted).values)
     if values.dtype.kind not in _KINDS[kind]:
         raise DataError(f"{name} holds {values.dtype}, but should hold {kind}")
-    if kind == "texts":
-        return cast(Values, values)
-    return cast(Values, values.astype(values.dtype.newbyteorder("="), order="C", copy=False))
+    if kind != "texts":
+        values = values.astype(values.dtype.newbyteorder("="), order="C", copy=False)
+    return cast(Values, values)
 
 
 def attribute(dataset: xarray.Dataset, name: str) -> object:
@@ -149,7 +149,7 @@ def number(dataset: xarray.Dataset, name: str) -> float:
     """Return an attribute that is a number; raise `DataError` if it is missing or none."""
     value = attribute(dataset, name)
     try:
-        return np.asarray(value, float).item()
+        return float(cast(Any, value))
     except (TypeError, ValueError) as error:
         raise DataError(f"the attribute {name} is {value!r:.40}, but should be a number") from error
 

@@ -27,8 +27,9 @@ def stacked_dataset(
     """Convert a result of several networks; raise `ShapeError` if their times differ."""
     import xarray
 
+    assert result.networks is not None, "of several networks"
     each: list[xarray.Dataset] = []
-    for i in range(result.networks or 0):
+    for i in range(result.networks):
         # Seconds that nothing has measured are one number for all.
         one = to_xarray(jax.tree.map(lambda x, i=i: np.asarray(x)[i] if np.ndim(x) else x, result))
         each.append(one.assign({name: one.attrs.pop(name) for name in _SECONDS}))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 TIME_UNITS = "activity time constants"
 
-_SECONDS = [name for name in MEASURES if name not in COUNTS]
-
 
 def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """Convert a trajectory to a labelled data set that shares its arrays.
@@ -128,7 +126,8 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         "integrator": trajectory.integrator,
         "fallback": trajectory.fallback,
         "message": trajectory.message,
-        **{name: float(statistics[name]) for name in _SECONDS},
+        "compile_seconds": float(statistics["compile_seconds"]),
+        "run_seconds": float(statistics["run_seconds"]),
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
     }

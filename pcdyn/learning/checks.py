@@ -114,7 +114,7 @@ def checked_numbers(
 
 
 def check_optimiser(optimiser: optax.GradientTransformation, weights: PyTree) -> None:
-    """Raise `InputError` for what is no optimiser, or one that needs more than a gradient."""
+    """Raise `InputError` for what is no optimiser, or needs more than gradient and weights."""
     wanted = "an optimiser of optax such as optax.adam(1e-3)"
     check_instance(optimiser, "optimiser", optax.GradientTransformation, wanted)
 

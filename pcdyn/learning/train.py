@@ -148,7 +148,7 @@ def train(
     - `inputs`: shape `(n, n_0)`.
     - `targets`: shape `(n, n_L)`, or `(n,)` integer labels, which become one-hot.
     - `rule`: such as `pcdyn.learning.PredictiveCoding()`.
-    - `optimiser`: any of optax that needs the gradient alone.
+    - `optimiser`: any of optax that needs no more than gradient and weights.
     - `epochs`: how many, counted from the beginning also when a checkpoint is resumed.
     - `batch_size`: an epoch is `n // batch_size` batches of samples in a new order; samples that do
       not fill a last batch are dropped.

@@ -61,7 +61,7 @@ def _smallest(
 
 
 def gradient_scale(problem: InferenceProblem, state: State) -> Float[Array, "*batch"]:
-    """Compute what ‖∂F/∂x_l‖ at an equilibrium is small beside, from the start, per sample.
+    """Compute the size beside which ‖∂F/∂x_l‖ is small at an equilibrium, per sample.
 
     The least of 1, of the largest ‖∂F/∂x_l‖ at the start, and of the largest prediction error there
     times the smallest precision: where precisions differ much, the large ones dominate the gradient

@@ -298,6 +298,8 @@ def mlp(
 
     - `ShapeError` for widths that are no positive integers.
     - `SizeError` for a network that does not fit into memory.
+    - `DtypeError` for a dtype that is neither float32 nor float64, and `ActivationError` for an
+      unknown activation.
     - `InputError` for an unknown initialisation, or one given together with `std`.
     """
     wanted = "a list of two or more positive integers"

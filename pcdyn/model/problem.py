@@ -35,7 +35,7 @@ from pcdyn.model.flow import Flow
 from pcdyn.model.network import Network
 
 # Some flow of inference, of which the same kind comes back.
-Problem = TypeVar("Problem", bound="InferenceFlow")
+_Flow = TypeVar("_Flow", bound="InferenceFlow")
 
 
 class InferenceFlow(Flow):
@@ -52,7 +52,7 @@ class InferenceFlow(Flow):
         """Time constant τ of every array of a state: one number, or one for each unit."""
 
     @abc.abstractmethod
-    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
+    def with_data(self: _Flow, input: Values | None, output: Values | None) -> _Flow:
         """Return the same with other clamped data, such as one sample of a batch."""
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class InferenceFlow(Flow):
             for g, tau in zip(self.gradient(state), self.state_time_constants, strict=True)
         )
 
-    def sample(self: Problem, index: ArrayLike) -> Problem:
+    def sample(self: _Flow, index: ArrayLike) -> _Flow:
         """Take one sample of a batch (an index), or several (an array of indices)."""
         return self.with_data(*jax.tree.map(lambda x: x[index], self.data))
 
@@ -176,7 +176,7 @@ class InferenceProblem(InferenceFlow):
         """Time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
-    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
+    def with_data(self, input: Values | None, output: Values | None) -> InferenceProblem:
         """Return the same problem with other clamped data, such as one sample of a batch."""
         return eqx.tree_at(
             lambda p: (p.input, p.output, p.first_prediction), self, (input, output, None),

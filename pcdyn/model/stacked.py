@@ -24,7 +24,7 @@ from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
 from pcdyn.model.network import MOST_WRITTEN_OUT, Layer, apply_layer, stack, structure_of
-from pcdyn.model.problem import InferenceFlow, InferenceProblem, Problem
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 
 
 class Run(eqx.Module):
@@ -99,7 +99,7 @@ class StackedProblem(InferenceFlow):
         """τ of the one array of the state."""
         return (self.time_constants,)
 
-    def with_data(self: Problem, input: Values | None, output: Values | None) -> Problem:
+    def with_data(self, input: Values | None, output: Values | None) -> StackedProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
         return dataclasses.replace(self, input=input, output=output, first_prediction=None)
 

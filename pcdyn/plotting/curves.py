@@ -30,8 +30,8 @@ from pcdyn._support.types import Numbers, Values
 from pcdyn.analysis.comparison.table import METRICS, UNITS, Comparison
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import InputError, ShapeError
-from pcdyn.plotting.style import new_axes
-from pcdyn.simulation.trajectory import Trajectory
+from pcdyn.plotting.style import checked_axes
+from pcdyn.simulation.trajectory import Reference, Trajectory
 
 TIME_LABEL = "time (activity time constants)"
 
@@ -49,7 +49,7 @@ def activities(
     ax: Axes | None = None,
     layer: int | None = None,
     sample: int = 0,
-    equilibrium: Sequence[Numbers | None] | Equilibrium | None = None,
+    equilibrium: Reference | None = None,
 ) -> list[Line2D]:
     """Draw the activity of each unit against time.
 
@@ -77,12 +77,13 @@ def activities(
     layers, most = trajectory.free_layers, len(trajectory.activities) - 1
     if layer is not None:
         layers = (checked_integer(layer, "layer", at_least=0, at_most=most, error=ShapeError),)
+    ends: Sequence[Numbers | None] = [None] * (most + 1)
     if equilibrium is not None:
         wanted = f"activities x_0 … x_{most}, or a pcdyn.Equilibrium"
         given = getattr(equilibrium, "activities", equilibrium)
-        equilibrium = as_sequence(given, "equilibrium", wanted)
-        if len(equilibrium) != most + 1:
-            raise ShapeError(f"equilibrium must be {wanted}, got {len(equilibrium)} layers")
+        ends = as_sequence(given, "equilibrium", wanted)
+        if len(ends) != most + 1:
+            raise ShapeError(f"equilibrium must be {wanted}, got {len(ends)} layers")
     bands = {
         index: _bands(trajectory, trajectory.activities[index], sample, axis=1, dimensions=2)
         for index in layers
@@ -90,13 +91,13 @@ def activities(
     shown = {index: band[1] for index, band in bands.items()}
     rest = {
         index: _of_sample(
-            as_host_array(equilibrium[index], f"equilibrium of layer {index}", finite=False),
+            as_host_array(ends[index], f"equilibrium of layer {index}", finite=False),
             sample,
             axis=0,
             dimensions=1,
         )
         for index in layers
-        if equilibrium is not None and equilibrium[index] is not None
+        if ends[index] is not None
     }
     for index, levels in rest.items():
         if levels.shape != shown[index].shape[1:]:
@@ -365,14 +366,6 @@ def fill_band(ax: Axes, line: Line2D, low: np.ndarray, high: np.ndarray) -> Arti
     """Draw the band of a line, in its colour."""
     x: Any = line.get_xdata()
     return ax.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-
-
-def checked_axes(ax: Axes | None) -> Axes:
-    """Return the given axes, or new ones in a figure of their own in the style of pcdyn."""
-    if ax is None:
-        return new_axes()
-    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
-    return ax
 
 
 def _check_style(label: str | None, color: ColorType | None = None) -> None:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from pcdyn._support.checks import check_flag, check_instance, checked_integer
 from pcdyn.analysis.phase_portrait import PhasePortrait
-from pcdyn.plotting.curves import checked_axes
+from pcdyn.plotting.style import checked_axes
 
 NULLCLINE_COLORS = ("#0072B2", "#D55E00")
 _MARKER_STYLES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from pcdyn._support.checks import check_choice, check_instance
 from pcdyn.analysis.convergence_order import ConvergenceOrder
 from pcdyn.equilibria.multiple import Equilibria
-from pcdyn.plotting.curves import QUANTILES, checked_axes, fill_band
+from pcdyn.plotting.curves import QUANTILES, fill_band
+from pcdyn.plotting.style import checked_axes
 
 if TYPE_CHECKING:
     from pcdyn.learning.train import Training

@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import matplotlib.style
 from matplotlib.axes import Axes
 
+from pcdyn._support.checks import check_instance
+
 STYLE_SHEET = Path(__file__).with_name("pcdyn.mplstyle")
 
 
@@ -17,7 +19,10 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.style.context(STYLE_SHEET)
 
 
-def new_axes() -> Axes:
-    """Make axes in a figure of their own, in that style."""
-    with style():
-        return plt.subplots()[1]
+def checked_axes(ax: Axes | None) -> Axes:
+    """Return the given axes, or new ones in a figure of their own in the style of pcdyn."""
+    if ax is None:
+        with style():
+            return plt.subplots()[1]
+    check_instance(ax, "ax", Axes, "the axes of a figure of matplotlib")
+    return ax

@@ -90,7 +90,7 @@ class OutputErrorFlow(eqx.Module):
     def largest_rise(self, times: Numbers) -> Float[Array, ""]:
         """Find the largest `rise` from one to a later one of `times`, over all pairs and targets.
 
-        A rise that ends between neighbouring times is missed.
+        What ℒ does between neighbouring times is not seen: this is a lower bound.
 
         **Arguments:**
 
@@ -122,8 +122,8 @@ class OutputErrorFlow(eqx.Module):
         sizes = jnp.linalg.norm(self.visible, axis=0)
         # v = 0 comes out as round-off, which has a direction too.
         round_off = 10 * len(self.rates) * jnp.finfo(self.rates.dtype).eps
-        has_output = sizes > round_off * jnp.max(sizes)
-        slowest = jnp.where(jnp.any(has_output), self.visible[:, jnp.argmax(has_output)], jnp.nan)
+        is_visible = sizes > round_off * jnp.max(sizes)
+        slowest = jnp.where(jnp.any(is_visible), self.visible[:, jnp.argmax(is_visible)], jnp.nan)
         moved = matmul(self.whitened(jnp.inf), slowest)
         # The arc cosine of a number near 1 would lose half of the digits.
         a, b = (x / jnp.linalg.norm(x) for x in (slowest, moved))
@@ -157,9 +157,10 @@ def _moment(t: Numbers, dtype: np.dtype) -> Float[Array, ""]:
 
 
 def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
-    """Find M(t) of `ε_L(t) = M(t) e0`, inference in a linear network from its feedforward pass.
+    """Find M(t) of `ε_L(t) = M(t) e0`, the output error of a linear network during inference.
 
-    The data of `problem` only say that both ends are clamped. Works under `jax.vmap` over networks.
+    Inference starts from the feedforward pass. The data of `problem` only say that both ends are
+    clamped. Works under `jax.vmap` over networks.
 
     **Raises:**
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import cast
 
 import equinox as eqx
@@ -17,7 +16,7 @@ from pcdyn._support.timing import Stopwatch
 from pcdyn._support.types import Activities, Scalar, State, Values
 from pcdyn.errors import MOST_SAMPLES_NAMED, Status, worst_status
 from pcdyn.integrators import Integration, Integrator
-from pcdyn.integrators.base import Request
+from pcdyn.integrators.base import Interpolation, Request
 from pcdyn.integrators.run import on_host
 from pcdyn.model.flow import Flow
 from pcdyn.model.stacked import StackedProblem
@@ -116,7 +115,7 @@ class _DenseActivities(eqx.Module):
 
     problem: Flow
     integrated: Flow
-    interpolation: Callable[[Array], State]
+    interpolation: Interpolation
 
     def __call__(self, t: Scalar) -> Activities:
         state = self.interpolation(jnp.asarray(t))

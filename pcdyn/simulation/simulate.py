@@ -176,8 +176,8 @@ def _check_other(
         )
     if until is not None and depends_on_time(flow.vector_field, 0.0, state):
         raise IntegratorError(
-            f"until would stop where the {name} reverses: its vector field depends on time, so "
-            "that it does not come to rest; leave until out"
+            f"until would stop where the vector field of the {name} happens to vanish: it depends "
+            "on time, so that the flow does not come to rest there; leave until out"
         )
 
 

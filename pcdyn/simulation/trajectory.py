@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import matplotlib.lines
     import xarray
 
-    import pcdyn
-
 
 @runtime_checkable
 class HasActivities(Protocol):
@@ -176,14 +174,14 @@ class Trajectory(LayerEnergies, WithStatistics):
         return array_namespace(here).linalg.norm(here - there, axis=-1)
 
     def cosine_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
-        """Compute the cosine similarity of the activities with `reference`, as `distance_to`.
+        """Compute the cosine similarity with `reference`; arguments as for `distance_to`.
 
         NaN where either vanishes, for it has no direction there.
         """
         return cosine(*self._pair(reference, layers))
 
     def angle_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
-        """Compute the angle of the activities to `reference` in radians, as `distance_to`."""
+        """Compute the angle to `reference` in radians; arguments as for `distance_to`."""
         cosines = self.cosine_to(reference, layers=layers)
         xp = array_namespace(cosines)
         return xp.arccos(xp.clip(cosines, -1, 1))
@@ -284,7 +282,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         *,
         layer: int | None = None,
         sample: int = 0,
-        equilibrium: Sequence[Values | None] | pcdyn.Equilibrium | None = None,
+        equilibrium: Reference | None = None,
     ) -> list[matplotlib.lines.Line2D]:
         """Draw the activities of the free layers; see `pcdyn.plotting.activities`."""
         # plotting stands above this module: importing it here keeps matplotlib out of start-up.

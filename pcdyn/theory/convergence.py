@@ -61,9 +61,9 @@ def growing_weight(time: Numbers, start: float, *, noise: float, precision: floa
     """Compute ‖W_2‖ of `noisy_problem` at the saddle of ℒ, where learning never ends.
 
     With W_1 = 0 and W_2 = (0, b), `F* = λ/2 [1 + c²/(1 + λb²)]` per sample, so that
-    `ln b + λb² + λ²b⁴/4 = λ²c²t + constant`: b → (4c²t)^¼ whatever λ is. `time` is multiplied by
-    the number of samples, of which F is the sum, and in units of the weight time constant; `start`
-    is b > 0 at time 0. Solved by bisection in b.
+    `ln b + λb² + λ²b⁴/4 = λ²c²t + constant`: b → (4c²t)^¼ whatever λ is. `time` is the time
+    times the number of samples, of which F is the sum, in units of the weight time constant;
+    `start` is b > 0 at time 0. Solved by bisection in b.
     """
     from scipy.optimize import brentq
 
@@ -129,7 +129,7 @@ def _largest_rises(
         ]
         energy = None
         if precision == "full":
-            # Of a Wishart distribution, conditioned well enough for its eigenvalues to be distinct.
+            # Of a Wishart distribution, conditioned well enough for its eigenvalues to be resolved.
             root = jr.normal(keys[-1], (widths[1], widths[1]))
             energy = Gaussian([root @ root.T + 0.01 * jnp.eye(widths[1]), 1.0])
         problem = InferenceProblem(

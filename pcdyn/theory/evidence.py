@@ -77,7 +77,10 @@ class Evidence:
 
 
 def evidence_to_xarray(evidence: Sequence[Evidence]) -> xarray.Dataset:
-    """Lay evidence out along the dimension `claim`, settings as JSON, without its notes."""
+    """Lay evidence out along the dimension `claim`, without `note` and `timed`.
+
+    Settings are JSON.
+    """
     import xarray
 
     columns = {name: [getattr(e, name) for e in evidence] for name in _COLUMNS}

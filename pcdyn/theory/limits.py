@@ -59,7 +59,7 @@ def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[
     pulled = [nets.pull(i + 1, found[i], errors[i]) for i in range(1, nets.depth)]
     bound = float(max(np.abs(a - b).max() for a, b in zip(pulled, errors[:-1], strict=True)))
     low = nets.with_precisions(1.0, 1.0, 1e-4)
-    at_low = [e / 1e-4 for e in nets.with_precisions(1.0, 1.0, 1e-4).weighted_errors(settle(low))]
+    at_low = [e / 1e-4 for e in low.weighted_errors(settle(low))]
     gradients = [-delta for delta in nets.deltas()]
     rows = [
         Evidence("Theorem 3.2", "the recursion ε_l* = W_{l+1}ᵀ (f'(W_{l+1} x_l*) ∘ ε_{l+1}*) "

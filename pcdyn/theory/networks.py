@@ -138,7 +138,7 @@ class Networks:
         return np.concatenate(parts, axis=-1)
 
     def targets(self) -> Layers:
-        """Compute targets by t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
+        """Compute t_0 … t_L of target propagation, t_{l−1} = W_l⁻¹ f⁻¹(t_l), for square weights."""
         targets = [self.target]
         for weight in reversed(self.weights):
             inner = np.arctanh(targets[0]) if self.activation == "tanh" else targets[0]
@@ -179,7 +179,7 @@ class Networks:
         return [self.input, *parts, self.target]
 
     def rest(self) -> Layers:
-        """Solve for x_0* … x_L* of linear networks, dense."""
+        """Solve densely for x_0* … x_L* of linear networks."""
         return self.unstack(solve(*self.linear_flow()))
 
 

@@ -76,10 +76,10 @@ class Verification:
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.artist.Artist]:
         """Draw how far each number is from what is expected, over its tolerance."""
-        from pcdyn.plotting.style import new_axes
+        from pcdyn.plotting.style import checked_axes
         from pcdyn.theory.pictures import margins
 
-        return margins(self.evidence, ax=new_axes() if ax is None else ax)
+        return margins(self.evidence, ax=checked_axes(ax))
 
     def table(self) -> str:
         """Return each statement with its verdict as printed, then a line for each claim."""

@@ -21,6 +21,7 @@ import pytest
 from scipy.linalg import expm
 
 import pcdyn
+from pcdyn.analysis.stability import stability_along
 from pcdyn.errors import (
     DtypeError,
     InputError,
@@ -309,6 +310,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[PcdynError], str]] = {
         lambda: pcdyn.stability(FLOW, at=run(FLOW)), InputError, "multipliers moved"),
     "a transformed stability": (
         lambda: jax.jit(lambda x: pcdyn.stability(DRIVEN, at=(x,)).rates)(jnp.zeros(2)),
+        InputError, "cannot transform"),
+    "a transformed trajectory": (
+        lambda: eqx.filter_jit(lambda run: stability_along(DRIVEN, run).rates)(run()),
+        InputError, "cannot transform"),
+    "the end of a transformed trajectory": (
+        lambda: eqx.filter_jit(lambda run: pcdyn.stability(DRIVEN, at=run).rates)(run()),
         InputError, "cannot transform"),
     "an equilibrium": (lambda: pcdyn.equilibrium(FLOW), InputError, "pcdyn.InferenceProblem"),
 }  # fmt: skip

@@ -11,7 +11,12 @@ import numpy as np
 from pcdyn._support.checks import as_sequence, checked_integer, checked_number
 from pcdyn._support.types import Numbers
 from pcdyn.analysis.comparison.reference_solution import Errors, Reference, reference_for
-from pcdyn.analysis.comparison.settings import Trial, labelled, trials, unstable_steps_expected
+from pcdyn.analysis.comparison.settings import (
+    Candidate,
+    candidates,
+    labelled,
+    unstable_steps_expected,
+)
 from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
 from pcdyn.errors import (
     InputError,
@@ -77,32 +82,36 @@ def compare(
     if not (reference is None or isinstance(reference, Trajectory)):
         get_integrator(reference)  # refuses what is none
     chosen = [
-        trial
+        candidate
         for label, integrator in labelled(integrators).items()
-        for trial in trials(label, integrator, problem, tolerances, steps)
+        for candidate in candidates(label, integrator, problem, tolerances, steps)
     ]
-    for trial in chosen:
-        trial.integrator.check(problem, None, False)
+    for candidate in chosen:
+        candidate.integrator.check(problem, None, False)
     options: dict[str, Any] = {
         "t1": t1, "times": times, "initial": initial, "per_sample": per_sample, "throw": False,
     }  # fmt: skip
     # The first run, which compiles, also checks what all runs share before the reference does.
     with unstable_steps_expected():
-        firsts = [simulate(problem, integrator=trial.integrator, **options) for trial in chosen]
+        firsts = [
+            simulate(problem, integrator=candidate.integrator, **options) for candidate in chosen
+        ]
         truth = reference_for(problem, t1=t1, times=times, initial=initial, given=reference)
         seconds = np.array(
             [
-                [simulate(problem, integrator=trial.integrator, **options).run_seconds]
+                [simulate(problem, integrator=candidate.integrator, **options).run_seconds]
                 for _ in range(repeats)
-                for trial in chosen
+                for candidate in chosen
             ]
         ).reshape(repeats, len(chosen))
     compiling: dict[str, float] = {}
-    for trial, run in zip(chosen, firsts, strict=True):
-        compiling[trial.label] = compiling.get(trial.label, 0.0) + float(run.compile_seconds)
+    for candidate, run in zip(chosen, firsts, strict=True):
+        compiling[candidate.label] = compiling.get(candidate.label, 0.0) + float(
+            run.compile_seconds
+        )
     rows = [
-        _row(trial, run, truth, compiling[trial.label], float(spent))
-        for trial, run, spent in zip(chosen, firsts, np.median(seconds, axis=0), strict=True)
+        _row(candidate, run, truth, compiling[candidate.label], float(spent))
+        for candidate, run, spent in zip(chosen, firsts, np.median(seconds, axis=0), strict=True)
     ]
     return Comparison(
         rows=tuple(rows),
@@ -128,13 +137,15 @@ def _checked_settings(
     return tuple(checked_number(x, f"each of {name}", above=0, error=error) for x in given)
 
 
-def _row(trial: Trial, run: Trajectory, truth: Reference, compiling: float, spent: float) -> Run:
+def _row(
+    candidate: Candidate, run: Trajectory, truth: Reference, compiling: float, spent: float
+) -> Run:
     errors = truth.errors(run)
     statistics = run.statistics.mean()
     return Run(
-        integrator=trial.label,
-        setting=trial.setting,
-        value=trial.value,
+        integrator=candidate.label,
+        setting=candidate.setting,
+        value=candidate.value,
         status=worst_status(run.status_codes),
         message=run.message,
         final_error=errors.final_error,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.types import Numbers, State, Values
+from pcdyn._support.types import Numbers, State, Tree, Values
 from pcdyn.errors import InputError, NotLinearError, StepLimitError, TimesError
 from pcdyn.integrators import Diffrax, Exact, Integrator, SciPy, get_integrator
 from pcdyn.integrators.diffrax import largest_sample_rms
@@ -24,7 +24,6 @@ TIGHT = 1e-12
 _MOST_STEPS = 2**20
 _LARGEST_ON_HOST = 2000
 ARRIVED = 0.01
-_Tree = TypeVar("_Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +237,7 @@ def _round_off(trajectory: Trajectory, displacement: float, energy_loss: float) 
     )
 
 
-def _double(tree: _Tree) -> _Tree:
+def _double(tree: Tree) -> Tree:
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float64) if eqx.is_inexact_array(x) else x, tree
     )

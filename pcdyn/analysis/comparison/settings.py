@@ -22,7 +22,7 @@ ATOL_PER_RTOL = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Candidate:
     """One integrator at one setting: `setting` is "rtol", "dt" or empty, `value` its number."""
 
     label: str
@@ -67,7 +67,10 @@ def with_step(integrator: str | Integrator, dt: float) -> Integrator:
 def labelled(
     integrators: Sequence[str | Integrator] | Mapping[str, str | Integrator],
 ) -> dict[str, str | Integrator]:
-    """Collect integrators by the names that tables give them; each name must be of one only."""
+    """Collect integrators by the names that tables give them.
+
+    Raises `IntegratorError` for two of one name, for what is none, and for none at all.
+    """
     if isinstance(integrators, Mapping):
         chosen = dict(integrators)
     elif isinstance(integrators, str | Integrator):
@@ -93,18 +96,18 @@ def labelled(
     return chosen
 
 
-def trials(
+def candidates(
     label: str,
     integrator: str | Integrator,
     problem: Flow,
     tolerances: Sequence[float] | None,
     steps: Sequence[float] | None,
-) -> list[Trial]:
+) -> list[Candidate]:
     """Set the integrator to each of `tolerances` if it adapts its step, of `steps` if it does not.
 
     Without them a value runs once with the numbers that it carries, and a name at decades of
     tolerances; a fixed-step method without any number raises `IntegratorError`. The fallback of
-    diffrax is switched off: a trial is of the method that it names.
+    diffrax is switched off: a candidate is of the method that it names.
     """
     if isinstance(integrator, str) and integrator == "euler":
         return _at_steps(label, integrator, steps)
@@ -112,19 +115,19 @@ def trials(
     if isinstance(method, Diffrax):
         method = dataclasses.replace(method, fallback=None)
     if isinstance(method, Exact) or (isinstance(method, Diffrax) and method.controller is not None):
-        return [Trial(label, "", float("nan"), method)]
+        return [Candidate(label, "", float("nan"), method)]
     if method.fixed_step is not None and steps is None:
-        return [Trial(label, "dt", float(method.fixed_step), method)]
+        return [Candidate(label, "dt", float(method.fixed_step), method)]
     if method.fixed_step is not None or not _adapts(method):
         return _at_steps(label, method, steps)
     given: Any = dataclasses.replace(method)
     if tolerances is None and given.rtol is not None:
-        return [Trial(label, "rtol", float(given.rtol), method)]
-    each = default_tolerances(problem.dtype) if tolerances is None else tolerances
-    return [Trial(label, "rtol", float(r), with_tolerance(method, r)) for r in each]
+        return [Candidate(label, "rtol", float(given.rtol), method)]
+    each = decades_of_rtol(problem.dtype) if tolerances is None else tolerances
+    return [Candidate(label, "rtol", float(r), with_tolerance(method, r)) for r in each]
 
 
-def default_tolerances(dtype: DTypeLike) -> tuple[float, ...]:
+def decades_of_rtol(dtype: DTypeLike) -> tuple[float, ...]:
     """List the decades of rtol that the dtype can resolve with room to spare."""
     last = 9 if dtype == jnp.float64 else 5
     return tuple(10.0**-k for k in range(2, last + 1))
@@ -142,10 +145,10 @@ def _adapts(method: Integrator) -> bool:
 
 def _at_steps(
     label: str, integrator: str | Integrator, steps: Sequence[float] | None
-) -> list[Trial]:
+) -> list[Candidate]:
     if steps is None:
         raise IntegratorError(
             f"{label} has a fixed step and none is given: use steps=[…], in units of the activity "
             "time constant"
         )
-    return [Trial(label, "dt", float(dt), with_step(integrator, dt)) for dt in steps]
+    return [Candidate(label, "dt", float(dt), with_step(integrator, dt)) for dt in steps]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,15 +15,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from pcdyn._support.checks import checked_number, is_traced, number, optional
-from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
 from pcdyn.model.flow import Flow
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
-
-_Tree = TypeVar("_Tree")
 
 
 class JointFlow(Flow):
@@ -38,8 +36,12 @@ class JointFlow(Flow):
 
     **Arguments:**
 
-    - `problem`: where both start.
-    - `ratio`: ε, positive, or `InputError` is raised.
+    - `problem`: its free activities and its network are the start.
+    - `ratio`: ε.
+
+    **Raises:**
+
+    - `InputError` for a ratio that is not positive.
     """
 
     problem: InferenceProblem
@@ -168,7 +170,7 @@ class AdiabaticFlow(Flow):
         return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
 
 
-def as_jax(tree: _Tree) -> _Tree:
+def as_jax(tree: Tree) -> Tree:
     """Replace the NumPy arrays of a tree, which a trajectory on the host holds, by those of JAX."""
     arrays, static = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.tree.map(jnp.asarray, arrays), static)

@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_number, number, optional
 from pcdyn._support.states import dot, step
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
@@ -162,7 +162,7 @@ class IncrementalPredictiveCoding(Rule):
 
     dt: float = 0.1
     steps: int = 20
-    ratio: float | Array = 1e-4
+    ratio: Scalar = 1e-4
 
     def __check_init__(self) -> None:
         check_steps(self.name, self.dt, self.steps)

@@ -82,8 +82,8 @@ class Energy(eqx.Module):
     ) -> Precision | None:
         """Return the precision that stands for ∂²E/∂ε² at the error of one sample.
 
-        It must be positive definite, also where the energy is not convex; `None`, unless
-        overridden, if it is not known.
+        It must be positive definite, also where the energy is not convex; `None` if it is
+        not known. Unless overridden it is `quadratic_form`.
         """
         return self.quadratic_form
 
