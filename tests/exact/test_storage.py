@@ -334,7 +334,7 @@ def test_a_netcdf_file_of_something_else_is_named(missing: str, tmp_path: Path) 
 @pytest.mark.parametrize("wrong", [None, [1.0, 2.0], "soon"])
 def test_an_attribute_that_is_no_number_is_named(wrong: Any) -> None:
     dataset = _single().to_xarray().assign_attrs(run_seconds=wrong)
-    with pytest.raises(DataError, match="attribute run_seconds is .* should be a number"):
+    with pytest.raises(DataError, match=r"attribute run_seconds is .* should be a number"):
         trajectories.from_xarray(dataset)
 
 

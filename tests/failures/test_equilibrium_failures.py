@@ -37,7 +37,7 @@ from pcdyn.errors import (
 )
 from pcdyn.integrators import SciPy
 from pcdyn.model.activations import Activation
-from pcdyn.model.energies.energy import Energy
+from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import target_propagation
@@ -314,6 +314,36 @@ def test_a_tolerance_below_round_off_is_not_claimed() -> None:
     found = equilibrium(TANH.problem, method="gauss_newton", tolerance=1e-300, throw=False)
     assert found.ok == (np.max(found.residual_norms) == 0)
     assert np.all(norms(TANH, found.activities) < 1e-8)
+
+
+@pytest.mark.parametrize(("seed", "weight"), [(7, 0.7), (37, 100.0), (38, 100.0)])
+def test_digits_that_an_energy_loses_do_not_keep_it_from_converging(
+    seed: int, weight: float
+) -> None:
+    """F of a softmax has fewer digits than its gradient, which NumPy computes once more."""
+    case = build_case(seed=seed, widths=(3, 4, 4, 2), activations=("tanh",), bias=True, batch=5)
+    case = case.replace(
+        weights=tuple(0.5 * w for w in case.weights), activations=("tanh", "tanh", "identity")
+    )
+    labels = np.eye(2)[[0, 1, 1, 0, 1]]
+    energy = [Gaussian(), Gaussian(2.0), CrossEntropy(weight)]
+    problem = InferenceProblem(case.network, input=case.input, output=labels, energy=energy)
+    found = equilibrium(problem, tolerance=1e-12)
+    activities = [np.asarray(x) for x in found.activities]
+    first, second, logits = (
+        x @ w.T + b for w, b, x in zip(case.weights, case.biases, activities[:-1], strict=True)
+    )
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    errors = (
+        activities[1] - np.tanh(first),
+        2 * (activities[2] - np.tanh(second)),
+        weight * (labels - probabilities),
+    )
+    slopes = (
+        errors[0] - (errors[1] / np.cosh(second) ** 2) @ case.weights[1],
+        errors[1] - errors[2] @ case.weights[2],
+    )
+    assert max(np.max(np.linalg.norm(s, axis=-1)) for s in slopes) <= 1e-12 + weight * 1e2 * EPS
 
 
 def test_under_jit_nothing_is_raised() -> None:

@@ -74,12 +74,13 @@ def final_status(converged: Values | bool, finite: Values, otherwise: Equilibriu
     return jnp.where(finite, status, int(EquilibriumStatus.NON_FINITE))
 
 
-def round_off(weighted: State, activities: State) -> Array:
-    """Estimate the round-off of F, per sample, from weighted errors and the activities there.
+def round_off(energy: Values, weighted: State, activities: State, errors: State) -> Array:
+    """Estimate the round-off of F, per sample, from F, weighted errors and their parts.
 
-    Prediction errors are differences of activities, each of which is rounded.
+    Errors are differences of activities and predictions, each of which is rounded, as F is.
     """
-    size = dot(jax.tree.map(jnp.abs, weighted), jax.tree.map(jnp.abs, activities))
+    parts = jax.tree.map(lambda x, e: jnp.abs(x) + jnp.abs(e), activities, errors)
+    size = jnp.abs(energy) + dot(jax.tree.map(jnp.abs, weighted), parts)
     return 4 * jnp.finfo(size.dtype).eps * size
 
 
@@ -88,7 +89,7 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Array:
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
     weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
-    return round_off(weighted, activities[1:])
+    return round_off(problem.free_energy(state), weighted, activities[1:], errors)
 
 
 def within_round_off(moved: State, state: State) -> Array:

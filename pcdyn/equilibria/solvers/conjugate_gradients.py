@@ -119,7 +119,10 @@ class ConjugateGradients(Solver):
             lambda: chain.residual(hidden, weighted, output_weighted),
             lambda: jnp.full_like(energy, jnp.inf),
         )
-        slack = round_off((*weighted, output_weighted), (*hidden, chain.target))
+        slack = round_off(
+            energy, (*weighted, output_weighted), (*hidden, chain.target),
+            (*now.errors, output_error),
+        )  # fmt: skip
         falls = energy <= now.energy + slack
         converged = falls & (residual <= tolerance)
 

@@ -183,7 +183,8 @@ class ErrorCoordinates(eqx.Module):
         """Estimate the round-off of F at these errors, per sample."""
         hidden, output_error = self.activities(errors)
         weighted = (*self.weighted(errors), self.output_gradient(output_error))
-        return round_off(weighted, (*hidden, self.target))
+        energy = self.free_energy(errors, output_error)
+        return round_off(energy, weighted, (*hidden, self.target), (*errors, output_error))
 
     def linearise(
         self, errors: Stacked

@@ -25,6 +25,9 @@ from pcdyn.model.problem import InferenceProblem
 # The state, the slope there, the time step, the status, and the numbers of iterations and passes.
 _Carry = tuple[State, State, Array, Array, Array, Array]
 
+# How much larger than estimated the round-off of F may be, as of a softmax close to certainty.
+_LOST_DIGITS = 1e3
+
 
 class PseudoTransient(Solver):
     """Newton–Krylov steps `(1/Δt + ∂²F/∂x²) δ = −∂F/∂x` with a growing pseudo-time step Δt.
@@ -80,11 +83,14 @@ class PseudoTransient(Solver):
 
         def body(carry: _Carry) -> _Carry:
             state, slope, time_step, _, iterations, passes = carry
-            energy = problem.free_energy(state)
             direction, products = self._step(problem, state, slope, time_step)
             trial = step(state, 1, direction)
             trial_slope = problem.gradient(trial)
-            lower = problem.free_energy(trial) <= energy + energy_round_off(problem, state)
+            rise = problem.free_energy(trial) - problem.free_energy(state)
+            slack = energy_round_off(problem, state)
+            # Where digits of an energy are lost, its slopes at both ends still tell the sign.
+            downhill = dot(direction, slope) + dot(direction, trial_slope) <= 0
+            lower = (rise <= slack) | ((rise <= _LOST_DIGITS * slack) & downhill)
             accepted = lower & all_finite(trial_slope)
             before, after = _size(slope), _size(trial_slope)
             factor = jnp.clip(
