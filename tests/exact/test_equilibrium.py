@@ -189,9 +189,10 @@ def assert_at_rest(case: Case, found: Equilibrium, tolerance: float) -> None:
     assert found.ok
     assert np.all(np.asarray(found.status_codes) == EquilibriumStatus.CONVERGED)
     ours = norms(case, found.activities)
-    # Round-off of a gradient of numbers of order 1.
-    assert np.all(ours <= tolerance + ROUND_OFF)
-    np.testing.assert_allclose(found.residual_norms, ours, rtol=0, atol=ROUND_OFF)
+    # Round-off of a gradient of numbers of order 1, times precisions.
+    round_off = ROUND_OFF * max(1.0, *(np.max(np.abs(p)) for p in case.precisions or (1.0,)))
+    assert np.all(ours <= tolerance + round_off)
+    np.testing.assert_allclose(found.residual_norms, ours, rtol=0, atol=round_off)
 
 
 def assert_near(case: Case, found: Equilibrium, expected: Any, tolerance: float) -> None:
