@@ -11,6 +11,13 @@ import jax.monitoring
 
 from pcdyn._support import programs
 
+_IMPORTED = time.monotonic()
+
+
+def clock() -> float:
+    """Tell the seconds since pcdyn was imported, few enough for float32."""
+    return time.monotonic() - _IMPORTED
+
 
 class Stopwatch:
     """A context that measures the seconds spent compiling and the seconds spent running.

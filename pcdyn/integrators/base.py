@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
+from pcdyn._support.timing import clock
 from pcdyn._support.types import Scalar, State, Values
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.integrators.statistics import Statistics
@@ -88,8 +91,8 @@ def _slowest_time(problem: InferenceFlow) -> Array:
 class Request(eqx.Module):
     """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
 
-    It stops before t1 where `until` says so, and keeps dense output if `dense`. On the host it
-    stops at `deadline`, in seconds of `time.monotonic`.
+    It stops before t1 where `until` says so, or when `pcdyn._support.timing.clock` tells
+    `deadline`, and keeps dense output if `dense`.
     """
 
     problem: Flow
@@ -98,7 +101,21 @@ class Request(eqx.Module):
     t1: Scalar
     until: UntilEquilibrium | None
     dense: bool = eqx.field(static=True)
-    deadline: Scalar = math.inf
+    deadline: Scalar | None = None
+
+    def is_late(self, t: Scalar) -> Array:
+        """Whether the deadline has passed when the steps arrive at `t`, also in a compiled loop."""
+        if self.deadline is None:
+            return jnp.asarray(False)
+        # It takes t, for XLA would move a call that always takes the same out of the loop.
+        return jax.pure_callback(
+            _has_passed, jax.ShapeDtypeStruct((), bool), self.deadline, t,
+            vmap_method="broadcast_all",
+        )  # fmt: skip
+
+
+def _has_passed(deadline: Values, t: Values) -> np.ndarray:
+    return np.broadcast_to(clock() > np.asarray(deadline), np.shape(t))
 
 
 class Integration(eqx.Module):

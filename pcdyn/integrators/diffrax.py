@@ -219,7 +219,14 @@ class Diffrax(Integrator):
             assert until is not None, "watched for only where it is"
             return until.reached(t, flow.norms(flow.vector_field(t, y)))
 
-        event = None if until is None else diffrax.Event(at_rest)
+        def too_late(t: Scalar, y: State, args: object = None, **_: object) -> Array:
+            return request.is_late(t)
+
+        watched = {
+            Status.CONVERGED: None if until is None else at_rest,
+            Status.TIME_LIMIT: None if request.deadline is None else too_late,
+        }
+        conditions = {int(status): each for status, each in watched.items() if each is not None}
         saveat = diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)],
             dense=request.dense,
@@ -233,7 +240,7 @@ class Diffrax(Integrator):
             state,
             saveat=saveat,
             stepsize_controller=self._controller(request, t1),
-            event=event,
+            event=diffrax.Event(conditions) if conditions else None,
             max_steps=self.max_steps,
             # throw=True would insert a host callback, which keeps JAX from caching the program.
             throw=False,
@@ -245,24 +252,23 @@ class Diffrax(Integrator):
         end_time: Array = solution.ts[1][0]
         # diffrax fills up with infinity what it does not reach, which jax_debug_infs takes for a
         # failure.
-        reached = times <= end_time
+        stats, reached = solution.stats, times <= end_time
         states = tuple(
             jnp.where(reached.reshape(-1, *[1] * x.ndim), saved, x)
             for saved, x in zip(states, end_state, strict=True)
         )
-        if until is not None:
-            # diffrax saves nothing where the event has already happened at the start.
-            unmoved = at_rest(0.0, state)
+        if conditions:
+            # diffrax saves nothing where an event has already happened at the start.
+            unmoved = stats["num_steps"] == 0
             states, end_state = jax.tree.map(
                 lambda saved, x: jnp.where(unmoved, x, saved), (states, end_state), (state, state)
             )
             end_time = jnp.where(unmoved, 0, end_time)
-        stats = solution.stats
         return Integration(
             states=states,
             end_time=end_time,
             end_state=end_state,
-            status=_status(solution.result),
+            status=_status(solution.result, solution.event_mask),
             statistics=Statistics(
                 vector_field_evaluations=self._evaluations(solver, stats["num_steps"], until),
                 jacobian_evaluations=_jacobian_evaluations(solver, stats["num_steps"]),
@@ -391,16 +397,18 @@ def _jacobian_evaluations(solver: diffrax.AbstractSolver, steps: Array) -> Array
     return None if is_implicit(solver) else 0
 
 
-def _status(result: diffrax.RESULTS) -> Array:
+def _status(result: diffrax.RESULTS, events: dict[int, Array] | None) -> Array:
+    """From diffrax' result, and which of the events, by their statuses, has occurred."""
     from diffrax import RESULTS
 
     code = jnp.asarray(int(Status.SOLVER_FAILED))
     for status, outcome in (
         (Status.REACHED_T1, RESULTS.successful),
-        (Status.CONVERGED, RESULTS.event_occurred),
         (Status.MAX_STEPS, RESULTS.max_steps_reached),
         (Status.MAX_STEPS, RESULTS.max_steps_rejected),
         (Status.STEP_TOO_SMALL, RESULTS.dt_min_reached),
     ):
         code = jnp.where(result == outcome, int(status), code)
+    for event, occurred in (events or {}).items():
+        code = jnp.where((result == RESULTS.event_occurred) & occurred, event, code)
     return code

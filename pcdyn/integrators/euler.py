@@ -24,8 +24,8 @@ from pcdyn.model.flow import Flow
 # Of a step: so far from a multiple of dt a time still counts as one.
 _MOST_SLACK = 0.1
 
-# The step, the state, and whether the run has ended.
-_Carry = tuple[Array, State, Array]
+# The step, the state, and whether it rests and the deadline has passed.
+_Carry = tuple[Array, State, Array, Array]
 
 
 class Euler(Integrator):
@@ -84,21 +84,22 @@ class Euler(Integrator):
         def field(step: Scalar, state: State) -> State:
             return flow.vector_field(jnp.asarray(step, dtype) * dt, state)
 
-        def finished(step: Scalar, state: State) -> Array:
+        def ended(step: Scalar, state: State) -> tuple[Array, Array]:
+            late = request.is_late(step)
             if until is None:
-                return jnp.asarray(False)
+                return jnp.asarray(False), late
             norms = flow.norms(field(step, state))
-            return until.reached(jnp.asarray(step, dtype) * dt, norms)
+            return until.reached(jnp.asarray(step, dtype) * dt, norms), late
 
         def advance(carry: _Carry, stop: Array) -> _Carry:
             def proceed(carry: _Carry) -> Array:
-                step, state, done = carry
-                return (step < stop) & ~done & all_finite(state)
+                step, state, rests, late = carry
+                return (step < stop) & ~rests & ~late & all_finite(state)
 
             def body(carry: _Carry) -> _Carry:
-                step, state, _ = carry
+                step, state, *_ = carry
                 state = jax.tree.map(lambda x, v: x + dt * v, state, field(step, state))
-                return step + 1, state, finished(step + 1, state)
+                return step + 1, state, *ended(step + 1, state)
 
             return jax.lax.while_loop(proceed, body, carry)
 
@@ -124,14 +125,15 @@ class Euler(Integrator):
         beyond = whole > self.max_steps
         whole = jnp.where(beyond, self.max_steps, whole).astype(int)
         fraction = jnp.where(beyond, 0, fraction)
-        start = (jnp.asarray(0), state, finished(0, state))
-        (step, stopped, done), states = jax.lax.scan(save, start, (whole, fraction))
+        start = (jnp.asarray(0), state, *ended(0, state))
+        (step, stopped, rests, late), states = jax.lax.scan(save, start, (whole, fraction))
         # The last row is the state at t1, or where it stopped before.
-        early = done | ~all_finite(stopped)
+        early = rests | late | ~all_finite(stopped)
         end_state = jax.tree.map(lambda x, saved: jnp.where(early, x, saved[-1]), stopped, states)
         states = jax.tree.map(lambda x: x[:-1], states)
         status = jnp.where(beyond[-1], Status.MAX_STEPS, Status.REACHED_T1)
-        status = jnp.where(done, Status.CONVERGED, status)
+        status = jnp.where(late, Status.TIME_LIMIT, status)
+        status = jnp.where(rests, Status.CONVERGED, status)
         status = jnp.where(all_finite(end_state), status, Status.NON_FINITE)
         end_time = jnp.where(status == Status.REACHED_T1, t1, step * self.dt)
         tests = 0 if until is None else step + 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pcdyn._support.timing import clock
+from pcdyn._support.types import Scalar
 from pcdyn.errors import Status
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ def march(
     t1: float,
     *,
     max_steps: int,
-    deadline: float,
+    deadline: Scalar | None,
     event: Callable[[float, np.ndarray], bool] | None,
     **options: object,
 ) -> Course:
     """Integrate by a method of `scipy.integrate` to `t1`, or to where `event` becomes true.
 
     It ends with a status after `max_steps` steps or 64 times as many evaluations, at the `deadline`
-    in seconds of `time.monotonic`, after many non-finite values in a row, and where SciPy gives up.
+    (see `Request`), after many non-finite values in a row, and where SciPy gives up.
     """
     from scipy import integrate
 
@@ -103,7 +104,7 @@ def march(
 
 
 def _bounded(
-    field: Callable[[float, np.ndarray], np.ndarray], max_steps: int, deadline: float
+    field: Callable[[float, np.ndarray], np.ndarray], max_steps: int, deadline: Scalar | None
 ) -> Callable[[float, np.ndarray], np.ndarray]:
     remaining, non_finite = _EVALUATIONS_PER_STEP * max_steps, 0
 
@@ -112,7 +113,7 @@ def _bounded(
         remaining -= 1
         if remaining < 0:
             raise _Stop(Status.MAX_STEPS)
-        if time.monotonic() > deadline:
+        if deadline is not None and clock() > deadline:
             raise _Stop(Status.TIME_LIMIT)
         value = field(t, y)
         # A step can run into NaN and be halved; a solver that cannot get out of it never returns.

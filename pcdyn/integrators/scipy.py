@@ -109,7 +109,7 @@ class SciPy(Integrator):
                 start,
                 float(request.t1),
                 max_steps=self.max_steps,
-                deadline=float(request.deadline),
+                deadline=request.deadline,
                 event=None if until is None else at_rest,
                 rtol=rtol,
                 atol=atol,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from typing import Literal, cast
@@ -14,7 +13,7 @@ import numpy as np
 
 from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
 from pcdyn._support.forward_only import forward_only
-from pcdyn._support.timing import Stopwatch
+from pcdyn._support.timing import Stopwatch, clock
 from pcdyn._support.types import Numbers, State, Values
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
@@ -82,9 +81,9 @@ def simulate(
       then reserves memory for `max_steps` steps.
     - `throw`: raise `pcdyn.SimulationError` if any sample fails, with what was computed in its
       `trajectory`; with `throw=False` the status says so instead.
-    - `seconds`: after so much wall time SciPy's methods end with the status `TIME_LIMIT` and what
-      they reached. The other methods are compiled as a whole and bounded by their `max_steps`;
-      they refuse this option.
+    - `seconds`: after so much wall time, compilation included, it ends with the status
+      `TIME_LIMIT` and what was reached. Compiled methods then ask Python for the time at each
+      step. Refused under `jax.jit` and by `pcdyn.Exact`, which takes no steps.
 
     A fixed step above the largest stable one of an explicit method at the initial state gives a
     `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
@@ -126,7 +125,7 @@ def simulate(
         t1=float(t1),
         until=None if stop is None else stop.resolved(problem, state, per_sample),
         dense=dense,
-        deadline=_deadline(seconds, method),
+        deadline=_deadline(seconds, method, traced=is_traced(problem, state)),
     )
     _check_sizes(request, method)
     if per_sample and state[0].ndim != 2:
@@ -193,17 +192,22 @@ def _check_sizes(request: Request, method: Integrator) -> None:
         check_size(2 * method.max_steps * state, what)
 
 
-def _deadline(seconds: float | None, method: Integrator) -> float:
-    """When to stop, on the clock of `time.monotonic`."""
+def _deadline(seconds: float | None, method: Integrator, *, traced: bool) -> float | None:
+    """When to stop, as `clock` tells the time."""
     if seconds is None:
-        return math.inf
+        return None
     seconds = checked_number(seconds, "seconds", above=0, error=IntegratorError)
-    if method.runs_in_jax:
+    if traced:
         raise IntegratorError(
-            f"{method.name} would ignore seconds={seconds:g}: it is compiled as a whole, so that "
-            'only its max_steps bounds it; "lsoda" and the other methods of SciPy can be timed'
+            f"seconds={seconds:g} would count from when JAX traces this call, not from when it "
+            "runs: leave seconds out, and bound max_steps"
         )
-    return time.monotonic() + seconds
+    if isinstance(method, Exact):
+        raise IntegratorError(
+            f"{method.name} would ignore seconds={seconds:g}: a closed form takes no steps between "
+            "which it could end"
+        )
+    return clock() + seconds
 
 
 def _warn_of_step(request: Request, method: Integrator) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from pcdyn import Diffrax, Euler, SciPy, Status, UntilEquilibrium, mlp, simulate
 from pcdyn.errors import IntegratorError, StepLimitError, TimesError
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
-from tests.networks import build_case
+from tests.networks import EPS, assert_close, build_case
 
 pytestmark = pytest.mark.unchecked
 
@@ -138,6 +139,8 @@ def test_a_start_on_a_ridge_rests_there() -> None:
 
 
 TANH = build_case(seed=8, widths=(3, 3, 2, 2), activations=("tanh",))
+BATCH = build_case(seed=8, widths=(3, 3, 2, 2), activations=("tanh",), batch=2)
+LINEAR = build_case(seed=8, widths=(3, 2, 2))
 
 
 def test_the_fallback_takes_over_from_a_root_finder() -> None:
@@ -166,9 +169,44 @@ def test_the_seconds_end_a_run(method: str) -> None:
     assert np.isfinite(result.final[1]).all()
 
 
-def test_no_time_at_all_is_a_status() -> None:
-    result = run("rk45", seconds=1e-9)
+@pytest.mark.parametrize("name", ["euler", "until", "dense", "per_sample"])
+def test_the_seconds_end_a_compiled_run(name: str) -> None:
+    """It stops between two steps, and what it has is what a run without a limit has."""
+    method = Euler(dt=1e-3) if name == "euler" else Diffrax("tsit5", dt=1e-3, max_steps=10**6)
+    options: dict[str, Any] = {
+        "integrator": method, "initial": BATCH.state, "times": [0.0, 0.01, 0.02, 900.0],
+    }  # fmt: skip
+    if name == "until":
+        options["until"] = UntilEquilibrium(1e-300)
+    elif name in ("dense", "per_sample"):
+        options[name] = True
+    for seconds in (1e-9, 1.0):
+        # The first call compiles.
+        result = simulate(BATCH.problem, t1=900.0, seconds=seconds, throw=False, **options)
+        assert np.all(np.asarray(result.status_codes) == Status.TIME_LIMIT)
+    assert result.run_seconds < 10
+    ends = np.asarray(result.end_time)
+    assert np.all((ends > 0.02) & (ends < 900))
+    options["times"] = [0.0, 0.01, 0.02]
+    free = simulate(BATCH.problem, t1=0.02, **options)
+    for limited, unlimited in zip(result.activities, free.activities, strict=True):
+        assert_close([limited[:3]], [unlimited], 1e2 * EPS)
+
+
+def test_seconds_that_would_not_be_kept_are_refused() -> None:
+    with pytest.raises(IntegratorError, match="closed form takes no steps"):
+        simulate(LINEAR.problem, t1=1.0, integrator="exact", seconds=1.0)
+    with pytest.raises(IntegratorError, match="when JAX traces this call"):
+        jax.jit(lambda state: simulate(TANH.problem, t1=1.0, initial=state, seconds=1.0).energies)(
+            TANH.state
+        )
+
+
+@pytest.mark.parametrize("method", ["rk45", "tsit5", Euler(dt=0.01)])
+def test_no_time_at_all_is_a_status(method: Any) -> None:
+    result = run(method, seconds=1e-9)
     assert result.status is Status.TIME_LIMIT and result.end_time == 0
+    assert_close([result.final[1]], [START], 0)
     with pytest.raises(StepLimitError, match="TIME_LIMIT") as caught:
         simulate(TANH.problem, t1=1.0, integrator="lsoda", seconds=1e-9)
     assert caught.value.trajectory.status is Status.TIME_LIMIT
@@ -212,7 +250,6 @@ def test_euler_until_equilibrium_ends_at_its_bound() -> None:
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no steps", {"integrator": lambda: SciPy(max_steps=0)}, Exception, "max_steps"),
     ("half a step", {"integrator": lambda: SciPy(max_steps=2.5)}, Exception, "max_steps"),
-    ("seconds of a compiled program", {"seconds": 1.0}, IntegratorError, "max_steps"),
     ("no seconds", {"seconds": 0.0, "integrator": "lsoda"}, IntegratorError, "seconds"),
     ("seconds in words", {"seconds": "one", "integrator": "lsoda"}, IntegratorError, "seconds"),
     ("times beyond round-off", {"times": [0.0, 1.0 + 1e-12]}, TimesError, "1.000000000001"),
