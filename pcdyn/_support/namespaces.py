@@ -7,7 +7,7 @@ from types import ModuleType
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.arrays import is_traced
 
 
 def array_namespace(array: object) -> ModuleType:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pcdyn._support.checks import as_host_array, as_sequence, checked_integer, checked_number
+from pcdyn._support.arrays import as_host_array
+from pcdyn._support.checks import as_sequence, checked_integer, checked_number
 from pcdyn._support.types import Numbers
 from pcdyn.analysis.comparison.reference_solution import reference_for
 from pcdyn.analysis.comparison.settings import unstable_steps_expected, with_step

@@ -8,7 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import as_host_array, check_size, checked_integer, checked_number
+from pcdyn._support.arrays import as_host_array, check_size
+from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.types import Numbers
 from pcdyn.analysis.phase_plane import (
     KINDS,

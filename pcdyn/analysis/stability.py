@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_instance
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.analysis.time_scales import Stability

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import equinox as eqx
 import numpy as np
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.arrays import is_traced
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.types import Values
 from pcdyn.errors import ShapeError

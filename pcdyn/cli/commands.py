@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcdyn._support.checks import check_size, checked_integer, checked_number
+from pcdyn._support.arrays import check_size
+from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn.cli.files import Result
 from pcdyn.cli.network import Settings, build_problem
 from pcdyn.cli.options import Compare, Equilibrium, Simulate, Stability, Verify

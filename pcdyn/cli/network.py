@@ -14,7 +14,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from pcdyn._support.checks import check_size, checked_integer, checked_number
+from pcdyn._support.arrays import check_size
+from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.files import read_bytes
 from pcdyn._support.types import Numbers
 from pcdyn.cli.arrays import load_array

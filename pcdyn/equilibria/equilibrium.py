@@ -13,7 +13,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from pcdyn._support.checks import check_flag, check_instance, check_key, checked_number, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_flag, check_instance, check_key, checked_number
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import Stopwatch

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn._support.checks import as_float_array, as_sequence, checked_number
+from pcdyn._support.arrays import as_float_array
+from pcdyn._support.checks import as_sequence, checked_number
 from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import Solver

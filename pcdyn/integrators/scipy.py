@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn._support.checks import check_choice, integer, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_choice, integer
 from pcdyn._support.types import Scalar, State, Tree, Values
 from pcdyn.errors import DenseOutputError, IntegratorError, Status
 from pcdyn.integrators.base import (

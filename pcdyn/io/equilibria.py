@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import ArrayLike
 
-from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_instance
 from pcdyn._support.types import Values
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError

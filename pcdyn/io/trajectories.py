@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import ArrayLike
 
-from pcdyn._support.checks import check_instance, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_instance
 from pcdyn._support.types import Values
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics

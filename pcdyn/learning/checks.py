@@ -11,14 +11,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
-from pcdyn._support.checks import (
-    as_float_array,
-    check_callable,
-    check_dtype,
-    check_instance,
-    checked_integer,
-    converted,
-)
+from pcdyn._support.arrays import as_float_array, check_dtype, converted
+from pcdyn._support.checks import check_callable, check_instance, checked_integer
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, LabelError, ShapeError
 from pcdyn.learning.rules.base import Rule

@@ -16,7 +16,8 @@ import optax
 from jaxtyping import Array, ArrayLike, Key, PyTree
 from tqdm import tqdm
 
-from pcdyn._support.checks import as_float_array, check_choice, check_flag, check_path
+from pcdyn._support.arrays import as_float_array
+from pcdyn._support.checks import check_choice, check_flag, check_path
 from pcdyn._support.files import check_writable
 from pcdyn._support.types import Numbers
 from pcdyn.errors import (

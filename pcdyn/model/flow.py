@@ -12,13 +12,8 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, PyTree
 
-from pcdyn._support.checks import (
-    as_float_array,
-    as_sequence,
-    check_dtype,
-    check_instance,
-    converted,
-)
+from pcdyn._support.arrays import as_float_array, check_dtype, converted
+from pcdyn._support.checks import as_sequence, check_instance
 from pcdyn._support.states import layer_norms
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.errors import DtypeError, InputError, ShapeError

@@ -15,18 +15,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from pcdyn._support.arrays import as_float_array, check_dtype, check_size, is_traced
 from pcdyn._support.checks import (
-    as_float_array,
     as_sequence,
     check_callable,
     check_choice,
-    check_dtype,
     check_flag,
     check_key,
-    check_size,
     checked_integer,
     checked_number,
-    is_traced,
 )
 from pcdyn._support.functions import as_part
 from pcdyn._support.namespaces import host_namespace

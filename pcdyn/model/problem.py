@@ -14,18 +14,20 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from pcdyn._support.checks import (
+from pcdyn._support.arrays import (
     as_float_array,
-    as_sequence,
     check_dtype,
-    check_instance,
-    check_key,
     check_sharding,
     check_size,
-    checked_integer,
-    checked_number,
     converted,
     is_traced,
+)
+from pcdyn._support.checks import (
+    as_sequence,
+    check_instance,
+    check_key,
+    checked_integer,
+    checked_number,
 )
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import InputError, ShapeError

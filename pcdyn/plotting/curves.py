@@ -18,8 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 
+from pcdyn._support.arrays import as_host_array
 from pcdyn._support.checks import (
-    as_host_array,
     as_sequence,
     check_choice,
     check_flag,

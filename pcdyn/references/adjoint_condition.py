@@ -16,14 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import (
-    as_float_array,
-    as_sequence,
-    check_callable,
-    check_dtype,
-    check_instance,
-    checked_number,
-)
+from pcdyn._support.arrays import as_float_array, check_dtype
+from pcdyn._support.checks import as_sequence, check_callable, check_instance, checked_number
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers
 from pcdyn.errors import ShapeError, ToleranceError

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.arrays import is_traced
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities
 from pcdyn.errors import (

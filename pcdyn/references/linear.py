@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import as_sequence, check_choice, check_size, checked_integer, is_traced
+from pcdyn._support.arrays import check_size, is_traced
+from pcdyn._support.checks import as_sequence, check_choice, checked_integer
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.errors import InputError, ShapeError, SingularHessianError

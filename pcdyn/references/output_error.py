@@ -18,7 +18,7 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import as_float_array, as_host_array, is_traced
+from pcdyn._support.arrays import as_float_array, as_host_array, is_traced
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, ShapeError, TimesError

@@ -11,7 +11,8 @@ from typing import Literal, cast
 import jax.numpy as jnp
 import numpy as np
 
-from pcdyn._support.checks import as_host_array, check_flag, check_size, checked_number, is_traced
+from pcdyn._support.arrays import as_host_array, check_size, is_traced
+from pcdyn._support.checks import check_flag, checked_number
 from pcdyn._support.forward_only import forward_only
 from pcdyn._support.timing import Stopwatch, clock
 from pcdyn._support.types import Numbers, State, Values

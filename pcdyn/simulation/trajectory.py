@@ -13,13 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from pcdyn._support.checks import (
-    as_host_array,
-    as_sequence,
-    checked_integer,
-    checked_number,
-    is_traced,
-)
+from pcdyn._support.arrays import as_host_array, is_traced
+from pcdyn._support.checks import as_sequence, checked_integer, checked_number
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import cosine
 from pcdyn._support.types import Activities, Numbers, Scalar, Values

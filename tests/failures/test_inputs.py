@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from pcdyn._support.checks import as_float_array
+from pcdyn._support.arrays import as_float_array
 from pcdyn.errors import (
     ActivationError,
     DtypeError,

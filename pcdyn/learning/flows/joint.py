@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from pcdyn._support.checks import checked_number, is_traced, number, optional
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import checked_number, number, optional
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver

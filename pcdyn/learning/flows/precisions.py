@@ -12,7 +12,8 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pcdyn._support.checks import as_sequence, check_instance, is_traced, number, optional
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import as_sequence, check_instance, number, optional
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from pcdyn._support.checks import as_float_array, is_traced
+from pcdyn._support.arrays import as_float_array, is_traced
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import InputError, PosteriorError, ShapeError
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import is_traced
+from pcdyn._support.arrays import is_traced
 from pcdyn._support.types import Scalar, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.precision import (

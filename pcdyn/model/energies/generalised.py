@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import check_callable, check_instance, is_traced
+from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import check_callable, check_instance
 from pcdyn._support.functions import as_part
 from pcdyn._support.types import Numbers, Values
 from pcdyn.errors import (

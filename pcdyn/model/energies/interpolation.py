@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import as_float_array, checked_integer, is_traced
+from pcdyn._support.arrays import as_float_array, is_traced
+from pcdyn._support.checks import checked_integer
 from pcdyn._support.types import Numbers
 from pcdyn.errors import PrecisionError, ShapeError
 from pcdyn.model.energies.energy import Gaussian

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import as_float_array, is_traced
+from pcdyn._support.arrays import as_float_array, is_traced
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers, Scalar
 from pcdyn.errors import PrecisionError, ShapeError
