@@ -311,8 +311,8 @@ class Diffrax(Integrator):
             stages, reused = solver.stages, 0
         else:
             return None
-        # At the start twice: for a start at rest, and by diffrax.
-        tests = 0 if until is None else steps + 2
+        # And at the start.
+        tests = 0 if until is None else steps + 1
         return (stages - reused) * steps + reused + tests
 
 

@@ -73,6 +73,7 @@ def truth(given: Case) -> np.ndarray:
     return solution.y[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORDERS)
 def test_global_error_falls_with_the_order_of_the_method(name: str) -> None:
     """The slope of log error against log dt is p ± 0.1, and at least p − 0.1 above order 4.

@@ -89,6 +89,7 @@ def comparison() -> Comparison:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_errors_of_euler_are_those_of_numpy(comparison: Comparison) -> None:
     """Every error by its definition, from Euler's update and expm; round-off is all that differs.
 

@@ -102,6 +102,7 @@ def test_products_with_jacobians_are_adjoint_and_those_of_the_output(name: str) 
     assert_close(pushed, (output(step) - output(-step)) / (2 * step), 1e3 * step**2)
 
 
+@pytest.mark.slow
 def test_a_layer_that_changes_the_width_is_never_looped_over() -> None:
     """The same function, without weights, five times: each takes a unit away."""
 

@@ -23,6 +23,7 @@ def problem(activation: str, ratio: float, dtype: Any = np.float32) -> Inference
     return InferenceProblem(Network(layers), input=X, output=Y, energy=Gaussian((1.0, ratio)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kvaerno3", "kvaerno4", "kvaerno5", "rodas5p"])
 def test_stiff_flows_take_tens_of_steps(name: str) -> None:
     """At precision ratios up to 10³; errors within a few of the tolerances 10⁻⁴ and 10⁻⁶."""

@@ -231,12 +231,13 @@ LARGE = build_case(seed=3, widths=(2, 2, 2), batch=2)
 SMALL = LARGE.replace(activities=tuple(x / 2 for x in LARGE.activities))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flow",
     [
         JointFlow(SMALL.problem, 0.2),
-        pytest.param(AdiabaticFlow(SMALL.problem, "closed_form"), marks=pytest.mark.slow),
-        pytest.param(PrecisionFlow(SMALL.problem, ("fixed", "scalar")), marks=pytest.mark.slow),
+        AdiabaticFlow(SMALL.problem, "closed_form"),
+        PrecisionFlow(SMALL.problem, ("fixed", "scalar")),
     ],
     ids=["joint", "adiabatic", "precisions"],
 )

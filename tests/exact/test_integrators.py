@@ -116,6 +116,7 @@ def repeated(case: Case, batch: int) -> Case:
 # --- Accuracy -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tsit5", "dopri5", "dopri8", "heun", "kvaerno3", "kvaerno5"])
 def test_diffrax_is_the_exact_solution(name: str) -> None:
     """Linear: expm; tanh: DOP853 in NumPy; at the saved times and, densely, between them.

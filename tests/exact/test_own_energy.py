@@ -199,6 +199,7 @@ RULES: dict[str, tuple[Any, Any, float]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_each_rule_learns_as_numpy(name: str) -> None:
     rule, expected, tolerance = RULES[name]
@@ -305,6 +306,7 @@ def test_files_from_before_energies_were_listed_are_read(tmp_path: Path) -> None
     assert eqx.tree_equal(pcdyn.load(file), expected)
 
 
+@pytest.mark.slow
 def test_own_energies_are_citizens_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copied, pickled, compared, mapped over, differentiated by a weight, and stacked when deep."""
     ours = problem()

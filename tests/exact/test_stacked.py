@@ -108,6 +108,7 @@ def test_padded_blocks_solve_as_the_dense_matrix() -> None:
     assert_close(found, np.concatenate(flat, axis=-1), ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_weights_and_passes_do_not_depend_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same key draws the same weights, bit for bit; the feedforward pass agrees."""
 

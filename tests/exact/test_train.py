@@ -316,6 +316,7 @@ def test_a_checkpoint_beyond_what_is_asked_is_refused(tmp_path: Path) -> None:
         run(epochs=1, checkpoint=tmp_path / "run.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [

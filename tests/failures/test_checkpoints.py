@@ -86,6 +86,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mine", "other", "part"), OTHERS.values(), ids=OTHERS.keys())
 def test_what_differs_only_in_what_it_does_is_refused(
     mine: Any, other: Any, part: str, tmp_path: Path

@@ -36,6 +36,7 @@ def scalar_chain(activation: Activation, target: float) -> InferenceProblem:
     return InferenceProblem(Network(layers), input=[1.0], output=[target])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integrator", ["tsit5", "kvaerno5", "lsoda", "radau", Euler(dt=0.1)])
 def test_a_feedforward_pass_without_output_is_at_rest(integrator: Any) -> None:
     """By Theorem 3.1 the field vanishes at the start: converged at once, with the start saved."""

@@ -169,6 +169,7 @@ def test_the_seconds_end_a_run(method: str) -> None:
     assert np.isfinite(result.final[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["euler", "until", "dense", "per_sample"])
 def test_the_seconds_end_a_compiled_run(name: str) -> None:
     """It stops between two steps, and what it has is what a run without a limit has."""
@@ -310,6 +311,7 @@ print("not interrupted")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
 def test_ctrl_c_ends_a_compiled_program() -> None:
     """Within a second, though the program would run for an hour, and the process with it.
@@ -327,6 +329,7 @@ def test_ctrl_c_ends_a_compiled_program() -> None:
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
+@pytest.mark.slow
 def test_the_default_relu_run_returns() -> None:
     """What `pcdyn simulate --activation relu --t1 1` runs: F(1) of Euler in NumPy is 0.75188."""
     import jax

@@ -10,7 +10,7 @@ import pytest
 
 import pcdyn
 from pcdyn import linear
-from pcdyn._support import checks
+from pcdyn._support import arrays
 from pcdyn.errors import SizeError
 
 KEY = jax.random.key(0)
@@ -57,7 +57,7 @@ def test_sizes_are_counted_first(case: str) -> None:
 
 def test_saved_states_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine of a megabyte: 4 units, 10000 times, 8 bytes, with the errors.
-    monkeypatch.setattr(checks, "_machine_memory", lambda: 2**20)
+    monkeypatch.setattr(arrays, "_machine_memory", lambda: 2**20)
     problem = clamped([3, 4, 2])
     with pytest.raises(SizeError, match="saving 10000 times"):
         pcdyn.simulate(problem, t1=1.0, times=np.linspace(0, 1, 10_000))
@@ -65,7 +65,7 @@ def test_saved_states_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_modes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine of a megabyte the Hessian of 200 units fits in, 0.3 MB, but not twice that.
-    monkeypatch.setattr(checks, "_machine_memory", lambda: 2**20)
+    monkeypatch.setattr(arrays, "_machine_memory", lambda: 2**20)
     with pytest.raises(SizeError, match="all modes of 200 units"):
         linear.spectrum(clamped([2, 200, 2], "identity"))
 

@@ -36,15 +36,6 @@ def _the_shipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.shared.command.configure", lambda: None)
 
 
-_QUICK = (
-    "figure1_linear_equilibrium",
-    "figure2_interpolation",
-    "figure3_ratios",
-    "figure4_energies",
-)
-_EACH = [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but what is declared to differ from run to run."""
     return {
@@ -55,7 +46,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", _EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
 def test_claims_hold_and_the_saved_data_give_the_saved_files(name: str, tmp_path: Path) -> None:
     """What the command does for every name: claims have their verdicts, files are whole.
 

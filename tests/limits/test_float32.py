@@ -284,6 +284,7 @@ def test_comparisons_and_references(tmp_path: Path) -> None:
 # --- Learning -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rule_learns(tmp_path: Path) -> None:
     """One step of gradient descent on a batch of four, against gradients in NumPy."""
 
@@ -362,6 +363,7 @@ def weight_gradient(case: Case) -> list[np.ndarray]:
 # --- Files and commands ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_and_commands(tmp_path: Path) -> None:
     """A problem written in float64 is read and computed in float32."""
     case = user.case("tanh", 1e2)

@@ -35,6 +35,7 @@ def _standard_promotion() -> Any:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: s.number)
 def test_each_statement_has_the_verdict_on_record(statement: Any) -> None:
     """On three networks; findings among them do not hold, and the corrected forms do."""

@@ -35,12 +35,14 @@ def check(name: str, changes: dict[str, str]) -> None:
         assert outcome.fine, f"{name} with {changes}: {outcome.kind}: {outcome.detail}"
 
 
+@pytest.mark.slow
 @given(odd=odd_calls(QUICK))
 @settings(max_examples=900, suppress_health_check=list(HealthCheck))
 def test_constructors_and_small_functions(odd: Any) -> None:
     check(*odd)
 
 
+@pytest.mark.slow
 @given(odd=odd_calls(SLOW))
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_verbs(odd: Any) -> None:

@@ -217,15 +217,8 @@ def check(cells: dict[str, str], cell: str, ours: Any, theirs: Any, allowed: Any
         )
 
 
-# Of each kind one; the others are as those are, and take minutes.
-_FIRST = ("simulate, tsit5", "simulate, exact", "simulate, lsoda", "equilibrium, default",
-          "linear_equilibrium", "stability", "rule, predictive coding, truncated",
-          "rule, fixed prediction")  # fmt: skip
-_ROWS = [name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow)
-         for name in VERBS]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", _ROWS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VERBS)
 def test_derivatives(name: str) -> None:
     """Every cell of one row of the table, by each leaf alone and by all together."""
     verb, noise, refused = VERBS[name]

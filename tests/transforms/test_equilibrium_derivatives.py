@@ -76,6 +76,7 @@ def assert_derivatives(f: Callable[[Any], Any], second: bool = True) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_linear_equilibria_in_output_space_by_one_leaf(leaf: str) -> None:
     def f(s: Any) -> Any:
@@ -131,6 +132,7 @@ def exact(s: Any, t: Any, precision: Any) -> Any:
     return pcdyn.linear.exact_flow(problem, problem.feedforward_state())(t)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["weight", "time", "precision"])
 def test_the_exact_flow_where_rates_repeat(which: int) -> None:
     """The rate 1 comes twice, for the hidden layer is wider than the output."""
@@ -161,6 +163,7 @@ def test_mixed_derivatives_of_the_exact_flow() -> None:
         np.testing.assert_allclose(found, mixed / (4 * STEP**2), rtol=SECOND, atol=SECOND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rates_of", [spectrum, lambda problem: pcdyn.stability(problem, at="feedforward").rates],
     ids=["linear.spectrum", "stability"],
