@@ -396,8 +396,8 @@ MISTAKES = (
     Mistake(
         "diffrax: an evaluation of the stopping test is not counted",
         "pcdyn/integrators/diffrax.py",
-        "tests = 0 if until is None else steps + 2",
         "tests = 0 if until is None else steps + 1",
+        "tests = 0 if until is None else steps",
         ("tests/exact/test_integrators.py::test_diffrax_evaluations_are_those_really_made",),
     ),
     Mistake(

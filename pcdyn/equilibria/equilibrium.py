@@ -11,16 +11,22 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from pcdyn._support.arrays import is_traced
 from pcdyn._support.checks import check_flag, check_instance, check_key, checked_number
 from pcdyn._support.namespaces import array_namespace
-from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import Stopwatch
 from pcdyn._support.types import Activities, HostValues, Numbers, Scalar, State, Values
 from pcdyn.equilibria.solvers import FlowToRest, Solver, default_solvers, get_solvers
-from pcdyn.equilibria.solvers.run import Ran, solve_in_turn, solve_on_host, within_round_off
+from pcdyn.equilibria.solvers.run import (
+    Observed,
+    Ran,
+    observe,
+    solve_in_turn,
+    solve_on_host,
+    within_round_off,
+)
 from pcdyn.errors import (
     EquilibriumStatus,
     InputError,
@@ -34,7 +40,6 @@ from pcdyn.integrators.run import on_host
 from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.model.energies.energy import LayerEnergies
 from pcdyn.model.problem import InferenceProblem, check_problem
-from pcdyn.model.stacked import StackedProblem, stacked
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -316,24 +321,24 @@ def equilibrium(
     given = None if tolerance is None else _checked_tolerance(tolerance)
     relative = given is None
     wanted = (1e-6 if problem.dtype == jnp.float64 else 1e-4) if given is None else given
-    start = problem.initial_state(initial)
-    batched, state = _with_batch(problem, start)
+    start = _start(problem, initial)
+    batched, state = (problem, None) if start is None else _with_batch(problem, start)
     if is_traced(problem, start):
+        assert start is not None and state is not None, "left out for known values only"
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))
         fixed, begin = eqx.combine(frozen, (batched, state))
         ran = solve_in_turn(fixed, begin, solvers, wanted, relative)
-        verdict = _verdict(fixed, ran, _observe(fixed, ran.solution.state), relative)
+        verdict = _verdict(fixed, ran, ran.observed, relative)
         converged = verdict.status == EquilibriumStatus.CONVERGED
         moving = with_derivatives(batched, ran.solution.state, converged)
-        return _build(problem, start, moving, ran, _observe(batched, moving), verdict, given)
+        return _build(problem, start, moving, ran, observe(batched, moving), verdict, given)
     with Stopwatch() as clock:
         ran = solve_on_host(batched, state, solvers, wanted, relative)
         # Copies, for the sliding samples get other numbers.
-        observed = jax.tree.map(np.array, _observe(batched, ran.solution.state))
+        observed = jax.tree.map(np.array, ran.observed)
         verdict = _verdict(batched, ran, observed, relative)
-        found = _build(
-            on_host(problem), on_host(start), ran.solution.state, ran, observed, verdict, given
-        )
+        start = on_host(ran.start if start is None else start)
+        found = _build(on_host(problem), start, ran.solution.state, ran, observed, verdict, given)
     found = _with_message(found, clock)
     if throw and not found.ok:
         raise NotConvergedError(f"{found.method}: {found.message}", found)
@@ -355,6 +360,13 @@ def _checked_tolerance(tolerance: float) -> float:
     return checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
 
 
+def _start(problem: InferenceProblem, initial: str | Sequence[Numbers]) -> State | None:
+    """The start; `None` for the feedforward pass of a batch, which is no program of its own."""
+    together = isinstance(initial, str) and initial == "feedforward" and problem.input is not None
+    together = together and problem.batch_shape != () and not is_traced(problem)
+    return None if together else problem.initial_state(initial)
+
+
 def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProblem, State]:
     """A single sample as a batch of one."""
     if state[0].ndim == 2:
@@ -362,17 +374,6 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
     data = (problem.input, problem.output)
     input, output, state = jax.tree.map(lambda x: jnp.asarray(x)[None], (*data, state))
     return problem.with_data(input, output), state
-
-
-@eqx.filter_jit
-def _observe(problem: InferenceProblem, state: State) -> tuple[State, Array, Array]:
-    deep = stacked(problem)
-    if not isinstance(deep, StackedProblem):
-        errors = problem.prediction_errors(problem.activities(state))
-        return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
-    together = deep.pack(state)
-    errors, energies = deep.observe(0.0, together)
-    return deep.unpack_errors(errors), energies, deep.norms(deep.gradient(together))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,9 +385,7 @@ class _Verdict:
     tolerance: Values
 
 
-def _verdict(
-    problem: InferenceProblem, ran: Ran, observed: tuple[State, Values, Values], relative: bool
-) -> _Verdict:
+def _verdict(problem: InferenceProblem, ran: Ran, observed: Observed, relative: bool) -> _Verdict:
     """A solver's claim to have converged is checked."""
     _, energies, residuals = observed
     xp = array_namespace(residuals)
@@ -411,7 +410,7 @@ def _build(
     start: State,
     state: State,
     ran: Ran,
-    observed: tuple[State, Values, Values],
+    observed: Observed,
     verdict: _Verdict,
     given: float | None,
 ) -> Equilibrium:
