@@ -270,7 +270,7 @@ MISTAKES = (
         "pcdyn/equilibria/equilibrium.py",
         "resting = xp.all(residuals <= tolerance, axis=-1)",
         "resting = xp.any(residuals <= tolerance, axis=-1)",
-        ("tests/failures/test_equilibrium_failures.py::test_what_failed_is_told_per_sample",),
+        ("tests/failures/test_equilibrium_failures.py::test_one_layer_at_rest_is_not_enough",),
     ),
     Mistake(
         "hessian: taken at zero for at the state",
@@ -518,7 +518,7 @@ MISTAKES = (
         "pcdyn/integrators/run.py",
         "before = choose(t > self.end_time, beyond, inside)",
         "before = choose(t > 2 * self.end_time, beyond, inside)",
-        ("tests/failures/test_edges.py::test_dense_output_of_a_failed_sample_leaves_the_others",),
+        ("tests/failures/test_edges.py::test_dense_output_holds_the_end",),
     ),
     Mistake(
         "run: the wrong axis of samples",

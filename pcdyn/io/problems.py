@@ -157,7 +157,7 @@ def _rounded(values: Values, dtype: DTypeLike | None, name: str) -> Values:
     """`values` in a dtype that JAX does not round any more."""
     try:
         wanted = values.dtype if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         wanted = np.dtype(object)
     if not jnp.issubdtype(wanted, jnp.floating):
         raise DtypeError(f"dtype must be a floating-point dtype, got {dtype!r:.40}")

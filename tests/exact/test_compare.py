@@ -175,6 +175,15 @@ def test_values_run_with_their_own_numbers_unless_a_ladder_is_given() -> None:
     assert [(r.setting, r.value) for r in result.rows[:2]] == [("rtol", 1e-5), ("dt", DT)]
     np.testing.assert_allclose([r.value for r in result.of("RK45")], 10.0 ** -np.arange(2, 10))
     assert result.reference == "given (exact)"
+    # A thousandth of rtol is the atol, which counts where activities are small.
+    for row in result.of("RK45")[:3]:
+        again = simulate(
+            case.problem, t1=T1, times=TIMES, initial=case.state,
+            integrator=SciPy("RK45", rtol=row.value, atol=1e-3 * row.value),
+        )  # fmt: skip
+        apart = [a - b for a, b in zip(again.activities, truth.activities, strict=True)]
+        error = np.linalg.norm(np.concatenate(apart, axis=-1), axis=-1).max()
+        assert row.maximum_error == pytest.approx(error / result.displacement, rel=1e-6)
     np.testing.assert_allclose(
         result.of("euler")[0].maximum_error,
         (np.linalg.norm(euler_states(case, DT) - exact_states(case), axis=-1)).max()

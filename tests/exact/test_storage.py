@@ -217,7 +217,9 @@ def test_dense_output_is_not_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["h5netcdf", None])
 def test_plain_xarray_reads_the_file(engine: Any, tmp_path: Path) -> None:
-    trajectory = _batch()
+    # Not from the feedforward pass, where all energies vanish.
+    trajectory = _trajectory(batch=3, clamp="input", widths=(2, 3, 2), initial="zeros")
+    assert np.all(trajectory.output_loss[0] != trajectory.residual_energy[0])
     trajectory.to_netcdf(tmp_path / "run.nc")
     with xarray.open_dataset(tmp_path / "run.nc", engine=engine) as dataset:
         dataset.load()

@@ -198,6 +198,17 @@ def test_what_failed_is_told_per_sample() -> None:
     assert told.value.equilibrium.status == (LIMIT, CONVERGED, LIMIT)
 
 
+def test_one_layer_at_rest_is_not_enough() -> None:
+    """The output is free and as predicted, so that it rests, and the layer below it does not."""
+    case = build_case(seed=1, widths=(3, 4, 2), activations=("tanh",), clamp="input")
+    hidden = np.ones(4)
+    start = (hidden, case.network.predict(2, jnp.asarray(hidden)))
+    method = GradientDescent(dt=1e-12, max_iterations=1)
+    found = equilibrium(case.problem, method=method, initial=start, tolerance=1e-6, throw=False)
+    assert found.residual_norms[1] < 1e-6 < found.residual_norms[0]
+    assert found.status is LIMIT
+
+
 def linear_case(seed: int, scale: float = 1.0, precision: str = "full") -> Case:
     case = build_case(seed=seed, widths=(3, 4, 4, 2), bias=True, precision=precision)
     return case.replace(weights=tuple(scale * w for w in case.weights))
