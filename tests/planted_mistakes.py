@@ -518,7 +518,7 @@ MISTAKES = (
         "pcdyn/integrators/run.py",
         "before = choose(t > self.end_time, beyond, inside)",
         "before = choose(t > 2 * self.end_time, beyond, inside)",
-        ("tests/failures/test_edges.py::test_dense_output_holds_the_end",),
+        ("tests/failures/test_edges.py::test_dense_output_ends_where_a_sample_failed",),
     ),
     Mistake(
         "run: the wrong axis of samples",
