@@ -109,17 +109,17 @@ def test_dense_output_ends_where_a_sample_failed() -> None:
     """Soon after that as well it is NaN, while the sample at rest goes on to t1."""
     case = build_case(seed=1, widths=(2, 3, 2), batch=2)
     (rest,) = (np.array(x) for x in linear_equilibrium(case.problem)[1:-1])
-    rest[1] += 100
-    few = Diffrax("tsit5", max_steps=12, fallback=None)
+    rest[1] += 1e6
+    few = Diffrax("tsit5", max_steps=40, fallback=None)
     run = simulate(
-        case.problem, t1=100.0, initial=(rest,), integrator=few, dense=True, per_sample=True,
+        case.problem, t1=20.0, initial=(rest,), integrator=few, dense=True, per_sample=True,
         throw=False,
     )  # fmt: skip
     assert run.status == (Status.REACHED_T1, Status.MAX_STEPS)
-    assert 0 < run.end_time[1] < 50
+    assert 0 < run.end_time[1] < 10
     for later in (1.01, 1.5, 1.99):
         hidden = np.asarray(run(later * run.end_time[1])[1])
-        np.testing.assert_allclose(hidden[0], rest[0], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(hidden[0], rest[0], rtol=0, atol=1e-9)
         assert np.isnan(hidden[1]).all()
 
 
