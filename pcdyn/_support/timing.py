@@ -14,7 +14,7 @@ from pcdyn._support import programs
 _IMPORTED = time.monotonic()
 
 
-def clock() -> float:
+def elapsed() -> float:
     """Tell the seconds since pcdyn was imported, few enough for float32."""
     return time.monotonic() - _IMPORTED
 

@@ -361,10 +361,12 @@ def _checked_tolerance(tolerance: float) -> float:
 
 
 def _start(problem: InferenceProblem, initial: str | Sequence[Numbers]) -> State | None:
-    """The start; `None` for the feedforward pass of a batch, which is no program of its own."""
-    together = isinstance(initial, str) and initial == "feedforward" and problem.input is not None
-    together = together and problem.batch_shape != () and not is_traced(problem)
-    return None if together else problem.initial_state(initial)
+    """The start; `None` for the feedforward pass of a batch, which the solver's program makes."""
+    feedforward = isinstance(initial, str) and initial == "feedforward"
+    has_batch = problem.input is not None and problem.input.ndim == 2
+    if feedforward and has_batch and not is_traced(problem):
+        return None
+    return problem.initial_state(initial)
 
 
 def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProblem, State]:

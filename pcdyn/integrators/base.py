@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pcdyn._support.checks import checked_number
 from pcdyn._support.states import layer_norms
-from pcdyn._support.timing import clock
+from pcdyn._support.timing import elapsed
 from pcdyn._support.types import Scalar, State, Values
 from pcdyn.errors import IntegratorError, ToleranceError
 from pcdyn.integrators.statistics import Statistics
@@ -91,7 +91,7 @@ def _slowest_time(problem: InferenceFlow) -> Array:
 class Request(eqx.Module):
     """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
 
-    It stops before t1 where `until` says so, or when `pcdyn._support.timing.clock` tells
+    It stops before t1 where `until` says so, or when `pcdyn._support.timing.elapsed` tells
     `deadline`, and keeps dense output if `dense`.
     """
 
@@ -115,7 +115,7 @@ class Request(eqx.Module):
 
 
 def _has_passed(deadline: Values, t: Values) -> np.ndarray:
-    return np.broadcast_to(clock() > np.asarray(deadline), np.shape(t))
+    return np.broadcast_to(elapsed() > np.asarray(deadline), np.shape(t))
 
 
 class Integration(eqx.Module):

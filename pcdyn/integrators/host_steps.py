@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pcdyn._support.timing import clock
+from pcdyn._support.timing import elapsed
 from pcdyn._support.types import Scalar
 from pcdyn.errors import Status
 
@@ -113,7 +113,7 @@ def _bounded(
         remaining -= 1
         if remaining < 0:
             raise _Stop(Status.MAX_STEPS)
-        if deadline is not None and clock() > deadline:
+        if deadline is not None and elapsed() > deadline:
             raise _Stop(Status.TIME_LIMIT)
         value = field(t, y)
         # A step can run into NaN and be halved; a solver that cannot get out of it never returns.

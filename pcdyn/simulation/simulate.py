@@ -14,7 +14,7 @@ import numpy as np
 from pcdyn._support.arrays import as_host_array, check_size, is_traced
 from pcdyn._support.checks import check_flag, checked_number
 from pcdyn._support.forward_only import forward_only
-from pcdyn._support.timing import Stopwatch, clock
+from pcdyn._support.timing import Stopwatch, elapsed
 from pcdyn._support.types import Numbers, State, Values
 from pcdyn._support.waiting import interruptible
 from pcdyn.errors import (
@@ -194,7 +194,7 @@ def _check_sizes(request: Request, method: Integrator) -> None:
 
 
 def _deadline(seconds: float | None, method: Integrator, *, traced: bool) -> float | None:
-    """When to stop, as `clock` tells the time."""
+    """When to stop, as `elapsed` tells the time."""
     if seconds is None:
         return None
     seconds = checked_number(seconds, "seconds", above=0, error=IntegratorError)
@@ -208,7 +208,7 @@ def _deadline(seconds: float | None, method: Integrator, *, traced: bool) -> flo
             f"{method.name} would ignore seconds={seconds:g}: a closed form takes no steps between "
             "which it could end"
         )
-    return clock() + seconds
+    return elapsed() + seconds
 
 
 def _warn_of_step(request: Request, method: Integrator) -> None:

@@ -207,7 +207,10 @@ def path_to_convergence(*, seed: int = 0, networks: int = 20) -> tuple[Evidence,
     stacked, layer = on_each(_exact, nets, tuple(start), np.full(networks, t))
     matrix, drive = nets.linear_flow()
     count, size = drive.shape
-    field = lambda _, y: (drive - times(matrix, y.reshape(count, size))).ravel()  # noqa: E731
+
+    def field(_: float, y: np.ndarray) -> np.ndarray:
+        return (drive - times(matrix, y.reshape(count, size))).ravel()
+
     solved = integrate(field, nets.stack(start).ravel(), [t], method="DOP853", tolerance=1e-12)
     weight, precisions = nets.weights[2], nets.precisions
     back = transpose(weight) @ precisions[2]

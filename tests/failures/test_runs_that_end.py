@@ -332,8 +332,6 @@ def test_ctrl_c_ends_a_compiled_program() -> None:
 @pytest.mark.slow
 def test_the_default_relu_run_returns() -> None:
     """What `pcdyn simulate --activation relu --t1 1` runs: F(1) of Euler in NumPy is 0.75188."""
-    import jax
-
     key = jax.random.key(0)
     network = mlp([5, 5, 5], activation="relu", key=key)
     x, y = (jax.random.normal(jax.random.fold_in(key, i), (5,)) for i in (1, 2))

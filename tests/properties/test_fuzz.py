@@ -56,6 +56,7 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("Network", {"input_width": "one Series"}),
     ("mlp", {"dtype": "the samples"}),
     ("mlp", {"dtype": "PRNGKeyArray (2,) key<fry>"}),
+    ("load_problem", {"dtype": "PRNGKeyArray (2,) key<fry>"}),
     ("interpolated", {"depth": "int 1000000000000000000000000000000000000000"}),
     ("interpolated", {"depth": "int 2147483648"}),
     ("interpolated", {"depth": "ArrayImpl 2"}),

@@ -187,7 +187,10 @@ def test_the_spectrum_where_rates_repeat(rates_of: Any) -> None:
     zero = jnp.zeros(())
     np.testing.assert_allclose(jax.jacrev(rates)(zero)[:2], 0, atol=1e-13)
     np.testing.assert_allclose(jax.jacfwd(jax.jacrev(rates))(zero)[:2], 0, atol=1e-12)
-    total = lambda s: jnp.sum(rates(s) ** 2)  # noqa: E731
+
+    def total(s: Any) -> Any:
+        return jnp.sum(rates(s) ** 2)
+
     slope = (squares(STEP) - squares(-STEP)) / (2 * STEP)
     np.testing.assert_allclose(jax.grad(total)(zero), slope, rtol=FIRST)
     bend = (squares(STEP) - 2 * squares(0) + squares(-STEP)) / STEP**2
