@@ -162,6 +162,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
         steps=options.steps or (_EULER_STEPS if "euler" in options.integrators else None),
         repeats=options.repeats,
         per_sample=options.per_sample,
+        seconds=options.seconds,
     )
     best = None
     try:

@@ -229,6 +229,9 @@ class Compare:
     repeats: Annotated[
         int, option("Runs of which the median time is taken, after compilation.")
     ] = 3
+    seconds: Annotated[
+        float | None, option("Wall time after which no other run starts.", default="no limit")
+    ] = None
     error: Annotated[float, option("The error that the recommendation must meet.")] = 1e-3
     initial: Annotated[Literal["feedforward", "zeros"], option("Where the activities start.")] = (
         "feedforward"

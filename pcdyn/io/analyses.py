@@ -9,7 +9,7 @@ import numpy as np
 
 from pcdyn._support.types import Values
 from pcdyn.analysis.comparison.reference_solution import Errors
-from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
+from pcdyn.analysis.comparison.table import ERROR_METRICS, REPEATS, Comparison, Run
 from pcdyn.analysis.time_scales import Stability
 from pcdyn.errors import DataError, Status
 from pcdyn.integrators.statistics import MEASURES, Statistics
@@ -32,12 +32,14 @@ def comparison_from_xarray(dataset: xarray.Dataset) -> Comparison:
         return named_values(dataset, name, "run", kind=kind).tolist()
 
     texts = {name: column(name, "texts") for name in ("integrator", "setting", "message")}
-    numbers = {name: column(name) for name in ("value", *_ERRORS, *MEASURES)}
+    # Files of before the repeats were kept lack them.
+    repeats = [name for name in REPEATS if name in dataset]
+    numbers = {name: column(name) for name in ("value", *_ERRORS, *MEASURES, *repeats)}
     below = {name: column(f"{name}_below_reference", "booleans") for name in ERROR_METRICS}
     rows = [
         Run(
             **{name: values[i] for name, values in texts.items()},
-            **{name: numbers[name][i] for name in ("value", *_ERRORS)},
+            **{name: numbers[name][i] for name in ("value", *_ERRORS, *repeats)},
             status=_status(name),
             below_reference=tuple(metric for metric in ERROR_METRICS if below[metric][i]),
             statistics=Statistics(*(numbers[measure][i] for measure in MEASURES)),

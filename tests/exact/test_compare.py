@@ -129,7 +129,8 @@ def test_adaptive_methods_keep_their_tolerance_and_the_reference_is_better(
         assert (loose.value, tight.value) == (1e-4, 1e-8)
         assert tight.maximum_error < min(1e-6, loose.maximum_error / 100)
         assert loose.vector_field_evaluations < tight.vector_field_evaluations
-        assert min(loose.run_seconds, tight.run_seconds) > 0
+        for row in (loose, tight):
+            assert 0 < row.shortest_seconds <= row.run_seconds <= row.longest_seconds
     assert comparison.reference == "exact"
     assert comparison.reference_error.maximum_error < 1e-11
     (exact,) = comparison.of("exact")
@@ -230,7 +231,7 @@ def made_row(name: str, value: float, error: float, seconds: float, **changes: A
     run = Run(
         integrator=name, setting="rtol", value=value, status=Status.REACHED_T1, message="",
         below_reference=(), statistics=Statistics(error, 0.0, error, error, error, seconds),
-        **errors,
+        shortest_seconds=seconds, longest_seconds=seconds, **errors,
     )  # fmt: skip
     return dataclasses.replace(run, **changes)
 
@@ -270,6 +271,51 @@ def test_the_recommendation_follows_from_the_table(made: Comparison) -> None:
     for error, metric in ((-1.0, "maximum_error"), (1e-3, "run_seconds")):
         with pytest.raises(InputError):
             made.recommendation(error, metric=metric)
+
+
+def test_equally_fast_settings_give_the_one_with_the_fewest_evaluations(made: Comparison) -> None:
+    """A run is equally fast if its repeats overlap the fastest's, or its median is within a fifth.
+
+    Of the other integrators as well; a setting that is slower beyond both stays out, however loose.
+    """
+
+    def timed(setting: float, evaluations: float, *seconds: float, name: str = "fast") -> Run:
+        row = made_row(name, setting, 1e-6, float(np.median(seconds)))
+        return dataclasses.replace(
+            row,
+            statistics=dataclasses.replace(row.statistics, vector_field_evaluations=evaluations),
+            shortest_seconds=min(seconds), longest_seconds=max(seconds),
+        )  # fmt: skip
+
+    rows = [
+        timed(1e-8, 80, 0.9, 1.0, 1.6),
+        timed(1e-7, 60, 1.5, 1.55, 1.7),
+        timed(1e-6, 50, 1.61, 1.65, 1.7),
+        timed(1e-8, 90, 3.0, 3.0, 3.0, name="other"),
+        timed(1e-7, 70, 3.5, 3.5, 3.5, name="other"),
+    ]
+    found = dataclasses.replace(made, rows=tuple(rows)).recommendation(1e-4)
+    assert found.best is rows[1] and found.second is rows[4]
+    assert found.speedup == 3.5 / 1.55 and "other at rtol 1e-07" in str(found)
+    rows[4] = timed(1e-7, 70, 1.6, 1.6, 1.6, name="other")
+    found = dataclasses.replace(made, rows=tuple(rows)).recommendation(1e-4)
+    assert "as fast within the noise" in str(found) and found.second is rows[4]
+
+
+def test_no_run_starts_when_the_time_is_up(capfd: pytest.CaptureFixture[str]) -> None:
+    """The table has every run, those that never began with a status of their own."""
+    case = linear_case()
+    result = compare(
+        INTEGRATORS, case.problem, initial=case.state, tolerances=[1e-4], steps=[DT],
+        seconds=1e-9, progress=True, **OPTIONS,
+    )  # fmt: skip
+    assert {row.status for row in result.rows} == {Status.TIME_LIMIT}
+    assert np.isnan([row.maximum_error for row in result.rows]).all()
+    assert np.isnan([row.run_seconds for row in result.rows]).all() and not result.ok
+    assert "No run reached" in str(result.recommendation(1e-3))
+    assert f"{2 * len(result.rows)}/{2 * len(result.rows)}" in capfd.readouterr().err
+    with pytest.raises(InputError, match="seconds"):
+        compare(["exact"], case.problem, seconds=0.0, **OPTIONS)
 
 
 def test_the_table_survives_csv_and_xarray(made: Comparison, tmp_path: Path) -> None:

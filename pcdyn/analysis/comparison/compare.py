@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from pcdyn._support.checks import as_sequence, checked_integer, checked_number
+from pcdyn._support.checks import as_sequence, check_flag, checked_integer, checked_number
 from pcdyn._support.types import Numbers
-from pcdyn.analysis.comparison.reference_solution import Errors, Reference, reference_for
+from pcdyn.analysis.comparison.reference_solution import NO_ERRORS, Errors, Reference, reference_for
 from pcdyn.analysis.comparison.settings import (
     Candidate,
     candidates,
@@ -21,11 +24,13 @@ from pcdyn.analysis.comparison.table import ERROR_METRICS, Comparison, Run
 from pcdyn.errors import (
     InputError,
     IntegratorError,
+    Status,
     TimesError,
     ToleranceError,
     worst_status,
 )
 from pcdyn.integrators import Integrator, get_integrator
+from pcdyn.integrators.statistics import MEASURES, Statistics
 from pcdyn.model.flow import Flow, check_flow
 from pcdyn.simulation.simulate import simulate
 from pcdyn.simulation.trajectory import Trajectory
@@ -43,6 +48,8 @@ def compare(
     reference: Trajectory | str | Integrator | None = None,
     repeats: int = 3,
     per_sample: bool = False,
+    seconds: float | None = None,
+    progress: bool = False,
 ) -> Comparison:
     """Run every integrator at every setting, and measure errors, work and seconds.
 
@@ -66,6 +73,9 @@ def compare(
       A second solver says how good it is (`Comparison.reference_error`).
     - `repeats`: how often each run is timed, after a first time that compiles. The repeats go
       through all runs in order, so that a slow spell of the machine hits them alike.
+    - `seconds`: after so much wall time no run starts but those of the reference; what has not run
+      has the status `TIME_LIMIT`, and medians are of the repeats until then.
+    - `progress`: show a bar over the runs.
 
     **Raises:**
 
@@ -77,6 +87,9 @@ def compare(
     check_flow(problem)
     t1 = checked_number(t1, "t1", above=0, error=TimesError)
     repeats = checked_integer(repeats, "repeats", at_least=1)
+    if seconds is not None:
+        seconds = checked_number(seconds, "seconds", above=0)
+    check_flag(progress, "progress")
     tolerances = _checked_settings(tolerances, "tolerances", ToleranceError)
     steps = _checked_settings(steps, "steps", IntegratorError)
     if not (reference is None or isinstance(reference, Trajectory)):
@@ -91,27 +104,36 @@ def compare(
     options: dict[str, Any] = {
         "t1": t1, "times": times, "initial": initial, "per_sample": per_sample, "throw": False,
     }  # fmt: skip
-    # The first run, which compiles, also checks what all runs share before the reference does.
-    with unstable_steps_expected():
-        firsts = [
-            simulate(problem, integrator=candidate.integrator, **options) for candidate in chosen
-        ]
+    begun = time.monotonic()
+    spent: list[list[float]] = [[] for _ in chosen]
+    with (
+        unstable_steps_expected(),
+        tqdm(total=len(chosen) * (1 + repeats), disable=not progress, unit="run") as bar,
+    ):
+
+        def run(candidate: Candidate) -> Trajectory | None:
+            bar.set_description(candidate.label)
+            bar.update()
+            if seconds is not None and time.monotonic() - begun > seconds:
+                return None
+            return simulate(problem, integrator=candidate.integrator, **options)
+
+        # The first run, which compiles, also checks what all runs share before the reference does.
+        firsts = [run(candidate) for candidate in chosen]
+        bar.set_description("reference")
         truth = reference_for(problem, t1=t1, times=times, initial=initial, given=reference)
-        seconds = np.array(
-            [
-                [simulate(problem, integrator=candidate.integrator, **options).run_seconds]
-                for _ in range(repeats)
-                for candidate in chosen
-            ]
-        ).reshape(repeats, len(chosen))
-    compiling: dict[str, float] = {}
-    for candidate, run in zip(chosen, firsts, strict=True):
-        compiling[candidate.label] = compiling.get(candidate.label, 0.0) + float(
-            run.compile_seconds
-        )
+        for _ in range(repeats):
+            for candidate, each in zip(chosen, spent, strict=True):
+                if (again := run(candidate)) is not None:
+                    each.append(float(again.run_seconds))
+    compiling = dict.fromkeys((candidate.label for candidate in chosen), 0.0)
+    for candidate, first in zip(chosen, firsts, strict=True):
+        compiling[candidate.label] += 0.0 if first is None else float(first.compile_seconds)
     rows = [
-        _row(candidate, run, truth, compiling[candidate.label], float(spent))
-        for candidate, run, spent in zip(chosen, firsts, np.median(seconds, axis=0), strict=True)
+        _not_run(candidate)
+        if first is None
+        else _row(candidate, first, truth, compiling[candidate.label], each)
+        for candidate, first, each in zip(chosen, firsts, spent, strict=True)
     ]
     return Comparison(
         rows=tuple(rows),
@@ -138,24 +160,41 @@ def _checked_settings(
 
 
 def _row(
-    candidate: Candidate, run: Trajectory, truth: Reference, compiling: float, spent: float
+    candidate: Candidate, run: Trajectory, truth: Reference, compiling: float, spent: list[float]
 ) -> Run:
     errors = truth.errors(run)
     statistics = run.statistics.mean()
+    # The first run's, without what it compiled, if the time was up before the repeats.
+    seconds = spent or [float(statistics.run_seconds)]
     return Run(
-        integrator=candidate.label,
-        setting=candidate.setting,
-        value=candidate.value,
+        **_setting(candidate),
         status=worst_status(run.status_codes),
         message=run.message,
-        final_error=errors.final_error,
-        maximum_error=errors.maximum_error,
-        l2_error=errors.l2_error,
-        energy_error=errors.energy_error,
-        equilibrium_time=errors.equilibrium_time,
+        **vars(errors),
         below_reference=_below(errors, truth.uncertainty),
-        statistics=dataclasses.replace(statistics, compile_seconds=compiling, run_seconds=spent),
+        statistics=dataclasses.replace(
+            statistics, compile_seconds=compiling, run_seconds=float(np.median(seconds))
+        ),
+        shortest_seconds=min(seconds),
+        longest_seconds=max(seconds),
     )
+
+
+def _not_run(candidate: Candidate) -> Run:
+    return Run(
+        **_setting(candidate),
+        status=Status.TIME_LIMIT,
+        message="the time was up before this run began; allow more seconds",
+        **vars(NO_ERRORS),
+        below_reference=(),
+        statistics=Statistics(*[math.nan] * len(MEASURES)),
+    )
+
+
+def _setting(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "integrator": candidate.label, "setting": candidate.setting, "value": candidate.value,
+    }  # fmt: skip
 
 
 def _below(errors: Errors, uncertainty: Errors) -> tuple[str, ...]:

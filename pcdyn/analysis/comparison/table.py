@@ -24,21 +24,24 @@ if TYPE_CHECKING:
     import matplotlib.lines
     import xarray
 
-# Repeats of one run differ by as much.
+# Runs whose median times differ by less are equally fast, however little their repeats differ.
 _TIMING_NOISE = 1.2
 
 ERROR_METRICS = ("final_error", "maximum_error", "l2_error", "energy_error")
+REPEATS = ("shortest_seconds", "longest_seconds")
 METRICS = (
     *ERROR_METRICS,
     "equilibrium_time",
     "linear_solves",
     *MEASURES,
+    *REPEATS,
 )
 UNITS = {
     **dict.fromkeys(ERROR_METRICS[:3], "displacement to the reference's end"),
     "energy_error": "energy that the reference loses",
     "equilibrium_time": "activity time constants",
     **{name: measure["units"] for name, measure in MEASURES.items()},
+    **dict.fromkeys(REPEATS, "s"),
 }
 
 
@@ -56,6 +59,7 @@ class Run(WithStatistics):
       the method does not report them. `compile_seconds` is of all programs of this integrator,
       which its runs share; 0 if they were compiled before. `run_seconds` is the median of the
       repeats, of a whole call of `pcdyn.simulate` with what it derives at the saved times.
+    - `shortest_seconds`, `longest_seconds`: of the repeats.
     - `linear_solves`: 0 where no Jacobian was evaluated, NaN otherwise.
     """
 
@@ -71,6 +75,8 @@ class Run(WithStatistics):
     equilibrium_time: float
     below_reference: tuple[str, ...]
     statistics: Statistics
+    shortest_seconds: float = math.nan
+    longest_seconds: float = math.nan
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Run) and _content(self) == _content(other)
@@ -108,7 +114,9 @@ class Recommendation:
 
     `best` is the fastest run that is accurate enough and `second` the fastest of another
     integrator (`None` where there is none), `speedup` the ratio of their times (NaN without a
-    second), `missed` the integrators none of whose runs is accurate enough.
+    second), `missed` the integrators none of whose runs is accurate enough. Of the settings of one
+    integrator that are equally fast, the one with the fewest evaluations is taken: settings are
+    equally fast where their repeats overlap or their medians differ by less than a fifth.
     """
 
     error: float
@@ -213,9 +221,8 @@ class Comparison:
             )
         enough = [row for row in self.rows if row.status.ok and self.resolved(row, metric) <= error]
         enough.sort(key=lambda row: row.run_seconds)
-        best = enough[0] if enough else None
-        others = [row for row in enough if best and row.integrator != best.integrator]
-        second = others[0] if others else None
+        best = _cheapest(enough)
+        second = _cheapest([row for row in enough if best and row.integrator != best.integrator])
         speedup = math.nan
         if best and second:
             speedup = float(second.run_seconds / best.run_seconds)
@@ -315,6 +322,27 @@ class Comparison:
         return text.getvalue()
 
 
+def _cheapest(ordered: Sequence[Run]) -> Run | None:
+    """Of runs in the order of their times the first, or an equally fast one with less work."""
+    if not ordered:
+        return None
+    fastest = ordered[0]
+    settings = [row for row in ordered if row.integrator == fastest.integrator]
+    return min((row for row in settings if _equally_fast(fastest, row)), key=_evaluations)
+
+
+def _evaluations(run: Run) -> float:
+    count = run.vector_field_evaluations
+    return math.inf if count is None or math.isnan(count) else float(count)
+
+
+def _equally_fast(one: Run, other: Run) -> bool:
+    faster, slower = sorted((one, other), key=lambda row: row.run_seconds)
+    # False where the repeats were not kept.
+    overlap = slower.shortest_seconds <= faster.longest_seconds
+    return overlap or bool(slower.run_seconds < _TIMING_NOISE * faster.run_seconds)
+
+
 def _sentence(
     error: float,
     metric: str,
@@ -329,7 +357,7 @@ def _sentence(
     text = f"For {what}, {best.title} is the fastest ({_seconds(best)})"
     if second is None:
         text += "; no other integrator reached it."
-    elif speedup < _TIMING_NOISE:
+    elif _equally_fast(best, second):
         text += f", as fast within the noise of timing as {second.title} ({_seconds(second)})."
     else:
         text += f", {speedup:.2g} times faster than the next, {second.title} ({_seconds(second)})."
