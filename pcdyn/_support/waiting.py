@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import contextvars
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -50,9 +52,14 @@ def interruptible(
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(compute,), daemon=True).start()
     try:
-        while not done.wait(_POLL_SECONDS):
-            if meanwhile is not None:
-                meanwhile()
+        with _noted_interrupts() as interrupted:
+            while not done.wait(_POLL_SECONDS):
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                if meanwhile is not None:
+                    meanwhile()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     except BaseException:
         _left.append(done)
         raise
@@ -60,6 +67,24 @@ def interruptible(
     if error is not None:
         raise error
     return function() if result is declined else result
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[threading.Event]:
+    """Set an event on Ctrl-C, in place of Python's exception; other handlers stay as they are.
+
+    Python drops an exception that comes while it collects garbage or runs a finaliser.
+    """
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _settings() -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 import pcdyn
+from pcdyn._support.waiting import interruptible
 from pcdyn.cli import main
 from pcdyn.cli.main import _in_ascii
 
@@ -81,6 +83,20 @@ def test_an_interrupted_picture_takes_the_data_with_it(
     assert main([*FAST, "--data", "a.nc", "--picture", "a.svg"]) == 130
     assert capsys.readouterr() == ("", "error: interrupted\n" * 2)
     assert not list(folder.iterdir())
+
+
+def test_a_finaliser_does_not_swallow_an_interrupt() -> None:
+    """Python drops what a finaliser raises; the call that waits for a computation raises it."""
+
+    class Interrupts:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    computed = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: computed.wait(60), Interrupts)
+    computed.set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_file_that_appeared_meanwhile_is_kept(
