@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from pcdyn._support.arrays import is_traced
@@ -51,6 +52,9 @@ class Stability(eqx.Module):
     - `units`: N, the number of free activities. `free_layers`: their layers; of another flow, the
       numbers of all that moves and the indices of the arrays of its state.
     - `at`: where the flow was linearised.
+
+    Those of several networks with a batch or a trajectory (`networks` of them), which `jax.vmap`
+    makes, have their axis before all others; without, networks count as samples.
     """
 
     rates: Values
@@ -180,8 +184,8 @@ class Stability(eqx.Module):
 
     def summary(self) -> str:
         """Return the rates, the modes and the stable steps in words, over all samples."""
-        if self._several_networks:
-            return "Stability of several networks: not indexed yet"
+        if is_traced(self.rates):
+            return "Stability under a transformation of JAX: no numbers yet"
         lines = [
             f"Stability at {self.at}: {self.units} units in the {self._kind}s {self.free_layers}, "
             f"{self._population}",
@@ -217,17 +221,27 @@ class Stability(eqx.Module):
         return self.summary()
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.lines.Line2D]:
-        """Draw the decay rates, or their real parts; see `pcdyn.plotting.decay_rates`."""
+        """Draw the decay rates of all states, or their real parts; see `plotting.decay_rates`."""
         import pcdyn
 
-        return pcdyn.plotting.decay_rates(self._decay, ax=ax)
+        rows = self._decay.reshape(-1, self._decay.shape[-1])
+        return pcdyn.plotting.decay_rates(rows, ax=ax)
 
     def to_xarray(self) -> xarray.Dataset:
-        """Return a labelled data set: dimensions `time`, `sample`, `rate` and `free_layer`."""
+        """Return a labelled data set: dimensions `time`, `sample`, `rate` and `free_layer`.
+
+        That of several networks has the dimension `network` first; their times must be the same.
+        """
         import xarray
 
-        if self._several_networks:
-            raise ShapeError("this is of several networks: take one first, with jax.tree.map")
+        if self.networks is not None:
+            each: list[xarray.Dataset] = [
+                jax.tree.map(lambda x, i=i: x[i], self).to_xarray() for i in range(self.networks)
+            ]
+            try:
+                return xarray.concat(each, "network", join="exact")
+            except ValueError as error:
+                raise ShapeError(f"the networks have no data set in common ({error})") from error
         axes = () if self.times is None else ("time",)
         axes += ("sample",) if np.ndim(self.rates) > len(axes) + 1 else ()
         per_state = ("slowest_rate", "fastest_rate", "condition_number", "stiffness", "unstable",
@@ -249,8 +263,10 @@ class Stability(eqx.Module):
         return self.rates.real
 
     @property
-    def _several_networks(self) -> bool:
-        return is_traced(self.rates) or np.ndim(self.rates) > (2 if self.times is None else 3)
+    def networks(self) -> int | None:
+        """How many networks it is of; `None` for one."""
+        several = np.ndim(self.rates) > 2 if self.times is None else np.ndim(self.times) > 1
+        return len(self.rates) if several else None
 
     @property
     def _is_complex(self) -> bool:
@@ -274,10 +290,10 @@ class Stability(eqx.Module):
 
     @property
     def _population(self) -> str:
-        shape = np.shape(self.at_kink)
-        times = "" if self.times is None else f"{shape[0]} times, "
-        samples = shape if self.times is None else shape[1:]
-        return times + (f"{samples[0]} samples" if samples else "one sample")
+        rest = list(np.shape(self.at_kink))
+        networks = "" if self.networks is None else f"{rest.pop(0)} networks, "
+        times = "" if self.times is None else f"{rest.pop(0)} times, "
+        return networks + times + (f"{rest[0]} samples" if rest else "one sample")
 
     def _layers(self, shares: Values) -> str:
         """The mean share of each layer, over everything that is not NaN."""

@@ -265,6 +265,21 @@ class Basin(eqx.Module):
             f"from the start at most {np.max(self.displacement):.2g}"
         )
 
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.lines.Line2D]:
+        """Draw the distance of each sample against its displacement; see `plotting.basin`."""
+        import pcdyn
+
+        return pcdyn.plotting.basin(self, ax=ax)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return a labelled data set, with the dimension `sample` where there is a batch."""
+        import xarray
+
+        axes = ("sample",) * np.ndim(self.agrees)
+        names = ("agrees", "settled", "distance", "displacement")
+        variables = {name: (axes, np.asarray(getattr(self, name))) for name in names}
+        return xarray.Dataset(variables, attrs={"message": self.message})
+
 
 def _distance(a: State, b: State) -> HostValues:
     squares = [np.sum((np.asarray(x) - np.asarray(y)) ** 2, -1) for x, y in zip(a, b, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from pcdyn._support.types import Values
@@ -63,6 +64,9 @@ def stability_from_xarray(dataset: xarray.Dataset) -> Stability:
 
     Raises `DataError` if the data set lacks a part of one.
     """
+    if "network" in dataset.dims:
+        each = [dataset.isel(network=i) for i in range(dataset.sizes["network"])]
+        return jax.tree.map(lambda *x: np.stack(x), *map(stability_from_xarray, each))
     axes = ("time",) if "time" in dataset.dims else ()
 
     def values(name: str, *last: str, kind: str = "real numbers") -> Values:

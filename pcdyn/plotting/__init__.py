@@ -12,13 +12,14 @@ from pcdyn.plotting.curves import (
     work_precision,
 )
 from pcdyn.plotting.portrait import phase_portrait
-from pcdyn.plotting.results import convergence_order, equilibria, training
+from pcdyn.plotting.results import basin, convergence_order, equilibria, training
 from pcdyn.plotting.style import STYLE_SHEET, style
 
 __all__ = [
     "STYLE_SHEET",
     "TIME_LABEL",
     "activities",
+    "basin",
     "convergence_order",
     "decay_rates",
     "distance",

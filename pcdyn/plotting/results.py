@@ -1,4 +1,4 @@
-"""Axes in, artists out: several equilibria, orders of convergence, and training."""
+"""Axes in, artists out: several equilibria, basins, orders of convergence, and training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pcdyn._support.checks import check_choice, check_instance
 from pcdyn.analysis.convergence_order import ConvergenceOrder
+from pcdyn.equilibria.equilibrium import Basin
 from pcdyn.equilibria.multiple import Equilibria
 from pcdyn.plotting.curves import QUANTILES, fill_band
 from pcdyn.plotting.style import checked_axes
@@ -40,6 +41,28 @@ def equilibria(found: Equilibria, *, ax: Axes | None = None) -> list[Line2D]:
     ax.set_ylabel("activity at equilibrium")
     if lines:
         ax.legend()
+    return lines
+
+
+def basin(found: Basin, *, ax: Axes | None = None) -> list[Line2D]:
+    """Draw how far from the equilibrium the flow ends, against how far from it the flow starts.
+
+    Filled where the two agree, open elsewhere; a distance of exactly 0 stands at the lower edge.
+    Returns the line of the samples that agree and that of the others.
+    """
+    check_instance(found, "found", Basin, "what Equilibrium.basin returns")
+    ax = checked_axes(ax)
+    x, y, agrees = (np.ravel(v) for v in (found.displacement, found.distance, found.agrees))
+    lowest = np.min(y[y > 0], initial=1.0) / 2
+    y = np.maximum(y, lowest)
+    lines = ax.plot(x[agrees], y[agrees], "o", label=f"the same equilibrium ({agrees.sum()})")
+    lines += ax.plot(
+        x[~agrees], y[~agrees], "o", color=lines[0].get_color(), markerfacecolor="none",
+        label=f"elsewhere ({(~agrees).sum()})",
+    )  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="distance from the start to the equilibrium")
+    ax.set_ylabel("distance from the flow's end to it")
+    ax.legend()
     return lines
 
 

@@ -90,6 +90,16 @@ def test_where_the_flow_ends_is_told_in_counts(found: Equilibrium) -> None:
     for words in ("in 990 of 1000 samples", "elsewhere in 6", "rest in 4", "at most 2"):
         assert words in basin.summary()
     assert dataclasses.replace(basin, agrees=np.ones(1000, bool)).ok
+    figure, ax = plt.subplots()
+    same, others = basin.plot(ax)
+    # The first has a distance of 0, and stands below the least that is not.
+    assert 0 < same.get_ydata()[0] < same.get_ydata()[1] == basin.distance[1]
+    np.testing.assert_array_equal(others.get_ydata(), basin.distance[990:])
+    plt.close(figure)
+    data = basin.to_xarray()
+    assert data.attrs["message"] == basin.message
+    assert (int(data.agrees.sum()), int((~data.settled).sum())) == (990, 4)
+    np.testing.assert_array_equal(data.distance, basin.distance)
 
 
 def test_several_equilibria_print_draw_and_are_a_data_set(found: Equilibrium) -> None:

@@ -142,6 +142,36 @@ def test_a_single_sample_has_no_sample_axis_and_vmap_gives_one_for_each_network(
     np.testing.assert_allclose(many, np.full(3, one.largest_euler_step), rtol=1e-12)
 
 
+def test_several_networks_print_draw_and_come_back_from_a_file(tmp_path):
+    """Each is what its own network has; the first axis is that of the networks."""
+    factors = np.array([1.0, 2.0])
+
+    def scaled(factor):
+        return pcdyn.InferenceProblem(
+            LINEAR.problem.network, input=LINEAR.input, output=LINEAR.output,
+            energy=pcdyn.Gaussian([factor, 1.0]),
+        )  # fmt: skip
+
+    many = jax.tree.map(
+        np.asarray, jax.vmap(lambda p: stability(scaled(p), at="feedforward"))(factors)
+    )
+    singles = [stability(scaled(p), at="feedforward") for p in factors]
+    assert many.networks == 2 and singles[0].networks is None
+    assert "2 networks, 3 samples" in str(many)
+    for i, single in enumerate(singles):
+        np.testing.assert_allclose(many.rates[i], single.rates, rtol=1e-12)
+    figure, ax = plt.subplots()
+    drawn = np.array([line.get_ydata() for line in many.plot(ax)])
+    np.testing.assert_array_equal(drawn, many.rates.reshape(6, 3))
+    plt.close(figure)
+    pcdyn.save(many, tmp_path / "many.nc")
+    assert many.to_xarray().rates.dims == ("network", "sample", "rate")
+    again = pcdyn.load(tmp_path / "many.nc")
+    assert str(again) == str(many)
+    jax.tree.map(np.testing.assert_array_equal, again, many)
+    jax.jit(lambda p: [repr(stability(scaled(p), at="feedforward")), p][1])(1.0)
+
+
 def saddle():
     """1-1-1 tanh with F = ½(x − tanh 0)² + ½ p (T − tanh x)² at a maximum of the curvature term."""
     network = pcdyn.Network(
