@@ -140,14 +140,14 @@ STATEMENTS = (
         measure=sign_of_the_flow,
     ),
     Statement(
-        number="Eq 21", title="Sign of learning",
+        number="Eq 21", also="Eq 2", title="Sign of learning",
         says="Ẇ_l = −ε_l f' xᵀ.",
         as_printed="does not hold",
         form="Ẇ_l = +ε_l f' xᵀ, as in Eq 2; and W − η ∂ℒ/∂W for BP in A.1.2.",
         measure=sign_of_learning,
     ),
     Statement(
-        number="Eq 25", title="Order of the inverses of target propagation",
+        number="Eq 25", definitions="Eq 3", title="Order of the inverses of target propagation",
         says="T_l = f⁻¹(W_l⁻¹ T_{l+1}).",
         as_printed="does not hold",
         form="t_l = W_{l+1}⁻¹ f⁻¹(t_{l+1}), as in Eq 3, where predictions are f(W x).",

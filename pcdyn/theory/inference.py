@@ -344,7 +344,7 @@ STATEMENTS = (
         measure=target_propagation_equilibrium,
     ),
     Statement(
-        number="Theorem 3.4", title="Equilibrium of linear networks",
+        number="Theorem 3.4", also="Eq 5", title="Equilibrium of linear networks",
         says="x_l* = (I + W_{l+1}ᵀ W_{l+1})⁻¹ [W_l x_{l−1}* + W_{l+1}ᵀ x_{l+1}*].",
         as_printed="holds",
         form="As printed, layer by layer: a coupled system, solved at once by y* = H⁻¹ b.",
@@ -360,7 +360,7 @@ STATEMENTS = (
         measure=precision_equilibria,
     ),
     Statement(
-        number="A.3", title="Convexity of linear networks",
+        number="A.3", also="Eqs 28–29", title="Convexity of linear networks",
         says="∂²F/∂x_l² = I + WᵀW is positive, so that F is convex.",
         as_printed="holds",
         form="F is jointly convex, as a sum of squares of affine maps of full column rank; that it "
@@ -377,7 +377,7 @@ STATEMENTS = (
         measure=path_to_convergence,
     ),
     Statement(
-        number="A.5.2", title="Equal influences at zero prediction error",
+        number="A.5.2", also="Eq 35", title="Equal influences at zero prediction error",
         says="Where all errors vanish, W_l x_{l−1}* = W_{l+1}ᵀ x_{l+1}*, and the feedforward pass "
         "equals the targets.",
         as_printed="holds with a condition",

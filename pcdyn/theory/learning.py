@@ -320,11 +320,12 @@ STATEMENTS = (
         number="Eq 12", title="F = ℒ + Ẽ",
         says="The free energy is the loss of the output plus the residual energy of the others.",
         as_printed="holds",
-        form="As printed; so ℒ(x*) ≤ F(x*) ≤ F(feedforward) = ℒ(feedforward) always.",
+        form="As printed, a definition; so ℒ(x*) ≤ F(x*) ≤ F(feedforward) = ℒ(feedforward) always.",
         measure=decomposition,
     ),
     Statement(
-        number="Proposition 3.1", title="Zero free energy is zero loss",
+        number="Proposition 3.1", also="A.6.1, Eq 37", definitions="Eqs 38–39",
+        title="Zero free energy is zero loss",
         says="F = 0 implies ℒ = 0, so that global minima of F are those of ℒ.",
         as_printed="holds with a condition",
         form="F = 0 must be attained: with unbounded weights inf F* = 0 for any data, while ℒ of "
@@ -332,7 +333,7 @@ STATEMENTS = (
         measure=zero_free_energy,
     ),
     Statement(
-        number="Lemma 3.1", title="Marginal condition",
+        number="Lemma 3.1", also="A.6.2, Eqs 40–43", title="Marginal condition",
         says="At equilibrium ∂ℒ/∂x_l = −∂Ẽ/∂x_l.",
         as_printed="holds",
         form="As printed.",
