@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pcdyn.errors import InputError
 from pcdyn.theory import (
+    algorithms,
     convergence,
     dynamics,
     energies,
@@ -30,6 +31,7 @@ STATEMENTS: tuple[Statement, ...] = (
     *precisions.STATEMENTS,
     *energies.STATEMENTS,
     *errata.STATEMENTS,
+    *algorithms.STATEMENTS,
 )
 
 
