@@ -127,6 +127,7 @@ def _section(statement: Statement, evidence: list[Evidence], folder: Path) -> li
         f"## {statement.number}: {statement.title}",
         "",
         f"The paper: {statement.says}",
+        *(["", statement.further] if statement.further else []),
         "",
         f"As printed: **{statement.as_printed}**. What holds: {statement.form}",
         "",

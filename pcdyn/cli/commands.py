@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pcdyn._support.arrays import check_size
 from pcdyn._support.checks import checked_integer, checked_number
@@ -32,7 +34,7 @@ _EXPLICIT = ("euler", "heun", "bosh3", "tsit5", "dopri5", "dopri8")
 _EULER_STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
-def run_simulate(options: Simulate, settings: Settings) -> Result:
+def run_simulate(options: Simulate, settings: Settings, _: tqdm) -> Result:
     """Run `pcdyn simulate` with these options."""
     from pcdyn.io.problems import with_problem
     from pcdyn.io.results import file_of
@@ -97,7 +99,7 @@ def run_simulate(options: Simulate, settings: Settings) -> Result:
     )
 
 
-def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
+def run_equilibrium(options: Equilibrium, settings: Settings, _: tqdm) -> Result:
     """Run `pcdyn equilibrium` with these options."""
     from pcdyn.equilibria.equilibrium import equilibrium
     from pcdyn.equilibria.solvers import get_solver
@@ -144,7 +146,7 @@ def run_equilibrium(options: Equilibrium, settings: Settings) -> Result:
     )
 
 
-def run_compare(options: Compare, settings: Settings) -> Result:
+def run_compare(options: Compare, settings: Settings, _: tqdm) -> Result:
     """Run `pcdyn compare` with these options."""
     from pcdyn.analysis.comparison.compare import compare
     from pcdyn.analysis.comparison.table import ERROR_METRICS
@@ -191,7 +193,7 @@ def run_compare(options: Compare, settings: Settings) -> Result:
     )
 
 
-def run_stability(options: Stability, settings: Settings) -> Result:
+def run_stability(options: Stability, settings: Settings, _: tqdm) -> Result:
     """Run `pcdyn stability` with these options."""
     from pcdyn.analysis.stability import stability
     from pcdyn.io.problems import with_problem
@@ -219,12 +221,20 @@ def run_stability(options: Stability, settings: Settings) -> Result:
     )
 
 
-def run_verify(options: Verify, _: Settings) -> Result:
-    """Run `pcdyn verify` with these options."""
+def run_verify(options: Verify, _: Settings, bar: tqdm) -> Result:
+    """Run `pcdyn verify` with these options; the bar is over the statements."""
     from pcdyn.io.results import file_of
-    from pcdyn.theory import verify
+    from pcdyn.theory import Statement, select, verify
 
-    found = verify(options.statements, seed=options.seed, networks=options.networks)
+    bar.bar_format = "{desc}: |{bar}| {n_fmt}/{total_fmt} {elapsed}"
+    bar.total = len(select(options.statements))
+    done = itertools.count()
+
+    def begin(statement: Statement) -> None:
+        bar.n = next(done)
+        bar.set_description_str(f"verify {statement.number}")
+
+    found = verify(options.statements, seed=options.seed, networks=options.networks, progress=begin)
     unexpected = found.unexpected
     failure = None
     if unexpected:
@@ -316,7 +326,7 @@ def _figure(
     return figure
 
 
-COMMANDS: dict[type, tuple[str, Callable[[Any, Settings], Result]]] = {
+COMMANDS: dict[type, tuple[str, Callable[[Any, Settings, tqdm], Result]]] = {
     Simulate: ("simulate", run_simulate),
     Equilibrium: ("equilibrium", run_equilibrium),
     Compare: ("compare", run_compare),

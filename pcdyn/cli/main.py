@@ -90,7 +90,7 @@ def _run(command: Command) -> str | None:
     settings = {} if isinstance(command, Verify) else settings_of(command.network)
 
     def work() -> tuple[Result, dict[Path, bytes]]:
-        result = execute(command, settings)
+        result = execute(command, settings, bar)
         return result, contents(result, files)
 
     with _float64(not settings.get("float32", False)):

@@ -10,6 +10,8 @@ from scipy.linalg import expm
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import linear_rest, vector_field
 from pcdyn.theory.networks import (
+    Layers,
+    Networks,
     draw,
     largest,
     largest_relative,
@@ -77,6 +79,46 @@ def sign_of_learning(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
     )  # fmt: skip
 
 
+def missing_plus(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eq 34: its lines at the equilibrium, and what is printed where a plus is missing."""
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, full_precisions=True)
+    found, lines = linear_rest(nets), []
+    for layer in range(1, nets.depth):
+        forward, feedback, own = _terms_of_rest(nets, found, layer)
+        inverse = np.linalg.inv(nets.precisions[layer - 1])
+        weight = nets.weights[layer]
+        back = inverse @ transpose(weight) @ nets.precisions[layer]
+        factor = np.eye(nets.widths[layer]) + back @ weight
+        below, above = (times(inverse, term) for term in (forward, feedback))
+        error = times(nets.precisions[layer - 1], found[layer]) - forward
+        lines += [error - feedback + own, times(inverse, error - feedback + own),
+                  times(factor, found[layer]) - below - above,
+                  found[layer] - solve(factor, below + above)]  # fmt: skip
+    # Where each layer has one unit a product of two terms is one, too.
+    units = draw(seed=seed, networks=networks, widths=(1, 1, 1, 1))
+    rest, products = units.rest(), []
+    for layer in range(1, units.depth):
+        forward, feedback, own = _terms_of_rest(units, rest, layer)
+        products.append(rest[layer] - forward - feedback * own)
+    return (
+        Evidence("A.5.1, Eq 34", "corrected, … − W_lᵀ Π_{l+1} μ_{l+1} + W_lᵀ Π_{l+1} W_l μ_l = 0: "
+                 "lines 2 to 5 at the equilibrium (largest residual)",
+                 max(float(np.abs(line).max()) for line in lines), "equal", 0.0, 1e-11,
+                 "the lines in NumPy at pcdyn's equilibrium", nets.settings),
+        Evidence("A.5.1, Eq 34", "as printed, the product … − W_lᵀ Π_{l+1} μ_{l+1} W_lᵀ Π_{l+1} "
+                 "W_l μ_l = 0: line 2 at the equilibrium of layers of one unit, where it exists "
+                 "(median residual)", float(np.median(np.abs(products))), "equal", 0.0, 1e-6,
+                 "dense equilibrium in NumPy", units.settings, expected_to_hold=False),
+    )  # fmt: skip
+
+
+def _terms_of_rest(nets: Networks, found: Layers, layer: int) -> tuple[np.ndarray, ...]:
+    """Π_l W_l x_{l−1}, W_{l+1}ᵀ Π_{l+1} x_{l+1} and W_{l+1}ᵀ Π_{l+1} W_{l+1} x_l of linear ones."""
+    back = transpose(nets.weights[layer]) @ nets.precisions[layer]
+    forward = times(nets.precisions[layer - 1], nets.predict(layer, found[layer - 1]))
+    return forward, times(back, found[layer + 1]), times(back @ nets.weights[layer], found[layer])
+
+
 def order_of_inverses(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """Eqs 3 and 25: the target of x = f(W x_{l−1}) is W⁻¹ f⁻¹(t), not f⁻¹(W⁻¹ t)."""
     nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", near_identity=0.1)
@@ -140,14 +182,22 @@ STATEMENTS = (
         measure=sign_of_the_flow,
     ),
     Statement(
-        number="Eq 21", title="Sign of learning",
+        number="A.5.1, Eq 34", title="Proof of the equilibrium with precisions",
+        says="… − W_lᵀ Π_{l+1} μ_{l+1} W_lᵀ Π_{l+1} W_l μ_l = 0 is solved by Theorem 3.5.",
+        as_printed="does not hold",
+        form="A plus is missing in lines 2 and 3: … − W_lᵀ Π_{l+1} μ_{l+1} + W_lᵀ Π_{l+1} W_l μ_l "
+        "= 0; lines 4 and 5 are right. What is W_l there is W_{l+1} elsewhere.",
+        measure=missing_plus,
+    ),
+    Statement(
+        number="Eq 21", also="Eq 2", title="Sign of learning",
         says="Ẇ_l = −ε_l f' xᵀ.",
         as_printed="does not hold",
         form="Ẇ_l = +ε_l f' xᵀ, as in Eq 2; and W − η ∂ℒ/∂W for BP in A.1.2.",
         measure=sign_of_learning,
     ),
     Statement(
-        number="Eq 25", title="Order of the inverses of target propagation",
+        number="Eq 25", definitions="Eq 3", title="Order of the inverses of target propagation",
         says="T_l = f⁻¹(W_l⁻¹ T_{l+1}).",
         as_printed="does not hold",
         form="t_l = W_{l+1}⁻¹ f⁻¹(t_{l+1}), as in Eq 3, where predictions are f(W x).",

@@ -14,7 +14,9 @@ from pcdyn.references.linear import exact_flow, hessian, linear_equilibrium, sin
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, vector_field
 from pcdyn.theory.networks import (
+    Layers,
     Networks,
+    central_differences,
     draw,
     largest,
     on_each,
@@ -39,16 +41,10 @@ def vector_field_is_gradient(*, seed: int = 0, networks: int = 20) -> tuple[Evid
     activities = [x + rng.normal(size=x.shape) for x in nets.start()]
     activities[0], activities[-1] = nets.input, nets.target
     field = vector_field(nets, activities)
-    step, slopes = 1e-5, []
-    for layer in range(1, nets.depth):
-        slopes.append(np.zeros_like(field[layer - 1]))
-        for unit in range(nets.widths[layer]):
-            up, down = (list(activities) for _ in range(2))
-            for moved, sign in ((up, 1), (down, -1)):
-                moved[layer] = moved[layer].copy()
-                moved[layer][:, unit] += sign * step
-            rise = nets.free_energy(up) - nets.free_energy(down)
-            slopes[-1][:, unit] = -rise / (2 * step)
+    rises = central_differences(
+        lambda hidden: nets.free_energy([nets.input, *hidden, nets.target]), activities[1:-1]
+    )
+    slopes = [-rise for rise in rises]
     ours, theirs = (np.concatenate(x, -1) for x in (field, slopes))
     ratio = float((2 * ours * theirs).sum() / (ours * ours).sum())
     oracle = "central differences of F written out in NumPy, step 1e-5"
@@ -244,6 +240,53 @@ def _exact(problem: InferenceProblem, activities: Activities, t: Array) -> tuple
     return whole, single_layer_flow(problem, 2, activities)(t)
 
 
+def moving_neighbours(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eq 32: a layer between moving neighbours, with the drive of the past or of the present."""
+    nets = draw(seed=seed, networks=networks, widths=MIXED)
+    start, t = nets.start(), 1.5
+    # Gauss–Legendre of exponentials whose fastest rates times t are some tens.
+    nodes, shares = np.polynomial.legendre.leggauss(32)
+    moments = 0.5 * t * (nodes + 1)
+    hidden = [
+        on_each(_exact, nets, tuple(start), np.full(networks, moment))[0]
+        for moment in (*moments, t)
+    ]
+    ends = [np.stack([x] * len(hidden)) for x in (nets.input, nets.target)]
+    path = [ends[0], *map(np.stack, zip(*hidden, strict=True)), ends[1]]
+    found: dict[tuple[int, str], Layers] = {}
+    for layer in range(1, nets.depth):
+        weight = nets.weights[layer]
+        drive = times(nets.weights[layer - 1], path[layer - 1])
+        drive = drive + times(transpose(weight), path[layer + 1])
+        rates, modes = np.linalg.eigh(np.eye(nets.widths[layer]) + transpose(weight) @ weight)
+        into = transpose(modes)
+        felt = {"s": times(into, drive[:-1]), "τ": times(into, drive[-1])}
+        for sign in (1, -1):
+            kernels = np.exp(sign * rates * (t - moments)[:, None, None])
+            for when, pulled in felt.items():
+                integral = (0.5 * t * shares[:, None, None] * kernels * pulled).sum(0)
+                mode = np.exp(sign * rates * t) * times(into, start[layer]) - sign * integral
+                found.setdefault((sign, when), []).append(times(modes, mode))
+    arrived = [x[-1] for x in path[1:-1]]
+    number, settings = "A.4, Eq 32", {**nets.settings, "τ": t}
+    oracle = "Gauss–Legendre in the modes of A in NumPy, along pcdyn's path of the neighbours"
+    return (
+        Evidence(number, "corrected, x_l(τ) = e^{−Aτ} x_l(0) + ∫ e^{−A(τ−s)} [W_l x_{l−1}(s) + "
+                 "W_{l+1}ᵀ x_{l+1}(s)] ds (largest difference from pcdyn's path)",
+                 largest(found[-1, "s"], arrived), "equal", 0.0, 1e-10, oracle, settings),
+        *(
+            Evidence(number, f"{text} (median relative difference)",
+                     relative(found[form], arrived), "equal", 0.0, 1e-6, oracle, settings,
+                     expected_to_hold=False)
+            for text, form in (
+                ("with the drive at τ, as printed, but e^{−A}", (-1, "τ")),
+                ("with e^{+A}, as printed, but the drive at s", (1, "s")),
+                ("as printed, with both", (1, "τ")),
+            )
+        ),
+    )  # fmt: skip
+
+
 def equal_influences(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     """A.5.2: where all prediction errors vanish, the feedforward pass is the target."""
     nets = draw(seed=seed, networks=networks, widths=SQUARE, near_identity=0.2)
@@ -344,7 +387,7 @@ STATEMENTS = (
         measure=target_propagation_equilibrium,
     ),
     Statement(
-        number="Theorem 3.4", title="Equilibrium of linear networks",
+        number="Theorem 3.4", also="Eq 5", title="Equilibrium of linear networks",
         says="x_l* = (I + W_{l+1}ᵀ W_{l+1})⁻¹ [W_l x_{l−1}* + W_{l+1}ᵀ x_{l+1}*].",
         as_printed="holds",
         form="As printed, layer by layer: a coupled system, solved at once by y* = H⁻¹ b.",
@@ -360,7 +403,7 @@ STATEMENTS = (
         measure=precision_equilibria,
     ),
     Statement(
-        number="A.3", title="Convexity of linear networks",
+        number="A.3", also="Eqs 28–29", title="Convexity of linear networks",
         says="∂²F/∂x_l² = I + WᵀW is positive, so that F is convex.",
         as_printed="holds",
         form="F is jointly convex, as a sum of squares of affine maps of full column rank; that it "
@@ -377,7 +420,15 @@ STATEMENTS = (
         measure=path_to_convergence,
     ),
     Statement(
-        number="A.5.2", title="Equal influences at zero prediction error",
+        number="A.4, Eq 32", title="A layer between moving neighbours",
+        says="x_l(τ) = e^{Aτ} x_l(0) − ∫ e^{A(τ−s)} [W_l x_{l−1}(τ) + W_{l+1}ᵀ x_{l+1}(τ)] ds.",
+        as_printed="does not hold",
+        form="x_l(τ) = e^{−Aτ} x_l(0) + ∫_0^τ e^{−A(τ−s)} [W_l x_{l−1}(s) + W_{l+1}ᵀ x_{l+1}(s)] "
+        "ds: the exponents are negative, and the drive is that at s.",
+        measure=moving_neighbours,
+    ),
+    Statement(
+        number="A.5.2", also="Eq 35", title="Equal influences at zero prediction error",
         says="Where all errors vanish, W_l x_{l−1}* = W_{l+1}ᵀ x_{l+1}*, and the feedforward pass "
         "equals the targets.",
         as_printed="holds with a condition",

@@ -24,7 +24,7 @@ from pcdyn.references.output_error import (
 from pcdyn.theory.convergence import noisy_problem, rising_loss_problem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import integrate, linear_rest, settle, vector_field
-from pcdyn.theory.networks import Layers, Networks, draw, on_each, order, times, transpose
+from pcdyn.theory.networks import Layers, Networks, draw, on_each, order, solve, times, transpose
 from pcdyn.theory.statement import Statement
 
 SQUARE = (3, 3, 3, 3)
@@ -133,6 +133,51 @@ def energy_gradient_bound(*, seed: int = 0, networks: int = 20) -> tuple[Evidenc
                      "M(t) = I − C H⁻¹(I − e^{−Ht}) Cᵀ in NumPy", linear.settings),
         ]  # fmt: skip
     return (*rows, *_counterexample(moments))
+
+
+def equality_of_the_bound(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
+    """Eqs 44 to 47: the bound in each layer, and what its equality says."""
+    nets = draw(seed=seed, networks=networks, widths=SQUARE, activation="tanh", std=0.5)
+    start = nets.start()
+    slopes = [(part**2).sum(-1) for part in _parts(nets, start)[0]]
+    met = np.mean([slope > 0 for slope in slopes], axis=1)
+    rng = np.random.default_rng(seed + 1)
+    state = [nets.input, *(x + rng.normal(size=x.shape) for x in start[1:-1]), nets.target]
+    nets = _where_the_bound_is_equal(nets, state, rng)
+    state[-1] = nets.target
+    loss, residual = _parts(nets, state)
+    size = np.linalg.norm(loss[-1], axis=-1)
+    margin = on_each(_margin, nets, tuple(state)) / size**2
+    apart = np.linalg.norm(loss[-1] + residual[-1], axis=-1) / size
+    number, settings = "Eqs 44–47", nets.settings
+    return (
+        Evidence(number, "in every layer below L − 1 ∂ℒ/∂x_l = 0, so that dℒ/dt is the term of "
+                 "layer L − 1 alone (largest)", float(np.max(slopes[:-1])), "equal", 0.0, 0.0,
+                 _BY_HAND, settings),
+        Evidence(number, "as printed, the strict bound holds for every x_l: share of the hidden "
+                 "layers in which it does at the feedforward pass", float(met.mean()), "equal", 1.0,
+                 0.0, _BY_HAND, settings, expected_to_hold=False),
+        Evidence(number, "equality, −∂ℒ/∂xᵀ ∂Ẽ/∂x = ‖∂ℒ/∂x‖², at activities chosen for it: dℒ/dt = "
+                 "0 (largest |dℒ/dt| / ‖∂ℒ/∂x‖²)", float(np.abs(margin).max()), "equal", 0.0,
+                 1e-10, _BY_HAND, settings),
+        Evidence(number, "as printed, equality is the marginal condition ∂ℒ/∂x = −∂Ẽ/∂x: ‖∂ℒ/∂x + "
+                 "∂Ẽ/∂x‖ / ‖∂ℒ/∂x‖ there (least)", float(apart.min()), "equal", 0.0, 1e-6, _BY_HAND,
+                 settings, expected_to_hold=False),
+    )  # fmt: skip
+
+
+def _where_the_bound_is_equal(nets: Networks, state: Layers, rng: np.random.Generator) -> Networks:
+    """Targets for which g = ∂ℒ/∂x_{L−1} and g + ∂Ẽ/∂x_{L−1} are orthogonal and of one size.
+
+    With e = ∂Ẽ/∂x_{L−1} and a unit vector u ⟂ e that is g = −e/2 + ‖e‖ u/2.
+    """
+    below = nets.errors(state)[-2]
+    aside = rng.normal(size=below.shape)
+    aside = aside - below * ((aside * below).sum(-1) / (below**2).sum(-1))[:, None]
+    lengths = [np.linalg.norm(x, axis=-1, keepdims=True) for x in (below, aside)]
+    wanted = 0.5 * (lengths[0] / lengths[1] * aside - below)
+    error = solve(transpose(nets.weights[-1]), -wanted) / nets.slope(nets.depth, state[-2])
+    return dataclasses.replace(nets, target=nets.predict(nets.depth, state[-2]) + error)
 
 
 def _margin(problem: InferenceProblem, activities: Activities) -> Array:
@@ -320,11 +365,12 @@ STATEMENTS = (
         number="Eq 12", title="F = ℒ + Ẽ",
         says="The free energy is the loss of the output plus the residual energy of the others.",
         as_printed="holds",
-        form="As printed; so ℒ(x*) ≤ F(x*) ≤ F(feedforward) = ℒ(feedforward) always.",
+        form="As printed, a definition; so ℒ(x*) ≤ F(x*) ≤ F(feedforward) = ℒ(feedforward) always.",
         measure=decomposition,
     ),
     Statement(
-        number="Proposition 3.1", title="Zero free energy is zero loss",
+        number="Proposition 3.1", also="A.6.1, Eq 37", definitions="Eqs 38–39",
+        title="Zero free energy is zero loss",
         says="F = 0 implies ℒ = 0, so that global minima of F are those of ℒ.",
         as_printed="holds with a condition",
         form="F = 0 must be attained: with unbounded weights inf F* = 0 for any data, while ℒ of "
@@ -332,7 +378,7 @@ STATEMENTS = (
         measure=zero_free_energy,
     ),
     Statement(
-        number="Lemma 3.1", title="Marginal condition",
+        number="Lemma 3.1", also="A.6.2, Eqs 40–43", title="Marginal condition",
         says="At equilibrium ∂ℒ/∂x_l = −∂Ẽ/∂x_l.",
         as_printed="holds",
         form="As printed.",
@@ -346,6 +392,16 @@ STATEMENTS = (
         form="The bound holds at the feedforward pass but is not preserved; ℒ can rise. Linear "
         "networks with a scalar output, or one hidden layer of scalar precision, are safe.",
         measure=energy_gradient_bound,
+    ),
+    Statement(
+        number="Eqs 44–47", title="The bound in each layer, and its equality",
+        says="−∂ℒ/∂x_lᵀ ∂Ẽ/∂x_l < ‖∂ℒ/∂x_l‖² for every x_l; with equality it is the marginal "
+        "condition.",
+        as_printed="does not hold",
+        form="Only the sum over layers is dℒ/dt, and all terms of it but that of layer L − 1 are "
+        "zero, in which the strict bound is 0 < 0. Equality says that g = ∂ℒ/∂x_{L−1} and "
+        "g + ∂Ẽ/∂x_{L−1} are orthogonal: one equation, for the n_{L−1} of the marginal condition.",
+        measure=equality_of_the_bound,
     ),
     Statement(
         number="Theorem 3.6", title="Convergence to critical points of the BP loss",

@@ -320,7 +320,7 @@ def _joint(problem: InferenceProblem, y: Array, ratio: Array) -> Array:
 
 STATEMENTS = (
     Statement(
-        number="Theorem 3.2", title="Prediction errors approximate BP",
+        number="Theorem 3.2", also="Eqs 14, 27", title="Prediction errors approximate BP",
         says="With ε_L = ∂ℒ/∂x_L the errors at equilibrium approximate BP's gradients to O(ε_f), "
         "ε_f = f'(W x*) − f'(W x̄), and equal f' is enough.",
         as_printed="holds with a condition",

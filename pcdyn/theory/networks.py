@@ -276,6 +276,23 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return np.swapaxes(matrix, -1, -2)
 
 
+def central_differences(
+    function: Callable[[Layers], np.ndarray], arrays: Sequence[np.ndarray], *, step: float = 1e-5
+) -> Layers:
+    """Differentiate `function(arrays)`, a number for each network, by each entry of each array."""
+    slopes = []
+    for place, array in enumerate(arrays):
+        slopes.append(np.zeros_like(array))
+        for entry in np.ndindex(array.shape[1:]):
+            rise = 0.0
+            for sign in (1, -1):
+                moved = [x.copy() for x in arrays]
+                moved[place][:, *entry] += sign * step
+                rise = rise + sign * function(moved)
+            slopes[-1][:, *entry] = rise / (2 * step)
+    return slopes
+
+
 def largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """Measure the largest absolute difference between two sequences of arrays."""
     return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))

@@ -24,6 +24,8 @@ class Statement:
     - `as_printed`: whether that holds as printed.
     - `form`: the form that does hold.
     - `measure`: a function of `seed` and `networks`, keyword-only, that returns the evidence.
+    - `also`: further numbers that it covers, such as the steps of its proof, written as `number`.
+    - `definitions`: further numbers that claim nothing but define what it is about.
     """
 
     number: str
@@ -32,6 +34,15 @@ class Statement:
     as_printed: Verdict
     form: str
     measure: Callable[..., tuple[Evidence, ...]]
+    also: str = ""
+    definitions: str = ""
+
+    @property
+    def further(self) -> str:
+        """The further numbers in words; empty if there are none."""
+        covered = [f"Covers {self.also} too."] if self.also else []
+        defined = [f"Definitions: {self.definitions}."] if self.definitions else []
+        return " ".join([*covered, *defined])
 
     @property
     def source(self) -> tuple[str, str]:

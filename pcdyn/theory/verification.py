@@ -87,7 +87,8 @@ class Verification:
         for each in self.measured:
             statement = each.statement
             lines.append(f"{statement.number}: {statement.title}. As printed: "
-                         f"{statement.as_printed}. What holds: {statement.form}")  # fmt: skip
+                         f"{statement.as_printed}. What holds: {statement.form} "
+                         f"{statement.further}".rstrip())  # fmt: skip
             lines += [
                 f"  {e.verdict:<24} {e.measured:>10.3g} {expectation(e):<24} {e.claim}"
                 for e in each.evidence
@@ -99,6 +100,8 @@ class Verification:
         return [
             {
                 "number": each.statement.number,
+                "also": each.statement.also,
+                "definitions": each.statement.definitions,
                 "title": each.statement.title,
                 "says": each.statement.says,
                 "as_printed": each.statement.as_printed,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,19 @@ def _as_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_verify_prints_what_the_library_measures(capsys: pytest.CaptureFixture[str]) -> None:
     """As JSON with files, as a table, and not at all."""
-    arguments = ["verify", "eq-21", "Eq 25", "--networks", "3", "--seed", "5"]
+    arguments = ["verify", "eq-26", "Eq 25", "--networks", "3", "--seed", "5"]
     assert main([*arguments, "--json", "--out", "run"]) == 0
     record = json.loads(capsys.readouterr().out)
-    expected = verify(["Eq 21", "Eq 25"], seed=5, networks=3)
+    expected = verify(["Eq 25", "Eq 26"], seed=5, networks=3)
     assert record["ok"] is True
-    assert [s["number"] for s in record["statements"]] == ["Eq 21", "Eq 25"]
+    assert [s["number"] for s in record["statements"]] == ["Eq 25", "Eq 26"]
     measured = [e["measured"] for s in record["statements"] for e in s["evidence"]]
     assert measured == [e.measured for e in expected.evidence]
     assert record["files"] == ["run/verify.nc", "run/verify.png"]
     assert Path("run/verify.png").read_bytes().startswith(b"\x89PNG")
     assert main(arguments) == 0
     assert (
-        "Claims: 4, of which 2 hold and 2 do not; 0 verdicts are other" in capsys.readouterr().out
+        "Claims: 5, of which 3 hold and 2 do not; 0 verdicts are other" in capsys.readouterr().out
     )
     assert main([*arguments, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
@@ -66,3 +68,20 @@ def test_another_verdict_is_exit_code_1(
     assert "FAILS" in printed.out
     assert "UNEXPECTED" in printed.out
     assert "2 verdicts are not those on record" in printed.err
+
+
+def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar with the statement that is measured, and how many of how many are done."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    arguments = ["verify", "eq-26", "Eq 25", "--networks", "2"]
+    for more, shown in (([], True), (["--quiet"], False), (["--json"], False)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main([*arguments, *more]) == 0
+        assert ("verify Eq 25: |" in terminal.getvalue()) == shown
+        assert ("verify Eq 26: |" in terminal.getvalue()) == shown
+        assert ("| 1/2 " in terminal.getvalue()) == shown

@@ -99,7 +99,35 @@ def test_names_select_statements() -> None:
     }  # fmt: skip
     assert len(select(["a.2"])) == 3
     assert select([]) == STATEMENTS
+    assert [s.number for s in select(["eq-41", "A.6.1"])] == ["Proposition 3.1", "Lemma 3.1"]
     assert len({s.number for s in STATEMENTS}) == len(STATEMENTS)
+
+
+def test_every_equation_is_found() -> None:
+    """By its number, in one statement at least; a range has the numbers between its ends."""
+    others = {9, 10, 11, 13, 15, 16, 17, 18, 19, 49, 50, 52}
+    missing = set()
+    for number in range(1, 53):
+        try:
+            found = select([f"Eq {number}"])
+        except InputError:
+            missing.add(number)
+        else:
+            assert found
+    assert missing <= others
+    for unknown in ("Eq 53", "Eq 0", ""):
+        with pytest.raises(InputError, match="no statement"):
+            select([unknown])
+
+
+def test_definitions_are_called_so() -> None:
+    """In the table and in records, with the further numbers that a statement covers."""
+    found = verify(["Eq 38"], networks=2)
+    line = found.table().splitlines()[0]
+    assert line.startswith("Proposition 3.1: ")
+    assert line.endswith(" Covers A.6.1, Eq 37 too. Definitions: Eqs 38–39.")
+    (record,) = found.records()
+    assert (record["also"], record["definitions"]) == ("A.6.1, Eq 37", "Eqs 38–39")
 
 
 def test_bad_input_is_refused() -> None:
@@ -114,8 +142,8 @@ def test_bad_input_is_refused() -> None:
 def test_records_and_tables_tell_what_was_measured() -> None:
     """JSON knows them, the table has a line for each claim, and progress is told."""
     told: list[str] = []
-    found = verify(["Eq 21", "A.3"], networks=3, progress=lambda s: told.append(s.number))
-    assert told == ["A.3", "Eq 21"]
+    found = verify(["Eq 25", "A.3"], networks=3, progress=lambda s: told.append(s.number))
+    assert told == ["A.3", "Eq 25"]
     records = json.loads(json.dumps(found.records()))
     assert [len(r["evidence"]) for r in records] == [2, 2]
     assert len(found.table().splitlines()) == 2 + 4 + 1
