@@ -21,7 +21,7 @@ from pcdyn._support.checks import check_choice, check_flag, checked_integer, che
 from pcdyn._support.products import matmul
 from pcdyn._support.states import step
 from pcdyn._support.types import Activities, Numbers, State, Values
-from pcdyn.equilibria.solvers import ClosedForm, GaussNewton, Solver, get_solver
+from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, MaximisationError, NotConvergedError, ToleranceError
 from pcdyn.learning.flows.joint import activities_at_rest
 from pcdyn.linearisation.whitened import has_linear_flow, precisions_of
@@ -30,6 +30,7 @@ from pcdyn.model.energies.energy import LayerEnergies
 from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.algorithms import feedforward, local_gradient
+from pcdyn.references.linear import linear_equilibrium
 
 if TYPE_CHECKING:
     import xarray
@@ -193,11 +194,11 @@ def expectation_maximisation(
     check_choice(initial, "initial", ("feedforward", "previous"))
     if learning_rate is not None and not is_traced(learning_rate):
         learning_rate = checked_number(learning_rate, "learning_rate", above=0)
-    if method is None:
-        solver = ClosedForm() if has_linear_flow(problem) else GaussNewton()
+    solver = GaussNewton() if method is None else get_solver(method)
+    if method is None and has_linear_flow(problem):
+        solver = None
     else:
-        solver = get_solver(method)
-    solver.check(problem)
+        solver.check(problem)
     rate = None if learning_rate is None else jnp.asarray(learning_rate, problem.dtype)
     found = _alternated(problem, rounds, rate, initial == "feedforward", solver)
     if is_traced(found.energies):
@@ -219,8 +220,9 @@ def _alternated(
     rounds: int,
     learning_rate: Array | None,
     from_feedforward: bool,
-    solver: Solver,
+    solver: Solver | None,
 ) -> ExpectationMaximisation:
+    """The rounds as one loop; without a solver the equilibria are those of a linear network."""
     arrays, static = eqx.partition(problem.network, eqx.is_inexact_array)
 
     def at(arrays: PyTree) -> InferenceProblem:
@@ -231,7 +233,10 @@ def _alternated(
     ) -> tuple[tuple[PyTree, State], tuple[Array, Array, Array]]:
         now = at(carry[0])
         start = "feedforward" if from_feedforward else carry[1]
-        activities = activities_at_rest(now, solver, None, start)
+        if solver is None:
+            activities = linear_equilibrium(now)
+        else:
+            activities = activities_at_rest(now, solver, None, start)
         if learning_rate is None:
             found = _maximised(now, activities, _checked_tolerance(None, problem), _ITERATIONS)
         else:
