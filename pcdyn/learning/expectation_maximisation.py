@@ -27,7 +27,8 @@ from pcdyn.learning.flows.joint import activities_at_rest
 from pcdyn.linearisation.whitened import has_linear_flow, precisions_of
 from pcdyn.model.activations import identity
 from pcdyn.model.energies.energy import LayerEnergies
-from pcdyn.model.network import Dense, Network, apply_layer
+from pcdyn.model.energies.precision import Precision
+from pcdyn.model.network import Dense, Layer, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.algorithms import feedforward, local_gradient
 from pcdyn.references.linear import linear_equilibrium
@@ -61,9 +62,9 @@ def maximisation_step(
     The energy of a layer depends on its own weights alone, so that each layer is a regression of
     x_l on x_{l−1}, over all samples. A `Dense` layer without activation and with a quadratic energy
     is solved by least squares, whatever its precision; where several weights are as good, the one
-    nearest to the present weight is taken, which is where gradient descent ends. All other layers
-    go downhill by Levenberg–Marquardt from the present weights, to a minimum that need not be the
-    lowest, with a matrix of all their weights squared. Where activities lie beyond the range of an
+    nearest to the present weight is taken, which is where gradient descent ends. Any other layer
+    goes downhill by Levenberg–Marquardt from its present weights, to a minimum that need not be the
+    lowest, with a matrix of errors by weights. Where activities lie beyond the range of an
     activation, there can be none.
 
     **Arguments:**
@@ -264,16 +265,16 @@ def _maximised(
     problem: InferenceProblem, activities: Activities, tolerance: float, max_iterations: int
 ) -> MaximisationStep:
     layers = list(problem.network.layers)
-    below = []
-    for index, (layer, energy) in enumerate(zip(layers, problem.energy, strict=True), start=1):
-        linear = isinstance(layer, Dense) and layer.activation == identity
-        if linear and energy.quadratic_form is not None:
-            layers[index - 1] = _least_squares(layer, activities[index - 1], activities[index])
+    precisions = precisions_of(problem, "an M-step to its end needs")
+    for index, (layer, precision) in enumerate(zip(layers, precisions, strict=True), start=1):
+        below, above = activities[index - 1], activities[index]
+        if isinstance(layer, Dense) and layer.activation == identity:
+            layers[index - 1] = _least_squares(layer, below, above)
         else:
-            below.append(index)
+            layers[index - 1] = _descended(
+                layer, below, above, precision, tolerance, max_iterations
+            )
     network = eqx.tree_at(lambda n: n.layers, problem.network, tuple(layers))
-    if below:
-        network = _descended(problem, network, below, activities, tolerance, max_iterations)
     return MaximisationStep(network, _residual(problem, network, activities))
 
 
@@ -294,35 +295,27 @@ def _least_squares(layer: Dense, below: Values, above: Values) -> Dense:
 
 
 def _descended(
-    problem: InferenceProblem,
-    network: Network,
-    indices: Sequence[int],
-    activities: Activities,
+    layer: Layer,
+    below: Values,
+    above: Values,
+    precision: Precision,
     tolerance: float,
     max_iterations: int,
-) -> Network:
-    """Levenberg–Marquardt on the whitened errors of some layers, from their present weights."""
-    precisions = precisions_of(problem, "the M-step of a layer with an activation needs")
-    start, static = eqx.partition([network.layers[i - 1] for i in indices], eqx.is_inexact_array)
-    check_size(
-        problem.dtype.itemsize * sum(x.size for x in jax.tree.leaves(start)) ** 2,
-        "an M-step of so many weights, squared,",
-    )
+) -> Layer:
+    """The layer at a minimum of its energy, by Levenberg–Marquardt from the one given."""
+    start, static = eqx.partition(layer, eqx.is_inexact_array)
+    count = sum(x.size for x in jax.tree.leaves(start))
+    # The matrix of the least squares problem of a step, of errors and damped weights.
+    size = float(count) * (above.size + count) * above.dtype.itemsize
+    check_size(size, f"an M-step of a layer with {count} weights and an activation")
 
-    def whitened(arrays: PyTree, _: None) -> list[Array]:
-        layers = zip(indices, eqx.combine(arrays, static), strict=True)
-        return [
-            precisions[i - 1].whiten(activities[i] - apply_layer(layer, activities[i - 1]))
-            for i, layer in layers
-        ]
+    def whitened(arrays: PyTree, _: None) -> Array:
+        return precision.whiten(above - apply_layer(eqx.combine(arrays, static), below))
 
     # The steps are stricter than the gradient, which is measured again afterwards.
     solver = LevenbergMarquardt(rtol=tolerance / 10, atol=tolerance / 10)
     found = least_squares(whitened, solver, start, max_steps=max_iterations, throw=False)
-    layers = list(network.layers)
-    for index, layer in zip(indices, eqx.combine(found.value, static), strict=True):
-        layers[index - 1] = layer
-    return eqx.tree_at(lambda n: n.layers, network, tuple(layers))
+    return eqx.combine(found.value, static)
 
 
 def _mean_gradient(problem: InferenceProblem, activities: Activities) -> Network:

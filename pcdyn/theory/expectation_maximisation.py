@@ -27,7 +27,6 @@ from pcdyn.theory.networks import (
     draw,
     largest_relative,
     on_each,
-    order,
     reachable,
     relative,
     solve,
@@ -123,14 +122,14 @@ def _two_maxima(networks: int) -> Evidence:
     """
     unit = np.zeros((networks, 3))
     unit[:, 0] = 1
-    weights = tuple(w * unit[:, :, None] * unit[:, None, :] for w in (-1.0, 1.0, 5.0))
+    weights = tuple(w * unit[:, :, None] * unit[:, None, :] for w in (-2.0, 2.0, 5.0))
     nets = Networks(weights, (), unit, 0.95 * unit, "tanh").with_precisions(1.0, 1.0, 1.0)
     first, second = np.meshgrid(*[np.linspace(-2, 2, 1001)] * 2)
-    errors = (first + np.tanh(1), second - np.tanh(first), 0.95 - np.tanh(5 * second))
+    errors = (first + np.tanh(2), second - np.tanh(2 * first), 0.95 - np.tanh(5 * second))
     least = float(sum(0.5 * e**2 for e in errors).min())
     return Evidence(
         "Eqs 9, 10", "as printed, x* is the argmax: F at the equilibrium from the feedforward "
-        "pass, less its least value, in a tanh 1-1-1-1 with weights −1, 1, 5, d = 1, T = .95",
+        "pass, less its least value, in a tanh 1-1-1-1 with weights −2, 2, 5, d = 1, T = .95",
         float(nets.free_energy(settle(nets))[0]) - least, "at most", 0.0, 1e-3,
         "F on a grid in NumPy", {"network": "1-1-1-1 tanh"}, expected_to_hold=False,
     )  # fmt: skip
@@ -296,20 +295,22 @@ def free_energy_falls(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, .
                      {**nets.settings, **_SETTINGS}),
         ]  # fmt: skip
     weights = np.random.default_rng(seed).normal(size=(4, 3))
-    rounds, sizes = NOISY_ROUNDS * np.arange(1, 5), []
-    for _ in rounds:
+    sizes = []
+    for _ in range(4):
         weights = _noisy(weights)[1]
-        sizes.append(float(np.mean(_norms(weights[:, 1:]))))
-    settings = {"network": "1-1-2 linear", "starts": 4, "sizes": rounds.tolist(), "errors": sizes}
+        sizes.append(_norms(weights[:, 1:]))
+    speed = np.median(sizes[3] ** 2 - sizes[1] ** 2) / (2 * NOISY_ROUNDS)
+    settings = {"network": "1-1-2 linear", "starts": 4, "rounds": 4 * NOISY_ROUNDS}
     return (
         *rows,
         Evidence("Section 3.3", "M-steps to the end, targets (x, 3ξ) that cannot be interpolated: "
-                 "‖W_2‖ grows as the square root of the rounds (order)", order(rounds, sizes),
-                 "equal", 0.5, 0.02, "b ← b + 1/b by hand: x* = b T/(1 + b²), b ← ⟨T x*⟩/⟨x*²⟩",
-                 settings),
+                 "‖W_2‖² grows by 2 in each round, whatever the noise (median over the last half)",
+                 float(speed), "equal", 2.0, 0.02,
+                 "b ← b + 1/b by hand: x* = b T/(1 + b²), b ← ⟨T x*⟩/⟨x*²⟩", settings),
         Evidence("Section 3.3", "as printed, it converges to a minimum of F: ‖W_2‖ there after "
-                 f"{rounds[-1]} rounds over that after {rounds[0]}", sizes[-1] / sizes[0], "equal",
-                 1.0, 1e-2, "2 for a square root", settings, expected_to_hold=False),
+                 f"{4 * NOISY_ROUNDS} rounds over that after {NOISY_ROUNDS} (median)",
+                 float(np.median(sizes[3] / sizes[0])), "equal", 1.0, 1e-2,
+                 "2 for a square root", settings, expected_to_hold=False),
     )  # fmt: skip
 
 
