@@ -339,9 +339,7 @@ _ALTERNATIONS = (
 )
 
 
-def _alternated(
-    nets: Networks, rounds: int, rate: float | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _alternated(nets: Networks, rounds: int, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
     """The energies after each half and ℒ of the feedforward pass, by an alternation in NumPy."""
     count, energies, losses = len(nets.input), [], []
 

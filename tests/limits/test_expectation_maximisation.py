@@ -23,7 +23,7 @@ SAMPLES = 12
 
 
 def case_of(*activations: str, **options: Any) -> Case:
-    given: dict[str, Any] = {"bias": True, "batch": SAMPLES, "precisions": "full", **options}
+    given: dict[str, Any] = {"bias": True, "batch": SAMPLES, "precision": "full", **options}
     return build_case(seed=5, widths=WIDTHS, activations=activations, **given)
 
 
@@ -60,6 +60,7 @@ def test_too_few_samples_give_the_nearest_weights() -> None:
         np.testing.assert_allclose(layer.weight, nearest, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_tanh_layers_are_at_a_minimum_of_their_energies() -> None:
     """SciPy's least squares from the same weights; its own gradient tolerance is 1e-12."""
     case = case_of("tanh", "identity")
@@ -75,11 +76,11 @@ def test_tanh_layers_are_at_a_minimum_of_their_energies() -> None:
     def errors(flat: np.ndarray) -> np.ndarray:
         return ((above - np.tanh(design @ flat.reshape(start.shape).T)) @ root).ravel()
 
-    found = scipy.optimize.least_squares(
-        errors, start.ravel(), xtol=1e-14, ftol=1e-14, gtol=1e-12
-    )
+    found = scipy.optimize.least_squares(errors, start.ravel(), xtol=1e-14, ftol=1e-14, gtol=1e-12)
     layer = step.network.layers[0]
-    np.testing.assert_allclose(np.c_[layer.weight, layer.bias].ravel(), found.x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.c_[layer.weight, layer.bias].ravel(), found.x, rtol=1e-5, atol=1e-6
+    )
     assert np.max(step.residual) <= 1e-8
 
 
@@ -89,17 +90,16 @@ def test_activities_beyond_the_range_have_no_best_weights() -> None:
     problem = pcdyn.InferenceProblem(network, input=[1.0], output=[1.0])
     with pytest.raises(MaximisationError, match=r"layer 1, .*beyond the range"):
         learning.maximisation_step(problem, [np.array([2.0])], max_iterations=3)
-    step = learning.maximisation_step(
-        problem, [np.array([2.0])], max_iterations=3, throw=False
-    )
+    step = learning.maximisation_step(problem, [np.array([2.0])], max_iterations=3, throw=False)
     weight = float(step.network.layers[0].weight[0, 0])
     slope = (2 - np.tanh(weight)) * (1 - np.tanh(weight) ** 2)
     np.testing.assert_allclose(step.residual, [slope / 2, 0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_gradient_step_is_training_on_the_whole_batch() -> None:
     """By `train` with plain gradient descent. Both find equilibria to 1e-6 of their gradients."""
-    case = case_of("tanh", "identity", precisions="unit")
+    case = case_of("tanh", "identity", precision="unit")
     rounds, rate = 4, 0.1
     done = learning.expectation_maximisation(case.problem, rounds=rounds, learning_rate=rate)
     trained = learning.train(
@@ -126,19 +126,23 @@ def test_free_energy_falls_in_every_half_to_the_end(initial: Any) -> None:
     done = learning.expectation_maximisation(case.problem, rounds=5, initial=initial)
     weights = list(zip(case.weights, case.biases, strict=True))
     for energies in done.energies:
-        now = case.replace(weights=tuple(w for w, _ in weights), biases=tuple(b for _, b in weights))
+        now = case.replace(
+            weights=tuple(w for w, _ in weights), biases=tuple(b for _, b in weights)
+        )
         rest = pcdyn.linear_equilibrium(now.problem)
         activities = [np.asarray(x) for x in rest]
         np.testing.assert_allclose(energies[0], now.layer_energies(activities).mean(0), rtol=1e-9)
         weights = [regression(*pair) for pair in zip(activities, activities[1:], strict=False)]
-        now = case.replace(weights=tuple(w for w, _ in weights), biases=tuple(b for _, b in weights))
+        now = case.replace(
+            weights=tuple(w for w, _ in weights), biases=tuple(b for _, b in weights)
+        )
         np.testing.assert_allclose(energies[1], now.layer_energies(activities).mean(0), rtol=1e-9)
     assert np.all(np.diff(done.free_energy.ravel()) < 0)
 
 
 def test_tanh_networks_alternate_to_the_end() -> None:
     """Inference goes on from the round before, so that F falls in nonlinear networks too."""
-    case = case_of("tanh", "identity", precisions="unit")
+    case = case_of("tanh", "identity", precision="unit")
     done = learning.expectation_maximisation(case.problem, rounds=3, initial="previous")
     assert np.all(np.diff(done.free_energy.ravel()) < 0)
     assert np.max(done.residual) <= 1e-8
@@ -151,7 +155,7 @@ def test_tanh_networks_alternate_to_the_end() -> None:
 
 
 def test_it_prints_maps_and_is_a_data_set() -> None:
-    case = case_of("identity", precisions="unit", bias=False)
+    case = case_of("identity", precision="unit", bias=False)
     done = learning.expectation_maximisation(case.problem, rounds=2)
     assert str(done) == repr(done) == done.summary()
     assert f"{done.loss[-1]:.4g} at the end" in done.summary()
@@ -198,6 +202,6 @@ def test_bad_input_is_refused_by_name() -> None:
 
 def test_weights_that_grow_without_end_are_reported() -> None:
     """A rate far beyond what is stable."""
-    case = case_of("identity", precisions="unit")
+    case = case_of("identity", precision="unit")
     with pytest.raises(NotConvergedError, match="smaller learning_rate"):
         learning.expectation_maximisation(case.problem, rounds=60, learning_rate=1e6)
