@@ -18,7 +18,6 @@ from optimistix import LevenbergMarquardt, least_squares
 
 from pcdyn._support.arrays import check_size, is_traced
 from pcdyn._support.checks import check_choice, check_flag, checked_integer, checked_number
-from pcdyn._support.products import matmul
 from pcdyn._support.states import step
 from pcdyn._support.types import Activities, Numbers, State, Values
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
@@ -172,8 +171,8 @@ def expectation_maximisation(
     - `problem`: both ends clamped; its network is the start.
     - `rounds`: how many times both are done.
     - `learning_rate`: `None` for `maximisation_step`, to the end. A number η is one step
-      `−η ∂F/∂W` with F averaged over the samples, predictive coding as the paper has it (generalised
-      expectation maximisation).
+      `−η ∂F/∂W` with F averaged over the samples, predictive coding as the paper has it
+      (generalised expectation maximisation).
     - `initial`: where inference starts in each round, at the `"feedforward"` pass or at the
       activities of the `"previous"` round.
     - `method`: one solver, as for `pcdyn.equilibrium`; the closed form of a linear network and
@@ -205,7 +204,10 @@ def expectation_maximisation(
     if is_traced(found.energies):
         return found
     arrays = jax.tree.map(np.asarray, (found.energies, found.loss, found.residual))
-    found = ExpectationMaximisation(found.network, found.activities, *arrays)
+    found = ExpectationMaximisation(
+        network=found.network, activities=found.activities, energies=arrays[0], loss=arrays[1],
+        residual=arrays[2],
+    )  # fmt: skip
     if throw:
         _check_finite(arrays[0])
         if rate is None:

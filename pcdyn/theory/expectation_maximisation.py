@@ -1,9 +1,10 @@
-"""Learning as expectation maximisation: Eqs 9 to 11, 13 to 16 and what Section 3.4 needs of them."""
+"""Learning as expectation maximisation: Eqs 9 to 11 and 13 to 16, Sections 3.3 and 3.4."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,8 +51,8 @@ def most_probable_activities(*, seed: int = 0, networks: int = 20) -> tuple[Evid
                   full_precisions=True)  # fmt: skip
     few, found = _first(curved), [x[:SEARCHED] for x in settle(curved)]
     return (
-        Evidence("Eqs 9, 10", "linear networks: the equilibrium is the mean, and so the maximum, of "
-                 "the Gaussian p(x | T, d) (largest relative difference)",
+        Evidence("Eqs 9, 10", "linear networks: the equilibrium is the mean, and so the maximum, "
+                 "of the Gaussian p(x | T, d) (largest relative difference)",
                  largest_relative(linear_rest(linear)[1:-1], _posterior_means(linear)), "equal",
                  0.0, 1e-10, "covariances propagated upwards and conditioned on T in NumPy",
                  linear.settings),
@@ -96,7 +97,7 @@ def _posterior_means(nets: Networks) -> Layers:
 def _log_densities(nets: Networks) -> list[list[Callable[[np.ndarray], np.ndarray]]]:
     """ln p of the error of each layer, for each network."""
     return [
-        [multivariate_normal(cov=np.linalg.inv(precision[i])).logpdf for precision in nets.precisions]
+        [multivariate_normal(cov=np.linalg.inv(each[i])).logpdf for each in nets.precisions]
         for i in range(len(nets.input))
     ]  # fmt: skip
 
@@ -126,7 +127,7 @@ def _two_maxima(networks: int) -> Evidence:
     nets = Networks(weights, (), unit, 0.95 * unit, "tanh").with_precisions(1.0, 1.0, 1.0)
     first, second = np.meshgrid(*[np.linspace(-2, 2, 1001)] * 2)
     errors = (first + np.tanh(2), second - np.tanh(2 * first), 0.95 - np.tanh(5 * second))
-    least = float(sum(0.5 * e**2 for e in errors).min())
+    least = float(np.sum([0.5 * e**2 for e in errors], axis=0).min())
     return Evidence(
         "Eqs 9, 10", "as printed, x* is the argmax: F at the equilibrium from the feedforward "
         "pass, less its least value, in a tanh 1-1-1-1 with weights −2, 2, 5, d = 1, T = .95",
@@ -261,14 +262,15 @@ def _regressed(activities: Layers) -> list[np.ndarray]:
 
 def _apart_without_logarithm(nets: Networks, activities: Layers) -> float:
     """How far W_L of the greatest mean density is from that of the greatest mean log-density."""
-    density, distances = multivariate_normal(cov=np.eye(SQUARE[-1])).logpdf, []
+    frozen: Any = multivariate_normal
+    density, distances = frozen(cov=np.eye(SQUARE[-1])).logpdf, []
     below, targets = activities[-2], activities[-1]
     for start, x, target in zip(_regressed(activities)[-1], below, targets, strict=True):
         if len(distances) == SEARCHED:
             break
 
         def cost(flat: np.ndarray, x: np.ndarray = x, target: np.ndarray = target) -> float:
-            return -float(logsumexp(density(target - x @ flat.reshape(3, 3).T)))
+            return -float(np.asarray(logsumexp(density(target - x @ flat.reshape(3, 3).T))))
 
         found = minimize(cost, start.ravel(), method="BFGS").x
         distances.append(np.linalg.norm(found - start.ravel()) / np.linalg.norm(start))
@@ -276,7 +278,7 @@ def _apart_without_logarithm(nets: Networks, activities: Layers) -> float:
 
 
 def free_energy_falls(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
-    """Section 3.3: F in each half of expectation maximisation, and whether its minimum is reached."""
+    """Section 3.3: F in each half of the alternation, and whether its minimum is reached."""
     nets = _with_samples(seed, networks)
     rows = []
     for text, measure, rate in _ALTERNATIONS:
@@ -510,15 +512,17 @@ def maximisation_of_the_loss(*, seed: int = 0, networks: int = 20) -> tuple[Evid
         return 0.5 * ((moved.target - moved.predict(moved.depth, x)) ** 2).sum(-1)
 
     below = slice(0, sum(w[0].size for w in nets.weights[:-1]))
+    trained = _slopes(nets, printed)
     oracle = f"central differences of ℒ in NumPy, step {_STEP:g}"
     return (
         Evidence("Eq 16", "PC's ∂F/∂W is the slope of ℒ of the network with x_l = f(W_l x_{l−1}) + "
-                 "ε_l*, these errors held: BP through the equilibrium (largest relative difference)",
+                 "ε_l*, these errors held: BP through the equilibrium (largest relative "
+                 "difference)",
                  largest_relative([ours], [_slopes(nets, through_the_equilibrium)]), "equal", 0.0,
                  1e-6, oracle, nets.settings),
         Evidence("Eq 16", "as printed, ℒ({x_l*}, W) trains W_1 … W_{L−1} as PC does (norm of its "
                  "slope over that of PC's there, median)",
-                 float(np.median(_norms(_slopes(nets, printed)[:, below]) / _norms(ours[:, below]))),
+                 float(np.median(_norms(trained[:, below]) / _norms(ours[:, below]))),
                  "equal", 1.0, 1e-2, oracle, nets.settings, expected_to_hold=False),
     )  # fmt: skip
 
@@ -535,8 +539,8 @@ def loss_in_each_half(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, .
         rises = np.diff(loss) / losses[:, :1]
         inference = (loss[:, ::2] - losses[:, :-1]) / losses[:, :1]
         rows += [
-            Evidence("Section 3.4", f"{text}: ℒ at x* never rises in an M half (largest rise over ℒ "
-                     "at the start)", float(rises[:, ::2].max()), "at most", 0.0, 1e-12, none,
+            Evidence("Section 3.4", f"{text}: ℒ at x* never rises in an M half (largest rise over "
+                     "ℒ at the start)", float(rises[:, ::2].max()), "at most", 0.0, 1e-12, none,
                      settings),
             Evidence("Section 3.4", f"{text}: within an E half, from the feedforward pass to x*, ℒ "
                      "never ends higher (largest rise over ℒ at the start)",
@@ -603,8 +607,8 @@ STATEMENTS = (
         number="Section 3.3", title="Predictive coding as expectation maximisation",
         says="As expectation maximisation, predictive coding converges to a minimum of F.",
         as_printed="holds with a condition",
-        form="F never rises, in E halves and M halves, by M-steps to the end or along the gradient. "
-        "That is no convergence: where data cannot be interpolated weights can grow without end.",
+        form="F never rises, in E halves and M halves, by M-steps to the end or along the "
+        "gradient. That is no convergence: where data cannot be interpolated weights can grow without end.",
         measure=free_energy_falls,
     ),
     Statement(
@@ -626,8 +630,8 @@ STATEMENTS = (
         number="Eq 16", title="The M-step on ℒ",
         says="Learning is the argmin over W_l of the mean of ℒ({x_l*}, W) over the posterior.",
         as_printed="does not hold",
-        form="ℒ({x_l*}, W) = E_L trains W_L only. PC's update is the gradient of another ℒ: that of "
-        "the network with the errors ε_l* added to its layers and held.",
+        form="ℒ({x_l*}, W) = E_L trains W_L only. PC's update is the gradient of another ℒ: that "
+        "of the network with the errors ε_l* added to its layers and held.",
         measure=maximisation_of_the_loss,
     ),
     Statement(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -132,7 +133,7 @@ def test_free_energy_falls_in_every_half_to_the_end(initial: Any) -> None:
         rest = pcdyn.linear_equilibrium(now.problem)
         activities = [np.asarray(x) for x in rest]
         np.testing.assert_allclose(energies[0], now.layer_energies(activities).mean(0), rtol=1e-9)
-        weights = [regression(*pair) for pair in zip(activities, activities[1:], strict=False)]
+        weights = [regression(*pair) for pair in itertools.pairwise(activities)]
         now = case.replace(
             weights=tuple(w for w, _ in weights), biases=tuple(b for _, b in weights)
         )
@@ -180,7 +181,7 @@ def test_it_prints_maps_and_is_a_data_set() -> None:
 def test_bad_input_is_refused_by_name() -> None:
     problem = case_of("tanh", "identity").problem
     state = case_of("tanh").state
-    run = learning.expectation_maximisation
+    run: Any = learning.expectation_maximisation
     for options, error, match in (
         ({"rounds": 0}, InputError, "rounds"),
         ({"rounds": 1, "learning_rate": -1.0}, InputError, "learning_rate"),
