@@ -264,6 +264,10 @@ class NotConvergedError(PcdynError, RuntimeError):
         self.equilibrium = equilibrium
 
 
+class MaximisationError(PcdynError, RuntimeError):
+    """An M-step did not bring the weight gradient below its tolerance."""
+
+
 class SimulationError(PcdynError, RuntimeError):
     """A simulation failed while it ran.
 

@@ -1,6 +1,12 @@
 """Learning, the slow outer timescale: rules as values, and a loop that follows them."""
 
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
+from pcdyn.learning.expectation_maximisation import (
+    ExpectationMaximisation,
+    MaximisationStep,
+    expectation_maximisation,
+    maximisation_step,
+)
 from pcdyn.learning.flows.joint import AdiabaticFlow, JointFlow
 from pcdyn.learning.flows.precisions import OutputNoise, PrecisionFlow, output_noise
 from pcdyn.learning.flows.variational import variational_free_energy
@@ -21,11 +27,13 @@ __all__ = [
     "BatchGradient",
     "EulerPredictiveCoding",
     "Evaluation",
+    "ExpectationMaximisation",
     "FixedPrediction",
     "IncrementalPredictiveCoding",
     "JointFlow",
     "LearnedTargetPropagation",
     "LowPrecisionPredictiveCoding",
+    "MaximisationStep",
     "OutputNoise",
     "PrecisionFlow",
     "PredictiveCoding",
@@ -34,6 +42,8 @@ __all__ = [
     "Training",
     "TruncatedGaussNewton",
     "ZeroDivergence",
+    "expectation_maximisation",
+    "maximisation_step",
     "output_noise",
     "train",
     "variational_free_energy",

@@ -178,10 +178,13 @@ def as_jax(tree: Tree) -> Tree:
 
 
 def activities_at_rest(
-    problem: InferenceProblem, method: Solver | None, tolerance: float | None
+    problem: InferenceProblem,
+    method: Solver | None,
+    tolerance: float | None,
+    initial: str | State = "feedforward",
 ) -> Activities:
     """Solve for the equilibrium x_0 … x_L inside a JAX transformation; NaN where there is none."""
-    found = equilibrium(problem, method=method, tolerance=tolerance, throw=False)
+    found = equilibrium(problem, method=method, initial=initial, tolerance=tolerance, throw=False)
     return problem.activities(tuple(jnp.where(_ok(found, x), x, jnp.nan) for x in found.state))
 
 
