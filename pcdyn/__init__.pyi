@@ -66,6 +66,8 @@ from .references import output_error as output_error
 from .references import target_propagation as target_propagation
 from .references.adjoint_condition import adjoint_condition as adjoint_condition
 from .references.linear import linear_equilibrium as linear_equilibrium
+from .references.posterior import Posterior as Posterior
+from .references.posterior import posterior as posterior
 from .simulation.simulate import simulate as simulate
 from .simulation.trajectory import Trajectory as Trajectory
 
