@@ -96,7 +96,9 @@ def _record(
 ) -> dict[str, Array]:
     """What is recorded of a batch; what the rule has computed already is not computed again."""
     network, outputs = problem.network, feedforward(problem)[-1]
-    energies = problem.energies_of(problem.prediction_errors(learned.activities))
+    energies = problem.energies_of(
+        problem.prediction_errors(learned.activities), learned.activities
+    )
     record = {
         "loss": jnp.mean(problem.layer_energy(network.depth, problem.output_error(outputs))),
         "accuracy": accuracy(outputs, targets),

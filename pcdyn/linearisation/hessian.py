@@ -28,7 +28,7 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
     def pair_energy(index: int, below: Values, here: Values) -> Array:
         """E_l as a function of x_{l−1} and x_l."""
         error = here - problem.network.predict(index, below)
-        return problem.layer_energy(index, error)
+        return problem.layer_energy(index, error, here)
 
     def own_energy(index: int, here: Values) -> Array:
         """The energies in which x_l appears, as a function of it."""

@@ -87,7 +87,7 @@ def resting_tolerance(
     tolerance is that round-off.
     """
     norms, sizes = layer_norms(problem.gradient(start)), _error_sizes(problem, start)
-    weighted = [problem.weighted_error(i, size) for i, size in enumerate(sizes, start=1)]
+    weighted = problem.weighted_errors(sizes, problem.activities(start))
     terms = jnp.stack([jnp.linalg.norm(x, axis=-1) for x in weighted], axis=-1)
     none = jnp.zeros_like(terms[..., :1])
     # The gradient of layer l has the terms of its own error and of the one above.
@@ -107,16 +107,12 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Float[Array, 
     which a solver's last step is taken to change nothing: of the order of eps · Σ |terms|.
     """
     sizes, eps = _error_sizes(problem, state), float(jnp.finfo(problem.dtype).eps)
-    energies = range(1, problem.network.depth + 1)
 
     def slope(state: State, offsets: State) -> State:
         def total(state: State) -> Array:
-            errors = problem.prediction_errors(problem.activities(state))
-            each = [
-                jnp.sum(problem.layer_energy(i, error + offset))
-                for i, error, offset in zip(energies, errors, offsets, strict=True)
-            ]
-            return sum(each, start=jnp.zeros((), problem.dtype))
+            activities = problem.activities(state)
+            errors = jax.tree.map(jnp.add, problem.prediction_errors(activities), offsets)
+            return jnp.sum(problem.energies_of(errors, activities))
 
         return jax.grad(total)(state)
 

@@ -221,25 +221,42 @@ class InferenceProblem(InferenceFlow):
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
         """Compute the prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
-        errors = self.prediction_errors(self.activities(state))
-        return errors, self.energies_of(errors)
+        activities = self.activities(state)
+        errors = self.prediction_errors(activities)
+        return errors, self.energies_of(errors, activities)
 
     def layer_energies(self, state: State) -> Float[Array, "*batch L"]:
         """Compute the energies E_1 … E_L of each sample, on the last axis."""
-        return self.energies_of(self.prediction_errors(self.activities(state)))
+        return self.observe(0.0, state)[1]
 
-    def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
-        """Compute E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
-        energies = [self.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
+    def energies_of(
+        self, errors: Sequence[Array], activities: Sequence[Array]
+    ) -> Float[Array, "*batch L"]:
+        """Compute E_1 … E_L on the last axis, from ε_1 … ε_L and x_0 … x_L."""
+        pairs = zip(errors, activities[1:], strict=True)
+        energies = [self.layer_energy(i, e, x) for i, (e, x) in enumerate(pairs, start=1)]
         return jnp.stack(energies, axis=-1)
 
-    def layer_energy(self, index: int, error: Array) -> Array:
-        """Compute E_l of layer l = `index` for its prediction error, per sample."""
-        return self.energy[index - 1].value(error, self.target_of(index))
+    def layer_energy(self, index: int, error: Array, activity: Array | None = None) -> Array:
+        """Compute E_l of layer l = `index` for its prediction error, per sample.
 
-    def weighted_error(self, index: int, error: Array) -> Array:
-        """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
-        return self.energy[index - 1].gradient(error, self.target_of(index))
+        `activity`, x_l, is for energies that depend on more than the error.
+        """
+        target = self.target_of(index) if activity is None else activity
+        return self.energy[index - 1].value(error, target)
+
+    def weighted_error(self, index: int, error: Array, activity: Array | None = None) -> Array:
+        """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian.
+
+        It is −∂E_l/∂μ_l. `activity`, x_l, is for energies that depend on more than the error.
+        """
+        target = self.target_of(index) if activity is None else activity
+        return self.energy[index - 1].gradient(error, target)
+
+    def weighted_errors(self, errors: Sequence[Array], activities: Sequence[Array]) -> list[Array]:
+        """Compute ∂E_1/∂ε_1 … ∂E_L/∂ε_L from ε_1 … ε_L and x_0 … x_L, or the first of them."""
+        pairs = zip(errors, activities[1:], strict=False)
+        return [self.weighted_error(i, e, x) for i, (e, x) in enumerate(pairs, start=1)]
 
     def curvature(self, index: int, error: Array) -> Precision | None:
         """Return the precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.

@@ -40,7 +40,6 @@ class Run(eqx.Module):
         lower: Float[Array, "*batch length below"],
         here: Float[Array, "*batch length n"],
         prediction: Float[Array, "*batch n"] | None,
-        target: Float[Array, "*batch n"] | None,
     ) -> tuple[Float[Array, "*batch length n"], Float[Array, "*batch length"]]:
         """Prediction errors and energies from activities `(*batch, length, n)` below and here."""
         arrays, static = eqx.partition((self.layer, self.energy), eqx.is_array)
@@ -50,7 +49,7 @@ class Run(eqx.Module):
             mine, (below, x) = now
             layer, energy = eqx.combine(mine, static)
             error = x - (apply_layer(layer, below) if prediction is None else prediction)
-            return None, (error, energy.value(error, target))
+            return None, (error, energy.value(error, x))
 
         if self.length == 1:
             now = jax.tree.map(lambda x: x[0], (arrays, by_layer))
@@ -143,7 +142,6 @@ class StackedProblem(InferenceFlow):
                 layers(run.first - 1, run.length),
                 layers(run.first, run.length),
                 self.first_prediction if run.first == 1 else None,
-                self.target_of(run),
             )
             errors.append(found[0].reshape(*found[0].shape[:-2], -1))
             energies.append(found[1])

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from scipy.special import expit
 
 from pcdyn._support.types import Numbers
 from pcdyn.model.energies.energy import Gaussian
@@ -27,6 +28,7 @@ Layers = list[np.ndarray]
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "identity": (lambda z: z, np.ones_like),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "softplus": (lambda z: np.logaddexp(0, z), expit),
 }
 
 

@@ -14,6 +14,7 @@ from pcdyn.theory import (
     inference,
     learning,
     limits,
+    posteriors,
     precisions,
 )
 from pcdyn.theory.statement import Statement
@@ -26,6 +27,7 @@ STATEMENTS: tuple[Statement, ...] = (
     *learning.STATEMENTS,
     *convergence.STATEMENTS,
     *precisions.STATEMENTS,
+    *posteriors.STATEMENTS,
     *energies.STATEMENTS,
     *errata.STATEMENTS,
 )

@@ -88,7 +88,7 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Array:
     """Estimate the round-off of F at a state, per sample."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
-    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
+    weighted = tuple(problem.weighted_errors(errors, activities))
     return round_off(problem.free_energy(state), weighted, activities[1:], errors)
 
 

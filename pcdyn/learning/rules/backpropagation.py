@@ -73,8 +73,8 @@ class FixedPrediction(Rule):
         output_delta = problem.weighted_error(network.depth, problem.output_error(activities[-1]))
 
         def weighted(errors: State) -> list[Array]:
-            hidden = [problem.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
-            return [*hidden, output_delta]
+            moved = jax.tree.map(jnp.add, activities[1:-1], errors)
+            return [*problem.weighted_errors(errors, (activities[0], *moved)), output_delta]
 
         def update(_: Array, errors: State) -> State:
             *own, _ = deltas = weighted(errors)
@@ -120,8 +120,9 @@ class ZeroDivergence(Rule):
         network, activities = problem.network, feedforward(problem)
         x, deltas = problem.state_of(activities), []
         for index in range(network.depth, 0, -1):
-            errors = problem.prediction_errors(problem.activities(x))
-            deltas.insert(0, problem.weighted_error(index, errors[index - 1]))
+            now = problem.activities(x)
+            errors = problem.prediction_errors(now)
+            deltas.insert(0, problem.weighted_error(index, errors[index - 1], now[index]))
             x = step(x, -self.rate, problem.gradient(x))
         gradient = local_gradient(network, activities, deltas)
         return _without_inference(problem, gradient), state

@@ -206,8 +206,7 @@ def _gradient_at(
 ) -> BatchGradient:
     """The gradient ∂F/∂(weights) at the activities of `state`."""
     activities = problem.activities(state)
-    errors = problem.prediction_errors(activities)
-    deltas = [problem.weighted_error(index, e) for index, e in enumerate(errors, start=1)]
+    deltas = problem.weighted_errors(problem.prediction_errors(activities), activities)
     gradient = local_gradient(problem.network, activities, deltas)
     if residual is None:
         residual = _relative_residual(problem, state)
@@ -217,7 +216,8 @@ def _gradient_at(
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:
     """‖∂F/∂x‖ over ‖Π ε‖ of the hidden layers, one of the two terms that cancel in ∂F/∂x."""
     slope = problem.gradient(state)
-    errors = problem.prediction_errors(problem.activities(state))
-    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors[:-1], start=1))
+    activities = problem.activities(state)
+    errors = problem.prediction_errors(activities)
+    weighted = tuple(problem.weighted_errors(errors[:-1], activities))
     size = dot(weighted, weighted)
     return jnp.sqrt(dot(slope, slope) / jnp.where(size > 0, size, 1))
