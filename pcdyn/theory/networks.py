@@ -263,6 +263,25 @@ def _mapped(
     return jax.vmap(one)(parts, arrays)
 
 
+def weight_differences(
+    networks: Networks, function: Callable[[Networks], np.ndarray], *, step: float = 1e-5
+) -> np.ndarray:
+    """Differentiate a number of each network for all weights, by central differences.
+
+    One vector for each network, in the order of `Networks.weight_gradient`.
+    """
+    slopes = []
+    for layer, weight in enumerate(networks.weights):
+        for place in np.ndindex(weight.shape[1:]):
+            ends = []
+            for moved in (weight.copy(), weight.copy()):
+                moved[:, *place] += step if ends else -step
+                weights = (*networks.weights[:layer], moved, *networks.weights[layer + 1 :])
+                ends.append(function(dataclasses.replace(networks, weights=weights)))
+            slopes.append((ends[1] - ends[0]) / (2 * step))
+    return np.stack(slopes, axis=-1)
+
+
 def times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
     """Multiply a matrix and a vector of each network."""
     return (matrix @ vector[..., None])[..., 0]

@@ -17,7 +17,17 @@ from pcdyn.learning.flows.variational import variational_free_energy
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.posterior import posterior
 from pcdyn.theory.evidence import Evidence
-from pcdyn.theory.networks import Layers, Networks, draw, largest, on_each, solve, times, transpose
+from pcdyn.theory.networks import (
+    Layers,
+    Networks,
+    draw,
+    largest,
+    on_each,
+    solve,
+    times,
+    transpose,
+    weight_differences,
+)
 from pcdyn.theory.statement import Statement
 
 WIDTHS = (3, 4, 3, 2)
@@ -78,7 +88,7 @@ def bound_on_the_divergence(*, seed: int = 0, networks: int = 20) -> tuple[Evide
     return (
         Evidence("Eq 17", "F = KL[q‖p(x|o)] − ln p(o) (largest relative difference)",
                  float(off.max()), "at most", 0.0, _ROUND_OFF, oracle, settings),
-        Evidence("Eq 17", "F ≥ −ln p(o) (smallest excess)", float((free_energy + -surprise).min()),
+        Evidence("Eq 17", "F ≥ −ln p(o) (smallest excess)", float((free_energy - surprise).min()),
                  "at least", 0.0, 0.0, oracle, settings),
         Evidence("Eq 17", "as printed, third line, F ≥ KL[q‖p(x|o)] (smallest F − KL, which is "
                  "−ln p(o): negative where the density of o is above 1)",
@@ -100,11 +110,9 @@ def fitted_posterior(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
     lost = 0.5 * (inside - np.linalg.slogdet(matrix)[1])
     oracle = "H⁻¹b and H⁻¹ by NumPy; KL of two Gaussians"
     settings = {**nets.settings, "optimiser": "SciPy's L-BFGS from N(0, I)"}
-    rows = []
-    for name, mask in (("full covariance", np.ones_like(within)), ("layers", within)):
-        fit = _fit(nets, np.tril(mask))
-        rows.append((_divergence(*fit[:2], mean, exact), fit[2]))
-    (full, least), (apart, bound) = rows
+    fits = [_fit(nets, np.tril(mask)) for mask in (np.ones_like(within), within)]
+    full, apart = (_divergence(m, covariance, mean, exact) for m, covariance, _ in fits)
+    least, bound = (energy for *_, energy in fits)
     return (
         # F is quadratic in what is left, of which L-BFGS leaves the squares of 1e-6 or so.
         Evidence("Eq 18", "the Gaussian q for which F is least is the posterior, mean H⁻¹b and "
@@ -134,8 +142,7 @@ def laplace_approximation(*, seed: int = 0, networks: int = 20) -> tuple[Evidenc
     rest = nets.rest()
     weights = nets.weight_gradient(rest, nets.weighted_errors(rest))
     slopes = on_each(_laplace_slopes, nets, tuple(rest[1:-1]))
-    step = 1e-5
-    differences = _slopes_of_surprise(nets, step)
+    differences = weight_differences(nets, _surprise)
     size = np.linalg.norm(differences, axis=-1)
     oracle = "central differences of −ln N(T; feedforward(d), S) in NumPy, step 1e-5"
     return (
@@ -199,8 +206,8 @@ def _fit(nets: Networks, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
         return energies.sum(), np.concatenate([s.reshape(count, -1) for s in slopes], 1).ravel()
 
     start = np.zeros((count, units + units**2)).ravel()
-    found = minimize(evaluate, start, jac=True, method="L-BFGS-B",
-                     options={"maxiter": 5000, "maxfun": 5000, "ftol": 1e-16, "gtol": 1e-7})  # fmt: skip
+    options = {"maxiter": 5000, "maxfun": 5000, "ftol": 0.0, "gtol": 1e-7}
+    found = minimize(evaluate, start, jac=True, method="L-BFGS-B", options=options)
     mean, entries = parts(found.x)
     factor = np.where(mask, entries, 0)
     diagonal = np.einsum("nii->ni", factor)
@@ -252,21 +259,6 @@ def _surprise(nets: Networks) -> np.ndarray:
     return 0.5 * (quadratic + constant)
 
 
-def _slopes_of_surprise(nets: Networks, step: float) -> np.ndarray:
-    """∂(−ln p)/∂W of all layers by central differences, as one vector for each network."""
-    slopes = []
-    for layer, weight in enumerate(nets.weights):
-        for place in np.ndindex(weight.shape[1:]):
-            ends = []
-            for sign in (1, -1):
-                moved = list(nets.weights)
-                moved[layer] = weight.copy()
-                moved[layer][:, *place] += sign * step
-                ends.append(_surprise(dataclasses.replace(nets, weights=tuple(moved))))
-            slopes.append((ends[0] - ends[1]) / (2 * step))
-    return np.stack(slopes, axis=-1)
-
-
 def _belief_propagation(nets: Networks) -> tuple[Layers, list[np.ndarray]]:
     """Means and covariances of the hidden layers, from two messages to each.
 
@@ -316,9 +308,9 @@ STATEMENTS = (
         number="Eq 19", title="Laplace approximation",
         says="F ≈ Σ_l ε_l².",
         as_printed="holds with a condition",
-        form="With ½, and for activities: F = Σ ½ε² + ½ log det H + const, where H does not depend "
-        "on the activities of linear networks. It depends on the weights: Σ ½ε² alone does not have "
-        "the gradient of −ln p(T | d) for them.",
+        form="With ½, and for activities: F = Σ ½ε² + ½ log det H + const, where H of a linear "
+        "network does not depend on them. It depends on the weights: for these Σ ½ε² alone does "
+        "not have the gradient of −ln p(T | d).",
         measure=laplace_approximation,
     ),
     Statement(

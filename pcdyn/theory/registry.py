@@ -12,6 +12,7 @@ from pcdyn.theory import (
     energies,
     errata,
     inference,
+    interactions,
     learning,
     limits,
     posteriors,
@@ -29,6 +30,7 @@ STATEMENTS: tuple[Statement, ...] = (
     *precisions.STATEMENTS,
     *posteriors.STATEMENTS,
     *energies.STATEMENTS,
+    *interactions.STATEMENTS,
     *errata.STATEMENTS,
 )
 

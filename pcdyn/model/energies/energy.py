@@ -108,6 +108,7 @@ class Energy(eqx.Module):
         dtype = leaves[0].dtype if leaves else None if target is None else target.dtype
         batch = () if target is None else target.shape[:-1]
         error = jnp.zeros((*batch, width), dtype)
+        target = error if target is None else target
         shape = getattr(eqx.filter_eval_shape(self.value, error, target), "shape", None)
         if shape != batch:
             raise ShapeError(
