@@ -117,6 +117,10 @@ class Things:
         return pcdyn.equilibrium(self.problem)
 
     @cached_property
+    def posterior(self) -> Any:
+        return pcdyn.posterior(self.linear_problem)
+
+    @cached_property
     def comparison(self) -> Any:
         return pcdyn.compare(["tsit5"], self.problem, t1=1.0, tolerances=[1e-3], repeats=1)
 
@@ -245,6 +249,12 @@ def calls() -> dict[str, Call]:
         "PseudoHuber": lambda: (pcdyn.PseudoHuber, {}),
         "Student": lambda: (pcdyn.Student, {}),
         "Divisive": lambda: (pcdyn.Divisive, {}),
+        "Interaction": lambda: (pcdyn.energies.Interaction, {"function": jnp.subtract}),
+        "Posterior.sample": lambda: (KNOWN.posterior.sample, {"key": KNOWN.key}),
+        "Posterior.log_density": lambda: (
+            KNOWN.posterior.log_density,
+            {"state": KNOWN.posterior.mean},
+        ),
         "named_energy": lambda: (pcdyn.named_energy, {"name": "student"}),
         "Diffrax": lambda: (pcdyn.Diffrax, {}),
         "SciPy": lambda: (pcdyn.SciPy, {}),
@@ -374,6 +384,7 @@ def calls() -> dict[str, Call]:
                 "activities": list(KNOWN.equilibrium.activities),
             },
         ),
+        "posterior": lambda: (pcdyn.posterior, {"problem": KNOWN.linear_problem}),
         "spectrum": lambda: (linear.spectrum, {"problem": KNOWN.linear_problem}),
         "relaxation_times": lambda: (linear.relaxation_times, {"problem": KNOWN.linear_problem}),
         "output_covariance": lambda: (linear.output_covariance, {"problem": KNOWN.linear_problem}),

@@ -44,15 +44,16 @@ class Posterior(eqx.Module):
     """
 
     mean: State
-    covariances: tuple[Float[Array, "n n"], ...]
+    covariances: tuple[Float[Array, "_ _"], ...]
     log_evidence: Float[Array, "*batch"]
     factor: BlockCholesky
     layers: tuple[int, ...] = eqx.field(static=True)
 
     @property
-    def standard_deviations(self) -> tuple[Float[Array, " n"], ...]:
+    def standard_deviations(self) -> tuple[Float[Array, "*networks _"], ...]:
         """Standard deviation of every unit, `(n_l,)` for each free layer."""
-        return tuple(jnp.sqrt(jnp.diagonal(block)) for block in self.covariances)
+        diagonals = (jnp.diagonal(c, axis1=-2, axis2=-1) for c in self.covariances)
+        return tuple(jnp.sqrt(each) for each in diagonals)
 
     def covariance(self) -> Float[Array, "N N"]:
         """Compute H⁻¹, the covariance of all free layers stacked, N = Σ n_l.
@@ -117,7 +118,8 @@ class Posterior(eqx.Module):
     def summary(self) -> str:
         """Return a readable account, for all samples together."""
         names = ", ".join(map(str, self.layers))
-        text = f"Posterior of layers {names} with {[x.shape[-1] for x in self.mean]} units"
+        layers = "layer" if len(self.layers) == 1 else "layers"
+        text = f"Posterior of {layers} {names} with {[x.shape[-1] for x in self.mean]} units"
         if is_traced(self.log_evidence):
             return f"{text} inside of a JAX transformation"
         if self.covariances[0].ndim > 2:
@@ -172,7 +174,8 @@ def posterior(problem: InferenceProblem) -> Posterior:
 
     Source: Kschischang, Frey & Loeliger 2001; Rauch, Tung & Striebel 1965.
     """
-    mean = problem.state_of(linear_equilibrium(problem))
+    rest = linear_equilibrium(problem)
+    mean = problem.state_of(rest)
     factor, covariances, log_evidence = _given_mean(problem, mean)
     return Posterior(mean, covariances, log_evidence, factor, problem.free_layers)
 
