@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -174,8 +175,9 @@ def symmetric_priors(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
         0.5 * (e.shape[-1] * math.log(2 * math.pi) - np.linalg.slogdet(p)[1]) for p, e in pairs
     )
     stacked, off = np.concatenate(errors, axis=-1), 0.0
-    for found, density in ((student, stats.t(df=_NU, scale=_SCALE)), (sech, stats.hypsecant())):
-        expected = -(density.logpdf(stacked) - density.logpdf(0.0)).sum(-1)
+    by_t = functools.partial(stats.t.logpdf, df=_NU, scale=_SCALE)
+    for found, density in ((student, by_t), (sech, stats.hypsecant.logpdf)):
+        expected = -(density(stacked) - density(0.0)).sum(-1)
         off = max(off, float(np.abs(found - expected).max()))
     oracle = "SciPy's multivariate normal, layer by layer"
     return (
@@ -200,7 +202,7 @@ def log_normal_prior(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ..
     forward = nets.feedforward()
     medians = [nets.predict(1, nets.input), nets.predict(2, moved[0])]
     pairs = zip(moved, medians, strict=True)
-    surprise = -sum(stats.lognorm(s=_SIGMA, scale=m).logpdf(x).sum(-1) for x, m in pairs)
+    surprise = -sum(stats.lognorm.logpdf(x, s=_SIGMA, scale=m).sum(-1) for x, m in pairs)
     constant = sum(WIDTHS[1:-1]) * math.log(_SIGMA * math.sqrt(2 * math.pi))
     prior, _ = on_each(_log_normal, nets, tuple(moved))
     _, pull = on_each(_log_normal, nets, tuple(forward[1:-1]))

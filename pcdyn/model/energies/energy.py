@@ -101,8 +101,7 @@ class Energy(eqx.Module):
         """Raise an `InputError` if this energy does not fit a prediction of `width` units.
 
         `target` is what the output is clamped to, `None` for every other layer. A problem calls it
-        once the energy's arrays have the dtype of
-        the network.
+        once the energy's arrays have the dtype of the network.
         """
         leaves = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         dtype = leaves[0].dtype if leaves else None if target is None else target.dtype

@@ -281,7 +281,7 @@ class Interaction(Energy):
     """
 
     function: Callable[[Array, Array], Array] = eqx.field(converter=_checked_interaction)
-    energy: Weighted = eqx.field(default_factory=Gaussian)
+    energy: Energy = eqx.field(default_factory=Gaussian)
 
     def __check_init__(self) -> None:
         wanted = "the energy h of the interaction, such as pcdyn.Gaussian()"
