@@ -111,10 +111,11 @@ def check_posterior(posterior: object) -> None:
 
 
 def _normalisation(problem: InferenceProblem) -> Array:
-    """Σ_l ½ n_l log 2π − ½ log det Π_l."""
+    """Σ_l ½ n_l log 2π − ½ log det Π_l over the predicted layers."""
     total = jnp.zeros((), problem.dtype)
     precisions = precisions_of(problem, "densities of Gaussian noise need")
-    for precision, width in zip(precisions, problem.network.widths[1:], strict=True):
+    for precision, index in zip(precisions, problem.predicted_layers, strict=True):
+        width = problem.network.widths[index]
         log_determinant = precision.log_determinant(width)
         total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
     return total
