@@ -242,6 +242,10 @@ def calls() -> dict[str, Call]:
         ),
         "Gaussian": lambda: (pcdyn.Gaussian, {}),
         "Prior": lambda: (pcdyn.Prior, {}),
+        "generate": lambda: (
+            pcdyn.generate,
+            {"problem": pcdyn.InferenceProblem(KNOWN.network, input=INPUT), "key": KNOWN.key},
+        ),
         "CrossEntropy": lambda: (pcdyn.CrossEntropy, {}),
         "LogCosh": lambda: (pcdyn.LogCosh, {}),
         "PseudoHuber": lambda: (pcdyn.PseudoHuber, {}),

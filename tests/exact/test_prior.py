@@ -6,6 +6,7 @@ numbers that may be complex: its gradient is a complex step and exact to round-o
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ EPS = float(np.finfo(float).eps)
 ROUND_OFF = 1e3 * EPS
 WIDTHS, BATCH = (3, 4, 2), 2
 _RNG = np.random.default_rng(0)
-WEIGHTS = [_RNG.normal(size=(n, m)) / m**0.5 for m, n in zip(WIDTHS, WIDTHS[1:], strict=False)]
+WEIGHTS = [_RNG.normal(size=(n, m)) / m**0.5 for m, n in itertools.pairwise(WIDTHS)]
 BIASES = [_RNG.normal(size=n) / 4 for n in WIDTHS[1:]]
 MEAN = _RNG.normal(size=3)
 _ROTATION = np.linalg.qr(_RNG.normal(size=(3, 3)))[0]
