@@ -58,9 +58,11 @@ from .model.flow import Flow as Flow
 from .model.network import Dense as Dense
 from .model.network import Network as Network
 from .model.network import mlp as mlp
+from .model.prior import Prior as Prior
 from .model.problem import InferenceProblem as InferenceProblem
 from .references import backpropagation as backpropagation
 from .references import feedforward as feedforward
+from .references import generate as generate
 from .references import linear as linear
 from .references import output_error as output_error
 from .references import target_propagation as target_propagation

@@ -23,6 +23,7 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
     Layers that are not neighbours do not meet in any prediction error, so that it is block
     tridiagonal for any network and energy.
     """
+    problem = problem.with_prior_as_layer(state)
     depth, activities = problem.network.depth, problem.activities(state)
 
     def pair_energy(index: int, below: Values, here: Values) -> Array:

@@ -168,13 +168,17 @@ class StackedProblem(InferenceFlow):
         return _norms(errors[0], self.widths[1:])
 
 
-def stacked(problem: Flow) -> Flow:
-    """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself."""
+def stacked(problem: Flow, state: State | None = None) -> Flow:
+    """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself.
+
+    `state` is for `InferenceProblem.with_prior_as_layer`.
+    """
     if not isinstance(problem, InferenceProblem):
         return problem
-    network, depth = problem.network, problem.network.depth
-    if depth <= MOST_WRITTEN_OUT:
+    if problem.network.depth <= MOST_WRITTEN_OUT:
         return problem
+    problem = problem.with_prior_as_layer(state)
+    network, depth = problem.network, problem.network.depth
     # The first prediction is constant, and the output has a target: they stand alone.
     alone = {1 if problem.input is not None else 0, depth if problem.output is not None else 0}
     each = list(enumerate(zip(network.layers, problem.energy, strict=True), start=1))

@@ -157,9 +157,8 @@ def posterior(problem: InferenceProblem) -> Posterior:
 
     The marginals of each layer are those of belief propagation along the layers, which is exact
     for a chain, and cost O(Σ n³): no inverse of H as a whole is formed. With the output free it is
-    the prediction of the network with its noise. With the input free, nothing is known of it
-    beforehand: its prior is flat, of density 1, and so is meant the evidence. It has derivatives of
-    any order.
+    the prediction of the network with its noise. With the input free and no prior on it, its prior
+    is flat, of density 1, and so is meant the evidence. It has derivatives of any order.
 
     **Returns:**
 
@@ -176,7 +175,7 @@ def posterior(problem: InferenceProblem) -> Posterior:
     """
     rest = linear_equilibrium(problem)
     mean = problem.state_of(rest)
-    factor, covariances, log_evidence = _given_mean(problem, mean)
+    factor, covariances, log_evidence = _given_mean(problem.with_prior_as_layer(), mean)
     return Posterior(mean, covariances, log_evidence, factor, problem.free_layers)
 
 
@@ -197,10 +196,11 @@ def _given_mean(
 
 
 def log_normaliser(problem: InferenceProblem) -> Array:
-    """Σ_l ½ n_l log 2π − ½ log det Π_l: F plus this is −log p(x_1 … x_L | x_0)."""
+    """Σ_l ½ n_l log 2π − ½ log det Π_l over the predicted layers: F plus this is −log p(x)."""
     total = jnp.zeros((), problem.dtype)
     precisions = precisions_of(problem, "densities of Gaussian noise need")
-    for precision, width in zip(precisions, problem.network.widths[1:], strict=True):
+    for precision, index in zip(precisions, problem.predicted_layers, strict=True):
+        width = problem.network.widths[index]
         log_determinant = precision.log_determinant(width)
         total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
     return total

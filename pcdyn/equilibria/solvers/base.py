@@ -53,7 +53,7 @@ class Solver(eqx.Module):
         """Solve every sample of a batch from `state`; each stops changing once it is solved.
 
         It has converged when ‖∂F/∂x_l‖ is at most `tolerance`, one number or one per sample, in
-        every free layer.
+        every free layer. A prior on the input comes as one more layer.
         """
 
 

@@ -50,7 +50,7 @@ class Ran:
 @eqx.filter_jit
 def observe(problem: InferenceProblem, state: State) -> Observed:
     """The prediction errors, the energies of layers and the size of ∂F/∂x_l at a state."""
-    deep = stacked(problem)
+    deep = stacked(problem, state)
     if not isinstance(deep, StackedProblem):
         errors, energies = problem.observe(0.0, state)
         return errors, energies, layer_norms(problem.gradient(state))

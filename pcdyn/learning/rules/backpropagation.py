@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from pcdyn._support.states import step
 from pcdyn._support.types import State
 from pcdyn.errors import InputError
-from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input, check_steps
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
@@ -26,7 +26,8 @@ class Backpropagation(Rule):
         return "backpropagation"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Accept every problem."""
+        """Raise `InputError` for a latent input."""
+        check_clamped_input(self.name, problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
@@ -59,7 +60,8 @@ class FixedPrediction(Rule):
         return "fixed prediction assumption"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Accept every problem."""
+        """Raise `InputError` for a latent input."""
+        check_clamped_input(self.name, problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
@@ -105,7 +107,8 @@ class ZeroDivergence(Rule):
         return "Z-IL"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` for a hidden layer whose precision is not 1."""
+        """Raise `InputError` for a latent input, or a hidden layer whose precision is not 1."""
+        check_clamped_input(self.name, problem)
         for index in range(1, problem.network.depth):
             # At two errors: an energy that is not Gaussian can have the slope 1 at one of them.
             sizes = jnp.asarray([[1.0], [2.0]], problem.network.dtype)

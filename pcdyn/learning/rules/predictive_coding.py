@@ -44,6 +44,10 @@ def as_method(
 class PredictiveCoding(Rule):
     """The gradient `∂F/∂W_l = −(f'_l ∘ Π_l ε_l*) x*_{l−1}ᵀ` at the equilibrium of inference (Eq 2).
 
+    A latent input is inferred with the rest: F is minimised over it and the weights, which is EM
+    with a posterior at a point. Where nothing bounds the weights, they grow so that the prior costs
+    ever less.
+
     **Arguments:**
 
     - `method`: unless given `TruncatedGaussNewton`, which solves every sample to a relative
@@ -206,7 +210,9 @@ def _gradient_at(
 ) -> BatchGradient:
     """The gradient ∂F/∂(weights) at the activities of `state`."""
     activities = problem.activities(state)
-    deltas = problem.weighted_errors(problem.prediction_errors(activities), activities)
+    weighted = problem.weighted_errors(problem.prediction_errors(activities), activities)
+    # That of a prior credits no weights.
+    deltas = weighted[-problem.network.depth :]
     gradient = local_gradient(problem.network, activities, deltas)
     if residual is None:
         residual = _relative_residual(problem, state)
@@ -214,7 +220,7 @@ def _gradient_at(
 
 
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:
-    """‖∂F/∂x‖ over ‖Π ε‖ of the hidden layers, one of the two terms that cancel in ∂F/∂x."""
+    """‖∂F/∂x‖ over ‖Π ε‖ below the output, one of the two terms that cancel in ∂F/∂x."""
     slope = problem.gradient(state)
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
