@@ -58,14 +58,18 @@ from .model.flow import Flow as Flow
 from .model.network import Dense as Dense
 from .model.network import Network as Network
 from .model.network import mlp as mlp
+from .model.prior import Prior as Prior
 from .model.problem import InferenceProblem as InferenceProblem
 from .references import backpropagation as backpropagation
 from .references import feedforward as feedforward
+from .references import generate as generate
 from .references import linear as linear
 from .references import output_error as output_error
 from .references import target_propagation as target_propagation
 from .references.adjoint_condition import adjoint_condition as adjoint_condition
 from .references.linear import linear_equilibrium as linear_equilibrium
+from .references.posterior import Posterior as Posterior
+from .references.posterior import posterior as posterior
 from .simulation.simulate import simulate as simulate
 from .simulation.trajectory import Trajectory as Trajectory
 

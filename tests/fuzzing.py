@@ -117,6 +117,10 @@ class Things:
         return pcdyn.equilibrium(self.problem)
 
     @cached_property
+    def posterior(self) -> Any:
+        return pcdyn.posterior(self.linear_problem)
+
+    @cached_property
     def comparison(self) -> Any:
         return pcdyn.compare(["tsit5"], self.problem, t1=1.0, tolerances=[1e-3], repeats=1)
 
@@ -191,6 +195,7 @@ def odd_values() -> dict[str, Callable[[], Any]]:
         jax.random.key(1), jax.random.split(jax.random.key(1), 2), jax.random.PRNGKey(0),
         pcdyn.Gaussian, learning.PredictiveCoding, pcdyn.Dense, pcdyn.Trajectory,
         pcdyn.Gaussian(), pcdyn.Gaussian([1.0, 2.0]), pcdyn.CrossEntropy(), pcdyn.LogCosh(),
+        pcdyn.Prior(),
         pcdyn.Euler(dt=0.1), pcdyn.Exact(), pcdyn.SciPy("RK45"), pcdyn.Diffrax(),
         pcdyn.UntilEquilibrium(), diffrax.Tsit5(), diffrax.KenCarp3(), diffrax.Tsit5,
         diffrax.PIDController(1e-3, 1e-6), solvers.GaussNewton(), solvers.FixedPoint(),
@@ -240,11 +245,22 @@ def calls() -> dict[str, Call]:
             {"network": KNOWN.network, "input": INPUT, "output": OUTPUT},
         ),
         "Gaussian": lambda: (pcdyn.Gaussian, {}),
+        "Prior": lambda: (pcdyn.Prior, {}),
+        "generate": lambda: (
+            pcdyn.generate,
+            {"problem": pcdyn.InferenceProblem(KNOWN.network, input=INPUT), "key": KNOWN.key},
+        ),
         "CrossEntropy": lambda: (pcdyn.CrossEntropy, {}),
         "LogCosh": lambda: (pcdyn.LogCosh, {}),
         "PseudoHuber": lambda: (pcdyn.PseudoHuber, {}),
         "Student": lambda: (pcdyn.Student, {}),
         "Divisive": lambda: (pcdyn.Divisive, {}),
+        "Interaction": lambda: (pcdyn.energies.Interaction, {"function": jnp.subtract}),
+        "Posterior.sample": lambda: (KNOWN.posterior.sample, {"key": KNOWN.key}),
+        "Posterior.log_density": lambda: (
+            KNOWN.posterior.log_density,
+            {"state": KNOWN.posterior.mean},
+        ),
         "named_energy": lambda: (pcdyn.named_energy, {"name": "student"}),
         "Diffrax": lambda: (pcdyn.Diffrax, {}),
         "SciPy": lambda: (pcdyn.SciPy, {}),
@@ -374,6 +390,7 @@ def calls() -> dict[str, Call]:
                 "activities": list(KNOWN.equilibrium.activities),
             },
         ),
+        "posterior": lambda: (pcdyn.posterior, {"problem": KNOWN.linear_problem}),
         "spectrum": lambda: (linear.spectrum, {"problem": KNOWN.linear_problem}),
         "relaxation_times": lambda: (linear.relaxation_times, {"problem": KNOWN.linear_problem}),
         "output_covariance": lambda: (linear.output_covariance, {"problem": KNOWN.linear_problem}),

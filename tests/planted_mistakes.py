@@ -643,8 +643,8 @@ MISTAKES = (
     Mistake(
         "learning: Z-IL takes the errors of the layer below",
         "pcdyn/learning/rules/backpropagation.py",
-        "problem.weighted_error(index, errors[index - 1])",
-        "problem.weighted_error(index, errors[max(index - 2, 0)])",
+        "problem.weighted_error(index, errors[index - 1], now[index])",
+        "problem.weighted_error(index, errors[max(index - 2, 0)], now[index])",
         (
             "tests/limits/test_rules.py::test_zero_divergence_learning_is_backpropagation_layer_by_layer",
         ),

@@ -25,6 +25,7 @@ from pcdyn.io.results import load_problem
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.generalised import named_energy
 from pcdyn.model.network import Network, mlp
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 
 Settings = dict[str, Any]
@@ -64,6 +65,11 @@ def build_problem(settings: Settings) -> InferenceProblem:
     key = _key(settings)
     network = _new_network(settings, key, dtype) if saved is None else saved.network
     input, output = _clamped(settings, network, saved, key)
+    # A prior on file has no place where the input is clamped now.
+    prior = saved.prior if saved is not None and input is None else None
+    if "prior" in settings:
+        mean, precision = settings["prior"]
+        prior = Prior(mean, named_energy("gaussian", precision=_as_numbers(precision)))
     energy = None if saved is None else saved.energy
     if "energy" in settings:
         energy = _named_energy(settings["energy"], settings.get("precisions"))
@@ -78,6 +84,7 @@ def build_problem(settings: Settings) -> InferenceProblem:
         input=input,
         output=output,
         energy=energy,
+        prior=prior,
         time_constants=None if saved is None else saved.time_constants,
     )
 
@@ -197,6 +204,10 @@ def _is_integers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_integer(each) for each in value)
 
 
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
 def _is_precisions(value: object) -> bool:
     return _is_number(value) or (isinstance(value, list) and bool(value))
 
@@ -209,6 +220,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "bias": (_is_number, "a number"),
     "energy": (_is_text, "a name, or a name:parameter"),
     "precisions": (_is_precisions, "a number or a list"),
+    "prior": (_is_pair, "a list of two numbers, mean and precision"),
     "input": (_is_text, '"random", "free" or a file'),
     "output": (_is_text, '"random", "free" or a file'),
     "batch": (_is_integer, "an integer"),

@@ -87,6 +87,14 @@ class NetworkOptions:
             default="random",
         ),
     ] = None
+    prior: Annotated[
+        tuple[float, float] | None,
+        option(
+            "Gaussian prior on a free input: the mean and the precision of each of its units.",
+            metavar="MEAN PRECISION",
+            default="none",
+        ),
+    ] = None
     output: Annotated[
         str | None,
         option("What the output is clamped to, as the input.", metavar="DATA", default="random"),

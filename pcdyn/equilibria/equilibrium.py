@@ -54,7 +54,8 @@ class Equilibrium(LayerEnergies):
     if there is a batch, then units or layers.
 
     - `activities`: `activities[l]` is layer l = 0 … L, clamped layers included.
-    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L.
+    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L. With a prior on
+      the input that of layer 0 comes first, here, in `energies` and in `at_kink`.
     - `energies`: E_1 … E_L, shape `([batch,] L)`.
     - `residual_norms`: ‖∂F/∂x_l‖ of each free layer, shape `([batch,] free layers)`, computed
       again from the activities after the solver has ended.
@@ -338,6 +339,7 @@ def equilibrium(
     wanted = (1e-6 if problem.dtype == jnp.float64 else 1e-4) if given is None else given
     start = _start(problem, initial)
     batched, state = (problem, None) if start is None else _with_batch(problem, start)
+    batched = batched.with_prior_as_layer(state)
     if is_traced(problem, start):
         assert start is not None and state is not None, "left out for known values only"
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))

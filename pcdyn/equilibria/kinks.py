@@ -74,7 +74,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Arr
 
     def one(sample: InferenceProblem, state: State) -> tuple[State, Array]:
         activities = sample.activities(state)
-        errors = sample.prediction_errors(activities)
+        weighted = sample.weighted_errors(sample.prediction_errors(activities), activities)
         size = jnp.sqrt(dot(activities, activities))
         layers, ridge = list(problem.network.layers), jnp.asarray(False)
         for index in range(1, problem.network.depth + 1):
@@ -86,7 +86,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Arr
             left, right = _one_sided_slopes(layer, kinks)
             taken = jax.jvp(layer.activation, (z,), (jnp.ones_like(z),))[1]
             other = jnp.where(jnp.abs(taken - left) > jnp.abs(taken - right), left, right)
-            repels = (right - left) * sample.weighted_error(index, errors[index - 1]) > 0
+            repels = (right - left) * weighted[index - 1] > 0
             held = repels & (jnp.abs(z - kinks) <= _preactivation_round_off(layer, size, kinks))
             layers[index - 1] = _Held(layer, held, kinks, other)
             ridge = ridge | jnp.any(held)
@@ -267,8 +267,7 @@ def _local(
     smooth = eqx.tree_at(lambda p: p.network.layers, problem, tuple(layers))
     slope = smooth.gradient(state)
     hessian = free_energy_hessian(smooth, state).dense()
-    errors = smooth.prediction_errors(activities)
-    weighted = [problem.weighted_error(index, error) for index, error in enumerate(errors, start=1)]
+    weighted = problem.weighted_errors(smooth.prediction_errors(activities), activities)
     left, right, pull = (jnp.concatenate(parts) for parts in (lefts, rights, weighted))
     return (
         jnp.concatenate(slope), hessian, jnp.concatenate(gaps), _preactivation_rows(problem), pull,

@@ -50,7 +50,8 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
 
     for l, values in enumerate(equilibrium.activities):
         put(f"activity_{l}", values, (f"unit_{l}",), f"activity of layer {l}")
-    for l, values in enumerate(equilibrium.prediction_errors, start=1):
+    predicted = equilibrium.problem.predicted_layers
+    for l, values in zip(predicted, equilibrium.prediction_errors, strict=True):
         put(f"prediction_error_{l}", values, (f"unit_{l}",), f"prediction error of layer {l}")
     put("energy", equilibrium.energies, ("predicted_layer",), "energy of a layer")
     put("free_energy", equilibrium.free_energy, (), "free energy")
@@ -59,7 +60,7 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     put("tolerance", equilibrium.tolerance, ("free_layer",), "what that norm was to be")
     for l, values in zip(equilibrium.problem.free_layers, equilibrium.start, strict=True):
         put(f"start_{l}", values, (f"unit_{l}",), f"where the search began in layer {l}")
-    for l, values in enumerate(equilibrium.at_kink, start=1):
+    for l, values in zip(predicted, equilibrium.at_kink, strict=True):
         put(f"at_kink_{l}", values, (f"unit_{l}",), f"whether a unit of layer {l} is at a kink")
     put(
         "status",
@@ -72,7 +73,7 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
     put("iterations", equilibrium.iterations, (), "iterations of the last solver")
     put("passes", equilibrium.passes, (), "passes through the network")
     coordinates = {
-        "predicted_layer": np.arange(1, len(equilibrium.activities)),
+        "predicted_layer": np.array(predicted, dtype=int),
         "free_layer": np.array(equilibrium.problem.free_layers, dtype=int),
     }
     attributes = {
@@ -107,18 +108,18 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
     def values(name: str, *last: str, kind: str = "real numbers") -> Values:
         return named_values(dataset, name, *last, kind=kind, sample=sample)
 
-    layers = range(len(problem.network.widths))
+    layers, predicted = range(len(problem.network.widths)), problem.predicted_layers
     given = "given_tolerance" in dataset.attrs
     return Equilibrium(
         problem=problem,
         start=tuple(values(f"start_{l}", f"unit_{l}") for l in problem.free_layers),
         activities=tuple(values(f"activity_{l}", f"unit_{l}") for l in layers),
-        prediction_errors=tuple(values(f"prediction_error_{l}", f"unit_{l}") for l in layers[1:]),
+        prediction_errors=tuple(values(f"prediction_error_{l}", f"unit_{l}") for l in predicted),
         energies=values("energy", "predicted_layer"),
         residual_norms=values("residual_norm", "free_layer"),
         tolerance=values("tolerance", "free_layer"),
         status_codes=checked_codes(values("status", kind="integers"), EquilibriumStatus),
-        at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in layers[1:]),
+        at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in predicted),
         iterations=values("iterations", kind="integers"),
         passes=values("passes", kind="integers"),
         compile_seconds=number(dataset, "compile_seconds"),

@@ -22,6 +22,7 @@ from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.energies.energy import Energy, naming_layer
 from pcdyn.model.energies.generalised import arguments_of, named_energy
 from pcdyn.model.network import Dense, Network
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 
 
 def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
-    """Convert a problem to a labelled data set, l = 1 … L.
+    """Convert a problem to a labelled data set, l = 1 … L, and l = 0 for the energy of a prior.
 
     Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
-    for each layer l = 0 … L. The names of the activations are in the attribute `activations`; where
-    not all energies are Gaussian their names are in the attribute `energies`, and the parameters of
+    for each layer l = 0 … L; `prior_mean`, shape `(unit_0,)`, where there is a prior. The names of
+    the activations are in the attribute `activations`; where not all energies are Gaussian their
+    names are in the attribute `energies`, that of a prior in `prior_energy`, and the parameters of
     those that have one in the variables `energy_parameter_l`.
 
     **Raises:**
@@ -49,6 +51,17 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     variables: dict[str, Any] = {}
     names, energies = [], []
+
+    def put_energy(index: int) -> str:
+        """Its precision and its parameter, where it has them; returns its name."""
+        name, precision, parameter = arguments_of(problem.energy_of(index))
+        if parameter is not None:
+            variables[f"energy_parameter_{index}"] = ((), np.asarray(parameter))
+        if precision is not None:
+            dimensions = (f"unit_{index}", f"column_{index}")[: precision.ndim]
+            variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
+        return name
+
     for index, layer in enumerate(problem.network.layers, start=1):
         if not isinstance(layer, Dense):
             raise InputError(
@@ -60,13 +73,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         variables[f"weight_{index}"] = ((unit, f"unit_{index - 1}"), np.asarray(layer.weight))
         if layer.bias is not None:
             variables[f"bias_{index}"] = ((unit,), np.asarray(layer.bias))
-        energy, precision, parameter = arguments_of(problem.energy[index - 1])
-        energies.append(energy)
-        if parameter is not None:
-            variables[f"energy_parameter_{index}"] = ((), np.asarray(parameter))
-        if precision is not None:
-            dimensions = (unit, f"column_{index}")[: precision.ndim]
-            variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
+        energies.append(put_energy(index))
     ends = {"input": (problem.input, 0), "output": (problem.output, problem.network.depth)}
     for name, (data, index) in ends.items():
         if data is not None:
@@ -77,6 +84,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     attrs = {"activations": " ".join(names)}
     if set(energies) != {"gaussian"}:
         attrs["energies"] = " ".join(energies)
+    if problem.prior is not None:
+        variables["prior_mean"] = (("unit_0",), np.asarray(problem.prior.mean))
+        attrs["prior_energy"] = put_energy(0)
     return xarray.Dataset(variables, attrs=attrs)
 
 
@@ -138,11 +148,14 @@ def problem_from_xarray(
             return named_energy(kind, precision=precision(l), parameter=parameter)
 
     constants = values_if_any("time_constant", "layer")
+    mean = values_if_any("prior_mean", "unit_0")
+    of_prior = str(dataset.attrs.get("prior_energy", "gaussian"))
     return InferenceProblem(
         Network(layers),
         input=values_if_any("input", "unit_0", sample="optional"),
         output=values_if_any("output", f"unit_{len(names)}", sample="optional"),
         energy=[energy(l, kind) for l, kind in zip(indices, kinds, strict=True)],
+        prior=None if mean is None else Prior(mean, energy(0, of_prior)),
         time_constants=None if constants is None else list(constants),
     )
 

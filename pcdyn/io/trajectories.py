@@ -32,7 +32,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """Convert a trajectory to a labelled data set that shares its arrays.
 
     Dimensions: `time`; `sample` if there is a batch; `unit_l` of each layer l = 0 … L;
-    `predicted_layer` = 1 … L; `free_layer`.
+    `predicted_layer` = 1 … L, with a prior on the input 0 … L; `free_layer`.
 
     Variables:
 
@@ -75,6 +75,8 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         attributes = {"long_name": name, "units": units}
         return xarray.Variable((*in_time, *last), np.asarray(values), attributes)
 
+    predicted = range(len(trajectory.activities))[-len(trajectory.prediction_errors) :]
+
     def once(values: ArrayLike, **attributes: object) -> xarray.Variable:
         array = np.asarray(values)
         return xarray.Variable(samples if array.ndim else (), array, attributes)
@@ -88,7 +90,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             f"prediction_error_{index}": saved(
                 values, (f"unit_{index}",), f"prediction error of layer {index}"
             )
-            for index, values in enumerate(trajectory.prediction_errors, start=1)
+            for index, values in zip(predicted, trajectory.prediction_errors, strict=True)
         },
         "energy": saved(trajectory.energies, ("predicted_layer",), "energy of a layer"),
         "vector_field_norm": saved(
@@ -120,7 +122,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
             np.asarray(trajectory.times),
             {"long_name": "time", "units": TIME_UNITS},
         ),
-        "predicted_layer": np.arange(1, len(trajectory.activities)),
+        "predicted_layer": np.array(predicted, dtype=int),
         "free_layer": np.array(trajectory.free_layers, dtype=int),
     }
     attributes = {
@@ -167,18 +169,20 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
 
     predicted = named_values(dataset, "predicted_layer", "predicted_layer", kind="integers")
     free = named_values(dataset, "free_layer", "free_layer", kind="integers")
-    layers = len(predicted) + 1
+    # Layer 0 is predicted where there was a prior on the input.
+    first = int(0 in predicted)
+    layers = len(predicted) + 1 - first
     if layers < 2 or f"activity_{layers}" in variables:
         raise DataError(f"it has energies of {layers - 1} layers, but other activities")
-    if sorted(predicted) != list(range(1, layers)):
-        raise DataError(f"predicted_layer is {predicted} instead of 1 to {layers - 1}")
+    if sorted(predicted) != list(range(1 - first, layers)):
+        raise DataError(f"predicted_layer is {predicted} instead of {1 - first} to {layers - 1}")
     if len(set(free)) < len(free) or not set(free) <= set(range(layers)):
         raise DataError(f"free_layer is {free} in a network of layers 0 to {layers - 1}")
     return Trajectory(
         times=_checked_times(named_values(dataset, "time", "time", kind="real numbers")),
         activities=tuple(in_time(f"activity_{l}", f"unit_{l}") for l in range(layers)),
         prediction_errors=tuple(
-            in_time(f"prediction_error_{l}", f"unit_{l}") for l in range(1, layers)
+            in_time(f"prediction_error_{l}", f"unit_{l}") for l in sorted(predicted)
         ),
         energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
         vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],

@@ -18,6 +18,7 @@ from pcdyn.errors import InputError, LabelError, ShapeError
 from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 
 Evaluate = Callable[[Network], Mapping[str, ArrayLike]]
@@ -40,9 +41,12 @@ def number_of_seeds(key: object) -> int | None:
 
 
 def checked_data(
-    network: Network, inputs: Numbers, targets: Numbers, seeds: int | None
-) -> tuple[Array, Array]:
-    """Convert inputs and targets to arrays of the network's dtype, labels as one-hot rows."""
+    network: Network, inputs: Numbers | None, targets: Numbers, seeds: int | None
+) -> tuple[Array | None, Array]:
+    """Convert inputs and targets to arrays of the network's dtype, labels as one-hot rows.
+
+    Inputs stay `None` where they are latent.
+    """
     check_instance(network, "network", Network, "a pcdyn.Network")
     check_dtype(network.dtype, "dtype of the network")
     first = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
@@ -51,6 +55,8 @@ def checked_data(
             f"there are {seeds} keys, but the network is not a stack of {seeds} networks: build it "
             "with equinox.filter_vmap over the keys"
         )
+    if inputs is None:
+        return None, _checked_targets(targets, network)
     inputs = converted(as_float_array(inputs, "inputs"), network.dtype, "inputs")
     if inputs.ndim != 2 or inputs.shape[1] != network.widths[0]:
         raise ShapeError(
@@ -155,8 +161,9 @@ def _first_of(network: Network, seeds: int | None) -> Network:
 def check_rule(
     rule: Rule,
     network: Network,
-    data: tuple[Array, Array],
+    data: tuple[Array | None, Array],
     energy: tuple[Energy, ...],
+    prior: Prior | None,
     batch_size: int,
     seeds: int | None,
 ) -> None:
@@ -164,6 +171,5 @@ def check_rule(
     check_instance(rule, "rule", Rule, "a rule such as pcdyn.learning.PredictiveCoding()")
     network = _first_of(network, seeds)
     # All targets, for an energy may need more than finite ones.
-    InferenceProblem(network, input=data[0], output=data[1], energy=energy)
-    inputs, targets = data[0][:batch_size], data[1][:batch_size]
-    rule.check(InferenceProblem(network, input=inputs, output=targets, energy=energy))
+    problem = InferenceProblem(network, input=data[0], output=data[1], energy=energy, prior=prior)
+    rule.check(problem.with_data(*jax.tree.map(lambda x: x[:batch_size], data)))

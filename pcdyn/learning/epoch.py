@@ -17,6 +17,7 @@ from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.network import Network
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward
 
@@ -30,6 +31,7 @@ class TrainingSetup(eqx.Module):
     static: PyTree
     rule: Rule
     energy: tuple[Energy, ...]
+    prior: Prior | None
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     mean: bool = eqx.field(static=True)
@@ -61,7 +63,7 @@ def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: in
 def run_epoch(
     setup: TrainingSetup,
     state: PyTree,
-    data: tuple[Array, Array],
+    data: tuple[Array | None, Array],
     key: Key[Array, "..."],
     epoch: Array,
     seeds: int | None,
@@ -69,23 +71,29 @@ def run_epoch(
     """Learn for an epoch: the state after it, and the records of its batches."""
 
     def one(state: PyTree, key: PRNGKeyArray) -> tuple[PyTree, dict[str, Array]]:
-        rows = batches_of(key, epoch, len(data[0]), setup.batch_size)
-        return jax.lax.scan(lambda s, r: _batch(setup, s, data[0][r], data[1][r]), state, rows)
+        rows = batches_of(key, epoch, len(data[1]), setup.batch_size)
+
+        def batch(state: PyTree, rows: Array) -> tuple[PyTree, dict[str, Array]]:
+            return _batch(setup, state, *jax.tree.map(lambda x: x[rows], data))
+
+        return jax.lax.scan(batch, state, rows)
 
     return for_each(seeds, one)(state, key)
 
 
 def _batch(
-    setup: TrainingSetup, state: PyTree, inputs: Array, targets: Array
+    setup: TrainingSetup, state: PyTree, inputs: Array | None, targets: Array
 ) -> tuple[PyTree, dict[str, Array]]:
     """Learn from one batch."""
     weights, optimiser_state, rule_state = state
     network = eqx.combine(weights, setup.static)
-    problem = InferenceProblem(network, input=inputs, output=targets, energy=setup.energy)
+    problem = InferenceProblem(
+        network, input=inputs, output=targets, energy=setup.energy, prior=setup.prior
+    )
     learned, rule_state = setup.rule.learn(problem, rule_state)
     gradient = eqx.filter(learned.gradient, eqx.is_inexact_array)
     if setup.mean:
-        gradient = jax.tree.map(lambda g: g / len(inputs), gradient)
+        gradient = jax.tree.map(lambda g: g / len(targets), gradient)
     updates, optimiser_state = setup.optimiser.update(gradient, optimiser_state, weights)
     record = _record(setup, problem, targets, learned)
     return (optax.apply_updates(weights, updates), optimiser_state, rule_state), record
@@ -95,11 +103,18 @@ def _record(
     setup: TrainingSetup, problem: InferenceProblem, targets: Array, learned: BatchGradient
 ) -> dict[str, Array]:
     """What is recorded of a batch; what the rule has computed already is not computed again."""
-    network, outputs = problem.network, feedforward(problem)[-1]
-    energies = problem.energies_of(problem.prediction_errors(learned.activities))
+    network = problem.network
+    energies = problem.energies_of(
+        problem.prediction_errors(learned.activities), learned.activities
+    )
+    if problem.input is None:
+        before = {"loss": jnp.mean(energies[:, -1])}
+    else:
+        outputs = feedforward(problem)[-1]
+        loss = problem.layer_energy(network.depth, problem.output_error(outputs))
+        before = {"loss": jnp.mean(loss), "accuracy": accuracy(outputs, targets)}
     record = {
-        "loss": jnp.mean(problem.layer_energy(network.depth, problem.output_error(outputs))),
-        "accuracy": accuracy(outputs, targets),
+        **before,
         "free_energy": jnp.mean(jnp.sum(energies, axis=-1)),
         "output_loss": jnp.mean(energies[:, -1]),
         "residual_energy": jnp.mean(jnp.sum(energies[:, :-1], axis=-1)),

@@ -22,6 +22,7 @@ from pcdyn._support.files import check_writable
 from pcdyn._support.types import Numbers
 from pcdyn.errors import (
     CheckpointError,
+    InputError,
     ShapeError,
     TrainingDivergedError,
 )
@@ -46,6 +47,7 @@ from pcdyn.learning.epoch import (
 from pcdyn.learning.rules.base import Rule
 from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, one_per_prediction
 from pcdyn.model.network import Network
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import feedforward
 
@@ -64,7 +66,8 @@ class Training(eqx.Module):
     - `history`: what was recorded for each batch, shape `([seeds,] epochs, batches)`, means over
       the batch:
       `loss`, ℒ of the feedforward pass, and `accuracy`, the share of samples whose largest output
-      is that of the target;
+      is that of the target (of latent inputs there is no pass: `loss` is then ℒ after inference,
+      and `accuracy` is not there);
       `free_energy`, `output_loss` and `residual_energy` after inference;
       `median_residual` and `largest_residual` of inference, relative, and `unsettled`, the share
       of samples with a residual above .3;
@@ -124,7 +127,7 @@ class Training(eqx.Module):
 
 def train(
     network: Network,
-    inputs: Numbers,
+    inputs: Numbers | None,
     targets: Numbers,
     *,
     rule: Rule,
@@ -133,6 +136,7 @@ def train(
     batch_size: int,
     key: Key[Array, "..."],
     energy: Energy | Sequence[Energy] | None = None,
+    prior: Prior | None = None,
     reduction: Reduction = "mean",
     evaluate: Evaluate | None = None,
     compare: bool = False,
@@ -146,7 +150,8 @@ def train(
 
     - `network`: one, or for several seeds at once a stack of networks, as
       `equinox.filter_vmap(lambda k: pcdyn.mlp(…, key=k))(keys)` makes it, with as many keys.
-    - `inputs`: shape `(n, n_0)`.
+    - `inputs`: shape `(n, n_0)`; `None` where they are latent: each x_0 is then inferred with a
+      `prior`, and the network learns to generate its targets, without supervision.
     - `targets`: shape `(n, n_L)`, or `(n,)` integer labels, which become one-hot.
     - `rule`: such as `pcdyn.learning.PredictiveCoding()`.
     - `optimiser`: any of optax that needs no more than gradient and weights.
@@ -155,6 +160,7 @@ def train(
       not fill a last batch are dropped.
     - `key`: of the order, and of what the rule draws; `(seeds,)` keys for a stack of networks.
     - `energy`: as for `pcdyn.InferenceProblem`.
+    - `prior`: on latent inputs, a `pcdyn.Prior`, which is not learned.
     - `reduction`: the gradient that the optimiser sees is the `"mean"` or the `"sum"` over the
       batch. Inference is the same: energies are per sample.
     - `evaluate`: a function of the network that returns a dictionary of arrays, called before
@@ -179,19 +185,21 @@ def train(
     check_energy(energy, "energy")
     for name, value in (("compare", compare), ("progress", progress)):
         check_flag(value, name)
+    _check_prior(inputs, prior, compare=compare)
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
     seeds = number_of_seeds(key)
     data = checked_data(network, inputs, targets, seeds)
     epochs, batch_size, checkpoint_every = checked_numbers(
-        epochs, batch_size, checkpoint_every, len(data[0])
+        epochs, batch_size, checkpoint_every, len(data[1])
     )
     check_choice(reduction, "reduction", ("sum", "mean"))
     energy = one_per_prediction(energy, network.depth)
-    check_rule(rule, network, data, energy, batch_size, seeds)
+    check_rule(rule, network, data, energy, prior, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
     check_optimiser(optimiser, weights)
-    setup = TrainingSetup(static, rule, energy, optimiser, batch_size, reduction == "mean", compare)
+    mean = reduction == "mean"
+    setup = TrainingSetup(static, rule, energy, prior, optimiser, batch_size, mean, compare)
     state = for_each(seeds, lambda w, k: first_state(setup, w, k))(weights, key)
     current = _Progress(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
@@ -202,6 +210,7 @@ def train(
             _computations(setup, state, data, key, seeds),
             network=(weights, static), rule=rule, energy=energy, data=data, key=key,
             batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
+            **({} if prior is None else {"prior": prior}),
         )  # fmt: skip
         current.resume(path, configuration, epochs)
     if evaluate is not None:
@@ -214,7 +223,7 @@ def train(
             current.history.append({name: np.asarray(values) for name, values in record.items()})
             problem = _divergence(current.history[-1], new)
             if problem is not None:
-                what = _describe(problem, setup, key, epoch, len(data[0]))
+                what = _describe(problem, setup, key, epoch, len(data[1]))
                 raise TrainingDivergedError(f"{rule.name}: {what}", current.training(setup))
             current.state = new
             current.evaluations.append(_evaluate(evaluate, setup, new, seeds))
@@ -225,10 +234,22 @@ def train(
     return current.training(setup)
 
 
+def _check_prior(inputs: Numbers | None, prior: Prior | None, *, compare: bool) -> None:
+    """Raise `InputError` unless there are either inputs or a prior on them."""
+    if inputs is not None and prior is not None:
+        raise InputError("a prior on given inputs would be ignored: leave either out")
+    if inputs is None and prior is None:
+        raise InputError(
+            "without inputs each x_0 is inferred: give a prior on it, such as prior=pcdyn.Prior()"
+        )
+    if inputs is None and compare:
+        raise InputError("compare=True needs inputs: of latent ones there is no gradient of BP")
+
+
 def _computations(
     setup: TrainingSetup,
     state: PyTree,
-    data: tuple[Array, Array],
+    data: tuple[Array | None, Array],
     key: Key[Array, "..."],
     seeds: int | None,
 ) -> dict[str, str]:

@@ -23,12 +23,13 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
     Layers that are not neighbours do not meet in any prediction error, so that it is block
     tridiagonal for any network and energy.
     """
+    problem = problem.with_prior_as_layer(state)
     depth, activities = problem.network.depth, problem.activities(state)
 
     def pair_energy(index: int, below: Values, here: Values) -> Array:
         """E_l as a function of x_{l−1} and x_l."""
         error = here - problem.network.predict(index, below)
-        return problem.layer_energy(index, error)
+        return problem.layer_energy(index, error, here)
 
     def own_energy(index: int, here: Values) -> Array:
         """The energies in which x_l appears, as a function of it."""

@@ -31,9 +31,10 @@ def smallest_precision(problem: Flow) -> Float[Array, ""]:
             for run in problem.runs
         ]
     elif isinstance(problem, InferenceProblem):
+        widths, dtype = problem.network.widths, problem.dtype
         each = [
-            _smallest(energy, problem.network.widths[i], problem.target_of(i), problem.dtype)
-            for i, energy in enumerate(problem.energy, start=1)
+            _smallest(problem.energy_of(i), widths[i], problem.target_of(i), dtype)
+            for i in problem.predicted_layers
         ]
     else:
         return jnp.asarray(jnp.inf, problem.dtype)
@@ -67,7 +68,7 @@ def gradient_scale(problem: InferenceProblem, state: State) -> Float[Array, "*ba
     times the smallest precision: where precisions differ much, the large ones dominate the gradient
     at the start, and beside it that of the slow directions would be small before it has moved.
     """
-    deep = stacked(problem)
+    deep = stacked(problem, state)
     if isinstance(deep, StackedProblem):
         together = deep.pack(state)
         field = jnp.max(deep.norms(deep.gradient(together)), axis=-1)
@@ -86,8 +87,9 @@ def resting_tolerance(
     Where the gradient at the start is no more than its round-off, the start is at rest, and the
     tolerance is that round-off.
     """
+    problem = problem.with_prior_as_layer(start)
     norms, sizes = layer_norms(problem.gradient(start)), _error_sizes(problem, start)
-    weighted = [problem.weighted_error(i, size) for i, size in enumerate(sizes, start=1)]
+    weighted = problem.weighted_errors(sizes, problem.activities(start))
     terms = jnp.stack([jnp.linalg.norm(x, axis=-1) for x in weighted], axis=-1)
     none = jnp.zeros_like(terms[..., :1])
     # The gradient of layer l has the terms of its own error and of the one above.
@@ -106,17 +108,14 @@ def gradient_round_off(problem: InferenceProblem, state: State) -> Float[Array, 
     gradient, with the signs drawn at random a few times (root mean square), times the places within
     which a solver's last step is taken to change nothing: of the order of eps · Σ |terms|.
     """
+    problem = problem.with_prior_as_layer(state)
     sizes, eps = _error_sizes(problem, state), float(jnp.finfo(problem.dtype).eps)
-    energies = range(1, problem.network.depth + 1)
 
     def slope(state: State, offsets: State) -> State:
         def total(state: State) -> Array:
-            errors = problem.prediction_errors(problem.activities(state))
-            each = [
-                jnp.sum(problem.layer_energy(i, error + offset))
-                for i, error, offset in zip(energies, errors, offsets, strict=True)
-            ]
-            return sum(each, start=jnp.zeros((), problem.dtype))
+            activities = problem.activities(state)
+            errors = jax.tree.map(jnp.add, problem.prediction_errors(activities), offsets)
+            return jnp.sum(problem.energies_of(errors, activities))
 
         return jax.grad(total)(state)
 

@@ -26,16 +26,18 @@ def is_linear(network: Network) -> bool:
 
 def has_linear_flow(problem: InferenceProblem) -> bool:
     """Whether the network is linear and every energy quadratic, so that there are closed forms."""
-    quadratic = all(energy.quadratic_form is not None for energy in problem.energy)
+    energies = map(problem.energy_of, problem.predicted_layers)
+    quadratic = all(energy.quadratic_form is not None for energy in energies)
     return quadratic and is_linear(problem.network)
 
 
 def precisions_of(
     problem: InferenceProblem, needed_by: str, *, error: type[InputError] = InputError
 ) -> tuple[Precision, ...]:
-    """Π_1 … Π_L of a problem whose energies are all ½ εᵀ Π ε; raises `error` for others."""
+    """Π_l of the predicted layers if all energies are ½ εᵀ Π ε; raises `error` for others."""
     found = []
-    for index, energy in enumerate(problem.energy, start=1):
+    for index in problem.predicted_layers:
+        energy = problem.energy_of(index)
         precision = energy.quadratic_form
         if precision is None:
             raise error(
@@ -47,9 +49,11 @@ def precisions_of(
 
 
 def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], tuple[Precision, ...]]:
-    """The layers and the precisions of a linear network; raises `NotLinearError` for others."""
+    """The layers and the precisions of a linear network; raises `NotLinearError` for others.
+
+    They are those of `problem.with_prior_as_layer()`.
+    """
     check_problem(problem)
-    layers = []
     for index, layer in enumerate(problem.network.layers, start=1):
         if not isinstance(layer, Dense):
             raise NotLinearError(
@@ -60,13 +64,14 @@ def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], tuple[Pr
                 f"layer {index} has the activation {layer.activation.name!r}; closed forms exist "
                 'for "identity" only: integrate the flow with pcdyn.simulate instead'
             )
-        layers.append(layer)
-    return tuple(layers), precisions_of(problem, "closed forms need", error=NotLinearError)
+    precisions = precisions_of(problem, "closed forms need", error=NotLinearError)
+    return problem.with_prior_as_layer().network.layers, precisions
 
 
 def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
     """The blocks of A: for each row l = 1 … L, those of the free layers among l − 1 and l."""
     layers, precisions = linear_parts(problem)
+    problem = problem.with_prior_as_layer()
     rows = []
     for index, (layer, precision) in enumerate(zip(layers, precisions, strict=True), start=1):
         row = {}
@@ -81,6 +86,7 @@ def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
 
 def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
     """A as one matrix: all predicted units by all free ones."""
+    problem = problem.with_prior_as_layer()
     widths, dtype = problem.network.widths, problem.network.dtype
     return jnp.concatenate(
         [
@@ -102,6 +108,7 @@ def error_factor(problem: InferenceProblem) -> tuple[BlockCholesky, Float[Array,
     A pivot is scaled by the norm of its column of A: it is the sine of the angle between the
     column and those before it. O(Σ n³), layer after layer.
     """
+    problem = problem.with_prior_as_layer()
     widths, depth = problem.network.widths, problem.network.depth
     blocks = error_blocks(problem)
     factors, couplings, pivots = [], [], []

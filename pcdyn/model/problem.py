@@ -34,7 +34,8 @@ from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.flow import Flow
-from pcdyn.model.network import Network
+from pcdyn.model.network import Dense, Network
+from pcdyn.model.prior import Prior
 
 # Some flow of inference, of which the same kind comes back.
 _Flow = TypeVar("_Flow", bound="InferenceFlow")
@@ -87,8 +88,9 @@ class InferenceProblem(InferenceFlow):
     The *state* is the tuple of free layers from the input to the output, each `(n_l,)` or
     `(batch, n_l)`; *activities* are all layers x_0 … x_L, clamped ones included. The dtype of the
     network's weights is the dtype of everything: data are converted to it. With the input free
-    there is no prediction of x_0 and no prior on it. The flow is −∂F/∂x by automatic
-    differentiation of the energy (docs/maths.md: Eq 1; Eqs 6 and 30–33 have the sign
+    there is no prediction of x_0 unless a prior is given, whose mean then is that prediction: the
+    prediction errors are ε_0 … ε_L instead of ε_1 … ε_L, the energies E_0 … E_L. The flow is −∂F/∂x
+    by automatic differentiation of the energy (docs/maths.md: Eq 1; Eqs 6 and 30–33 have the sign
     reversed).
 
     **Arguments:**
@@ -101,20 +103,22 @@ class InferenceProblem(InferenceFlow):
     - `energy`: from prediction errors to energies, one for all predictions or a list with one for
       each l = 1 … L; `pcdyn.Gaussian` with unit precision unless given. The attribute is the tuple
       of L energies.
+    - `prior`: on a free input, a `pcdyn.Prior`; none unless given.
     - `time_constants`: one positive number τ_l for each layer l = 0 … L (those of clamped layers
       play no part); 1 unless given. Time is in units of the activity time constant.
 
     **Raises:**
 
     - `ShapeError`, `DtypeError` or `NonFiniteError` for data that do not fit.
-    - `InputError` for what is no energy or does not fit, time constants that are not positive, and
-      a network without hidden layers of which both ends are clamped.
+    - `InputError` for what is no energy or does not fit, time constants that are not positive, a
+      prior on a clamped input, and a network without hidden layers of which both ends are clamped.
     """
 
     network: Network
     input: Float[Array, "*batch n_0"] | None
     output: Float[Array, "*batch n_L"] | None
     energy: tuple[Energy, ...]
+    prior: Prior | None
     time_constants: tuple[Float[Array, ""], ...]
     first_prediction: Float[Array, "*batch n_1"] | None
 
@@ -125,6 +129,7 @@ class InferenceProblem(InferenceFlow):
         input: Numbers | None = None,
         output: Numbers | None = None,
         energy: Energy | Sequence[Energy] | None = None,
+        prior: Prior | None = None,
         time_constants: Sequence[Numbers] | None = None,
     ):
         check_instance(network, "network", Network, "a pcdyn.Network")
@@ -138,6 +143,7 @@ class InferenceProblem(InferenceFlow):
         for index, each in enumerate(self.energy, start=1):
             with naming_layer(index):
                 each.check(network.widths[index], self.target_of(index))
+        self.prior = None if prior is None else _checked_prior(prior, self.input, network)
         self.time_constants = _checked_time_constants(time_constants, network)
         self.first_prediction = None
         if not self.free_layers:
@@ -156,6 +162,11 @@ class InferenceProblem(InferenceFlow):
         depth = self.network.depth
         clamped = {0: self.input is not None, depth: self.output is not None}
         return tuple(l for l in range(depth + 1) if not clamped.get(l, False))
+
+    @property
+    def predicted_layers(self) -> tuple[int, ...]:
+        """Indices l of the layers with a prediction: 1 … L, and 0 if there is a prior."""
+        return tuple(range(0 if self.prior is not None else 1, self.network.depth + 1))
 
     @property
     def batch_shape(self) -> tuple[int, ...] | None:
@@ -195,6 +206,30 @@ class InferenceProblem(InferenceFlow):
         first = self.network.predict(1, self.input)
         return eqx.tree_at(lambda p: p.first_prediction, self, first, is_leaf=lambda x: x is None)
 
+    def with_prior_as_layer(self, state: State | None = None) -> InferenceProblem:
+        """Return the same problem with its prior as one more layer, above a clamped input.
+
+        That layer has the prior's mean as its bias and no weights. State, F and flow are the same,
+        layer l is layer l + 1, and both ends are clamped if the output is. Without a prior it is
+        the problem itself.
+
+        **Arguments:**
+
+        - `state`: whose batch size the clamped input gets, needed where the output is free.
+        """
+        if self.prior is None:
+            return self
+        batch = state[0].shape[:-1] if state is not None else self.batch_shape or ()
+        mean = self.prior.mean
+        first = Dense(jnp.zeros((len(mean), 1), self.dtype), mean)
+        return InferenceProblem(
+            Network((first, *self.network.layers)),
+            input=jnp.zeros((*batch, 1), self.dtype),
+            output=self.output,
+            energy=(self.prior.energy, *self.energy),
+            time_constants=(jnp.ones((), self.dtype), *self.time_constants),
+        )
+
     def activities(self, state: State) -> Activities:
         """Return all layers x_0 … x_L: free ones from `state`, clamped ones from the data."""
         free = iter(state)
@@ -209,8 +244,13 @@ class InferenceProblem(InferenceFlow):
         return tuple(layers)
 
     def prediction_errors(self, activities: Activities) -> Activities:
-        """Compute ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes."""
+        """Compute ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes.
+
+        With a prior ε_0 = x_0 − m comes before them.
+        """
         errors = []
+        if self.prior is not None:
+            errors.append(activities[0] - jnp.broadcast_to(self.prior.mean, activities[0].shape))
         for index in range(1, self.network.depth + 1):
             if index == 1 and self.first_prediction is not None:
                 prediction = self.first_prediction
@@ -220,33 +260,61 @@ class InferenceProblem(InferenceFlow):
         return tuple(errors)
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
-        """Compute the prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L."""
-        errors = self.prediction_errors(self.activities(state))
-        return errors, self.energies_of(errors)
+        """Compute the prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L.
+
+        With a prior those of layer 0 come first, here as in all that follows.
+        """
+        activities = self.activities(state)
+        errors = self.prediction_errors(activities)
+        return errors, self.energies_of(errors, activities)
 
     def layer_energies(self, state: State) -> Float[Array, "*batch L"]:
         """Compute the energies E_1 … E_L of each sample, on the last axis."""
-        return self.energies_of(self.prediction_errors(self.activities(state)))
+        return self.observe(0.0, state)[1]
 
-    def energies_of(self, errors: Sequence[Array]) -> Float[Array, "*batch L"]:
-        """Compute E_1 … E_L on the last axis, from the prediction errors ε_1 … ε_L."""
-        energies = [self.layer_energy(i, e) for i, e in enumerate(errors, start=1)]
+    def energies_of(
+        self, errors: Sequence[Array], activities: Sequence[Array]
+    ) -> Float[Array, "*batch L"]:
+        """Compute E_1 … E_L on the last axis, from ε_1 … ε_L and x_0 … x_L."""
+        each = zip(self.predicted_layers, errors, strict=True)
+        energies = [self.layer_energy(i, e, activities[i]) for i, e in each]
         return jnp.stack(energies, axis=-1)
 
-    def layer_energy(self, index: int, error: Array) -> Array:
-        """Compute E_l of layer l = `index` for its prediction error, per sample."""
-        return self.energy[index - 1].value(error, self.target_of(index))
+    def energy_of(self, index: int) -> Energy:
+        """Return the energy of layer l = `index`, that of the prior for 0."""
+        if index > 0:
+            return self.energy[index - 1]
+        if self.prior is None:
+            raise InputError("layer 0 has no energy: there is no prior on the input")
+        return self.prior.energy
 
-    def weighted_error(self, index: int, error: Array) -> Array:
-        """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian."""
-        return self.energy[index - 1].gradient(error, self.target_of(index))
+    def layer_energy(self, index: int, error: Array, activity: Array | None = None) -> Array:
+        """Compute E_l of layer l = `index` for its prediction error, per sample.
+
+        `activity`, x_l, is for energies that depend on more than the error.
+        """
+        target = self.target_of(index) if activity is None else activity
+        return self.energy_of(index).value(error, target)
+
+    def weighted_error(self, index: int, error: Array, activity: Array | None = None) -> Array:
+        """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian.
+
+        It is −∂E_l/∂μ_l. `activity`, x_l, is for energies that depend on more than the error.
+        """
+        target = self.target_of(index) if activity is None else activity
+        return self.energy_of(index).gradient(error, target)
+
+    def weighted_errors(self, errors: Sequence[Array], activities: Sequence[Array]) -> list[Array]:
+        """Compute ∂E_1/∂ε_1 … ∂E_L/∂ε_L from ε_1 … ε_L and x_0 … x_L, or the first of them."""
+        each = zip(self.predicted_layers, errors, strict=False)
+        return [self.weighted_error(i, e, activities[i]) for i, e in each]
 
     def curvature(self, index: int, error: Array) -> Precision | None:
         """Return the precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
 
         Π_l where the energy is Gaussian, `None` where it is not known.
         """
-        return self.energy[index - 1].curvature(error, self.target_of(index))
+        return self.energy_of(index).curvature(error, self.target_of(index))
 
     def output_error(self, prediction: Array) -> Array:
         """Subtract a prediction from the target, T − μ_L; `InputError` if the output is free."""
@@ -281,12 +349,17 @@ class InferenceProblem(InferenceFlow):
     def feedforward_state(self, input: Numbers | None = None) -> State:
         """Return the state of a feedforward pass from the clamped input, or from the one given.
 
+        With a prior on a free input it is the pass from the prior's mean.
+
         **Raises:**
 
-        - `InputError` if the input is free and none is given.
+        - `InputError` if the input is free without a prior, and none is given.
         """
         if input is not None:
             x = _clamped_layer(input, "input", self.network.widths[0], self.network.dtype)
+        elif self.prior is not None:
+            mean = self.prior.mean
+            x = jnp.broadcast_to(mean, (*(self.batch_shape or ()), *mean.shape))
         else:
             x = self.input
         if x is None:
@@ -410,6 +483,25 @@ def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: np.dtype
     if array.shape[0] == 0:
         raise ShapeError(f"{name} has an empty batch")
     return converted(array, dtype, name)
+
+
+def _checked_prior(prior: Prior, input: Array | None, network: Network) -> Prior:
+    """The prior with one mean for each unit, all in the dtype of the network."""
+    check_instance(prior, "prior", Prior, "a pcdyn.Prior")
+    if input is not None:
+        raise InputError(
+            "a prior on a clamped input would be ignored: leave the input free, or the prior out"
+        )
+    width, mean = network.widths[0], converted(prior.mean, network.dtype, "mean of the prior")
+    if mean.shape not in ((), (width,)):
+        raise ShapeError(
+            f"the mean of the prior has shape {mean.shape}, but the input has {width} units: give "
+            f"a number or ({width},)"
+        )
+    with naming_layer(0):
+        energy, *_ = in_dtype(prior.energy.per_prediction(1), network.dtype)
+        energy.check(width, None)
+    return Prior(jnp.broadcast_to(mean, (width,)), energy)
 
 
 def _check_same_batch(input: Array, output: Array) -> None:

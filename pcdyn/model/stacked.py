@@ -40,7 +40,6 @@ class Run(eqx.Module):
         lower: Float[Array, "*batch length below"],
         here: Float[Array, "*batch length n"],
         prediction: Float[Array, "*batch n"] | None,
-        target: Float[Array, "*batch n"] | None,
     ) -> tuple[Float[Array, "*batch length n"], Float[Array, "*batch length"]]:
         """Prediction errors and energies from activities `(*batch, length, n)` below and here."""
         arrays, static = eqx.partition((self.layer, self.energy), eqx.is_array)
@@ -50,7 +49,7 @@ class Run(eqx.Module):
             mine, (below, x) = now
             layer, energy = eqx.combine(mine, static)
             error = x - (apply_layer(layer, below) if prediction is None else prediction)
-            return None, (error, energy.value(error, target))
+            return None, (error, energy.value(error, x))
 
         if self.length == 1:
             now = jax.tree.map(lambda x: x[0], (arrays, by_layer))
@@ -143,7 +142,6 @@ class StackedProblem(InferenceFlow):
                 layers(run.first - 1, run.length),
                 layers(run.first, run.length),
                 self.first_prediction if run.first == 1 else None,
-                self.target_of(run),
             )
             errors.append(found[0].reshape(*found[0].shape[:-2], -1))
             energies.append(found[1])
@@ -170,13 +168,17 @@ class StackedProblem(InferenceFlow):
         return _norms(errors[0], self.widths[1:])
 
 
-def stacked(problem: Flow) -> Flow:
-    """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself."""
+def stacked(problem: Flow, state: State | None = None) -> Flow:
+    """The same problem as a `StackedProblem` if it is deep; otherwise the problem itself.
+
+    `state` is for `InferenceProblem.with_prior_as_layer`.
+    """
     if not isinstance(problem, InferenceProblem):
         return problem
-    network, depth = problem.network, problem.network.depth
-    if depth <= MOST_WRITTEN_OUT:
+    if problem.network.depth <= MOST_WRITTEN_OUT:
         return problem
+    problem = problem.with_prior_as_layer(state)
+    network, depth = problem.network, problem.network.depth
     # The first prediction is constant, and the output has a target: they stand alone.
     alone = {1 if problem.input is not None else 0, depth if problem.output is not None else 0}
     each = list(enumerate(zip(network.layers, problem.energy, strict=True), start=1))

@@ -9,12 +9,14 @@ from pcdyn.references.algorithms import (
     local_gradient,
     target_propagation,
 )
+from pcdyn.references.generation import generate
 
 __all__ = [
     "BackpropagationPass",
     "TargetPropagationPass",
     "backpropagation",
     "feedforward",
+    "generate",
     "linear",
     "local_gradient",
     "output_error",

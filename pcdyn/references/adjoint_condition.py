@@ -21,14 +21,12 @@ from pcdyn._support.checks import as_sequence, check_callable, check_instance, c
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers
 from pcdyn.errors import ShapeError, ToleranceError
+from pcdyn.model.energies.generalised import check_interaction
 from pcdyn.model.network import Network
-
-# From a layer's activities and what the layer below predicts for them to g.
-Interaction = Callable[[Array, Array], Array]
 
 
 def difference(here: Array, prediction: Array) -> Array:
-    """`g = x_l − μ_l`, the prediction error: the interaction of every energy of pcdyn."""
+    """`g = x_l − μ_l`, the prediction error: the interaction of most energies of pcdyn."""
     return here - prediction
 
 
@@ -65,7 +63,7 @@ def adjoint_condition(
     network: Network,
     activities: Sequence[Numbers],
     *,
-    interaction: Interaction = difference,
+    interaction: Callable[[Array, Array], Array] = difference,
     tolerance: float | None = None,
 ) -> AdjointCondition:
     """Test at some activities, by autodiff, whether energies h(g(x_l, μ_l(x_{l−1}))) obey Eq 51.
@@ -102,7 +100,7 @@ def adjoint_condition(
         )
 
     for index in range(1, network.depth + 1):
-        _check_interaction(interaction, index, layers[index])
+        check_interaction(interaction, layers[index], f" of layer {index}")
 
     def residual(index: int) -> Array:
         below, here, above = layers[index - 1 : index + 2]
@@ -116,21 +114,3 @@ def adjoint_condition(
     if tolerance is None:
         tolerance = 1e3 * float(jnp.finfo(network.dtype).eps)
     return AdjointCondition(residuals, tolerance)
-
-
-def _check_interaction(interaction: Interaction, index: int, layer: Array) -> None:
-    """Raise `ShapeError` unless g of a layer and its prediction is shaped like the layer."""
-    try:
-        found = jax.eval_shape(interaction, layer, layer)
-    # What a function of the user does with arrays is its own affair.
-    except Exception as error:
-        raise ShapeError(
-            f"the interaction cannot take x_l and μ_l of layer {index}, of shape {layer.shape}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != layer.shape:
-        shape = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
-        raise ShapeError(
-            f"the interaction of layer {index} must map x_l and μ_l, of shape {layer.shape}, to an "
-            f"array of that shape, one entry per unit, but gives {shape}"
-        )

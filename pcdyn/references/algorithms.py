@@ -36,7 +36,10 @@ def feedforward(problem: InferenceProblem) -> Activities:
     """
     check_problem(problem)
     if problem.input is None:
-        raise InputError("a feedforward pass needs a clamped input; this problem's input is free")
+        raise InputError(
+            "a feedforward pass needs a clamped input; this problem's input is free (that from the "
+            "mean of a prior is problem.feedforward_state())"
+        )
     return problem.network.feedforward(problem.input)
 
 

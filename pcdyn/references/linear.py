@@ -38,13 +38,14 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     """Compute H = ∂²F/∂y², the same for every sample and every state of a linear network.
 
     `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
-    lacks Π_0, a free output the second term.
+    without a prior lacks Π_0, a free output the second term.
 
     **Raises:**
 
     - `NotLinearError` for other networks and energies.
     """
     layers, precisions = linear_parts(problem)
+    problem = problem.with_prior_as_layer()
     jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
     return gauss_newton_hessian(problem, precisions, jacobians)
 
@@ -91,14 +92,14 @@ def linear_equilibrium(
 ) -> Activities:
     """Compute the equilibrium activities x_0* … x_L* of a linear network, clamped ones included.
 
-    With the input clamped there is always one equilibrium, at any ratio of precisions. It has
-    derivatives of any order, by the implicit function theorem.
+    With the input clamped, or a prior on it, there is always one equilibrium, at any ratio of
+    precisions. It has derivatives of any order, by the implicit function theorem.
 
     **Arguments:**
 
     - `method`: either `"cholesky"` (H⁻¹b with the block Cholesky factor of H, which comes from QR
-      factorisations of its square root; any clamps) or `"output_space"` (both ends clamped; solves
-      an n_L × n_L system, best for a narrow output):
+      factorisations of its square root; any clamps) or `"output_space"` (both ends clamped, or
+      the output and a prior on the input; solves an n_L × n_L system, best for a narrow output):
       `Π_l ε_l* = P_lᵀ S⁻¹ (T − feedforward(d))` with `P_l = W_L … W_{l+1}` and
       `S = Σ_l P_l Π_l⁻¹ P_lᵀ`. Both solve the coupled system of Theorems 3.4 and 3.5, and correct
       the solution by the gradient that is left of it, until that is round-off.
@@ -113,6 +114,7 @@ def linear_equilibrium(
     """
     check_choice(method, "method", ("cholesky", "output_space"))
     linear_parts(problem)
+    given, problem = problem, problem.with_prior_as_layer()
     if method == "output_space" and not problem.both_ends_clamped:
         raise InputError(_USE_CHOLESKY)
     arrays, rest = eqx.partition(problem, eqx.is_array)
@@ -124,13 +126,13 @@ def linear_equilibrium(
     if not is_traced(regular) and not bool(regular):
         raise SingularHessianError(
             f"the Hessian is singular (smallest scaled pivot {float(pivot):.1e}): with the free "
-            f"layers {problem.free_layers} the free energy has flat directions, or so nearly that "
+            f"layers {given.free_layers} the free energy has flat directions, or so nearly that "
             f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
             "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
         )
     certain = jnp.broadcast_to(regular, state[0].shape[:-1])
     state = tuple(jnp.where(regular, x, jnp.nan) for x in state)
-    return problem.activities(with_derivatives(problem, state, certain))
+    return given.activities(with_derivatives(problem, state, certain))
 
 
 def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
@@ -199,7 +201,7 @@ def _relative(problem: InferenceProblem, before: State, after: State) -> Array:
 def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     """Compute the covariance of T that the network predicts: S = Σ_l P_l Π_l⁻¹ P_lᵀ.
 
-    Here P_l = W_L … W_{l+1}.
+    Here P_l = W_L … W_{l+1}. A prior on the input adds the term l = 0, P_0 Π_0⁻¹ P_0ᵀ.
 
     The generative model of a linear network, in which each layer is its prediction with Gaussian
     noise of covariance Π_l⁻¹ added, gives the output the mean of the feedforward pass and this
@@ -209,9 +211,10 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     **Raises:**
 
     - `NotLinearError` for other networks and energies.
-    - `InputError` unless both ends are clamped.
+    - `InputError` unless both ends are clamped, or the output and a prior on the input.
     """
     products, precisions = _products(problem)
+    problem = problem.with_prior_as_layer()
     if not problem.both_ends_clamped:
         raise InputError(_CLAMP_BOTH)
     parts = (
@@ -223,14 +226,16 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
 def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
     """Compute −log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
 
-    The hidden layers are integrated out (`output_covariance` is S).
+    The hidden layers are integrated out (`output_covariance` is S). With a prior on the input that
+    is, too: `−log p(T)`, of probabilistic PCA or factor analysis if there is one prediction.
 
     **Raises:**
 
     - `NotLinearError` for other networks and energies.
-    - `InputError` unless both ends are clamped.
+    - `InputError` unless both ends are clamped, or the output and a prior on the input.
     """
     factor = jnp.linalg.cholesky(output_covariance(problem))
+    problem = problem.with_prior_as_layer()
     assert problem.input is not None, "output_covariance has refused others"
     error = problem.output_error(problem.network.feedforward(problem.input)[-1])
     white = jsl.solve_triangular(factor, jnp.atleast_2d(error).T, lower=True).T
@@ -239,13 +244,20 @@ def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]
     return 0.5 * (jnp.sum(white.reshape(error.shape) ** 2, axis=-1) + constant)
 
 
-_USE_CHOLESKY = 'the method "output_space" needs both ends clamped; use method="cholesky"'
-_CLAMP_BOTH = "the likelihood is that of an output given an input: clamp both ends"
+_USE_CHOLESKY = (
+    'the method "output_space" needs both ends clamped, or a prior on a free input; use '
+    'method="cholesky"'
+)
+_CLAMP_BOTH = (
+    "the likelihood is that of an output given an input, or a prior on it: clamp both ends, or the "
+    "output alone and give a prior"
+)
 
 
 def _products(problem: InferenceProblem) -> tuple[dict[int, Array], tuple[Precision, ...]]:
     """P_l = W_L … W_{l+1} for each l = L … 1, and the precisions."""
     layers, precisions = linear_parts(problem)
+    problem = problem.with_prior_as_layer()
     depth = problem.network.depth
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
@@ -297,6 +309,7 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     """
     _, precisions = linear_parts(problem)
     initial = problem.initial_state(initial)
+    problem = problem.with_prior_as_layer(initial)
     errors = problem.prediction_errors(problem.activities(initial))
     white = [-p.whiten(error) for p, error in zip(precisions, errors, strict=True)]
     scale = _root_rates(problem)

@@ -118,7 +118,7 @@ def simulate(
     saves = _checked_times(t1, times)
     check_step_count(method, float(t1), stop)
     # The closed form is one of the weights, layer by layer.
-    deep = problem if isinstance(method, Exact) else stacked(problem)
+    deep = problem if isinstance(method, Exact) else stacked(problem, state)
     request = Request(
         problem=deep,
         state=deep.pack(state) if isinstance(deep, StackedProblem) else state,

@@ -61,7 +61,8 @@ class Trajectory(LayerEnergies, WithStatistics):
     - `times`: shape `(time,)`, in units of the activity time constant.
     - `activities`: `activities[l]` is layer l = 0 … L, shape `(time, [batch,] n_l)`, clamped
       layers included.
-    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L.
+    - `prediction_errors`: `prediction_errors[l - 1]` is ε_l of layer l = 1 … L. With a prior on
+      the input that of layer 0 comes first, here and in `energies`.
     - `energies`: E_1 … E_L, shape `(time, [batch,] L)`.
     - `vector_field_norms`: ‖dx_l/dt‖ of each free layer, shape `(time, [batch,] free layers)`.
     - `status_codes`: a `pcdyn.Status` as an integer, one for all or one per sample.

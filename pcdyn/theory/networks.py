@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from scipy.special import expit
 
 from pcdyn._support.types import Numbers
 from pcdyn.model.energies.energy import Gaussian
@@ -27,6 +28,7 @@ Layers = list[np.ndarray]
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "identity": (lambda z: z, np.ones_like),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "softplus": (lambda z: np.logaddexp(0, z), expit),
 }
 
 
@@ -259,6 +261,25 @@ def _mapped(
         return measure(problem, *arrays)
 
     return jax.vmap(one)(parts, arrays)
+
+
+def weight_differences(
+    networks: Networks, function: Callable[[Networks], np.ndarray], *, step: float = 1e-5
+) -> np.ndarray:
+    """Differentiate a number of each network for all weights, by central differences.
+
+    One vector for each network, in the order of `Networks.weight_gradient`.
+    """
+    slopes = []
+    for layer, weight in enumerate(networks.weights):
+        for place in np.ndindex(weight.shape[1:]):
+            ends = []
+            for moved in (weight.copy(), weight.copy()):
+                moved[:, *place] += step if ends else -step
+                weights = (*networks.weights[:layer], moved, *networks.weights[layer + 1 :])
+                ends.append(function(dataclasses.replace(networks, weights=weights)))
+            slopes.append((ends[1] - ends[0]) / (2 * step))
+    return np.stack(slopes, axis=-1)
 
 
 def times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:

@@ -15,8 +15,10 @@ from pcdyn.theory import (
     expectation_maximisation,
     feedforward,
     inference,
+    interactions,
     learning,
     limits,
+    posteriors,
     precisions,
 )
 from pcdyn.theory.statement import Statement
@@ -31,7 +33,9 @@ STATEMENTS: tuple[Statement, ...] = (
     *expectation_maximisation.STATEMENTS,
     *convergence.STATEMENTS,
     *precisions.STATEMENTS,
+    *posteriors.STATEMENTS,
     *energies.STATEMENTS,
+    *interactions.STATEMENTS,
     *errata.STATEMENTS,
     *algorithms.STATEMENTS,
 )

@@ -54,6 +54,27 @@ def record(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(printed.out)
 
 
+def test_a_prior_on_a_free_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free = [*NETWORK[:-4], "--input", "free", "--output", "data.npz"]
+    command = ["equilibrium", *free, "--method", "closed_form", "--activation", "identity"]
+    found = record(capsys, *command, "--prior", "0.5", "2", "--data", "found.nc")
+    given = library_problem("identity")
+    problem = pcdyn.InferenceProblem(
+        given.network, output=OUTPUT, energy=given.energy,
+        prior=pcdyn.Prior(0.5, pcdyn.Gaussian(2.0)),
+    )  # fmt: skip
+    expected = pcdyn.equilibrium(problem)
+    assert found["free_energy"] == np.mean(expected.free_energy)
+    # The file has the prior, which goes where the input is clamped.
+    again = record(capsys, "equilibrium", "--network", "found.nc", "--method", "closed_form")
+    assert again["free_energy"] == found["free_energy"]
+    clamped = ["--network", "found.nc", "--input", "data.npz"]
+    assert record(capsys, "equilibrium", *clamped)["free_energy"] != found["free_energy"]
+    assert main([*command, "--prior", "0.5", "-1"]) == 2
+    assert main(["equilibrium", *NETWORK, "--prior", "0.5", "2"]) == 2
+    assert "prior on a clamped input" in capsys.readouterr().err
+
+
 def test_simulate_writes_what_the_library_computes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

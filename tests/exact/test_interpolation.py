@@ -39,7 +39,7 @@ def rest(precisions: Any) -> Any:
     activities = linear_equilibrium(problem)
     errors = problem.prediction_errors(activities)
     weighted = [p * e for p, e in zip(precisions, errors, strict=True)]
-    return activities, weighted, problem.energies_of(errors)
+    return activities, weighted, problem.energies_of(errors, activities)
 
 
 def weighted_errors(precisions: np.ndarray) -> list[np.ndarray]:

@@ -91,7 +91,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """
     if has_linear_flow(problem):
         return (ClosedForm(),)
-    smooth = problem.both_ends_clamped and not has_kinks(problem.network)
+    both = problem.with_prior_as_layer().both_ends_clamped
+    smooth = both and not has_kinks(problem.network)
     first = smooth and has_curvature(problem, of_output=False)
     return (
         *((ConjugateGradients(max_iterations=_FEW_ITERATIONS),) if first else ()),

@@ -53,7 +53,7 @@ class Solver(eqx.Module):
         """Solve every sample of a batch from `state`; each stops changing once it is solved.
 
         It has converged when ‖∂F/∂x_l‖ is at most `tolerance`, one number or one per sample, in
-        every free layer.
+        every free layer. A prior on the input comes as one more layer.
         """
 
 
@@ -88,7 +88,7 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Array:
     """Estimate the round-off of F at a state, per sample."""
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
-    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors, start=1))
+    weighted = tuple(problem.weighted_errors(errors, activities))
     return round_off(problem.free_energy(state), weighted, activities[1:], errors)
 
 

@@ -83,8 +83,11 @@ class FixedPoint(Solver):
 
     def check(self, problem: InferenceProblem) -> None:
         check_curvature(self.name, problem, of_output=problem.output is None)
-        if problem.input is None:
-            raise InputError("fixed_point needs a clamped input: x_0 has no prediction to go to")
+        if problem.input is None and problem.prior is None:
+            raise InputError(
+                "fixed_point needs a clamped input, or a prior on a free one: x_0 has no "
+                "prediction to go to"
+            )
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         def update(problem: InferenceProblem, state: State, slope: State) -> State:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -197,37 +197,38 @@ class ActivityModel(DescentModel):
 
 def has_curvature(problem: InferenceProblem, *, of_output: bool = True) -> bool:
     """Return whether the curvature of every energy is known, or of the hidden ones."""
-    depth = problem.network.depth
-    return _without_curvature(problem, range(1, depth + 1 if of_output else depth)) is None
+    return _without_curvature(problem, of_output=of_output) is None
 
 
 def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = True) -> None:
     """Raise `InputError` unless the curvatures of all energies are known, or of the hidden ones."""
-    depth = problem.network.depth
-    index = _without_curvature(problem, range(1, depth + 1 if of_output else depth))
+    index = _without_curvature(problem, of_output=of_output)
     if index is not None:
         raise InputError(
             f"{name} needs the curvature of each energy, but that of layer {index}, "
-            f"{type(problem.energy[index - 1]).__name__}, has none: write its method "
+            f"{type(problem.energy_of(index)).__name__}, has none: write its method "
             '`curvature`, or use the method "pseudo_transient", which needs none'
         )
 
 
 def check_error_coordinates(name: str, problem: InferenceProblem) -> None:
-    """Raise `InputError` unless both ends are clamped and hidden curvatures are known."""
+    """Raise `InputError` unless both ends are clamped and hidden curvatures are known.
+
+    A prior on the input serves as a clamp.
+    """
     check_curvature(name, problem, of_output=False)
-    if not problem.both_ends_clamped:
+    if not problem.with_prior_as_layer().both_ends_clamped:
         raise InputError(
-            f"{name} needs both ends clamped: only then do the errors determine the activities and "
-            "the output error"
+            f"{name} needs both ends clamped, or a prior on a free input: only then do the errors "
+            "determine the activities and the output error"
         )
 
 
-def _without_curvature(problem: InferenceProblem, layers: Iterable[int]) -> int | None:
-    """The first of these predictions with an energy of unknown curvature."""
+def _without_curvature(problem: InferenceProblem, *, of_output: bool) -> int | None:
+    """The first predicted layer with an energy of unknown curvature; `None` if there is none."""
     known = set()
-    for index in layers:
-        energy, width = problem.energy[index - 1], problem.network.widths[index]
+    for index in problem.predicted_layers if of_output else problem.predicted_layers[:-1]:
+        energy, width = problem.energy_of(index), problem.network.widths[index]
         if energy.quadratic_form is not None:
             continue
         target = problem.target_of(index)

@@ -50,10 +50,10 @@ class Ran:
 @eqx.filter_jit
 def observe(problem: InferenceProblem, state: State) -> Observed:
     """The prediction errors, the energies of layers and the size of ∂F/∂x_l at a state."""
-    deep = stacked(problem)
+    deep = stacked(problem, state)
     if not isinstance(deep, StackedProblem):
-        errors = problem.prediction_errors(problem.activities(state))
-        return errors, problem.energies_of(errors), layer_norms(problem.gradient(state))
+        errors, energies = problem.observe(0.0, state)
+        return errors, energies, layer_norms(problem.gradient(state))
     together = deep.pack(state)
     errors, energies = deep.observe(0.0, together)
     return deep.unpack_errors(errors), energies, deep.norms(deep.gradient(together))

@@ -114,12 +114,14 @@ class TruncatedGaussNewton(eqx.Module):
         That of the output may be any energy.
         """
         check_curvature("TruncatedGaussNewton", problem, of_output=False)
-        if not problem.both_ends_clamped:
-            raise InputError("TruncatedGaussNewton needs both ends clamped")
+        if not problem.with_prior_as_layer().both_ends_clamped:
+            raise InputError(
+                "TruncatedGaussNewton needs both ends clamped, or a prior on a free input"
+            )
 
     def settle(self, problem: InferenceProblem) -> TruncatedSolution:
         """Find the equilibrium of every sample, and how near it is."""
-        problem = without_derivative(problem, _NO_DERIVATIVE)
+        problem = without_derivative(problem.with_prior_as_layer(), _NO_DERIVATIVE)
         chain = ErrorCoordinates(problem)
         errors = chain.stack(problem.zeros_state())
         preconditioner = _preconditioner(chain, errors)

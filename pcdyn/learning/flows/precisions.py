@@ -195,7 +195,8 @@ class PrecisionFlow(Flow):
 
     def _given(self, index: int) -> Array:
         """The precision to start from, 1 unless given."""
-        values = precisions_of(self.problem, "precisions are learned from")[index - 1].values
+        each = precisions_of(self.problem, "precisions are learned from")
+        values = each[self.problem.predicted_layers.index(index)].values
         return jnp.ones((), self.problem.dtype) if values is None else values
 
 

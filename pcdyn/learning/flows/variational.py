@@ -25,6 +25,7 @@ from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.precision import Precision, asymmetry_of
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.linear import hessian
+from pcdyn.references.posterior import log_normaliser
 
 Posterior = Literal["delta", "laplace"]
 
@@ -82,12 +83,12 @@ def variational_free_energy(
 def _free_energy(
     problem: InferenceProblem, state: State, posterior: Posterior | Array
 ) -> Float[Array, "*batch"]:
-    free_energy = problem.free_energy(state) + _normalisation(problem)
+    free_energy = problem.free_energy(state) + log_normaliser(problem)
     count = sum(x.shape[-1] for x in state)
     if isinstance(posterior, str):
         if posterior == "delta":
             return free_energy
-        curvature = _over_samples(problem, state, _log_determinant)
+        curvature = _over_samples(problem, state, lambda h: h.cholesky().log_determinant)
         return free_energy + 0.5 * (curvature - count * math.log(2 * math.pi))
     spread = _over_samples(problem, state, lambda h: jnp.sum(h.dense() * posterior))
     entropy = Precision(posterior).log_determinant(count) + count * (1 + math.log(2 * math.pi))
@@ -110,16 +111,6 @@ def check_posterior(posterior: object) -> None:
     )
 
 
-def _normalisation(problem: InferenceProblem) -> Array:
-    """Σ_l ½ n_l log 2π − ½ log det Π_l."""
-    total = jnp.zeros((), problem.dtype)
-    precisions = precisions_of(problem, "densities of Gaussian noise need")
-    for precision, width in zip(precisions, problem.network.widths[1:], strict=True):
-        log_determinant = precision.log_determinant(width)
-        total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
-    return total
-
-
 def _over_samples(
     problem: InferenceProblem, state: State, function: Callable[[BlockTridiagonal], Array]
 ) -> Array:
@@ -129,12 +120,6 @@ def _over_samples(
     if state[0].ndim == 1:
         return function(free_energy_hessian(problem, state))
     return problem.map_samples(lambda one, at: function(free_energy_hessian(one, at)), state)
-
-
-def _log_determinant(matrix: BlockTridiagonal) -> Array:
-    """log det H, NaN where H is not positive definite."""
-    diagonals = [jnp.diagonal(factor) for factor in matrix.cholesky().factors]
-    return 2 * jnp.sum(jnp.log(jnp.concatenate(diagonals)))
 
 
 def _checked_covariance(value: ArrayLike, state: State) -> Array:

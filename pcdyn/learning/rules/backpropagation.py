@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from pcdyn._support.states import step
 from pcdyn._support.types import State
 from pcdyn.errors import InputError
-from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input, check_steps
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
@@ -26,7 +26,8 @@ class Backpropagation(Rule):
         return "backpropagation"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Accept every problem."""
+        """Raise `InputError` for a latent input."""
+        check_clamped_input(self.name, problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
@@ -59,7 +60,8 @@ class FixedPrediction(Rule):
         return "fixed prediction assumption"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Accept every problem."""
+        """Raise `InputError` for a latent input."""
+        check_clamped_input(self.name, problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
         return ()
@@ -73,8 +75,8 @@ class FixedPrediction(Rule):
         output_delta = problem.weighted_error(network.depth, problem.output_error(activities[-1]))
 
         def weighted(errors: State) -> list[Array]:
-            hidden = [problem.weighted_error(i, e) for i, e in enumerate(errors, start=1)]
-            return [*hidden, output_delta]
+            moved = jax.tree.map(jnp.add, activities[1:-1], errors)
+            return [*problem.weighted_errors(errors, (activities[0], *moved)), output_delta]
 
         def update(_: Array, errors: State) -> State:
             *own, _ = deltas = weighted(errors)
@@ -105,7 +107,8 @@ class ZeroDivergence(Rule):
         return "Z-IL"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` for a hidden layer whose precision is not 1."""
+        """Raise `InputError` for a latent input, or a hidden layer whose precision is not 1."""
+        check_clamped_input(self.name, problem)
         for index in range(1, problem.network.depth):
             # At two errors: an energy that is not Gaussian can have the slope 1 at one of them.
             sizes = jnp.asarray([[1.0], [2.0]], problem.network.dtype)
@@ -120,8 +123,9 @@ class ZeroDivergence(Rule):
         network, activities = problem.network, feedforward(problem)
         x, deltas = problem.state_of(activities), []
         for index in range(network.depth, 0, -1):
-            errors = problem.prediction_errors(problem.activities(x))
-            deltas.insert(0, problem.weighted_error(index, errors[index - 1]))
+            now = problem.activities(x)
+            errors = problem.prediction_errors(now)
+            deltas.insert(0, problem.weighted_error(index, errors[index - 1], now[index]))
             x = step(x, -self.rate, problem.gradient(x))
         gradient = local_gradient(network, activities, deltas)
         return _without_inference(problem, gradient), state

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.types import Activities
+from pcdyn.errors import InputError
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 
@@ -50,7 +51,19 @@ class Rule(eqx.Module):
 
     @abc.abstractmethod
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
-        """Compute the weight gradient of a batch, both ends clamped, and the next state."""
+        """Compute the weight gradient of a batch, both ends clamped, and the next state.
+
+        Where the input is latent it is free, with a prior.
+        """
+
+
+def check_clamped_input(name: str, problem: InferenceProblem) -> None:
+    """Raise `InputError` for a latent input, from which there is no feedforward pass."""
+    if problem.input is None:
+        raise InputError(
+            f"{name} learns at the feedforward pass of an input: give inputs, or infer latent ones "
+            "by pcdyn.learning.PredictiveCoding()"
+        )
 
 
 def check_steps(name: str, dt: float, steps: int) -> None:

@@ -44,6 +44,10 @@ def as_method(
 class PredictiveCoding(Rule):
     """The gradient `∂F/∂W_l = −(f'_l ∘ Π_l ε_l*) x*_{l−1}ᵀ` at the equilibrium of inference (Eq 2).
 
+    A latent input is inferred with the rest: F is minimised over it and the weights, which is EM
+    with a posterior at a point. Where nothing bounds the weights, they grow so that the prior costs
+    ever less.
+
     **Arguments:**
 
     - `method`: unless given `TruncatedGaussNewton`, which solves every sample to a relative
@@ -206,8 +210,9 @@ def _gradient_at(
 ) -> BatchGradient:
     """The gradient ∂F/∂(weights) at the activities of `state`."""
     activities = problem.activities(state)
-    errors = problem.prediction_errors(activities)
-    deltas = [problem.weighted_error(index, e) for index, e in enumerate(errors, start=1)]
+    weighted = problem.weighted_errors(problem.prediction_errors(activities), activities)
+    # That of a prior credits no weights.
+    deltas = weighted[-problem.network.depth :]
     gradient = local_gradient(problem.network, activities, deltas)
     if residual is None:
         residual = _relative_residual(problem, state)
@@ -215,9 +220,10 @@ def _gradient_at(
 
 
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:
-    """‖∂F/∂x‖ over ‖Π ε‖ of the hidden layers, one of the two terms that cancel in ∂F/∂x."""
+    """‖∂F/∂x‖ over ‖Π ε‖ below the output, one of the two terms that cancel in ∂F/∂x."""
     slope = problem.gradient(state)
-    errors = problem.prediction_errors(problem.activities(state))
-    weighted = tuple(problem.weighted_error(i, e) for i, e in enumerate(errors[:-1], start=1))
+    activities = problem.activities(state)
+    errors = problem.prediction_errors(activities)
+    weighted = tuple(problem.weighted_errors(errors[:-1], activities))
     size = dot(weighted, weighted)
     return jnp.sqrt(dot(slope, slope) / jnp.where(size > 0, size, 1))

@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from pcdyn._support.checks import checked_number, flag, integer, optional
 from pcdyn._support.types import Activities
 from pcdyn.errors import ShapeError
-from pcdyn.learning.rules.base import BatchGradient, Rule
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem
@@ -39,7 +39,8 @@ class TargetPropagation(Rule):
         return "target propagation"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise what `pcdyn.target_propagation` raises for a network without inverse."""
+        """Raise what `pcdyn.target_propagation` raises, and `InputError` for a latent input."""
+        check_clamped_input(self.name, problem)
         target_propagation(problem)
 
     def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
@@ -89,7 +90,11 @@ class LearnedTargetPropagation(Rule):
         return kind if self.difference else f"{kind}, learned inverses"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `ShapeError` for layers that are not `Dense`, unless an activation is given."""
+        """Raise `ShapeError` for layers that are not `Dense`, unless an activation is given.
+
+        A latent input is an `InputError`.
+        """
+        check_clamped_input(self.name, problem)
         for index, layer in enumerate(problem.network.layers[:-1], start=1):
             if self.activation is None and not isinstance(layer, Dense):
                 raise ShapeError(

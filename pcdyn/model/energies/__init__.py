@@ -5,6 +5,7 @@ from pcdyn.model.energies.energy import CrossEntropy, Energy, Gaussian
 from pcdyn.model.energies.generalised import (
     CustomEnergy,
     Divisive,
+    Interaction,
     LogCosh,
     PseudoHuber,
     Separable,
@@ -19,6 +20,7 @@ __all__ = [
     "Divisive",
     "Energy",
     "Gaussian",
+    "Interaction",
     "LogCosh",
     "Precision",
     "PseudoHuber",

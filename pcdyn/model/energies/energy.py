@@ -67,14 +67,14 @@ class Energy(eqx.Module):
     ) -> Float[Array, "*batch"]:
         """Compute E of a prediction error, per sample.
 
-        `target` is what the output is clamped to for the prediction of the output, and `None` for
-        every other.
+        `target` is what is predicted, the activity x_l, from which the error is a difference:
+        μ_l = target − error. Of a clamped output it is what that is clamped to.
         """
 
     def gradient(
         self, error: Float[Array, "*batch n"], target: Float[Array, "*batch n"] | None
     ) -> Float[Array, "*batch n"]:
-        """Compute ∂E/∂ε, which is −∂E/∂μ: by automatic differentiation unless overridden."""
+        """Compute ∂E/∂ε at a given `target`, which is −∂E/∂μ: by autodiff unless overridden."""
         return jax.grad(lambda e: jnp.sum(self.value(e, target)))(error)
 
     def curvature(
@@ -83,7 +83,8 @@ class Energy(eqx.Module):
         """Return the precision that stands for ∂²E/∂ε² at the error of one sample.
 
         It must be positive definite, also where the energy is not convex; `None` if it is
-        not known. Unless overridden it is `quadratic_form`.
+        not known, or if the energy of a hidden layer depends on its `target` as well. Unless
+        overridden it is `quadratic_form`.
         """
         return self.quadratic_form
 
@@ -99,13 +100,14 @@ class Energy(eqx.Module):
     def check(self, width: int, target: Array | None) -> None:
         """Raise an `InputError` if this energy does not fit a prediction of `width` units.
 
-        `target` is that of `value`. A problem calls it once the energy's arrays have the dtype of
-        the network.
+        `target` is what the output is clamped to, `None` for every other layer. A problem calls it
+        once the energy's arrays have the dtype of the network.
         """
         leaves = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         dtype = leaves[0].dtype if leaves else None if target is None else target.dtype
         batch = () if target is None else target.shape[:-1]
         error = jnp.zeros((*batch, width), dtype)
+        target = error if target is None else target
         shape = getattr(eqx.filter_eval_shape(self.value, error, target), "shape", None)
         if shape != batch:
             raise ShapeError(

@@ -1,4 +1,4 @@
-"""Energies other than the Gaussian: `E = Σ_i Π_i h(ε_i)` for a scalar h (A.8 of the paper).
+"""Energies other than the Gaussian: `E = Σ_i Π_i h(ε_i)`, or `h(g(x_i, μ_i))` (A.8 of the paper).
 
 The weight gradient becomes `−(f'_l ∘ Π_l h'(ε_l)) x_{l−1}ᵀ`, and equilibria satisfy the recursion
 `Π_l h'(ε_l) = J_{l+1}ᵀ Π_{l+1} h'(ε_{l+1})` of backpropagation for every h, since the prediction
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from pcdyn._support.arrays import is_traced
 from pcdyn._support.checks import check_callable, check_instance
 from pcdyn._support.functions import as_part
-from pcdyn._support.types import Numbers, Values
+from pcdyn._support.types import Numbers, Scalar, Values
 from pcdyn.errors import (
     EnergyWarning,
     IllPosedEnergyError,
@@ -202,6 +202,31 @@ def _checked_function(function: Callable[[Array], Array]) -> Callable[[Array], A
     return as_part(function)
 
 
+def check_interaction(
+    function: Callable[[Array, Array], Array], layer: Array, where: str = ""
+) -> None:
+    """Raise `ShapeError` unless g of a layer and its prediction is shaped like the layer."""
+    try:
+        found = eqx.filter_eval_shape(function, layer, layer)
+    # What a function of the user does with arrays is its own affair.
+    except Exception as error:
+        raise ShapeError(
+            f"the interaction cannot take x_l and μ_l{where}, of shape {layer.shape}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape != layer.shape:
+        shape = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
+        raise ShapeError(
+            f"the interaction{where} must map x_l and μ_l, of shape {layer.shape}, to an array of "
+            f"that shape, one entry per unit, but gives {shape}"
+        )
+
+
+def _checked_interaction(function: Callable[[Array, Array], Array]) -> Callable[..., Array]:
+    check_callable(function, "function", "a function of activities and predictions")
+    return as_part(function)
+
+
 class CustomEnergy(Separable):
     """`E = Σ_i Π_i h(ε_i)` with any elementwise `function` h in terms of JAX.
 
@@ -228,6 +253,58 @@ class CustomEnergy(Separable):
 
     def h(self, error: Array) -> Array:
         return self.function(error)
+
+
+class Interaction(Energy):
+    """`E = h(g(x, μ))` with another interaction g of activity and prediction than x − μ (Eq 49).
+
+    `energy` is h: `Interaction(lambda x, mu: x / mu - 1)` has divisive prediction errors and
+    `E = ½ Σ_i (x_i/μ_i − 1)²`. What a problem calls its prediction errors stays x − μ. Such
+    networks are simulated, come to rest by the solvers that need no curvature, and learn by −∂E/∂μ.
+    Their equilibria have the recursion of backpropagation where `pcdyn.adjoint_condition` holds
+    (Eq 51): if g acts unit by unit, for multiples of x − μ only, once layers have several units.
+
+    Build it once and reuse it: what is compiled for a function is kept for that very function. Of
+    its domain nothing is known: where g has a pole or a logarithm, choose activations whose
+    predictions stay away from it.
+
+    **Arguments:**
+
+    - `function`: g of arrays of activities and predictions, in terms of JAX, to an array of the
+      same shape. Its last axis is over units, which it may mix.
+    - `energy`: h, with its precision: `pcdyn.Gaussian`, or an energy that is a sum over units.
+
+    **Raises:**
+
+    - `InputError` for what is no function or no such energy.
+    - `ShapeError`, by the problem, for a g that does not keep the shape.
+    """
+
+    function: Callable[[Array, Array], Array] = eqx.field(converter=_checked_interaction)
+    energy: Energy = eqx.field(default_factory=Gaussian)
+
+    def __check_init__(self) -> None:
+        wanted = "the energy h of the interaction, such as pcdyn.Gaussian()"
+        check_instance(self.energy, "energy", Weighted, wanted)
+
+    def value(self, error: Array, target: Array | None) -> Array:
+        if target is None:
+            raise InputError(
+                "the energy of an interaction depends on the activity, which was not given: this "
+                "needs an energy of the prediction error alone"
+            )
+        return self.energy.value(self.function(target, target - error), target)
+
+    def scaled(self, factor: Scalar) -> Interaction:
+        return Interaction(self.function, self.energy.scaled(factor))
+
+    def check(self, width: int, target: Array | None) -> None:
+        self.energy.check(width, target)
+        leaves = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
+        check_interaction(self.function, jnp.zeros((2, width), leaves[0].dtype if leaves else None))
+
+    def per_prediction(self, depth: int) -> tuple[Energy, ...]:
+        return tuple(Interaction(self.function, e) for e in self.energy.per_prediction(depth))
 
 
 _NAMED: dict[str | None, Any] = {

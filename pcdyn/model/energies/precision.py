@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import jax.scipy.linalg as jsl
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from pcdyn._support.arrays import as_float_array, is_traced
 from pcdyn._support.products import matmul
@@ -65,6 +66,15 @@ class Precision(eqx.Module):
             factor = jnp.linalg.cholesky(self.values)
             return jsl.solve_triangular(factor, rows.T, lower=True).T
         return rows / jnp.broadcast_to(jnp.sqrt(self.values), rows.shape)
+
+    def noise(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Draw Gaussian noise of covariance Π⁻¹, the units on the last axis of `shape`."""
+        white = jr.normal(key, shape, dtype)
+        if self.values is None or self.values.ndim < 2:
+            return self.spread(white)
+        factor = jnp.linalg.cholesky(self.values)
+        columns = white.reshape(-1, shape[-1]).T
+        return jsl.solve_triangular(factor, columns, lower=True, trans="T").T.reshape(shape)
 
     def inverse(self) -> Precision:
         """Return the covariance Π⁻¹ in the same form."""
