@@ -260,8 +260,9 @@ def start(widths: Sequence[int], mean: Array, key: PRNGKeyArray) -> pcdyn.Networ
 
 def check(data: xarray.Dataset) -> list[Evidence]:
     """What of the generative model is learned, and how near to what is best."""
-    settings = {"images": data.attrs["images"], "latent": data.attrs["latent"],
-                "seeds": data.sizes["seed"]}  # fmt: skip
+    # Attributes read from a file are NumPy's integers.
+    settings = {name: int(data.attrs[name]) for name in ("images", "latent")}
+    settings["seeds"] = data.sizes["seed"]
     start = data.surprise.isel(epochs_done=0) - data.least_surprise
     gap = data.surprise.isel(epochs_done=-1) - data.least_surprise
     error = data.error / data.pca_error
@@ -331,18 +332,18 @@ def plot(data: xarray.Dataset) -> Figure:
         band(axes[0], data.epoch + 1, part.free_energy, f"C{color}", model)
         if model != DEEP:
             band(axes[1], data.epochs_done, part.surprise - data.least_surprise, f"C{color}", model)
-        axes[2].plot([color] * data.sizes["seed"], part.error, "o", color=f"C{color}", alpha=0.6)
-    axes[0].set(xlabel="epoch", ylabel="F per image (nats)", yscale="log", title="free energy")
+        places = color + 0.08 * (np.arange(data.sizes["seed"]) - (data.sizes["seed"] - 1) / 2)
+        axes[2].plot(places, part.error / data.pca_error, "o", color=f"C{color}")
+    axes[0].set(xlabel="epoch", ylabel="F per image (nats)", title="free energy")
     axes[0].legend()
     axes[1].set(xlabel="epoch", ylabel="−log p above its minimum (nats)", yscale="log",
                 title="likelihood of linear networks")  # fmt: skip
     axes[1].legend()
-    axes[2].axhline(float(data.pca_error), color="k", ls="--", lw=1)
-    axes[2].annotate("PCA", (2.45, float(data.pca_error)), ha="right", va="bottom")
+    axes[2].axhline(1.0, color="k", ls="--", lw=1, label="PCA")
+    axes[2].legend(loc="lower left")
     axes[2].set_xticks(range(len(MODELS)), MODELS)
-    axes[2].set(xlim=(-0.5, 2.5), ylabel="squared error per pixel",
-                title="reconstruction of held-out images")  # fmt: skip
-    axes[2].set_ylim(bottom=0)
+    axes[2].set(xlim=(-0.5, 2.5), ylabel="squared error / that of PCA",
+                title="reconstruction of held-out images,\neach seed")  # fmt: skip
     left, right = lower.subfigures(1, 2)
     made = data.reconstructions
     draw_images(left, "reconstructions", {
