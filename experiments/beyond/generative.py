@@ -289,8 +289,8 @@ def check(data: xarray.Dataset) -> list[Evidence]:
             oracle="log of the marginal Gaussian in NumPy",
         ),
         entry(
-            "with a Gaussian posterior learning ends at the maximum of the likelihood (largest "
-            "gap, as a share of that at the start)", float((gap / start).sel(model=WIDE).max()),
+            "with a Gaussian posterior learning comes near the maximum of the likelihood in the "
+            "epochs that it has (largest gap, as a share of that at the start)", float((gap / start).sel(model=WIDE).max()),
             "at most", 0.0, 0.03, oracle=best,
             note=f"{spread(gap.sel(model=WIDE))} nats above {float(data.least_surprise):.1f}, "
             f"{spread(gap.sel(model=POINT))} with the posterior at a point",
