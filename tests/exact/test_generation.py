@@ -30,7 +30,7 @@ def network_of(activation: str = "identity") -> pcdyn.Network:
 
 
 def problem_of(network: pcdyn.Network, **options: Any) -> pcdyn.InferenceProblem:
-    given = {"prior": pcdyn.Prior(MEAN, pcdyn.Gaussian(PRECISIONS[0]))} | options
+    given: dict[str, Any] = {"prior": pcdyn.Prior(MEAN, pcdyn.Gaussian(PRECISIONS[0]))} | options
     return pcdyn.InferenceProblem(network, energy=pcdyn.Gaussian(PRECISIONS[1:]), **given)
 
 

@@ -91,7 +91,7 @@ def linear_map() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     matrix = np.stack([(stacked(unit) - constant)[0] for unit in np.eye(7)], axis=-1)
     blocks = [np.diag(np.broadcast_to(p, (n,))) if np.ndim(p) < 2 else p
               for p, n in zip(PRECISIONS, WIDTHS, strict=True)]  # fmt: skip
-    return matrix, constant, scipy.linalg.block_diag(*blocks)
+    return matrix, constant, np.asarray(scipy.linalg.block_diag(*blocks))
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float = ROUND_OFF) -> None:
@@ -368,7 +368,7 @@ def test_files_hold_results_with_the_energy_of_layer_0(tmp_path: Path) -> None:
     assert labelled["predicted_layer"].values.tolist() == [0, 1, 2]
     for thing in (trajectory, pcdyn.equilibrium(problem)):
         pcdyn.save(thing, tmp_path / "result.nc")
-        found = pcdyn.load(tmp_path / "result.nc")
+        found: Any = pcdyn.load(tmp_path / "result.nc")
         assert len(found.prediction_errors) == 3
         np.testing.assert_array_equal(found.energies, thing.energies)
         assert_equal(found.prediction_errors, thing.prediction_errors, 0.0)
