@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
 from pcdyn._support.states import cosine
@@ -153,11 +152,9 @@ def _crossing(data: xarray.Dataset) -> Evidence:
     )  # fmt: skip
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """Cosines against the precision ratio, with Euler beside the exact equilibrium."""
-    figure, axes = plt.subplots(
-        2, 1, figsize=(5.5, 5), sharex=True, height_ratios=(3, 1), squeeze=True
-    )
+    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for name in ("tp", "bp"):
         values = data[f"cosine_to_{name}"].values.T
         label = f"equilibrium to {name.upper()}"
@@ -188,10 +185,9 @@ def plot(data: xarray.Dataset) -> Figure:
     axes[1].set(ylabel="share of draws\nEuler diverges", xlabel="precision ratio $Π_2/Π_1$")
     axes[1].set_xscale("log")
     axes[1].set_ylim(-0.05, 1.05)
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure2_interpolation", "2 left", {"paper": Config(), "code": Config(weight_std=0.05)},
-    {"networks": 20, "ratios": 13}, run, check, plot,
+    {"networks": 20, "ratios": 13}, run, check, alone(draw, 5.5, 5), draw=draw,
 )  # fmt: skip

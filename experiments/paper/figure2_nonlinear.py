@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
 from pcdyn._support.states import cosine
@@ -88,19 +87,22 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     return claims
 
 
-def plot(data: xarray.Dataset) -> Figure:
-    """Mean ± std of both cosines over time."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    panels = (("A", "feedforward", "feedforward pass"), ("B", "tp", "TP targets"))
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
+    """Both angles over time."""
+    axes = figure.subplots(2, 1)
+    panels = (("A", "feedforward", "the feedforward pass"), ("B", "tp", "the TP targets"))
     for ax, (panel, name, text) in zip(axes, panels, strict=True):
-        values = data[f"cosine_to_{name}"].values
-        plotting.mean_band(data.time.values, values, ax=ax, label="mean ± std")
-        ax.set(xlabel=plotting.TIME_LABEL, ylabel="cosine similarity")
-        ax.set_title(f"{panel}  hidden layer and {text}")
-    return figure
+        # Round-off takes a cosine beyond 1.
+        angles = np.degrees(np.arccos(np.clip(data[f"cosine_to_{name}"], -1, 1)))
+        ax.plot(data.time, angles.median("network"), label=f"median, {angles.sizes['network']} networks")
+        low, high = angles.quantile([0.1, 0.9], dim="network").values
+        ax.fill_between(data.time, low, high, alpha=0.2, lw=0, label="10–90 %")
+        ax.set(xlabel=plotting.TIME_LABEL, ylabel="angle (degrees)")
+        ax.set_title(f"{panel}  hidden layer to {text}")
+        ax.legend()
 
 
 EXPERIMENT = Experiment(
     "figure2_nonlinear", "2 right A, 2 right B", {"paper": Config(), "code": Config(t1=5.0)},
-    {"networks": 8}, run, check, plot,
+    {"networks": 8}, run, check, alone(draw, 4.5, 5), draw=draw,
 )  # fmt: skip

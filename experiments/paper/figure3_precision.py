@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
@@ -105,9 +104,9 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """Panel A: activities of one network; panel B: distance, all networks."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    axes = figure.subplots(1, 2)
     shown = data.time <= 15
     for unit in range(data.sizes["unit"]):
         (line,) = axes[0].plot(data.time[shown], data.activity[0, shown, unit])
@@ -121,10 +120,9 @@ def plot(data: xarray.Dataset) -> Figure:
     axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
     axes[1].set_title("B  distance to the precision equilibrium")
     axes[1].legend()
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure3_precision", "3A, 3B", {"paper": Config(), "code": Config(weight_std=0.05)},
-    {"networks": 8}, run, check, plot,
+    {"networks": 8}, run, check, alone(draw, 8, 3.2), draw=draw,
 )  # fmt: skip

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
@@ -135,9 +134,9 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     return claims
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """Panels C to F."""
-    figure, axes = plt.subplots(2, 2, figsize=(8, 6))
+    axes = figure.subplots(2, 2)
     time = data.time.values[1:]
     c, d, e, f = axes.flat
     plotting.mean_band(time, (data.error_to_bp[0] ** 2).values[:, 1:], ax=c, label="mean ± std")
@@ -160,10 +159,9 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.legend()
     for ax in axes.flat:
         ax.set_xlabel(plotting.TIME_LABEL)
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure3_ratios", "3C, 3D, 3E, 3F", {"paper": Config(), "code": Config(weight_std=0.05)},
-    {"networks": 20}, run, check, plot,
+    {"networks": 20}, run, check, alone(draw, 8, 6), draw=draw,
 )  # fmt: skip
