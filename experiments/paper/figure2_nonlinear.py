@@ -93,9 +93,9 @@ def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     panels = (("A", "feedforward", "the feedforward pass"), ("B", "tp", "the TP targets"))
     for ax, (panel, name, text) in zip(axes, panels, strict=True):
         # Round-off takes a cosine beyond 1.
-        angles = np.degrees(np.arccos(np.clip(data[f"cosine_to_{name}"], -1, 1)))
-        ax.plot(data.time, angles.median("network"), label=f"median, {angles.sizes['network']} networks")
-        low, high = angles.quantile([0.1, 0.9], dim="network").values
+        angles = np.degrees(np.arccos(np.clip(data[f"cosine_to_{name}"].values, -1, 1)))
+        low, middle, high = np.quantile(angles, [0.1, 0.5, 0.9], axis=0)
+        ax.plot(data.time, middle, label=f"median, {len(angles)} networks")
         ax.fill_between(data.time, low, high, alpha=0.2, lw=0, label="10–90 %")
         ax.set(xlabel=plotting.TIME_LABEL, ylabel="angle (degrees)")
         ax.set_title(f"{panel}  hidden layer to {text}")

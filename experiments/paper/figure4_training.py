@@ -228,7 +228,7 @@ _NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 def plot(data: xarray.Dataset) -> Figure:
     """Panels B and C, and beside them the loss change during inference and the gradient norms."""
     figure = plt.figure(figsize=(13, 2.8 * data.sizes["dataset"]))
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     draw(left, data)
     _draw_columns(right, data, ("ℒ during inference", _loss_change), ("gradient norms", _norms))
     return figure

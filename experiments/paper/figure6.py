@@ -231,6 +231,8 @@ def check(data: xarray.Dataset) -> list[Evidence]:
         ("input free: activities at TP's targets", data.free[-1].max(), 1e-6),
         ("high precision ratio: activities at TP's targets, at the highest ratio",
          data.high[-1].max(), 1e-2),
+        ("the output that is clamped is the same in every box (largest difference)",
+         np.ptp(data.activities.values[:, -1], axis=0).max(), 1e-12),
     )  # fmt: skip
     return [
         *(Evidence("6", text, float(value), "at most", bound) for text, value, bound in distances),

@@ -26,9 +26,9 @@ class Composite:
         figure = plt.figure(figsize=(sum(self.widths), sum(self.heights)))
         places = figure.subfigures(
             len(self.heights), len(self.widths), width_ratios=self.widths,
-            height_ratios=self.heights,
+            height_ratios=self.heights, squeeze=False,
         )  # fmt: skip
-        for name, place in zip(self.parts, places, strict=True):
+        for name, place in zip(self.parts, places.flat, strict=True):
             draw = find(name).draw
             assert draw is not None, "an experiment with other panels of its figure elsewhere"
             draw(place, read_dataset(folder / name / "data.nc"))
