@@ -112,7 +112,7 @@ def draw(figure: FigureBase, data: xarray.Dataset) -> None:
             data.time[1:], low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0
         )
     axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
-    axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
+    axes[1].set_title("B  distance to targets (median, 10–90 %)")
     axes[1].legend()
 
 
