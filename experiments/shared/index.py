@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.shared.composites import COMPOSITES
+from experiments.shared.measures import within
 from experiments.shared.saving import save_text
 from pcdyn.theory import Evidence, expectation
 
@@ -34,9 +35,8 @@ def cells(claims: Sequence[Evidence]) -> list[str]:
 def _row(e: Evidence) -> tuple[str, str, str, str, str]:
     text = f"{e.statement}: {e.claim}" if e.statement else e.claim
     limited = math.isfinite(e.expected)
-    return (
-        text, f"{e.measured:.3g}", expectation(e) if limited else "–", e.verdict * limited, e.note
-    )  # fmt: skip
+    measured = within(e.measured, e.error) if e.error else f"{e.measured:.3g}"
+    return text, measured, expectation(e) if limited else "–", e.verdict * limited, e.note
 
 
 def write_index(folder: Path) -> None:
