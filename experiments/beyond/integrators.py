@@ -298,6 +298,7 @@ def plot(data: xarray.Dataset) -> Figure:
         ax.set_title(f"{name}\nstiffness {float(part.fastest_rate / part.slowest_rate):,.0f}")
         ax.set(xlabel="error, at most", xticks=data.error.values)
         ax.xaxis.set_inverted(True)
+        ax.minorticks_off()
     axes[0, 0].set_ylabel("seconds")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(

@@ -383,7 +383,7 @@ def plot(data: xarray.Dataset) -> Figure:
             ax.set(xscale="log", xlabel=label)
     titles = (
         "activities", f"weight gradients (layer {DEPTH}: BP's are TP's)",
-        "errors to BP, activities to TP", "wide W, one hidden layer",
+        "errors to BP, activities to TP", "linear, wide W, one hidden layer",
     )  # fmt: skip
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
@@ -393,7 +393,7 @@ def plot(data: xarray.Dataset) -> Figure:
     drawing.wide(axes[1, 3], data, "two", {
         "difference": "$x_{ff} + W^+(T - Wx_{ff})$", "weighted": "the same, $W^+$ weighted",
     })  # fmt: skip
-    axes[1, 3].set_title("wide W, two hidden layers")
+    axes[1, 3].set_title("linear, wide W, two hidden layers")
     figure.suptitle("BP to TP in tanh networks; bands: 10–90 % in the highest layer of a colour")
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

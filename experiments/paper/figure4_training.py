@@ -32,6 +32,7 @@ from pcdyn.errors import DataError
 from pcdyn.theory import Evidence
 
 RULES = ("predictive coding", "backpropagation")
+_NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +155,11 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     code = bool(data.attrs["cross_entropy"])
     full = data.attrs["source"] != "sample"
     claims = []
-    for name in data.dataset.values:
-        part = data.sel(dataset=name)
+    for dataset in data.dataset.values:
+        name, part = _NAMES[str(dataset)], data.sel(dataset=dataset)
         final = 100 * part.evaluated_accuracy.isel(epochs_done=-1)
         pc, bp = (final.sel(rule=rule) for rule in RULES)
-        if full and str(name) == "mnist":
+        if full and name == "MNIST":
             claims.append(Evidence(
                 "4B", f"PC learns {name} (% of the test set)", float(pc.mean()), "at least",
                 96.0 if code else 94.0, note=_spread(pc),
@@ -184,7 +185,7 @@ def check(data: xarray.Dataset) -> list[Evidence]:
         ))  # fmt: skip
         # On the shipped sample training is too short.
         if full:
-            claims.append(_rise_and_fall(str(name), part))
+            claims.append(_rise_and_fall(name, part))
         change = ((part.output_loss - part.loss) / part.loss).sel(rule=RULES[0])
         claims.append(Evidence(
             "extra", f"inference lowers the output loss in every epoch on {name} (largest relative "
@@ -220,9 +221,6 @@ def _rise_and_fall(name: str, part: xarray.Dataset) -> Evidence:
 
 def _spread(values: xarray.DataArray) -> str:
     return f"{float(values.mean()):.2f} ± {float(values.std(ddof=1)):.2f}"
-
-
-_NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 
 
 def plot(data: xarray.Dataset) -> Figure:
