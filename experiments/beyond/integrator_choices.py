@@ -210,8 +210,8 @@ def plot(data: xarray.Dataset) -> Figure:
             ("dopri5", "diffrax Dopri5", "o-"), ("RK45", "SciPy RK45", "s--"),
         ):  # fmt: skip
             _draw(third, rows(data, problem, integrator=name), line, label)
-        first.set(ylabel="largest error (displacement)", title=f"{problem}: Tsit5")
-        second.set(title="Tsit5")
+        first.set(ylabel=f"{problem}\nlargest error (displacement)", title="Tsit5: step sizes")
+        second.set(title="Tsit5: precision")
         third.set(title="one method, two libraries")
         for panel in panels:
             panel.set(xscale="log", yscale="log", xlabel="seconds for the batch")

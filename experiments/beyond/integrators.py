@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,43 +265,45 @@ def _stiff_claim(data: xarray.Dataset) -> Evidence:
     )  # fmt: skip
 
 
+_FAMILIES = {
+    "Euler": (("euler",), "0.6"),
+    "best other explicit": ((*(m for m in EXPLICIT if m != DEFAULT),), "#0072B2"),
+    "best implicit": (IMPLICIT, "#D55E00"),
+    "best of SciPy": (HOST, "#009E73"),
+}
+
+
+def best(data: xarray.Dataset, name: str, methods: Sequence[str]) -> list[tuple[str, float]]:
+    """The fastest of these integrators for each error and its seconds; NaN if none reaches it."""
+    found = [fastest(data, name, float(error)) for error in data.error.values]
+    return [
+        next(((m, seconds) for m, seconds in each.items() if m in methods), ("", np.nan))
+        for each in found
+    ]
+
+
 def plot(data: xarray.Dataset) -> Figure:
-    """Error against seconds and against evaluations for each problem."""
-    names = data.problem_name.values
-    kinds = {
-        "fixed step": STEPPED, "explicit": EXPLICIT, "implicit": (*IMPLICIT, DENSE), "SciPy": HOST,
-    }  # fmt: skip
-    maps = {"fixed step": "Greys", "explicit": "Blues", "implicit": "Reds", "SciPy": "Greens"}
+    """Seconds for an error on each problem: the default, and the best of each family."""
+    names = [str(name) for name in data.problem_name.values]
     figure, axes = plt.subplots(
-        2, len(names), figsize=(3.1 * len(names) + 1.8, 5.6), layout="constrained",
-        sharey=True, squeeze=False,
-    )  # fmt: skip
-    for column, name in zip(axes.T, names, strict=True):
-        for ax, metric in zip(column, ("run_seconds", "vector_field_evaluations"), strict=True):
-            for kind, methods in kinds.items():
-                for index, method in enumerate(methods):
-                    part = data.isel(
-                        run=np.flatnonzero(
-                            (data.problem == name)
-                            & (data.integrator == method)
-                            & data.status.isin(["REACHED_T1", "CONVERGED"])
-                        )
-                    ).sortby("maximum_error")
-                    shade = 0.35 + 0.6 * (index + 1) / len(methods)
-                    ax.loglog(
-                        part[metric], part.maximum_error, "os^Dv<>"[index] + "-", ms=3, lw=0.9,
-                        color=plt.get_cmap(maps[kind])(shade), label=method,
-                    )  # fmt: skip
-            ax.set_ylim(1e-12, 10)
-        fastest_rate = float(data.fastest_rate.sel(problem_name=name))
-        stiffness = fastest_rate / float(data.slowest_rate.sel(problem_name=name))
-        column[0].set_title(f"{name}\nfastest rate {fastest_rate:.2g}, stiffness {stiffness:.1g}")
-        column[0].set_xlabel("seconds")
-        column[1].set_xlabel("vector-field evaluations")
-    for row in axes:
-        row[0].set_ylabel("largest error / displacement")
+        1, len(names), figsize=(2.8 * len(names) + 0.6, 3.6), sharey=True, squeeze=False
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        for (family, (methods, color)), marker in zip(_FAMILIES.items(), "sovD", strict=True):
+            seconds = [s for _, s in best(data, name, methods)]
+            ax.loglog(data.error, seconds, marker + "-", ms=4, color=color, label=family)
+        seconds = [s for _, s in best(data, name, (DEFAULT,))]
+        ax.loglog(data.error, seconds, "k-", lw=3, label=f"{DEFAULT}, the default")
+        part = data.sel(problem_name=name)
+        ax.set_title(f"{name}\nstiffness {float(part.fastest_rate / part.slowest_rate):,.0f}")
+        ax.set(xlabel="error, at most", xticks=data.error.values)
+        ax.xaxis.set_inverted(True)
+        ax.minorticks_off()
+    axes[0, 0].set_ylabel("seconds")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7)
+    figure.legend(
+        handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False
+    )
     return figure
 
 
@@ -327,6 +329,16 @@ def page(data: xarray.Dataset, folder: Path) -> str:
                 + (f" ({DEFAULT} {1e3 * found[DEFAULT]:.2g})" if DEFAULT in found else "")
             )  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "## The fastest of each family", "",
+              "| problem | | " + " | ".join(f"≤ {e:g}" for e in data.error.values) + " |",
+              "|---" * (2 + data.sizes["error"]) + "|"]  # fmt: skip
+    for name in data.problem_name.values:
+        for family, (methods, _) in _FAMILIES.items():
+            cells = [
+                f"{method} {1e3 * seconds:.2g} ms" if method else "none"
+                for method, seconds in best(data, str(name), methods)
+            ]
+            lines.append(f"| {name} | {family} | " + " | ".join(cells) + " |")
     lines += ["", "## Spectra", "",
               "| problem | slowest rate | fastest rate | largest step of Euler | of "
               f"{DEFAULT} | error of the reference |", "|---|---|---|---|---|---|"]  # fmt: skip

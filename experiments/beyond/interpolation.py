@@ -367,19 +367,36 @@ def _wide(data: xarray.Dataset) -> list[Evidence]:
 
 
 def plot(data: xarray.Dataset) -> Figure:
-    """For each family cosines of activities and of weight gradients, and distances to both ends."""
-    figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
-    for row, family in zip(axes[:2], FAMILIES, strict=True):
-        here = data.sel(family=family)
-        drawing.cosines(row[0], here, "activity", "hidden", "feedforward")
-        drawing.cosines(row[1], here, "gradient", "layer", "bp")
+    """For each family cosines and distances to both ends in tanh networks; layer L − 1 for wide W.
+
+    Linear networks look alike; their numbers are in the claims.
+    """
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6))
+    for row, family, label in (
+        (axes[0], "lambda", "λ/(1 − λ)"), (axes[1], "graded", "ratio ρ, $Π_l = ρ^l$"),
+    ):  # fmt: skip
+        here = data.sel(family=family, kind="tanh")
+        drawing.cosines(row[0], here, "activity", "feedforward")
+        drawing.cosines(row[1], here, "gradient", "bp")
         drawing.distances(row[2], here)
-        label = "λ/(1 − λ)" if family == "lambda" else "ratio ρ, $Π_l = ρ^l$"
-        for ax in row:
+        for ax in row[:3]:
             ax.set(xscale="log", xlabel=label)
-    drawing.ways(axes[2, 0], data)
-    drawing.wide(axes[2, 1], data)
-    drawing.residuals(axes[2, 2], data)
+    titles = (
+        "activities", f"weight gradients (layer {DEPTH}: BP's are TP's)",
+        "errors to BP, activities to TP", "linear, wide W, one hidden layer",
+    )  # fmt: skip
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    drawing.wide(axes[0, 3], data, "one", {
+        "inverse": "$W^+T$", "difference": "$x_{ff} + W^+(T - Wx_{ff})$",
+    })  # fmt: skip
+    drawing.wide(axes[1, 3], data, "two", {
+        "difference": "$x_{ff} + W^+(T - Wx_{ff})$", "weighted": "the same, $W^+$ weighted",
+    })  # fmt: skip
+    axes[1, 3].set_title("linear, wide W, two hidden layers")
+    figure.suptitle("BP to TP in tanh networks; bands: 10–90 % in the highest layer of a colour")
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 

@@ -12,6 +12,7 @@ import optax
 import xarray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.shared.experiment import Experiment
 from experiments.shared.networks import classifier, load
@@ -119,31 +120,32 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 
 def plot(data: xarray.Dataset) -> Figure:
-    """Accuracy in training, final accuracy, cosines, and seconds."""
+    """Test error, cosines and seconds, a row for each rule."""
     names = list(data.rule.values)
     places = np.arange(len(names))
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
     first, second, third = axes
-    for i, name in enumerate(names):
-        values = 100 * data.accuracy.sel(rule=name).mean("seed")
-        first.plot(
-            range(len(values)), values, "-" if i < 8 else "--", color=f"C{i % 8}", label=name,
+    errors = 100 * (1 - data.accuracy.isel(epochs_done=-1))
+    for seed in range(errors.sizes["seed"]):
+        first.plot(errors.isel(seed=seed), places, "|", ms=9, color="black")
+    epochs = data.sizes["epochs_done"] - 1
+    first.set(xscale="log", xlabel=f"test error after {epochs} epochs (%), each seed")
+    first.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+    first.xaxis.set_minor_formatter(NullFormatter())
+    first.axvline(float(errors.sel(rule="BP").mean()), color="0.6", lw=0.8, ls=":")
+    for layer, marker in zip(data.layer.values, "osD", strict=False):
+        second.plot(
+            data.cosine.sel(layer=layer).mean("seed"), places, marker, mfc="none",
+            ms=4 + 2 * layer, label=f"$W_{layer}$",
         )  # fmt: skip
-    first.set(xlabel="epochs", ylabel="test accuracy (%)", ylim=(0, 100), title="learning")
-    for layer in data.layer.values:
-        values = data.cosine.sel(layer=layer)
-        second.plot(values.mean("seed"), places, "o", label=f"$W_{layer}$")
-    second.set_yticks(places, names)
-    second.set(xlabel="cosine with BP, mean over training", title="direction")
-    second.legend()
-    third.barh(places, data.seconds_per_epoch / data.seconds_per_epoch.sel(rule="BP"))
-    third.set_yticks(places, [])
-    # The rows of both panels are the same rules.
-    second.set_ylim(third.get_ylim()[::-1])
-    third.set_ylim(second.get_ylim())
-    third.set(xlabel="time of an epoch / BP's", title="cost")
+    second.set(xlabel="cosine to BP, mean over training")
+    second.legend(loc="lower center")
+    bars = third.barh(places, data.seconds_per_epoch / data.seconds_per_epoch.sel(rule="BP"))
+    third.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    third.set(xlabel="time of an epoch / BP's")
+    first.set_yticks(places, names)
+    first.set_ylim(len(names) - 0.4, -0.6)
     where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(f"Learning rules on {where}, {data.sizes['seed']} seeds")
     return figure
 

@@ -1,7 +1,7 @@
 """Every numbered statement of the paper over random networks: its verdict and its evidence.
 
-`python -m experiments theorems` measures them, draws the margins and the orders of convergence, and
-writes a page. `pcdyn verify` does the same on fewer networks, as a table.
+`python -m experiments theorems` measures them, draws the verdicts and writes a page. `pcdyn verify`
+does the same on fewer networks, as a table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.shared.experiment import Experiment
 from pcdyn.theory import STATEMENTS, Evidence, Statement, expectation, verify
 from pcdyn.theory.evidence import evidence_from_xarray
-from pcdyn.theory.pictures import margins, orders
+from pcdyn.theory.pictures import verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,16 @@ def run(config: Config) -> xarray.Dataset:
 
 
 def plot(data: xarray.Dataset) -> Figure:
-    """Margins of all claims, and the curves behind the orders."""
+    """The verdict on every claim, a row for each statement, in two columns."""
     evidence = evidence_from_xarray(data)
-    figure = plt.figure(figsize=(12, 7), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    margins(evidence, ax=left)
-    orders(evidence, ax=right)
+    shown = _shown(evidence)
+    middle = -(-len(shown) // 2)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.2 + 0.24 * middle), sharex=True)
+    for ax, part in zip(axes, (shown[:middle], shown[middle:]), strict=True):
+        numbers = [s.number for s in part]
+        verdicts([e for e in evidence if e.statement in numbers], ax=ax)
+        ax.set_yticks(range(len(part)), [f"{s.title}  ({s.number})" for s in part])
+        ax.set_ylim(middle - 0.4, -0.6)
     return figure
 
 

@@ -9,11 +9,10 @@ import jax
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import linear_problems, network_of
 from pcdyn import plotting
@@ -100,9 +99,9 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """Panel C: activities of one network; panel D: mean distance of each integrator."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    axes = figure.subplots(1, 2)
     exact = data.activity.sel(integrator="exact")[0]
     euler = data.activity.sel(integrator="euler")[0]
     for unit in range(data.sizes["unit"]):
@@ -120,10 +119,9 @@ def plot(data: xarray.Dataset) -> Figure:
     axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
     axes[1].set_title("D  distance to equilibrium (mean ± std)")
     axes[1].legend()
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure1_linear_equilibrium", "1C, 1D", {"paper": Config(), "code": Config(weight_std=0.05)},
-    {"networks": 8}, run, check, plot,
+    {"networks": 8}, run, check, alone(draw, 8, 3.2), draw=draw,
 )  # fmt: skip

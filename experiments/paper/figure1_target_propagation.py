@@ -9,11 +9,10 @@ import jax
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from experiments.shared.measures import largest_rise
 from experiments.shared.networks import gaussian_weights, network_of
 from pcdyn import plotting
@@ -92,9 +91,9 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """Panel A: activities of one network; panel B: distance of each layer, all networks."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    axes = figure.subplots(1, 2)
     width = data.sizes["unit"] // 2
     shown = data.time <= data.attrs["shown"]
     hidden = data.activity[0].isel(unit=slice(width, None))
@@ -113,12 +112,11 @@ def plot(data: xarray.Dataset) -> Figure:
             data.time[1:], low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0
         )
     axes[1].set(xlabel=plotting.TIME_LABEL, ylabel="squared distance")
-    axes[1].set_title("B  distance to TP targets (median, 10–90 %)")
+    axes[1].set_title("B  distance to targets (median, 10–90 %)")
     axes[1].legend()
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure1_target_propagation", "1A, 1B", {"paper": Config()}, {"networks": 8},
-    run, check, plot,
+    run, check, alone(draw, 8, 3.2), draw=draw,
 )  # fmt: skip

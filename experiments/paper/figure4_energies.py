@@ -7,11 +7,10 @@ import dataclasses
 import jax.random as jr
 import numpy as np
 import xarray
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 import pcdyn
-from experiments.shared.experiment import Experiment
+from experiments.shared.experiment import Experiment, alone
 from pcdyn import plotting
 from pcdyn.theory import Evidence
 
@@ -93,9 +92,9 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     ]  # fmt: skip
 
 
-def plot(data: xarray.Dataset) -> Figure:
+def draw(figure: FigureBase, data: xarray.Dataset) -> None:
     """The three energies, mean ± std over images."""
-    figure, ax = plt.subplots(figsize=(5, 3.4))
+    ax = figure.subplots()
     for name, label in (
         ("output_loss", "output loss ℒ"),
         ("residual_energy", "residual energy $\\tilde{E}$"),
@@ -106,10 +105,9 @@ def plot(data: xarray.Dataset) -> Figure:
     where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "MNIST"
     ax.set_title(f"A  energies during inference ({data.sizes['image']} images, {where})")
     ax.legend()
-    return figure
 
 
 EXPERIMENT = Experiment(
     "figure4_energies", "4A", {"paper": Config(), "code": Config(lowest=-1.0)}, {"images": 8},
-    run, check, plot,
+    run, check, alone(draw, 5, 3.4), draw=draw,
 )  # fmt: skip

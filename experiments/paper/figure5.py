@@ -108,14 +108,14 @@ def check(data: xarray.Dataset) -> list[Evidence]:
 
 
 LEGEND = (
-    "circles: activities and targets, squares: errors; red above zero, blue below; a heavy edge is "
-    "clamped; the width of an arrow is the size of what it carries"
+    "circles: activities and targets, squares: errors; red above zero, blue below\n"
+    "a heavy edge is clamped; the width of an arrow is the size of what it carries"
 )
 TEXTS = {
     "PC": (
         "predictive coding",
-        "1  inference: all activities fall down $F=\\sum_l\\frac{1}{2}\\|\\varepsilon_l\\|^2$ "
-        "until they rest",
+        "1  inference: all activities fall down "
+        r"$F=\Sigma_l\,\frac{1}{2}\|\varepsilon_l\|^2$ until they rest",
         r"2  learning: $\Delta W_l\propto (f'\circ\varepsilon_l)\,x_{l-1}^\top$",
         r"\varepsilon",
     ),
@@ -139,7 +139,7 @@ def plot(data: xarray.Dataset) -> Figure:
     """One row for each rule: the network, what is passed back, and how near the others are."""
     network = network_of(jnp.asarray(data.weight.values), "tanh")
     figure, axes = plt.subplots(
-        3, 2, figsize=(10, 10.5), width_ratios=(3.3, 1), layout="constrained"
+        3, 2, figsize=(8.4, 10.5), width_ratios=(2.3, 1), layout="constrained"
     )
     for rule, (ax, bars) in zip(RULES, axes, strict=True):
         _draw_rule(ax, data, rule, network)
@@ -188,6 +188,7 @@ def _draw_rule(ax: Axes, data: xarray.Dataset, rule: str, network: pcdyn.Network
         ax.text(-0.5, height, text, fontsize=10)
     ax.text(-0.5, 2.95, f"{name} ({rule})", fontsize=12, weight="bold", color=color)
     schematic.frame(ax, (-0.6, 4.6 * depth + 1.0), (_LOW - 1.5, 3.4))
+    ax.set_anchor("W")
 
 
 def _gap(

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,6 +21,7 @@ import matplotlib
 import tyro
 from tqdm import tqdm
 
+from experiments.shared.composites import complete
 from experiments.shared.experiment import Experiment, Settings, check_settings, find, names
 from experiments.shared.index import table, write_index
 from experiments.shared.saving import (
@@ -99,12 +100,13 @@ def main(arguments: Sequence[str]) -> int:
     failed: list[str] = []
     started = time.perf_counter()
     for experiment, settings in tqdm(chosen, desc="experiments", unit="figure"):
-        # One that fails must not take the others with it.
-        try:
+        with _noted(experiment.name, failed):
             claims += run_experiment(experiment, settings, options)
-        except Exception as error:
-            traceback.print_exc()
-            failed.append(f"{experiment.name} ({type(error).__name__}: {error})")
+    drawn = [experiment.name for experiment, _ in chosen]
+    for name, composite in complete(options.folder, drawn).items():
+        with _noted(name, failed):
+            (options.folder / name).mkdir(exist_ok=True)
+            save_picture(options.folder / name, partial(composite.plot, options.folder))
     print(table(claims))
     write_index(options.folder)
     print(f"{time.perf_counter() - started:.1f} s, saved in {options.folder}")
@@ -112,6 +114,16 @@ def main(arguments: Sequence[str]) -> int:
         print(f"FAILED: {line}; its traceback is above, the other figures are complete")
     unexpected = any(not claim.as_known for claim in claims)
     return int(bool(failed) or unexpected)
+
+
+@contextlib.contextmanager
+def _noted(name: str, failed: list[str]) -> Iterator[None]:
+    """One that fails must not take the others with it."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        failed.append(f"{name} ({type(error).__name__}: {error})")
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[tuple[Experiment[Any], Any]]]:
@@ -191,7 +203,7 @@ def run_experiment(
             "fast": options.fast, **facts(settings, data),
         }  # fmt: skip
     claims = experiment.check(data)
-    save_picture(folder, experiment.plot, data)
+    save_picture(folder, partial(experiment.plot, data))
     summary = "" if experiment.summary is None else experiment.summary(data)
     about |= {"claims": [dataclasses.asdict(claim) for claim in claims], "summary": summary}
     save_json(folder / "manifest.json", about)

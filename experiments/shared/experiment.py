@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import xarray
-from matplotlib.figure import Figure
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure, FigureBase
 
 from pcdyn._support.checks import checked_integer
 from pcdyn.errors import InputError
@@ -25,6 +26,7 @@ class Settings(Protocol):
 
 
 Config = TypeVar("Config", bound=Settings)
+Draw = Callable[[FigureBase, xarray.Dataset], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Experiment(Generic[Config]):
     - `check`, `plot`: the claims and the picture, in the style of all, of these data alone.
     - `summary`: the text of the index in place of the table of claims.
     - `page`: a page of its own, given the folder it will be in.
+    - `draw`: the panels of the paper on a part of a larger figure, for `composites`.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Experiment(Generic[Config]):
     plot: Callable[[xarray.Dataset], Figure]
     summary: Callable[[xarray.Dataset], str] | None = None
     page: Callable[[xarray.Dataset, Path], str] | None = None
+    draw: Draw | None = None
 
     def __post_init__(self) -> None:
         chosen = list(self.presets.values())
@@ -68,6 +72,17 @@ class Experiment(Generic[Config]):
             raise InputError(f"{self.name} has no preset {preset!r}: choose {known}")
         chosen = self.presets[preset]
         return dataclasses.replace(chosen, **self.fast) if fast else chosen
+
+
+def alone(draw: Draw, width: float, height: float) -> Callable[[xarray.Dataset], Figure]:
+    """The `plot` that draws on a figure of its own, of this size in inches."""
+
+    def plot(data: xarray.Dataset) -> Figure:
+        figure = plt.figure(figsize=(width, height))
+        draw(figure, data)
+        return figure
+
+    return plot
 
 
 def names(part: str) -> tuple[str, ...]:

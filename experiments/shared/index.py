@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.shared.composites import COMPOSITES
+from experiments.shared.measures import within
 from experiments.shared.saving import save_text
 from pcdyn.theory import Evidence, expectation
 
@@ -33,9 +35,8 @@ def cells(claims: Sequence[Evidence]) -> list[str]:
 def _row(e: Evidence) -> tuple[str, str, str, str, str]:
     text = f"{e.statement}: {e.claim}" if e.statement else e.claim
     limited = math.isfinite(e.expected)
-    return (
-        text, f"{e.measured:.3g}", expectation(e) if limited else "–", e.verdict * limited, e.note
-    )  # fmt: skip
+    measured = within(e.measured, e.error) if e.error else f"{e.measured:.3g}"
+    return text, measured, expectation(e) if limited else "–", e.verdict * limited, e.note
 
 
 def write_index(folder: Path) -> None:
@@ -50,6 +51,12 @@ def write_index(folder: Path) -> None:
     ]
     for manifest in sorted(manifests, key=lambda m: (m["panels"], m["experiment"])):
         name, fast = manifest["experiment"], ", fast" * manifest["fast"]
+        # Above the first of the two that have its panels.
+        whole = next((n for n, c in COMPOSITES.items() if c.parts[0] == name), None)
+        if whole is not None and (folder / whole / "figure.png").is_file():
+            lines += ["", f"## {whole.replace('figure', 'Figure ')}", "",
+                      f"![{whole}]({whole}/figure.png)", "",
+                      "From the data of the panels that follow."]  # fmt: skip
         lines += ["", f"## {manifest['panels']}", "", f"![{name}]({name}/figure.png)", "",
                   f"`{name}`, preset `{manifest['preset']}`{fast}.", ""]  # fmt: skip
         claims = [Evidence(**fields) for fields in manifest["claims"]]

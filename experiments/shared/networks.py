@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -36,6 +37,28 @@ def linear_problems(
 def network_of(weights: jax.Array, activation: str) -> pcdyn.Network:
     """The network with these weights, shape (layers, n, n), and one activation."""
     return pcdyn.Network([pcdyn.Dense(weight, activation=activation) for weight in weights])
+
+
+def at_ratios(
+    measure: Callable[[pcdyn.InferenceProblem], tuple[jax.Array, ...]],
+    ratios: np.ndarray,
+    networks: Sequence[jax.Array],
+) -> list[np.ndarray]:
+    """What is measured in `linear_problems` of precisions 1 and the ratio.
+
+    The leading axes of each result are the ratios and the networks.
+    """
+
+    def one(
+        ratio: jax.Array, weights: jax.Array, input: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        energy = pcdyn.Gaussian([1.0, ratio])
+        network = network_of(weights, "identity")
+        return measure(pcdyn.InferenceProblem(network, input=input, output=output, energy=energy))
+
+    over_networks = jax.vmap(one, in_axes=(None, 0, 0, 0))
+    batched = eqx.filter_jit(jax.vmap(over_networks, in_axes=(0, None, None, None)))
+    return [np.asarray(result) for result in batched(jnp.asarray(ratios), *networks)]
 
 
 def in_float64(problem: pcdyn.InferenceProblem) -> pcdyn.InferenceProblem:

@@ -37,24 +37,23 @@ def save_data(folder: Path, data: xarray.Dataset) -> None:
     write_dataset(data, folder / "data.nc", compressed=True)
 
 
-def save_picture(
-    folder: Path, plot: Callable[[xarray.Dataset], Figure], data: xarray.Dataset
-) -> None:
-    """Draw the data of an experiment as PNG and PDF."""
-    with plotting.style():
-        figure = plot(data)
+def save_picture(folder: Path, plot: Callable[[], Figure]) -> None:
+    """Draw a picture as PNG and PDF."""
     # Dates and program versions would make equal pictures differ.
     options: dict[str, dict[str, Any]] = {
         "png": {"dpi": 150, "metadata": {"Software": None}},
         "pdf": {"metadata": {"CreationDate": None}},
     }
-    try:
-        for suffix, chosen in options.items():
-            picture = io.BytesIO()
-            figure.savefig(picture, format=suffix, **chosen)
-            write_atomically(folder / f"figure.{suffix}", picture.getvalue())
-    finally:
-        plt.close(figure)
+    # Ticks, and colours by number, get their style only when they are saved.
+    with plotting.style():
+        figure = plot()
+        try:
+            for suffix, chosen in options.items():
+                picture = io.BytesIO()
+                figure.savefig(picture, format=suffix, **chosen)
+                write_atomically(folder / f"figure.{suffix}", picture.getvalue())
+        finally:
+            plt.close(figure)
 
 
 def facts(settings: Settings, data: xarray.Dataset) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Evidence:
     - `expected_to_hold`: false for a claim of the paper that is known not to hold (a finding).
     - `note`: what else was measured, in words.
     - `timed`: whether seconds are compared, which another load of the machine changes.
+    - `error`: one standard error of `measured` over random draws, zero if it is no estimate.
     """
 
     statement: str
@@ -47,6 +48,7 @@ class Evidence:
     expected_to_hold: bool = True
     note: str = ""
     timed: bool = False
+    error: float = 0.0
 
     @property
     def holds(self) -> bool:
@@ -77,7 +79,7 @@ class Evidence:
 
 
 def evidence_to_xarray(evidence: Sequence[Evidence]) -> xarray.Dataset:
-    """Lay evidence out along the dimension `claim`, without `note` and `timed`.
+    """Lay evidence out along the dimension `claim`, without `note`, `timed` and `error`.
 
     Settings are JSON.
     """

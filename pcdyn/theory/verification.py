@@ -75,11 +75,11 @@ class Verification:
         )
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.artist.Artist]:
-        """Draw how far each number is from what is expected, over its tolerance."""
+        """Draw a row for each statement, with a mark for each claim: whether it holds."""
         from pcdyn.plotting.style import checked_axes
-        from pcdyn.theory.pictures import margins
+        from pcdyn.theory.pictures import verdicts
 
-        return margins(self.evidence, ax=checked_axes(ax))
+        return [*verdicts(self.evidence, ax=checked_axes(ax))]
 
     def table(self) -> str:
         """Return each statement with its verdict as printed, then a line for each claim."""

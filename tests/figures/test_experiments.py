@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from experiments.shared.command import main, parse
+from experiments.shared.composites import COMPOSITES
 from experiments.shared.experiment import Experiment, check_settings, find, names
 from experiments.shared.saving import values_hash
+from pcdyn import plotting
 from pcdyn.errors import InputError
 from pcdyn.io.netcdf import read_dataset
 from pcdyn.theory import Evidence
@@ -185,6 +188,39 @@ def test_one_failing_figure_does_not_take_the_others_with_it(
     assert (tmp_path / "figure5" / "data.nc").is_file() == (broken != "run")
     assert (tmp_path / "figure3_ratios" / "manifest.json").is_file()
     assert "figure3_ratios" in (tmp_path / "index.md").read_text("utf-8")
+
+
+def test_a_figure_of_two_experiments_is_drawn_once_the_data_of_both_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whichever of them is drawn again; the index shows it above its panels."""
+    drawn: list[str] = []
+    for name in COMPOSITES["figure3"].parts:
+        draw = partial(lambda name, figure, data: drawn.append(name), name)
+        _replaced(monkeypatch, name, draw=draw)
+    picture = tmp_path / "figure3" / "figure.png"
+    assert main(["figure3_ratios", "--output", str(tmp_path)]) == 0
+    assert not picture.exists()
+    assert main(["figure3_precision", "--output", str(tmp_path)]) == 0
+    assert picture.is_file()
+    assert tuple(drawn) == COMPOSITES["figure3"].parts
+    assert main(["figure3_ratios", "--redraw", "--output", str(tmp_path)]) == 0
+    assert len(drawn) == 4
+    index = (tmp_path / "index.md").read_text("utf-8")
+    assert index.index("(figure3/figure.png)") < index.index("(figure3_precision/figure.png)")
+
+
+@pytest.mark.parametrize(
+    ("name", "letters"),
+    [("figure1", "ABCD"), ("figure2", "AB"), ("figure3", "ABCDEF"), ("figure4", "ABC")],
+)
+def test_a_figure_of_two_experiments_has_every_panel_of_the_paper(name: str, letters: str) -> None:
+    """In their order, from the committed data."""
+    with plotting.style():
+        figure = COMPOSITES[name].plot(ROOT / "paper_figures")
+    titles = [ax.get_title().split("  ")[0] for ax in figure.axes]
+    plt.close(figure)
+    assert "".join(sorted(title for title in titles if len(title) == 1)) == letters
 
 
 def test_numbers_are_set_on_the_command_line(

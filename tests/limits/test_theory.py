@@ -22,7 +22,7 @@ from pcdyn.theory import STATEMENTS, Evidence, dynamics, inference, learning, li
 from pcdyn.theory.evidence import evidence_from_xarray
 from pcdyn.theory.flows import integrate
 from pcdyn.theory.networks import Networks
-from pcdyn.theory.pictures import margins, orders
+from pcdyn.theory.pictures import verdicts as draw_verdicts
 from pcdyn.theory.verification import Measured, Verification
 
 ROOT = Path(__file__).parents[2]
@@ -263,30 +263,20 @@ def test_a_flow_that_cannot_be_solved_is_named() -> None:
         integrate(lambda _, y: y**2, np.ones(1), [2.0], method="DOP853", tolerance=1e-6)
 
 
-def test_numbers_beyond_the_picture_are_triangles() -> None:
-    """One too small, one within, one too large and one that is not finite; labels name them."""
+def test_every_claim_has_a_mark_of_its_verdict_in_the_row_of_its_statement() -> None:
+    """Those that hold come first; the labels are the verdicts that there are."""
     axes = Figure().subplots()
+    measured = {"first": (2.0, 0.0, math.nan), "second": (0.5,)}
     rows = [
-        Evidence(f"row {i}", "", measured, "at most", 0.0, 1.0, "", {}, expected_to_hold=i < 2)
-        for i, measured in enumerate((-1.0, 0.5, 1e12, math.nan))
+        Evidence(number, "", x, "at most", 1.0, expected_to_hold=x != 2)
+        for number, each in measured.items()
+        for x in each
     ]
-    drawn = margins(rows, ax=axes)[1:]
-    assert [line.get_marker() for line in drawn] == ["<", "o", ">", ">"]
-    assert [float(line.get_xdata()[0]) for line in drawn] == [1e-10, 0.5, 1e10, 1e10]
-    legend = axes.get_legend()
-    assert legend is not None
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert "below $10^{-10}$" in texts
-    assert "above $10^{10}$" in texts
-    # The marker that stands for a verdict is its own, though its first number is a triangle.
-    assert [line.get_marker() for line in legend.get_lines()][texts.index("holds")] == "o"
-
-
-def test_the_legend_of_the_orders_is_whole() -> None:
-    """A long claim goes on in a second line."""
-    axes = Figure().subplots()
-    claim = " ".join(f"word{i}" for i in range(30))
-    settings = {"sizes": [0.1, 0.01], "errors": [0.1, 0.01]}
-    orders([Evidence("Eq 1", claim, 1.0, "equal", 1.0, 0.1, "", settings)], ax=axes)
-    (text,) = axes.get_legend_handles_labels()[1]
-    assert " ".join(text.split()) == f"Eq 1: {claim} [1.00]"
+    drawn = {
+        line.get_label(): np.asarray(line.get_xydata()).tolist()
+        for line in draw_verdicts(rows, ax=axes)
+    }
+    assert drawn == {
+        "holds": [[1, 0], [1, 1]], "does not hold (finding)": [[2, 0]], "FAILS": [[3, 0]],
+    }  # fmt: skip
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
