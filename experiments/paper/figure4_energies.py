@@ -110,6 +110,5 @@ def plot(data: xarray.Dataset) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "figure4_energies", "4A", {"paper": Config(), "code": Config(lowest=-1.0)}, {"images": 8},
-    run, check, plot,
+    "figure4_energies", "4A", {"paper": Config()}, {"images": 8}, run, check, plot,
 )  # fmt: skip
