@@ -1,14 +1,19 @@
 """The paper's figures, questions beyond it, and benchmarks, one module each.
 
 Each figure is an `Experiment` (`shared/experiment.py`): settings, run, claims, picture. Its preset
-`paper` is the paper's Appendix A.9 with its errors corrected; `code`, where there is one, has the
-settings of the authors' published code. Quirks of that code:
+`paper` is A.9 of the paper, its errors corrected. `authors` has all that the code of the authors
+(github.com/BerenMillidge/theoretical_framework_predictive_coding) uses for a panel, where that is
+a gradient flow and differs. In that code:
 
-- It takes A.9's variance 0.05 of the weights as a standard deviation; so does `code`.
-- Its panels of "Euclidean distance" show the squared distance; so do ours, and say so.
-- With the input free it drops −ε_1 from the flow, which then is no gradient flow. Figure 1 A, B
-  follow the gradient flow.
-- It sets NaN and 0 to 1 where Euler diverged. Figure 2 left draws that curve in gray beside the
+- A.9's variance 0.05 of the weights is a standard deviation, the Euler step is .1, and the hidden
+  layer starts at random (1 C, D). Digits are in [−1, 1], the loss is log-softmax averaged over the
+  batch, with plain momentum (4 B, C).
+- 1 A, B and 2 right: with the input free −ε_1 is dropped from the flow, which then is no gradient
+  flow; 2 right has the identity for tanh. Ours follow the gradient flow of A.9.
+- 2 left and 3 A to C: precisions are the identity plus |Gaussian| noise, not symmetric: no gradient
+  flow. 3 D to F: no precisions at all.
+- 2 left: NaN and 0 are set to 1 where Euler diverged. Ours draws that curve in gray beside the
   exact one and the share of draws that diverge.
-- It subtracts a constant 58 from the output loss. Figure 4 A does not.
+- Panels of "Euclidean distance" show the squared distance; so do ours, and say so.
+- 4 A: a constant 58 is subtracted from the output loss. Ours is not.
 """

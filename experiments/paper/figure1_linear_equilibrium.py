@@ -21,11 +21,15 @@ from pcdyn.theory import Evidence
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """5-5-5 linear networks, both ends clamped to Gaussian data with means 1 and −1."""
+    """5-5-5 linear networks, both ends clamped to Gaussian data with means 1 and −1.
+
+    The hidden layer starts at N(0, start_std²), or at the feedforward pass where that is zero.
+    """
 
     networks: int = 50
     width: int = 5
     weight_std: float = 0.05**0.5
+    start_std: float = 0.0
     euler_step: float = 0.05
     euler_steps: int = 100
     rtol: float = 1e-9
@@ -34,7 +38,7 @@ class Config:
 
 def run(config: Config) -> xarray.Dataset:
     """The exact, the adaptive and the Euler trajectory of each network at the Euler times."""
-    keys = jr.split(jr.key(config.seed), 3)
+    keys = jr.split(jr.key(config.seed), 4)
     weights, inputs, outputs = linear_problems(
         keys, networks=config.networks, width=config.width, std=config.weight_std
     )
@@ -45,19 +49,24 @@ def run(config: Config) -> xarray.Dataset:
         "euler": pcdyn.Euler(dt=config.euler_step),
     }
 
+    starts = config.start_std * jr.normal(keys[3], inputs.shape)
+
     def one(
-        weights: jax.Array, input: jax.Array, output: jax.Array
+        weights: jax.Array, input: jax.Array, output: jax.Array, start: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:
         problem = pcdyn.InferenceProblem(
             network_of(weights, "identity"), input=input, output=output
         )
+        initial = [start] if config.start_std else problem.feedforward_state()
         runs = [
-            pcdyn.simulate(problem, t1=times[-1], times=times, integrator=integrator)
+            pcdyn.simulate(
+                problem, t1=times[-1], times=times, initial=initial, integrator=integrator
+            )
             for integrator in integrators.values()
         ]
         return [r.activities[1] for r in runs], pcdyn.linear_equilibrium(problem)[1]
 
-    hidden, equilibrium = eqx.filter_jit(jax.vmap(one))(weights, inputs, outputs)
+    hidden, equilibrium = eqx.filter_jit(jax.vmap(one))(weights, inputs, outputs, starts)
     hidden, equilibrium = np.stack([np.asarray(h) for h in hidden]), np.asarray(equilibrium)
     distance = np.linalg.norm(hidden - equilibrium[None, :, None], axis=-1)
     return xarray.Dataset(
@@ -122,6 +131,7 @@ def draw(figure: FigureBase, data: xarray.Dataset) -> None:
 
 
 EXPERIMENT = Experiment(
-    "figure1_linear_equilibrium", "1C, 1D", {"paper": Config(), "code": Config(weight_std=0.05)},
+    "figure1_linear_equilibrium", "1C, 1D",
+    {"paper": Config(), "authors": Config(weight_std=0.05, start_std=1.0, euler_step=0.1)},
     {"networks": 8}, run, check, alone(draw, 8, 3.2), draw=draw,
 )  # fmt: skip

@@ -108,6 +108,6 @@ def draw(figure: FigureBase, data: xarray.Dataset) -> None:
 
 
 EXPERIMENT = Experiment(
-    "figure4_energies", "4A", {"paper": Config(), "code": Config(lowest=-1.0)}, {"images": 8},
-    run, check, alone(draw, 5, 3.4), draw=draw,
+    "figure4_energies", "4A", {"paper": Config()}, {"images": 8}, run, check, alone(draw, 5, 3.4),
+    draw=draw,
 )  # fmt: skip

@@ -62,7 +62,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     # Log-softmax and a loss averaged over the batch: an output precision of 1/64.
-    "code": Config(learning_rate=0.003, nesterov=False, cross_entropy=True, lowest=-1.0),
+    "authors": Config(learning_rate=0.003, nesterov=False, cross_entropy=True, lowest=-1.0),
 }
 
 

@@ -54,7 +54,7 @@ class Options:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Experiments to run; the paper's figures unless given. `list` names them all."""
     preset: str = "paper"
-    """Settings of the paper (as corrected), or where they differ `code`, of the authors' code."""
+    """Settings of the paper (as corrected), or `authors`, those of their code where they differ."""
     fast: bool = False
     """The same code on fewer networks."""
     redraw: bool = False

@@ -98,7 +98,7 @@ def test_every_experiment_is_found_by_the_name_of_its_module() -> None:
                 check_settings(name, experiment.settings(preset, fast=fast))
     five = find("figure5")
     with pytest.raises(InputError, match="two presets of figure5 are equal"):
-        dataclasses.replace(five, presets={"paper": five.settings(), "code": five.settings()})
+        dataclasses.replace(five, presets={"paper": five.settings(), "authors": five.settings()})
 
 
 @pytest.mark.slow
@@ -227,15 +227,16 @@ def test_numbers_are_set_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of one experiment by their names, of several after that of each; --seed of all."""
-    ratios, five = (_replaced(monkeypatch, name) for name in ("figure3_ratios", "figure5"))
+    names = ("figure3_ratios", "figure5", "figure1_linear_equilibrium")
+    ratios, five, linear = (_replaced(monkeypatch, name) for name in names)
     output = ["--output", str(tmp_path)]
     assert main(["figure3_ratios", "--networks", "7", "--high_ratios", "1e2", "1e4", *output]) == 0
     assert (ratios[0].networks, ratios[0].high_ratios, ratios[0].seed) == (7, (100.0, 10000.0), 0)
-    assert main(["figure3_ratios", "--seed", "3", "--preset", "code", *output]) == 0
-    assert (ratios[1].seed, ratios[1].weight_std) == (3, 0.05)
+    assert main(["figure1_linear_equilibrium", "--seed", "3", "--preset", "authors", *output]) == 0
+    assert (linear[0].seed, linear[0].weight_std) == (3, 0.05)
     both = ["figure5", "figure3_ratios", *output]
     assert main([*both, "--seed", "4", "--figure5.width", "6"]) == 0
-    assert (five[0].seed, five[0].width, ratios[2].seed) == (4, 6, 4)
+    assert (five[0].seed, five[0].width, ratios[1].seed) == (4, 6, 4)
     with pytest.raises(SystemExit, match="0"):
         main(["figure3_ratios", "--help"])
     assert "--high_ratios FLOAT FLOAT" in capsys.readouterr().out
@@ -245,8 +246,8 @@ def test_numbers_are_set_on_the_command_line(
     ("arguments", "words"),
     [
         ("figure9", "unknown experiment figure9; known: figure1_linear_equilibrium, "),
-        ("figure5 --preset code", "figure5 has no preset 'code': choose 'paper'"),
-        ("--preset none", "has no preset 'none': choose 'paper' and 'code'"),
+        ("figure5 --preset authors", "figure5 has no preset 'authors': choose 'paper'"),
+        ("--preset none", "has no preset 'none': choose 'paper'"),
         ("figure5 --width 0", "figure5: width must be an integer at least 1"),
         ("figure5 --seed -1", "figure5: seed must be an integer at least 0"),
         ("figure5 --weight_std nan", "figure5: weight_std is nan"),
@@ -273,12 +274,12 @@ def test_the_list_has_every_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(capsys.readouterr().out.split()) >= set(EVERY)
 
 
-@pytest.mark.parametrize("options", [[], ["--fast"], ["--preset", "code"]])
+@pytest.mark.parametrize("options", [[], ["--fast"], ["--preset", "authors"]])
 def test_the_checkout_stays_clean(options: list[str]) -> None:
     """Without --output nothing is written where git would see it, whatever the settings."""
-    folder = parse(["figure3_ratios", *options])[0].folder
+    folder = parse(["figure4_training", *options])[0].folder
     ignored = subprocess.run(
-        ["git", "check-ignore", "-q", folder / "figure3_ratios" / "figure.png"], cwd=ROOT,
+        ["git", "check-ignore", "-q", folder / "figure4_training" / "figure.png"], cwd=ROOT,
         check=False,
     )  # fmt: skip
     assert ignored.returncode == 0
