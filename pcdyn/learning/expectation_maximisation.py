@@ -347,7 +347,7 @@ def _root_mean_square(x: Values) -> Array:
 
 
 def _mean_energies(problem: InferenceProblem, activities: Activities) -> Array:
-    energies = problem.energies_of(problem.prediction_errors(activities))
+    energies = problem.energies_of(problem.prediction_errors(activities), activities)
     return jnp.mean(energies.reshape(-1, energies.shape[-1]), axis=0)
 
 
