@@ -290,7 +290,8 @@ def check(data: xarray.Dataset) -> list[Evidence]:
         ),
         entry(
             "with a Gaussian posterior learning comes near the maximum of the likelihood in the "
-            "epochs that it has (largest gap, as a share of that at the start)", float((gap / start).sel(model=WIDE).max()),
+            "epochs that it has (largest gap, as a share of that at the start)",
+            float((gap / start).sel(model=WIDE).max()),
             "at most", 0.0, 0.03, oracle=best,
             note=f"{spread(gap.sel(model=WIDE))} nats above {float(data.least_surprise):.1f}, "
             f"{spread(gap.sel(model=POINT))} with the posterior at a point",
