@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -80,9 +81,10 @@ def angle(cosines: np.ndarray) -> np.ndarray:
 def check(data: xarray.Dataset) -> list[Evidence]:
     """Away from the feedforward pass, towards the targets, in every draw."""
     claims = []
-    for panel, name, word, side in (
+    sides: tuple[tuple[str, str, str, Literal["below", "above"]], ...] = (
         ("A", "feedforward", "falls", "below"), ("B", "tp", "rises", "above"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for panel, name, word, side in sides:
         moved = data[f"moved_{name}"]
         first, last = (estimate(data[f"cosine_to_{name}"][i]) for i in (0, -1))
         claims += [
