@@ -71,9 +71,11 @@ def run(config: Config) -> xarray.Dataset:
     keys = jr.split(jr.key(config.seed), len(config.stds))
     drawn = [draw(config, key, std) for key, std in zip(keys, config.stds, strict=True)]
     found = [[measured(config, kind, networks) for networks in drawn] for kind in KINDS]
-    weights, *data = (each[0] for each in drawn[0])
-    unit = weights / config.stds[0]
-    races = [[race_of(config, kind, (s * unit, *data)) for s in config.race_stds] for kind in KINDS]
+    weights, input, output = (each[0] for each in drawn[0])
+    races = [
+        [race_of(config, kind, (std * (weights / config.stds[0]), input, output))
+         for std in config.race_stds] for kind in KINDS
+    ]  # fmt: skip
     oracle = [[linear_radius(np.asarray(w)) for w in weights[: config.networks]]
               for weights, *_ in drawn]  # fmt: skip
     over = {"radius_of_draws": "statistic", "below_one": "statistic"}

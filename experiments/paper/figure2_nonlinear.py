@@ -74,9 +74,8 @@ def run(config: Config) -> xarray.Dataset:
 def check(data: xarray.Dataset) -> list[Evidence]:
     """Away from the feedforward pass, towards the targets, in every draw."""
     claims = []
-    for panel, name, word, side in (
-        ("A", "feedforward", "falls", "below"), ("B", "tp", "rises", "above"),
-    ):  # fmt: skip
+    for panel, name, word in (("A", "feedforward", "falls"), ("B", "tp", "rises")):
+        side = "below" if word == "falls" else "above"
         moved = data[f"moved_{name}"]
         first, last = (estimate(data[f"cosine_to_{name}"][i]) for i in (0, -1))
         claims += [
