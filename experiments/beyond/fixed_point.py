@@ -36,7 +36,7 @@ KINDS = ("identity", "tanh")
 SOLVERS = {"identity": "closed_form", "tanh": "pseudo_transient"}
 RACE = {
     "iterated": ("step",), "euler": ("step",), "unlike_euler": (),
-    "adaptive": ("horizon",), "adaptive_evaluations": ("horizon",),
+    "adaptive": ("horizon",), "adaptive_evaluations": ("horizon",), "race_radius": (),
 }  # fmt: skip
 # After how many updates the iterates are compared with those of Euler.
 COMPARED = 5
@@ -143,9 +143,8 @@ def condition(
     ) -> tuple[State, jax.Array, jax.Array]:
         problem = problem_of(activation, weights, input, output)
         rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-8, throw=False)
-        rates = jnp.linalg.eigvalsh(free_energy_hessian(problem, rest.state).dense())
         resting = rest.status_codes == int(EquilibriumStatus.CONVERGED)
-        return rest.state, jnp.max(jnp.abs(1 - rates)), resting
+        return rest.state, radius_at(problem, rest.state), resting
 
     return jax.vmap(one)(weights, inputs, outputs)
 
@@ -185,6 +184,12 @@ def problem_of(
     return pcdyn.InferenceProblem(network_of(weights, activation), input=input, output=output)
 
 
+def radius_at(problem: pcdyn.InferenceProblem, state: State) -> jax.Array:
+    """The spectral radius of I − H at a state."""
+    rates = jnp.linalg.eigvalsh(free_energy_hessian(problem, state).dense())
+    return jnp.max(jnp.abs(1 - rates))
+
+
 def distance(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     """The Euclidean distance of two states, any leading axes."""
     squares = [jnp.sum((x - y) ** 2, axis=-1) for x, y in zip(a, b, strict=True)]
@@ -222,7 +227,7 @@ def race_of(
     problem = problem_of(activation, *data)
     rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-12)
     n = config.race_iterations
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"race_radius": radius_at(problem, rest.state)}
     for name, step in (("iterated", 1.0), ("euler", config.euler_step)):
         run = by_euler(problem, step, step * np.arange(n + 1))
         found[name] = distance(problem.state_of(run.activities), rest.state)
@@ -329,9 +334,7 @@ def _bounded(tanh: xarray.Dataset) -> Evidence:
 
 def _rate(data: xarray.Dataset) -> Evidence:
     errors = data.iterated.isel(race_std=0).values
-    radius = (
-        data.radius.sel(weight_std=data.race_std.values[0], method="nearest").isel(network=0).values
-    )
+    radius = data.race_radius.isel(race_std=0).values
     ratios = []
     for row in errors:
         clear = np.flatnonzero(row > 1e-10 * row[0])[-1]
