@@ -149,6 +149,7 @@ def test_a_number_is_written_to_the_digits_that_its_error_leaves() -> None:
     assert within(0.78557, 0.0019) == "0.786 ± 0.002"
     assert within(75.6, 1.36) == "76 ± 1"
     assert within(-0.0002, 0.003) == "0.000 ± 0.003"
+    assert within(0.12345, 0) == "0.123"
 
 
 def test_statistics_are_those_of_the_draws() -> None:
