@@ -143,8 +143,9 @@ def condition(
     ) -> tuple[State, jax.Array, jax.Array]:
         problem = problem_of(activation, weights, input, output)
         rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-8, throw=False)
+        rates = jnp.linalg.eigvalsh(free_energy_hessian(problem, rest.state).dense())
         resting = rest.status_codes == int(EquilibriumStatus.CONVERGED)
-        return rest.state, radius_at(problem, rest.state), resting
+        return rest.state, jnp.max(jnp.abs(1 - rates)), resting
 
     return jax.vmap(one)(weights, inputs, outputs)
 
@@ -184,12 +185,6 @@ def problem_of(
     return pcdyn.InferenceProblem(network_of(weights, activation), input=input, output=output)
 
 
-def radius_at(problem: pcdyn.InferenceProblem, state: State) -> jax.Array:
-    """The spectral radius of I − H at a state."""
-    rates = jnp.linalg.eigvalsh(free_energy_hessian(problem, state).dense())
-    return jnp.max(jnp.abs(1 - rates))
-
-
 def distance(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     """The Euclidean distance of two states, any leading axes."""
     squares = [jnp.sum((x - y) ** 2, axis=-1) for x, y in zip(a, b, strict=True)]
@@ -227,7 +222,9 @@ def race_of(
     problem = problem_of(activation, *data)
     rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-12)
     n = config.race_iterations
-    found: dict[str, Any] = {"race_radius": radius_at(problem, rest.state)}
+    found: dict[str, Any] = {
+        "race_radius": condition(activation, *(each[None] for each in data))[1][0]
+    }
     for name, step in (("iterated", 1.0), ("euler", config.euler_step)):
         run = by_euler(problem, step, step * np.arange(n + 1))
         found[name] = distance(problem.state_of(run.activities), rest.state)
