@@ -36,7 +36,7 @@ KINDS = ("identity", "tanh")
 SOLVERS = {"identity": "closed_form", "tanh": "pseudo_transient"}
 RACE = {
     "iterated": ("step",), "euler": ("step",), "unlike_euler": (),
-    "adaptive": ("horizon",), "adaptive_evaluations": ("horizon",),
+    "adaptive": ("horizon",), "adaptive_evaluations": ("horizon",), "race_radius": (),
 }  # fmt: skip
 # After how many updates the iterates are compared with those of Euler.
 COMPARED = 5
@@ -71,12 +71,11 @@ def run(config: Config) -> xarray.Dataset:
     keys = jr.split(jr.key(config.seed), len(config.stds))
     drawn = [draw(config, key, std) for key, std in zip(keys, config.stds, strict=True)]
     found = [[measured(config, kind, networks) for networks in drawn] for kind in KINDS]
-    weights, inputs, outputs = (each[0] for each in drawn[0])
-    unit = weights / config.stds[0]
+    weights, input, output = (each[0] for each in drawn[0])
     races = [
-        [race_of(config, kind, (s * unit, inputs, outputs)) for s in config.race_stds]
-        for kind in KINDS
-    ]
+        [race_of(config, kind, (std * (weights / config.stds[0]), input, output))
+         for std in config.race_stds] for kind in KINDS
+    ]  # fmt: skip
     oracle = [[linear_radius(np.asarray(w)) for w in weights[: config.networks]]
               for weights, *_ in drawn]  # fmt: skip
     over = {"radius_of_draws": "statistic", "below_one": "statistic"}
@@ -223,7 +222,9 @@ def race_of(
     problem = problem_of(activation, *data)
     rest = pcdyn.equilibrium(problem, method=SOLVERS[activation], tolerance=1e-12)
     n = config.race_iterations
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        "race_radius": condition(activation, *(each[None] for each in data))[1][0]
+    }
     for name, step in (("iterated", 1.0), ("euler", config.euler_step)):
         run = by_euler(problem, step, step * np.arange(n + 1))
         found[name] = distance(problem.state_of(run.activities), rest.state)
@@ -330,9 +331,7 @@ def _bounded(tanh: xarray.Dataset) -> Evidence:
 
 def _rate(data: xarray.Dataset) -> Evidence:
     errors = data.iterated.isel(race_std=0).values
-    radius = (
-        data.radius.sel(weight_std=data.race_std.values[0], method="nearest").isel(network=0).values
-    )
+    radius = data.race_radius.isel(race_std=0).values
     ratios = []
     for row in errors:
         clear = np.flatnonzero(row > 1e-10 * row[0])[-1]

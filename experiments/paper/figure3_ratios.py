@@ -54,7 +54,7 @@ def run(config: Config) -> xarray.Dataset:
     def follow(problem: pcdyn.InferenceProblem) -> tuple[jax.Array, ...]:
         trajectory = pcdyn.simulate(problem, t1=config.t1, times=times, integrator=pcdyn.Exact())
         hidden = trajectory.activities[1]
-        return hidden, *compare(problem, hidden)
+        return hidden, *jax.vmap(lambda x: compare(problem, x))(hidden)
 
     def settle(problem: pcdyn.InferenceProblem) -> tuple[jax.Array, ...]:
         hidden, start = pcdyn.linear_equilibrium(problem)[1], pcdyn.feedforward(problem)[1]
@@ -93,14 +93,14 @@ def run(config: Config) -> xarray.Dataset:
 def compare(
     problem: pcdyn.InferenceProblem, hidden: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden activities, any leading axes, against BP, the feedforward pass and TP.
+    """Hidden activities against BP, the feedforward pass and TP.
 
     The relative distance of the prediction error from BP's delta, and two cosines.
     """
     backpropagated = pcdyn.backpropagation(problem)
     prediction, delta = backpropagated.activities[1], backpropagated.deltas[0]
     target = pcdyn.target_propagation(problem).values[1]
-    error = jnp.linalg.norm(hidden - prediction - delta, axis=-1) / jnp.linalg.norm(delta)
+    error = jnp.linalg.norm(hidden - prediction - delta) / jnp.linalg.norm(delta)
     return error, cosine(hidden, prediction), cosine(hidden, target)
 
 

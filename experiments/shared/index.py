@@ -35,8 +35,10 @@ def cells(claims: Sequence[Evidence]) -> list[str]:
 def _row(e: Evidence) -> tuple[str, str, str, str, str]:
     text = f"{e.statement}: {e.claim}" if e.statement else e.claim
     limited = math.isfinite(e.expected)
-    measured = within(e.measured, e.error) if e.error else f"{e.measured:.3g}"
-    return text, measured, expectation(e) if limited else "–", e.verdict * limited, e.note
+    return (
+        text, within(e.measured, e.error), expectation(e) if limited else "–",
+        e.verdict * limited, e.note,
+    )  # fmt: skip
 
 
 def write_index(folder: Path) -> None:

@@ -31,7 +31,9 @@ def estimate(values: xarray.DataArray) -> tuple[float, float]:
 
 
 def within(value: float, error: float) -> str:
-    """A number ± its standard error, to the first digit of the error."""
+    """A number ± its standard error, to the first digit of the error, or alone without one."""
+    if not error:
+        return f"{value:.3g}"
     digits = max(0, math.ceil(-math.log10(error)))
     # Plus zero: no minus before a number that is rounded to zero.
     return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"

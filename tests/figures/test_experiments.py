@@ -22,6 +22,7 @@ from PIL import Image
 from experiments.shared.command import main, parse
 from experiments.shared.composites import COMPOSITES
 from experiments.shared.experiment import Experiment, check_settings, find, names
+from experiments.shared.measures import statistics, within
 from experiments.shared.saving import values_hash
 from pcdyn import plotting
 from pcdyn.errors import InputError
@@ -117,6 +118,50 @@ def test_what_is_committed_follows_from_the_committed_data() -> None:
         assert f"({name}/figure.png)" in index
         if experiment.page is not None:
             assert experiment.page(data, folder) == (folder / "page.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["figure2_interpolation", "figure2_nonlinear", "figure3_precision", "figure3_ratios",
+     "fixed_point"],
+)  # fmt: skip
+def test_another_seed_gives_the_numbers_within_their_errors(name: str, tmp_path: Path) -> None:
+    """Fewer draws of another seed against what is committed.
+
+    Both are means of independent draws: four standard errors of the difference are passed once in
+    16 000 times, and there are a dozen numbers.
+    """
+    assert main([name, "--fast", "--seed", "1", "--output", str(tmp_path)]) == 0
+    estimates = []
+    for folder in (tmp_path, ROOT / "paper_figures"):
+        manifest = json.loads((folder / name / "manifest.json").read_text("utf-8"))
+        claims = [Evidence(**fields) for fields in manifest["claims"]]
+        estimates.append({(c.statement, c.claim): c for c in claims if c.error})
+    other, committed = estimates
+    assert committed
+    assert set(other) == set(committed)
+    for key, claim in committed.items():
+        error = np.hypot(claim.error, other[key].error)
+        assert abs(claim.measured - other[key].measured) <= 4 * error, key
+
+
+def test_a_number_is_written_to_the_digits_that_its_error_leaves() -> None:
+    """One digit of the error; none after the point where it is above one; no minus before zero."""
+    assert within(1.7123, 0.0101) == "1.71 ± 0.01"
+    assert within(0.78557, 0.0019) == "0.786 ± 0.002"
+    assert within(75.6, 1.36) == "76 ± 1"
+    assert within(-0.0002, 0.003) == "0.000 ± 0.003"
+    assert within(0.12345, 0) == "0.123"
+
+
+def test_statistics_are_those_of_the_draws() -> None:
+    """Mean, its standard error and quantiles, against NumPy's, along another axis than the last."""
+    draws = np.random.default_rng(0).normal(size=(3, 101))
+    found = statistics(draws, axis=1)
+    ordered = np.sort(draws, axis=1)
+    expected = [draws.mean(1), np.sqrt(np.cov(draws).diagonal() / 101), *ordered[:, [10, 90]].T]
+    np.testing.assert_allclose(found, np.stack(expected, axis=-1), rtol=1e-12)
 
 
 def test_sentences_follow_from_the_data() -> None:
