@@ -7,7 +7,6 @@ same weights; they are compared at the same rate and each at its own best one.
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from jaxtyping import PyTree
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from experiments.shared.descent import descend, order, scores, small_images, stack
 from experiments.shared.example import COLORS
@@ -46,7 +47,7 @@ class Config:
     widths: tuple[int, ...] = (196, 64, 32, 10)
     activation: str = "tanh"
     batches: tuple[int, ...] = (1, 2, 4, 8, 32, 128)
-    rates: tuple[float, ...] = tuple(2.0**k for k in range(-7, 2))
+    rates: tuple[float, ...] = tuple(2.0**k for k in (-6, -5, -4, -3.5, -3, -2.5, -2, -1, 0))
     updates: int = 256
     samples: int = 8192
     every: int = 32
@@ -105,7 +106,10 @@ def follow(
     dims = ("updates", "rate", "seed")
     return xarray.Dataset(
         # Of a network that diverged, so that no median passes it over.
-        {"loss": (dims, np.nan_to_num(loss, nan=np.inf, posinf=np.inf)), "accuracy": (dims, accuracy)},
+        {
+            "loss": (dims, np.nan_to_num(loss, nan=np.inf, posinf=np.inf)),
+            "accuracy": (dims, accuracy),
+        },
         {"updates": list(records)},
     )
 
@@ -113,14 +117,11 @@ def follow(
 def equal(data: xarray.Dataset, what: str) -> xarray.DataArray:
     """The losses after as many `"updates"`, or as many `"samples"`, at every batch size."""
     number = data.attrs[what]
-    return xarray.concat(
-        [
-            data.loss.sel(batch=b, updates=number if what == "updates" else number // int(b))
-            .drop_vars("updates")
-            for b in data.batch
-        ],
-        "batch",
-    )
+    rows: list[xarray.DataArray] = []
+    for batch in data.batch.values:
+        updates = number if what == "updates" else number // batch
+        rows.append(data.loss.sel(batch=batch, updates=updates).drop_vars("updates"))
+    return xarray.concat(rows, "batch")
 
 
 def at_best(losses: xarray.DataArray) -> xarray.DataArray:
@@ -166,11 +167,15 @@ def check(data: xarray.Dataset) -> list[Evidence]:
                 expected_to_hold=False, note=_own(best),
             ))  # fmt: skip
             same = both_learn(losses)
+            smallest = same.isel(batch=0)
+            ahead, count = int((smallest < 1).sum()), int(smallest.count())
             claims.append(Evidence(
                 "discussion",
-                f"at some rate at which both learn PC is ahead of BP on {name} {after} (least "
-                "ratio of losses)", float(same.min()), "below", 1.0, expected_to_hold=False,
-                note=f"of {int(same.count())} pairs of batch and rate, {int((same < 1).sum())}",
+                f"at the smallest batch and the same rate PC is ahead of BP on {name} {after} "
+                "(share of the rates at which both learn)", ahead / max(count, 1), "above",
+                0.5, expected_to_hold=False,
+                note=f"{ahead} of {count}; at all batch sizes "
+                f"{int((same < 1).sum())} of {int(same.count())}",
             ))  # fmt: skip
         largest = largest_rate(equal(part, "samples"))
         wider = largest.sel(rule="PC") / largest.sel(rule="BP")
@@ -180,13 +185,13 @@ def check(data: xarray.Dataset) -> list[Evidence]:
             note="; ".join(f"batch {int(b)}: {_rate(largest.sel(rule='PC', batch=b))} against "
                            f"{_rate(largest.sel(rule='BP', batch=b))}" for b in data.batch),
         ))  # fmt: skip
-        accuracy = online(part).accuracy.isel(updates=-1)
-        pc, bp = (100 * accuracy.sel(rule=rule) for rule in RULES)
+        seen = online(part).isel(updates=-1)
+        pc, bp = (100 * seen.accuracy.sel(rule=rule) for rule in RULES)
         claims.append(Evidence(
             "abstract", f"online, in one pass over {data.attrs['samples']} images of {name}, PC "
-            "learns more than BP, each at its own best rate (points of test accuracy)",
-            float((pc - bp).mean()), "above", 0.0, expected_to_hold=False,
-            note=f"{_spread(pc)} against {_spread(bp)} %",
+            "learns more than BP, each at its own best rate (ratio of losses)",
+            float(ratio(seen.loss)), "below", 1.0, expected_to_hold=False,
+            note=f"accuracy {_spread(pc)} against {_spread(bp)} %",
         ))  # fmt: skip
     return claims
 
@@ -213,8 +218,8 @@ def _spread(values: xarray.DataArray) -> str:
     return f"{float(values.mean()):.2f} ± {float(values.std(ddof=1)):.2f}"
 
 
-def _rate(value: Any) -> str:
-    return str(Fraction(float(value)).limit_denominator(10_000))
+def _rate(value: xarray.DataArray | float) -> str:
+    return f"{float(value):.2g}"
 
 
 def plot(data: xarray.Dataset) -> Figure:
@@ -225,12 +230,11 @@ def plot(data: xarray.Dataset) -> Figure:
     )
     for row, name in zip(axes, names, strict=True):
         part = data.sel(dataset=name)
+        _map(row[0], equal(part, "updates"))
+        image = _map(row[1], equal(part, "samples"))
         for ax, what in zip(row, ("updates", "samples"), strict=False):
-            image = _map(ax, equal(part, what))
             ax.set_title(f"{name}, after {data.attrs[what]} {what}")
-        figure.colorbar(
-            image, ax=row[1], label="log₁₀ of PC's loss / BP's", extend="both"
-        )
+        figure.colorbar(image, ax=row[1], label="log₁₀ of PC's loss / BP's", extend="both")
         best = at_best(equal(part, "updates"))
         for rule in RULES:
             chosen = best.sel(rule=rule)
@@ -244,12 +248,13 @@ def plot(data: xarray.Dataset) -> Figure:
         row[3].set(xlabel="images seen, one by one", ylabel="test loss",
                    title="online, one pass, own best rate")  # fmt: skip
     key = [
-        *(plt.Line2D([], [], marker=m, ls="", color=COLORS[r], mec="w", label=f"{r}'s best rate")
+        *(Line2D([], [], marker=m, ls="", color=COLORS[r], mec="w", label=f"{r}'s best rate")
           for r, m in (("PC", "s"), ("BP", "o"))),
-        Patch(fc="none", ec="k", hatch="///", label="BP does not learn"),
-        Patch(fc="none", ec="k", hatch="...", label="PC does not learn"),
+        Patch(fc="#003c30", ec="w", hatch="///", label="only PC learns"),
+        Patch(fc="w", ec="0.3", hatch="...", label="only BP learns"),
+        Patch(fc="0.85", ec="0.3", hatch="///...", label="neither"),
     ]  # fmt: skip
-    figure.legend(handles=key, loc="outside lower center", ncols=4)
+    figure.legend(handles=key, loc="outside lower center", ncols=5)
     where = "shipped sample of MNIST" if data.attrs["source"] == "sample" else "14 × 14 pixels"
     figure.suptitle(
         f"PC and BP by batch size and rate, {where}: median and range of {data.sizes['seed']} seeds"
@@ -257,19 +262,20 @@ def plot(data: xarray.Dataset) -> Figure:
     return figure
 
 
-def _map(ax: Axes, losses: xarray.DataArray) -> Any:
+def _map(ax: Axes, losses: xarray.DataArray) -> AxesImage:
     """The ratio of losses as colour, what does not learn as hatches, best rates as markers."""
-    learn = learns(losses)
+    learn = learns(losses).transpose("rule", "batch", "rate")
+    shown = ratio(losses).where(learn.any("rule")).transpose("batch", "rate").clip(0.1, 10)
     image = ax.imshow(
-        np.log10(ratio(losses).transpose("batch", "rate")).values.clip(-10, 10), cmap="BrBG_r",
-        vmin=-0.3, vmax=0.3, origin="lower", aspect="auto",
-    )  # fmt: skip
-    image.cmap.set_bad("0.8")
+        np.log10(shown.values), cmap="BrBG_r", vmin=-0.3, vmax=0.3, origin="lower", aspect="auto"
+    )
+    ax.set_facecolor("0.85")
     for rule, hatch in (("BP", "///"), ("PC", "...")):
-        for i, j in np.argwhere(~learn.sel(rule=rule).transpose("batch", "rate").values):
-            ax.add_patch(
-                plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch=hatch, lw=0, ec="0.2")
-            )
+        for i, j in np.argwhere(~learn.sel(rule=rule).values):
+            dark = bool(learn[:, i, j].any()) and rule == "BP"
+            ax.add_patch(Rectangle(
+                (j - 0.5, i - 0.5), 1, 1, fill=False, hatch=hatch, lw=0, ec="w" if dark else "0.3"
+            ))  # fmt: skip
     for rule, marker, offset in (("PC", "s", 0.15), ("BP", "o", -0.15)):
         best = losses.sel(rule=rule).median("seed").argmin("rate")
         ax.plot(best + offset, np.arange(len(best)), marker, color=COLORS[rule], mec="w")
@@ -368,8 +374,8 @@ def _sentences(part: xarray.Dataset, losses: dict[str, xarray.DataArray]) -> lis
 EXPERIMENT = Experiment(
     "small_batches", "extra: small batches and large rates", {"paper": Config()},
     {
-        "datasets": ("mnist",), "widths": (196, 16, 10), "batches": (1, 32), "samples": 1024,
-        "updates": 64, "seeds": 2, "rates": tuple(2.0**k for k in (-6, -4, -1)),
+        "datasets": ("mnist",), "widths": (196, 16, 10), "batches": (1, 32), "samples": 2048,
+        "updates": 256, "seeds": 2, "rates": tuple(2.0**k for k in (-6, -4, -1)),
     },
     run, check, plot, page=page,
 )  # fmt: skip
