@@ -150,6 +150,12 @@ def largest_rate(losses: xarray.DataArray) -> xarray.DataArray:
     return losses.rate.where(learns(losses)).max("rate")
 
 
+def at_edge(part: xarray.Dataset) -> xarray.DataArray:
+    """PC's loss over BP's after equal samples, at the smallest batch and BP's largest rate."""
+    losses = equal(part, "samples").isel(batch=0)
+    return ratio(losses).sel(rate=largest_rate(losses).sel(rule="BP", drop=True))
+
+
 def check(data: xarray.Dataset) -> list[Evidence]:
     """Where PC is ahead: at the same rate, and each rule at its own best."""
     claims = []
@@ -166,17 +172,22 @@ def check(data: xarray.Dataset) -> list[Evidence]:
                 "size (least ratio of losses)", float(own.min()), "below", 1.0,
                 expected_to_hold=False, note=_own(best),
             ))  # fmt: skip
-            same = both_learn(losses)
-            smallest = same.isel(batch=0)
-            ahead, count = int((smallest < 1).sum()), int(smallest.count())
-            claims.append(Evidence(
-                "discussion",
-                f"at the smallest batch and the same rate PC is ahead of BP on {name} {after} "
-                "(share of the rates at which both learn)", ahead / max(count, 1), "above",
-                0.5, expected_to_hold=False,
-                note=f"{ahead} of {count}; at all batch sizes "
-                f"{int((same < 1).sum())} of {int(same.count())}",
-            ))  # fmt: skip
+        same = both_learn(equal(part, "updates"))
+        ahead, count = int((same[0] < 1).sum()), int(same[0].count())
+        claims.append(Evidence(
+            "discussion", f"at the smallest batch and the same rate PC is ahead of BP on {name} "
+            f"after {data.attrs['updates']} updates (share of the rates at which both learn)",
+            ahead / max(count, 1), "above", 0.5, expected_to_hold=False,
+            note=f"{ahead} of {count}; at all batch sizes {int((same < 1).sum())} of "
+            f"{int(same.count())}",
+        ))  # fmt: skip
+        edge = at_edge(part)
+        # Which is ahead here is not the same for all networks and data: no verdict.
+        claims.append(Evidence(
+            "discussion", f"PC's loss over BP's on {name} after {data.attrs['samples']} samples, "
+            "at the smallest batch and the largest rate at which BP learns", float(edge), "below",
+            np.inf, note=f"rate {_rate(edge.rate)}",
+        ))  # fmt: skip
         largest = largest_rate(equal(part, "samples"))
         wider = largest.sel(rule="PC") / largest.sel(rule="BP")
         claims.append(Evidence(
@@ -352,7 +363,7 @@ def _sentences(part: xarray.Dataset, losses: dict[str, xarray.DataArray]) -> lis
     same = {what: both_learn(values) for what, values in losses.items()}
     ahead = {what: int((values < 1).sum()) for what, values in same.items()}
     counts = {what: int(values.count()) for what, values in same.items()}
-    learn = learns(losses["samples"])
+    edge, learn = at_edge(part), learns(losses["samples"])
     alone = int((learn.sel(rule="PC") & ~learn.sel(rule="BP")).sum())
     pc, bp = (100 * online(part).accuracy.isel(updates=-1).sel(rule=rule) for rule in RULES)
     return [
@@ -360,7 +371,9 @@ def _sentences(part: xarray.Dataset, losses: dict[str, xarray.DataArray]) -> lis
         f"{counts['updates']} pairs of batch and rate after equal updates and in "
         f"{ahead['samples']} of {counts['samples']} after equal samples (least ratios "
         f"{float(same['updates'].min()):.2f} and {float(same['samples'].min()):.2f}). In {alone} "
-        "more, all of large rates, PC learns and BP does not.", "",
+        "more, all of large rates, PC learns and BP does not. At the smallest batch and the "
+        f"largest rate at which BP learns ({_rate(edge.rate)}), PC's loss after equal samples is "
+        f"{float(edge):.2f} times BP's.", "",
         f"**Each at its own best rate** PC's loss is {float(own['updates'].min()):.2f} to "
         f"{float(own['updates'].max()):.2f} times BP's after equal updates, "
         f"{float(own['samples'].min()):.2f} to {float(own['samples'].max()):.2f} times after equal "
@@ -375,7 +388,7 @@ EXPERIMENT = Experiment(
     "small_batches", "extra: small batches and large rates", {"paper": Config()},
     {
         "datasets": ("mnist",), "widths": (196, 16, 10), "batches": (1, 32), "samples": 2048,
-        "updates": 256, "seeds": 2, "rates": tuple(2.0**k for k in (-6, -4, -1)),
+        "updates": 256, "seeds": 2, "rates": tuple(2.0**k for k in (-6, -4, -3, -2)),
     },
     run, check, plot, page=page,
 )  # fmt: skip
