@@ -251,8 +251,7 @@ def plot(data: xarray.Dataset) -> Figure:
         for ax in row[2:]:
             ax.set_xlabel("hidden layers")
             ax.set_xticks(data.hidden.values)
-        if row is axes[0]:
-            row[0].legend()
+    axes[0, 0].legend()
     axes[0, 0].set_title(f"alignment, {hidden} hidden layers")
     axes[0, 1].set_title(f"interference, {hidden} hidden layers")
     axes[0, 2].set_title("alignment, half way to T")
