@@ -53,9 +53,7 @@ def interruptible(
     threading.Thread(target=context.run, args=(compute,), daemon=True).start()
     try:
         with _noted_interrupts() as interrupted:
-            while not done.wait(_POLL_SECONDS):
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+            while not (done.wait(_POLL_SECONDS) or interrupted.is_set()):
                 if meanwhile is not None:
                     meanwhile()
             if interrupted.is_set():

@@ -47,14 +47,16 @@ def equilibria(found: Equilibria, *, ax: Axes | None = None) -> list[Line2D]:
 def basin(found: Basin, *, ax: Axes | None = None) -> list[Line2D]:
     """Draw how far from the equilibrium the flow ends, against how far from it the flow starts.
 
-    Filled where the two agree, open elsewhere; a distance of exactly 0 stands at the lower edge.
+    Filled where the two agree, open elsewhere; distances of exactly 0 stand at the lower edges.
     Returns the line of the samples that agree and that of the others.
     """
     check_instance(found, "found", Basin, "what Equilibrium.basin returns")
     ax = checked_axes(ax)
-    x, y, agrees = (np.ravel(v) for v in (found.displacement, found.distance, found.agrees))
-    lowest = np.min(y[y > 0], initial=1.0) / 2
-    y = np.maximum(y, lowest)
+    agrees = np.ravel(found.agrees)
+    x, y = (
+        np.maximum(v, np.min(v[v > 0], initial=1.0) / 2)
+        for v in (np.ravel(found.displacement), np.ravel(found.distance))
+    )
     lines = ax.plot(x[agrees], y[agrees], "o", label=f"the same equilibrium ({agrees.sum()})")
     lines += ax.plot(
         x[~agrees], y[~agrees], "o", color=lines[0].get_color(), markerfacecolor="none",

@@ -297,9 +297,12 @@ def test_equally_fast_settings_give_the_one_with_the_fewest_evaluations(made: Co
     found = dataclasses.replace(made, rows=tuple(rows)).recommendation(1e-4)
     assert found.best is rows[1] and found.second is rows[4]
     assert found.speedup == 3.5 / 1.55 and "other at rtol 1e-07" in str(found)
-    rows[4] = timed(1e-7, 70, 1.6, 1.6, 1.6, name="other")
-    found = dataclasses.replace(made, rows=tuple(rows)).recommendation(1e-4)
-    assert "as fast within the noise" in str(found) and found.second is rows[4]
+    # The last is faster than the setting that is named, which is as fast as the fastest of all.
+    for seconds in (1.6, 1.2):
+        rows[4] = timed(1e-7, 70, seconds, seconds, seconds, name="other")
+        found = dataclasses.replace(made, rows=tuple(rows)).recommendation(1e-4)
+        assert found.best is rows[1] and found.second is rows[4]
+        assert "as fast within the noise" in str(found)
 
 
 def test_no_run_starts_when_the_time_is_up(capfd: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_a_status_prints_its_name() -> None:
 def test_where_the_flow_ends_is_told_in_counts(found: Equilibrium) -> None:
     """Of a thousand samples, made by hand: 990 agree, 6 rest elsewhere, 4 do not rest."""
     agrees, settled = np.arange(1000) < 990, np.arange(1000) < 996
-    basin = Basin(agrees, settled, np.linspace(0, 2, 1000), np.full(1000, 3.0), found)
+    basin = Basin(agrees, settled, np.linspace(0, 2, 1000), np.r_[0, np.full(999, 3.0)], found)
     assert not basin.ok and str(basin) == repr(basin) == basin.summary()
     for words in ("in 990 of 1000 samples", "elsewhere in 6", "rest in 4", "at most 2"):
         assert words in basin.summary()
@@ -93,6 +93,7 @@ def test_where_the_flow_ends_is_told_in_counts(found: Equilibrium) -> None:
     figure, ax = plt.subplots()
     same, others = basin.plot(ax)
     # The first has a distance of 0, and stands below the least that is not.
+    assert 0 < same.get_xdata()[0] < 3
     assert 0 < same.get_ydata()[0] < same.get_ydata()[1] == basin.distance[1]
     np.testing.assert_array_equal(others.get_ydata(), basin.distance[990:])
     plt.close(figure)

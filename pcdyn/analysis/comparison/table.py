@@ -357,7 +357,8 @@ def _sentence(
     text = f"For {what}, {best.title} is the fastest ({_seconds(best)})"
     if second is None:
         text += "; no other integrator reached it."
-    elif _equally_fast(best, second):
+    # The setting with less work may take longer than the next, which its own fastest does not.
+    elif speedup < 1 or _equally_fast(best, second):
         text += f", as fast within the noise of timing as {second.title} ({_seconds(second)})."
     else:
         text += f", {speedup:.2g} times faster than the next, {second.title} ({_seconds(second)})."
