@@ -93,7 +93,10 @@ def _run(command: Command) -> str | None:
         result = execute(command, settings, bar)
         return result, contents(result, files)
 
-    with _float64(not settings.get("float32", False)):
+    configuration = {"jax_enable_x64": not settings.get("float32", False)}
+    if isinstance(command, Verify):  # of small networks, where to compile takes most of the time
+        configuration["jax_disable_most_optimizations"] = True
+    with _configured(configuration):
         terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
         shows = terminal and not (options.json or options.quiet)
         bar = tqdm(desc=name, bar_format="{desc}: {elapsed}", leave=False, disable=not shows)
@@ -112,17 +115,19 @@ def _run(command: Command) -> str | None:
 
 
 @contextlib.contextmanager
-def _float64(on: bool) -> Iterator[None]:
-    # For every thread, which the context manager of JAX is not.
+def _configured(configuration: dict[str, bool]) -> Iterator[None]:
+    # For every thread, which the context managers of JAX are not.
     import jax
 
     config: Any = jax.config
-    before = config.jax_enable_x64
-    config.update("jax_enable_x64", on)
+    before = {name: config.values[name] for name in configuration}
+    for name, value in configuration.items():
+        config.update(name, value)
     try:
         yield
     finally:
-        config.update("jax_enable_x64", before)
+        for name, value in before.items():
+            config.update(name, value)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,16 @@ def adjoint_condition(
     for index in range(1, network.depth + 1):
         check_interaction(interaction, layers[index], f" of layer {index}")
 
+    residuals = _residuals(network, layers, interaction)
+    if tolerance is None:
+        tolerance = 1e3 * float(jnp.finfo(network.dtype).eps)
+    return AdjointCondition(residuals, tolerance)
+
+
+@eqx.filter_jit
+def _residuals(
+    network: Network, layers: list[Array], interaction: Callable[[Array, Array], Array]
+) -> Array:
     def residual(index: int) -> Array:
         below, here, above = layers[index - 1 : index + 2]
         own = jax.jacfwd(lambda x: interaction(x, network.predict(index, below)))(here)
@@ -110,7 +120,4 @@ def adjoint_condition(
         size = jnp.maximum(jnp.linalg.norm(lower), jnp.linalg.norm(expected))
         return jnp.linalg.norm(lower - expected) / jnp.where(size > 0, size, 1)
 
-    residuals = jnp.stack([residual(index) for index in range(1, network.depth)])
-    if tolerance is None:
-        tolerance = 1e3 * float(jnp.finfo(network.dtype).eps)
-    return AdjointCondition(residuals, tolerance)
+    return jnp.stack([residual(index) for index in range(1, network.depth)])
