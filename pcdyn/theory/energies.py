@@ -157,7 +157,8 @@ def bounded_influence(*, seed: int = 0, networks: int = 1) -> tuple[Evidence, ..
     )
     return tuple(
         Evidence("A.8", f"sup|h'| of {text}",
-                 float(jnp.max(jnp.abs(eqx.filter_jit(e.slope)(grid)))), "equal", bound, slack + 1e-8, "calculus", {"grid": "240001 errors up to 60"})
+                 float(jnp.max(jnp.abs(eqx.filter_jit(e.slope)(grid)))), "equal", bound,
+                 slack + 1e-8, "calculus", {"grid": "240001 errors up to 60"})
         for text, e, bound, slack in cases
     )  # fmt: skip
 
