@@ -362,7 +362,7 @@ STATEMENTS = (
         measure=high_precision_ratio,
     ),
     Statement(
-        number="Eq 48", title="One λ from BP to target propagation",
+        number="Eq 48", also="A.7", title="One λ from BP to target propagation",
         says="F = λℒ + (1 − λ)Ẽ is target propagation at λ = 1 and BP at λ = 0.",
         as_printed="holds with a condition",
         form="Both are limits, with errors O(1 − λ) and O(λ): λ → 1 for layer L−1 only, λ → 0 for "

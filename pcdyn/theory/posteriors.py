@@ -31,6 +31,7 @@ from pcdyn.theory.networks import (
 from pcdyn.theory.statement import Statement
 
 WIDTHS = (3, 4, 3, 2)
+_MESSAGES = "Discussion, message passing"
 # Inverses and determinants of a dozen units, of matrices with condition numbers up to about 1e3.
 _ROUND_OFF = 1e-10
 
@@ -50,15 +51,15 @@ def message_passing(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...
     log_p = -_surprise(nets)
     messages = "Gaussian belief propagation written out in NumPy, one pass up and one down"
     return (
-        Evidence("Message passing", "means of the layers are those of belief propagation, and the "
+        Evidence(_MESSAGES, "means of the layers are those of belief propagation, and the "
                  "equilibrium of inference (largest difference)",
                  max(largest(means, by_messages[0]), largest(means, dense)), "at most", 0.0,
                  _ROUND_OFF, f"{messages}; dense solve", nets.settings),
-        Evidence("Message passing", "covariances of the layers are those of belief propagation, "
+        Evidence(_MESSAGES, "covariances of the layers are those of belief propagation, "
                  "and the diagonal blocks of H⁻¹ (largest difference)",
                  max(largest(covariances, by_messages[1]), largest(covariances, blocks)),
                  "at most", 0.0, _ROUND_OFF, f"{messages}; dense inverse", nets.settings),
-        Evidence("Message passing", "log evidence is ln p(T | d) (largest difference)",
+        Evidence(_MESSAGES, "log evidence is ln p(T | d) (largest difference)",
                  float(np.abs(evidence - log_p).max()), "at most", 0.0, _ROUND_OFF,
                  "N(T; feedforward(d), S) in NumPy, S propagated layer by layer", nets.settings),
     )  # fmt: skip
@@ -314,7 +315,7 @@ STATEMENTS = (
         measure=laplace_approximation,
     ),
     Statement(
-        number="Discussion, message passing", title="Inference by message passing",
+        number=_MESSAGES, title="Inference by message passing",
         says="Inference might be sped up by message passing.",
         as_printed="holds",
         form="For linear networks belief propagation, once up and once down the layers in O(Σ n³), "

@@ -174,6 +174,7 @@ def test_it_is_a_citizen_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(energy, look([1.2 * x for x in FORWARD])[0], ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_the_difference_is_the_gaussian() -> None:
     """g = x − μ, at an equilibrium along kinks of the activation too."""
 

@@ -43,6 +43,7 @@ def log_evidence(case: Case) -> np.ndarray:
     return -lowest - determinants / 2 - (len(precision) - len(matrix)) * np.log(2 * np.pi) / 2
 
 
+@pytest.mark.slow
 @few(max_examples=6)
 @given(case=cases(clamps=("both", "input")))
 def test_it_is_the_dense_gaussian(case: Case) -> None:
@@ -60,6 +61,7 @@ def test_it_is_the_dense_gaussian(case: Case) -> None:
     assert_close(found.log_evidence, log_evidence(case), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(2, 2, 2), (2, 3, 4)])
 def test_of_a_free_input(widths: tuple[int, ...]) -> None:
     """Its prior is flat; outputs that tell all of it give it a posterior."""

@@ -41,6 +41,7 @@ def test_each_statement_has_the_verdict_on_record(statement: Any) -> None:
     """On three networks; findings among them do not hold, and the corrected forms do."""
     found = statement.measure(seed=1, networks=3)
     assert [e.claim for e in found if not e.as_known] == []
+    assert {e.statement for e in found} == {statement.number}
     assert all(math.isfinite(e.measured) for e in found)
     file, name = statement.source
     assert f"\ndef {name}(" in (ROOT / file).read_text("utf-8")
@@ -141,7 +142,7 @@ def test_records_and_tables_tell_what_was_measured() -> None:
     assert len(found.table().splitlines()) == 2 + 4 + 1
     assert str(found) == found.summary() == found.table().splitlines()[-1]
     figure, ax = plt.subplots()
-    assert len(found.plot(ax)) >= len(found.evidence)
+    assert sum(len(line.get_xdata()) for line in found.plot(ax)) == len(found.evidence)
     plt.close(figure)
     data = found.to_xarray()
     assert evidence_from_xarray(data) == list(found.evidence)
