@@ -110,7 +110,7 @@ def recovered_covariance(*, samples: int = 20_000, seed: int = 0) -> tuple[Evide
     rng = np.random.default_rng(seed)
     network = Network([Dense(rng.normal(size=shape) / 2) for shape in ((4, 3), (2, 4))])
     true = np.array([[0.5, 0.25], [0.25, 0.4]])
-    inputs = rng.normal(size=(samples, 3))
+    inputs = jnp.asarray(rng.normal(size=(samples, 3)))
     top: Any = network.layers[1]
     spread = np.linalg.svd(top.weight, compute_uv=False)[0] ** 2
     precision = float(spread / (0.2 * np.linalg.eigvalsh(true)[0]))
