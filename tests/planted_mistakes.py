@@ -92,8 +92,8 @@ MISTAKES = (
     Mistake(
         "energy: the precision of the layer below",
         "pcdyn/model/problem.py",
-        "return self.energy[index - 1].value(error, self.target_of(index))",
-        "return self.energy[max(index - 2, 0)].value(error, self.target_of(index))",
+        "            return self.energy[index - 1]",
+        "            return self.energy[max(index - 2, 0)]",
         ("tests/exact/test_energy.py::test_free_energy_is_the_sum_of_layers",),
     ),
     Mistake(
@@ -880,6 +880,68 @@ MISTAKES = (
         "modes = modes / jnp.stack(roots)[:, None]",
         "modes = modes * jnp.stack(roots)[:, None]",
         ("tests/exact/test_phase_portrait.py::test_a_linear_chain_with_time_constants",),
+    ),
+    Mistake(
+        "prior: its mean is ignored",
+        "pcdyn/model/problem.py",
+        "errors.append(activities[0] - jnp.broadcast_to(self.prior.mean, activities[0].shape))",
+        "errors.append(activities[0])",
+        ("tests/exact/test_prior.py::test_free_energy_and_flow_are_those_of_the_formula",),
+    ),
+    Mistake(
+        "prior: as a layer it has another energy",
+        "pcdyn/model/problem.py",
+        "energy=(self.prior.energy, *self.energy),",
+        "energy=(self.energy[0], *self.energy),",
+        ("tests/exact/test_prior.py::test_the_prior_as_a_layer_is_the_same_problem",),
+    ),
+    Mistake(
+        "generation: without the noise of the layers",
+        "pcdyn/references/generation.py",
+        "activities.append(mean + precision.noise(each, shape, problem.dtype))",
+        "activities.append(mean)",
+        ("tests/exact/test_generation.py::test_samples_have_the_moments_of_the_model",),
+    ),
+    Mistake(
+        "posterior: the evidence without the volume of the free layers",
+        "pcdyn/references/posterior.py",
+        "log_evidence = volume - problem.free_energy(mean)",
+        "log_evidence = -problem.free_energy(mean)",
+        ("tests/exact/test_posterior.py::test_densities_are_scipys",),
+    ),
+    Mistake(
+        "posterior: samples with the transposed factor",
+        "pcdyn/references/posterior.py",
+        "noise = self.factor.solve_transposed(white)",
+        "noise = self.factor.solve(white)",
+        ("tests/exact/test_posterior.py::test_samples_have_its_moments",),
+    ),
+    Mistake(
+        "interaction: of the error and not of the prediction",
+        "pcdyn/model/energies/generalised.py",
+        "return self.energy.value(self.function(target, target - error), target)",
+        "return self.energy.value(self.function(target, error), target)",
+        ("tests/exact/test_interaction.py::test_weights_learn_by_the_prediction",),
+    ),
+    Mistake(
+        "M-step: the bias stays",
+        "pcdyn/learning/expectation_maximisation.py",
+        "(layer.weight + change[:, :width], layer.bias + change[:, width]),",
+        "(layer.weight + change[:, :width], layer.bias),",
+        (
+            "tests/limits/test_expectation_maximisation.py::"
+            "test_linear_layers_are_regressions_whatever_their_precisions",
+        ),
+    ),
+    Mistake(
+        "EM: the gradient of the sum over samples",
+        "pcdyn/learning/expectation_maximisation.py",
+        "lambda g: g / samples if",
+        "lambda g: g if",
+        (
+            "tests/limits/test_expectation_maximisation.py::"
+            "test_one_gradient_step_is_training_on_the_whole_batch",
+        ),
     ),
     Mistake(
         "theory: an oracle's gradient has the wrong sign",
