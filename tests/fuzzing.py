@@ -391,6 +391,14 @@ def calls() -> dict[str, Call]:
             },
         ),
         "posterior": lambda: (pcdyn.posterior, {"problem": KNOWN.linear_problem}),
+        "maximisation_step": lambda: (
+            learning.maximisation_step,
+            {"problem": KNOWN.problem, "state": KNOWN.equilibrium.state},
+        ),
+        "expectation_maximisation": lambda: (
+            learning.expectation_maximisation,
+            {"problem": KNOWN.problem, "rounds": 1, "learning_rate": 0.1},
+        ),
         "spectrum": lambda: (linear.spectrum, {"problem": KNOWN.linear_problem}),
         "relaxation_times": lambda: (linear.relaxation_times, {"problem": KNOWN.linear_problem}),
         "output_covariance": lambda: (linear.output_covariance, {"problem": KNOWN.linear_problem}),

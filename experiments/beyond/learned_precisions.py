@@ -31,7 +31,7 @@ from pcdyn import learning, linear
 from pcdyn._support.states import cosine
 from pcdyn._support.types import Activities
 from pcdyn.learning.flows.precisions import Structure
-from pcdyn.learning.flows.variational import Posterior
+from pcdyn.learning.flows.variational import PosteriorName
 from pcdyn.references.algorithms import local_gradient
 from pcdyn.theory import Evidence
 
@@ -129,7 +129,7 @@ def follow(
     problem: pcdyn.InferenceProblem,
     start: Iterable[ArrayLike],
     structures: tuple[Structure, Structure],
-    posterior: Posterior,
+    posterior: PosteriorName,
     times: np.ndarray,
     config: Config,
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.states import scale
 from pcdyn._support.types import State, Values
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
@@ -51,7 +52,7 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
 
 
 @eqx.filter_custom_jvp
-def with_derivatives(problem: InferenceProblem, state: State, certain: Values) -> State:
+def _with_derivatives(problem: InferenceProblem, state: State, certain: Values) -> State:
     """`state`, equilibria of a problem, with the derivatives of equilibria.
 
     `∂F/∂x(x*, θ) = 0` gives `dx*/dθ = −(∂²F/∂x²)⁻¹ ∂²F/∂x∂θ`, of any order. They are NaN for the
@@ -60,7 +61,10 @@ def with_derivatives(problem: InferenceProblem, state: State, certain: Values) -
     return state
 
 
-@with_derivatives.def_jvp
+with_derivatives = with_rule_in_loops(_with_derivatives)
+
+
+@_with_derivatives.def_jvp
 def _implicit_jvp(
     primals: tuple[InferenceProblem, State, Values], tangents: tuple[PyTree, PyTree, PyTree]
 ) -> tuple[State, State]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
 
 
@@ -22,7 +23,7 @@ def square(matrix: Float[Array, "M N"], *rows: Float[Array, "*batch M"]) -> tupl
 
 
 @jax.custom_jvp
-def factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
+def _factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
     """The eigenvalues of AᵀA in ascending order, M ≥ N, and its eigenvectors as columns.
 
     Where eigenvalues coincide within round-off, the derivative of each is that of their mean, and
@@ -33,7 +34,10 @@ def factor_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array]:
     return sizes**2, modes
 
 
-@factor_modes.defjvp
+factor_modes = with_rule_in_loops(_factor_modes)
+
+
+@_factor_modes.defjvp
 def _factor_modes_jvp(
     primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -45,7 +49,7 @@ def _factor_modes_jvp(
 
 
 @jax.custom_jvp
-def symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
+def _symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
     """The eigenvalues of a symmetric matrix in ascending order, and its eigenvectors as columns.
 
     With derivatives as `factor_modes` has them where eigenvalues coincide.
@@ -54,7 +58,10 @@ def symmetric_modes(matrix: Float[Array, "N N"]) -> tuple[Array, Array]:
     return rates, modes
 
 
-@symmetric_modes.defjvp
+symmetric_modes = with_rule_in_loops(_symmetric_modes)
+
+
+@_symmetric_modes.defjvp
 def _symmetric_modes_jvp(
     primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -88,7 +95,7 @@ def singular_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array, Array]:
 
 
 @jax.custom_jvp
-def relaxed(
+def _relaxed(
     factor: Float[Array, "M N"],
     modes: tuple[Array, Array, Array],
     residual: Float[Array, "*batch M"],
@@ -107,7 +114,10 @@ def relaxed(
     return matmul(amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape), right.T)
 
 
-@relaxed.defjvp
+relaxed = with_rule_in_loops(_relaxed)
+
+
+@_relaxed.defjvp
 def _relaxed_jvp(
     primals: tuple[Array, tuple[Array, Array, Array], Array, Array], tangents: PyTree
 ) -> tuple[Array, Array]:

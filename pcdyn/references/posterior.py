@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.arrays import as_float_array, check_size, is_traced
 from pcdyn._support.checks import as_sequence, check_key, checked_integer
+from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import ShapeError
@@ -207,13 +208,16 @@ def log_normaliser(problem: InferenceProblem) -> Array:
 
 
 @eqx.filter_custom_jvp
-def _factor(problem: InferenceProblem) -> BlockCholesky:
+def _factor_once(problem: InferenceProblem) -> BlockCholesky:
     """The factor of `error_factor`, whose QR factorisations have no derivative of their own where
     they are padded with zeros."""
     return error_factor(problem)[0]
 
 
-@_factor.def_jvp
+_factor = with_rule_in_loops(_factor_once)
+
+
+@_factor_once.def_jvp
 def _factor_jvp(
     primals: tuple[InferenceProblem], tangents: tuple[PyTree]
 ) -> tuple[BlockCholesky, BlockCholesky]:

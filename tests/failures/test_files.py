@@ -323,7 +323,8 @@ DATA = {
     "a status between two": (lambda d: d.assign(status=0.5), "status.*integers"),
     "another number of layers": (lambda d: d.drop_vars("activity_2"), "lacks 'activity_2'"),
     "a layer too many": (lambda d: d.assign(activity_3=d.activity_1), "other activities"),
-    "layers that count from 0": (lambda d: d.assign_coords(predicted_layer=[0, 1]), "predicted"),
+    "layers that count from 0": (
+        lambda d: d.assign_coords(predicted_layer=[0, 1]), "energies of 1 layers"),
     "a free layer that is not there": (lambda d: d.assign_coords(free_layer=[7]), "free_layer"),
     "units as an axis of layers": (
         lambda d: d.assign(activity_1=d.activity_1.rename(unit_1="units")), "dimensions"),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcdyn import linear, linear_equilibrium
+from pcdyn import linear, linear_equilibrium, posterior
 from pcdyn.analysis.stability import stability
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.errors import PcdynError
@@ -28,6 +28,7 @@ from pcdyn.learning import (
     FixedPrediction,
     IncrementalPredictiveCoding,
     PredictiveCoding,
+    expectation_maximisation,
 )
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
@@ -103,6 +104,32 @@ def by_stability(leaves: Leaves) -> Any:
     return jnp.concatenate([found.rates, found.slowest_mode])
 
 
+def by_posterior(leaves: Leaves) -> Any:
+    found = posterior(problem_of(leaves, "identity"))
+    return jnp.concatenate([found.covariances[0].ravel(), found.mean[0], found.log_evidence[None]])
+
+
+def by_alternation(leaves: Leaves) -> Any:
+    found = expectation_maximisation(
+        problem_of(leaves, "identity"), rounds=1, learning_rate=0.1, throw=False
+    )
+    return jnp.concatenate([found.energies.ravel(), found.loss])
+
+
+def by_loop(verb: Verb) -> Verb:
+    """Two rounds in which what the verb returns moves a bias, in a loop of JAX."""
+
+    def one(leaves: Leaves, _: None) -> tuple[Leaves, None]:
+        moved = leaves["bias 1"] + jnp.sin(verb(leaves)).ravel()[:3] / 5
+        return {**leaves, "bias 1": moved}, None
+
+    def rounds(leaves: Leaves) -> Any:
+        arrays = jax.tree.map(jnp.asarray, leaves)
+        return jax.lax.scan(one, arrays, None, length=2)[0]["bias 1"]
+
+    return rounds
+
+
 def by_rule(rule: Any) -> Verb:
     def verb(leaves: Leaves) -> Any:
         problem = problem_of(leaves, "tanh")
@@ -139,10 +166,16 @@ VERBS: dict[str, tuple[Verb, float, tuple[str, ...]]] = {
     "linear_equilibrium": (
         lambda leaves: linear_equilibrium(problem_of(leaves, "identity"))[1], 1e-14, (),
     ),
+    "posterior": (by_posterior, 1e-13, ()),
+    "expectation maximisation, one round": (by_alternation, EXACT, ()),
     "linear.spectrum": (
         lambda leaves: linear.spectrum(problem_of(leaves, "identity")), 1e-13, (),
     ),
     "stability": (by_stability, 1e-13, ()),
+    "in a loop, equilibrium": (by_loop(by_equilibrium("gauss_newton")), EXACT, ()),
+    "in a loop, posterior": (by_loop(by_posterior), 1e-13, ()),
+    "in a loop, stability": (by_loop(by_stability), 1e-13, ()),
+    "in a loop, simulate, exact": (by_loop(by_simulate("exact", "identity")), 1e-14, ()),
     "rule, predictive coding": (
         by_rule(PredictiveCoding(method="gauss_newton", tolerance=EXACT)), EXACT, (),
     ),

@@ -20,7 +20,7 @@ from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import InputError, PrecisionError, ShapeError, ToleranceError
 from pcdyn.learning.flows.joint import activities_at_rest, as_jax
 from pcdyn.learning.flows.variational import (
-    Posterior,
+    PosteriorName,
     check_gaussian,
     check_posterior,
     variational_free_energy,
@@ -41,7 +41,7 @@ def _as_tuple(structures: Sequence[Structure]) -> tuple[Structure, ...]:
     return as_sequence(structures, "structures", wanted)
 
 
-def _as_posterior(posterior: Posterior) -> Posterior:
+def _as_posterior(posterior: PosteriorName) -> PosteriorName:
     check_posterior(posterior)
     return posterior
 
@@ -77,7 +77,7 @@ class PrecisionFlow(Flow):
 
     problem: InferenceProblem
     structures: tuple[Structure, ...] = eqx.field(static=True, converter=_as_tuple)
-    posterior: Posterior = eqx.field(static=True, default="laplace", converter=_as_posterior)
+    posterior: PosteriorName = eqx.field(static=True, default="laplace", converter=_as_posterior)
     method: Solver | None = eqx.field(default=None, converter=optional(get_solver))
     tolerance: float | None = eqx.field(
         static=True,
@@ -249,7 +249,7 @@ class OutputNoise(eqx.Module):
     interior: Bool[Array, ""]
 
 
-def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace") -> OutputNoise:
+def output_noise(problem: InferenceProblem, *, posterior: PosteriorName = "laplace") -> OutputNoise:
     """Compute the covariance Π_L⁻¹ of the output that is learned if other precisions are held.
 
     In closed form for linear networks. With Ĉ the mean of e0 e0ᵀ over the samples, e0 = T −
@@ -276,7 +276,7 @@ def output_noise(problem: InferenceProblem, *, posterior: Posterior = "laplace")
 
 
 @eqx.filter_jit
-def _output_noise(problem: InferenceProblem, posterior: Posterior) -> tuple[OutputNoise, Array]:
+def _output_noise(problem: InferenceProblem, posterior: PosteriorName) -> tuple[OutputNoise, Array]:
     """The noise, and Ĉ."""
     explained = output_covariance(problem) - _output_noise_of(problem)
     errors = problem.output_error(feedforward(problem)[-1])

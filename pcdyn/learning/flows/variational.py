@@ -27,14 +27,14 @@ from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.linear import hessian
 from pcdyn.references.posterior import log_normaliser
 
-Posterior = Literal["delta", "laplace"]
+PosteriorName = Literal["delta", "laplace"]
 
 
 def variational_free_energy(
     problem: InferenceProblem,
     state: Sequence[Numbers],
     *,
-    posterior: Posterior | ArrayLike = "laplace",
+    posterior: PosteriorName | ArrayLike = "laplace",
 ) -> Float[Array, "*batch"]:
     """Compute −log p(T | d) or a bound of it, per sample, from a posterior with mean `state`.
 
@@ -81,7 +81,7 @@ def variational_free_energy(
 
 @eqx.filter_jit
 def _free_energy(
-    problem: InferenceProblem, state: State, posterior: Posterior | Array
+    problem: InferenceProblem, state: State, posterior: PosteriorName | Array
 ) -> Float[Array, "*batch"]:
     free_energy = problem.free_energy(state) + log_normaliser(problem)
     count = sum(x.shape[-1] for x in state)
@@ -102,7 +102,7 @@ def check_gaussian(problem: InferenceProblem) -> None:
 
 def check_posterior(posterior: object) -> None:
     """Raise `InputError` for a posterior that is no known name."""
-    if isinstance(posterior, str) and posterior in get_args(Posterior):
+    if isinstance(posterior, str) and posterior in get_args(PosteriorName):
         return
     given = repr(posterior) if isinstance(posterior, str) else f"a {type(posterior).__name__}"
     raise InputError(
