@@ -659,7 +659,7 @@ MISTAKES = (
     Mistake(
         "learning: the sum over the batch for its mean",
         "pcdyn/learning/epoch.py",
-        "lambda g: g / len(inputs)",
+        "lambda g: g / len(targets)",
         "lambda g: g",
         ("tests/exact/test_train.py::test_it_is_the_loop_in_plain_python",),
     ),
@@ -702,7 +702,7 @@ MISTAKES = (
     ),
     Mistake(
         "learning: the log-determinant has the wrong sign",
-        "pcdyn/learning/flows/variational.py",
+        "pcdyn/references/posterior.py",
         "(width * math.log(2 * math.pi) - log_determinant)",
         "(width * math.log(2 * math.pi) + log_determinant)",
         ("tests/exact/test_precisions.py::test_with_the_exact_posterior_it_is_the_log_likelihood",),
@@ -782,8 +782,8 @@ MISTAKES = (
     Mistake(
         "cli: float32 is ignored",
         "pcdyn/cli/main.py",
-        '_float64(not settings.get("float32", False))',
-        "_float64(True)",
+        '{"jax_enable_x64": not settings.get("float32", False)}',
+        '{"jax_enable_x64": True}',
         ("tests/cli/test_cli.py::test_float32_is_switched_for_the_command_only",),
     ),
     Mistake(
