@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from experiments.shared.descent import descend, order, scores, small_images, stack
 from experiments.shared.example import COLORS
 from experiments.shared.experiment import Experiment
+from experiments.shared.networks import available
 from pcdyn import learning
-from pcdyn.errors import DataError
 from pcdyn.io.datasets import Dataset
 from pcdyn.theory import Evidence
 
@@ -57,11 +57,7 @@ class Config:
 def run(config: Config) -> xarray.Dataset:
     """Loss and accuracy on validation and test images, few examples and both pairs of tasks."""
     found, sources = {}, []
-    for name in config.datasets:
-        try:
-            train, test = small_images(name)
-        except DataError:
-            continue
+    for name, (train, test) in available(config.datasets, small_images).items():
         sources.append(train.source)
         # The last training images choose the rate.
         held = len(train.images) - min(config.validation, len(train.images) // 5)

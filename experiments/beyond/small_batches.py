@@ -25,8 +25,8 @@ from matplotlib.patches import Patch, Rectangle
 from experiments.shared.descent import descend, order, scores, small_images, stack
 from experiments.shared.example import COLORS
 from experiments.shared.experiment import Experiment
+from experiments.shared.networks import available
 from pcdyn import learning
-from pcdyn.errors import DataError
 from pcdyn.io.datasets import Dataset
 from pcdyn.theory import Evidence
 
@@ -59,11 +59,7 @@ class Config:
 def run(config: Config) -> xarray.Dataset:
     """The loss on test images by rule, batch, rate, seed and number of updates."""
     found, sources = {}, []
-    for name in config.datasets:
-        try:
-            train, test = small_images(name)
-        except DataError:
-            continue
+    for name, (train, test) in available(config.datasets, small_images).items():
         sources.append(train.source)
         found[name] = xarray.concat(
             [

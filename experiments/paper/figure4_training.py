@@ -8,6 +8,7 @@ output loss changes during inference over training, and the norms of both gradie
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import pcdyn
 from experiments.shared.experiment import Experiment
-from experiments.shared.networks import classifier, load
+from experiments.shared.networks import available, classifier, load
 from pcdyn import learning, plotting
-from pcdyn.errors import DataError
 from pcdyn.theory import Evidence
 
 RULES = ("predictive coding", "backpropagation")
@@ -110,11 +110,8 @@ def run(config: Config) -> xarray.Dataset:
         keys
     )
     found, sources = [], {}
-    for name in config.datasets:
-        try:
-            train, test = load(name, config.lowest)
-        except DataError:
-            continue
+    read = functools.partial(load, lowest=config.lowest)
+    for name, (train, test) in available(config.datasets, read).items():
         sources[name] = train.source
         evaluate = Observed(
             learning.Evaluation(test.images, test.one_hot, energy=energy),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,7 +15,10 @@ import optax
 from jaxtyping import PyTree
 
 import pcdyn
+from pcdyn.errors import DataError
 from pcdyn.io.datasets import Dataset
+
+_Read = TypeVar("_Read")
 
 
 def gaussian_weights(
@@ -83,6 +87,15 @@ def load(name: str, lowest: float = 0.0) -> tuple[Any, Any]:
     read = {"mnist": pcdyn.datasets.mnist, "fashion-mnist": pcdyn.datasets.fashion_mnist}[name]
     options: dict[str, Any] = {"limits": (lowest, 1.0), "dtype": np.float32}
     return read("train", **options), read("test", **options)
+
+
+def available(names: Sequence[str], read: Callable[[str], _Read]) -> dict[str, _Read]:
+    """What `read` finds of data sets by their names, without those that are not there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(DataError):
+            found[name] = read(name)
+    return found
 
 
 def trained_classifier(

@@ -15,6 +15,9 @@ from pcdyn.references.algorithms import backpropagation, target_propagation
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import linear_rest, vector_field
 from pcdyn.theory.networks import (
+    ORDER,
+    SQUARE,
+    UNEQUAL,
     Layers,
     Networks,
     central_differences,
@@ -30,13 +33,8 @@ from pcdyn.theory.networks import (
 )
 from pcdyn.theory.statement import Statement
 
-SQUARE = (3, 3, 3, 3)
-# Of a slope fitted over decades, of which the largest size is not small.
-ORDER = 0.1
 # Of central differences with a step of 1e-5.
 DIFFERENCES = 1e-8
-# Far above round-off and below what is found: the finding is a difference of its own size.
-UNEQUAL = 1e-3
 
 
 def generative_direction(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:

@@ -10,6 +10,7 @@ from scipy.linalg import expm
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import linear_rest, vector_field
 from pcdyn.theory.networks import (
+    SQUARE,
     Layers,
     Networks,
     draw,
@@ -21,8 +22,6 @@ from pcdyn.theory.networks import (
     transpose,
 )
 from pcdyn.theory.statement import Statement
-
-SQUARE = (3, 3, 3, 3)
 
 
 def sign_of_the_flow(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:

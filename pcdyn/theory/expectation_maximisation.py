@@ -22,6 +22,7 @@ from pcdyn.theory.convergence import noisy_problem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import linear_rest, settle
 from pcdyn.theory.networks import (
+    SQUARE,
     Layers,
     Networks,
     draw,
@@ -35,7 +36,6 @@ from pcdyn.theory.networks import (
 )
 from pcdyn.theory.statement import Statement
 
-SQUARE = (3, 3, 3, 3)
 # Optimisers of SciPy take a while for each network.
 SEARCHED = 5
 SAMPLES, ROUNDS = 8, 20

@@ -23,16 +23,22 @@ from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import settle
-from pcdyn.theory.networks import Layers, Networks, draw, largest, order, times, transpose
+from pcdyn.theory.networks import (
+    DELTAS,
+    ORDER,
+    SQUARE,
+    UNEQUAL,
+    Layers,
+    Networks,
+    draw,
+    largest,
+    order,
+    times,
+    transpose,
+)
 from pcdyn.theory.statement import Statement
 
-SQUARE = (3, 3, 3, 3)
 SMALL = (1e-2, 1e-3, 1e-4)
-# Of a slope fitted over decades, of which the largest size is not small.
-ORDER = 0.1
-# Far above round-off and below what is found: the finding is a difference of its own size.
-UNEQUAL = 1e-3
-_DELTAS = "BP's δ_{l−1} = W_lᵀ (f'_l ∘ δ_l) at the feedforward pass, in NumPy"
 
 
 def one_layer_identity(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
@@ -120,10 +126,10 @@ def _over_layers(seed: int, networks: int) -> tuple[Evidence, ...]:
                  residual, "equal", 0.0, 1e-12, "equilibria by the recursion in NumPy", settings),
         Evidence("Eq 4", "their sum grows in proportion to the number of layers: ‖ε_1* − δ_1‖ / "
                  "‖δ_1‖ over depths 4 … 32 (order)", order(depths, differences), "equal", 1.0, 0.3,
-                 _DELTAS, {**settings, **curve}),
+                 DELTAS, {**settings, **curve}),
         Evidence("Eq 4", "as printed, the difference from BP is O(ε_{l+1} ε_f) alone: share of it "
                  "at depth 32 that ε_L* − δ_L carries down (median)", owed[-1], "equal", 0.0,
-                 UNEQUAL, _DELTAS, settings, expected_to_hold=False),
+                 UNEQUAL, DELTAS, settings, expected_to_hold=False),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pcdyn.references.linear import exact_flow, hessian, linear_equilibrium, sin
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, vector_field
 from pcdyn.theory.networks import (
+    SQUARE,
     Layers,
     Networks,
     central_differences,
@@ -29,7 +30,7 @@ from pcdyn.theory.networks import (
 from pcdyn.theory.statement import Statement
 
 EPS = float(np.finfo(np.float64).eps)
-SQUARE, MIXED = (3, 3, 3, 3), (4, 5, 4, 3)
+MIXED = (4, 5, 4, 3)
 # A flow integrated to 1e-10 over a hundred time constants, with a margin of a hundred.
 FLOW = 1e-8
 

@@ -24,10 +24,19 @@ from pcdyn.references.output_error import (
 from pcdyn.theory.convergence import noisy_problem, rising_loss_problem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import integrate, linear_rest, settle, vector_field
-from pcdyn.theory.networks import Layers, Networks, draw, on_each, order, solve, times, transpose
+from pcdyn.theory.networks import (
+    SQUARE,
+    Layers,
+    Networks,
+    draw,
+    on_each,
+    order,
+    solve,
+    times,
+    transpose,
+)
 from pcdyn.theory.statement import Statement
 
-SQUARE = (3, 3, 3, 3)
 # Of the 1-1-2 network whose second target has nothing to do with the input.
 _INPUTS = np.asarray([1.0, 1.0, -1.0, -1.0])
 _TARGETS = np.stack([_INPUTS, 3 * np.asarray([1.0, -1.0, 1.0, -1.0])])

@@ -16,6 +16,10 @@ from pcdyn.model.problem import InferenceProblem
 from pcdyn.theory.evidence import Evidence
 from pcdyn.theory.flows import flow, integrate, linear_rest, settle
 from pcdyn.theory.networks import (
+    DELTAS,
+    ORDER,
+    SQUARE,
+    UNEQUAL,
     Networks,
     draw,
     largest_relative,
@@ -27,13 +31,7 @@ from pcdyn.theory.networks import (
 )
 from pcdyn.theory.statement import Statement
 
-SQUARE = (3, 3, 3, 3)
 SMALL = (1e-1, 1e-2, 1e-3, 1e-4)
-# Of a slope fitted over three decades, of which the largest size is not small.
-ORDER = 0.1
-# Far above round-off and below what is found: the finding is a difference of its own size.
-UNEQUAL = 1e-3
-_DELTAS = "BP's δ_{l−1} = W_lᵀ (f'_l ∘ δ_l) at the feedforward pass, in NumPy"
 
 
 def _slope(
@@ -66,9 +64,9 @@ def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[
                  "(largest residual)", bound, "equal", 0.0, 1e-10,
                  "the recursion in NumPy; equilibria to 1e-11", nets.settings),
         Evidence("Theorem 3.2", "ε_l*/λ → −∂ℒ/∂x̂_l (median relative difference at λ = 1e-4)",
-                 relative(at_low, nets.deltas()), "at most", 0.0, 1e-2, _DELTAS, nets.settings),
+                 relative(at_low, nets.deltas()), "at most", 0.0, 1e-2, DELTAS, nets.settings),
         Evidence("Theorem 3.2", "as printed, ε_l*/λ → +∂ℒ/∂x̂_l (median relative difference at "
-                 "λ = 1e-4)", relative(at_low, gradients), "at most", 0.0, 1e-2, _DELTAS,
+                 "λ = 1e-4)", relative(at_low, gradients), "at most", 0.0, 1e-2, DELTAS,
                  nets.settings, expected_to_hold=False),
     ]  # fmt: skip
     for std in (0.05, 0.3, 1.0):
@@ -77,7 +75,7 @@ def approximates_backpropagation(*, seed: int = 0, networks: int = 20) -> tuple[
         rows.append(
             Evidence("Theorem 3.2", f"as printed below it, equal f' is enough: linear networks, "
                      f"weight std {std} (median relative difference of ε_l* from δ_l)",
-                     relative(errors, linear.deltas()), "at most", 0.0, UNEQUAL, _DELTAS,
+                     relative(errors, linear.deltas()), "at most", 0.0, UNEQUAL, DELTAS,
                      {**linear.settings, "std": std}, expected_to_hold=False)
         )  # fmt: skip
     return tuple(rows)
@@ -95,7 +93,7 @@ def low_output_precision(*, seed: int = 0, networks: int = 20) -> tuple[Evidence
         errors.append(relative(scaled, deltas))
         gradients.append(relative([low.weight_gradient(found, scaled)], [expected]))
     return (
-        _slope("A.2 low output precision", "‖ε_l*/λ − δ_l‖ = O(λ)", SMALL, errors, 1.0, _DELTAS,
+        _slope("A.2 low output precision", "‖ε_l*/λ − δ_l‖ = O(λ)", SMALL, errors, 1.0, DELTAS,
                nets.settings),
         _slope("A.2 low output precision", "‖∇F*/λ − ∇ℒ‖ = O(λ)", SMALL, gradients, 1.0,
                "BP's weight gradient in NumPy", nets.settings),
@@ -166,7 +164,7 @@ def first_update(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
         errors.append(max(relative([e], [d]) for e, d in zip(ours, deltas[1::-1], strict=True)))
     rows.append(
         _slope("A.2 first update", "in continuous time ε_l = t^{L−l}/(L−l)! δ_l (1 + O(t))",
-               sizes, errors, 1.0, _DELTAS, nets.settings)
+               sizes, errors, 1.0, DELTAS, nets.settings)
     )  # fmt: skip
     return tuple(rows)
 
@@ -260,7 +258,7 @@ def interpolation(*, seed: int = 0, networks: int = 20) -> tuple[Evidence, ...]:
     return (
         _slope("Eq 48", "λ → 1: layer L−1 tends to its target as 1 − λ", sizes, high, 1.0, oracle,
                nets.settings),
-        _slope("Eq 48", "λ → 0: ε_l (1 − λ)/λ tends to BP's δ_l as λ", sizes, low, 1.0, _DELTAS,
+        _slope("Eq 48", "λ → 0: ε_l (1 − λ)/λ tends to BP's δ_l as λ", sizes, low, 1.0, DELTAS,
                nets.settings),
         Evidence("Eq 48", "as printed, λ → 1 is target propagation in every layer: layer L−2 at "
                  "1 − λ = 1e-4 (median relative difference)", below, "at most", 0.0, 1e-2, oracle,

@@ -24,6 +24,15 @@ from pcdyn.model.problem import InferenceProblem
 
 Layers = list[np.ndarray]
 
+# What several statements share: widths of networks whose layers can be inverted,
+SQUARE = (3, 3, 3, 3)
+# how far a slope fitted over decades, of which the largest size is not small, can be off,
+ORDER = 0.1
+# what is far above round-off and below a finding, which is a difference of its own size,
+UNEQUAL = 1e-3
+# and an oracle.
+DELTAS = "BP's δ_{l−1} = W_lᵀ (f'_l ∘ δ_l) at the feedforward pass, in NumPy"
+
 # f and f' of each activation.
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "identity": (lambda z: z, np.ones_like),

@@ -85,6 +85,18 @@ def test_tanh_layers_are_at_a_minimum_of_their_energies() -> None:
     assert np.max(step.residual) <= 1e-8
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_float32_reaches_its_default(seed: int) -> None:
+    """Values of F tell where its minimum is to the root of their round-off, and no closer."""
+    rng = np.random.default_rng(seed)
+    network = pcdyn.mlp(WIDTHS, activation="tanh", key=jr.key(seed), dtype=jnp.float32)
+    input, output = (rng.normal(size=(SAMPLES, n), scale=0.5) for n in (WIDTHS[0], WIDTHS[-1]))
+    problem = pcdyn.InferenceProblem(network, input=input, output=output)
+    step = learning.maximisation_step(problem, pcdyn.equilibrium(problem).state)
+    assert step.residual.dtype == np.float32
+    assert np.max(step.residual) <= np.finfo(np.float32).eps ** 0.5
+
+
 def test_activities_beyond_the_range_have_no_best_weights() -> None:
     """tanh(w) is to be 2: the energy falls for ever as w grows. The residual tells where it is."""
     network = pcdyn.Network([pcdyn.Dense([[1.0]], activation="tanh"), pcdyn.Dense([[1.0]])])
