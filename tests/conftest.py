@@ -79,6 +79,13 @@ def _compiled_programs_do_not_pile_up() -> Iterator[None]:
 
 
 @pytest.fixture
+def as_users_run() -> Iterator[None]:
+    """Promote dtypes and ranks as JAX does by default: commands and schedules of optax need it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """Grows by one with each program that XLA compiles."""
     seen: list[str] = []

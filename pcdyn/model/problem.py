@@ -135,10 +135,7 @@ class InferenceProblem(InferenceFlow):
         check_instance(network, "network", Network, "a pcdyn.Network")
         check_dtype(network.dtype, "dtype of the network")
         self.network = network
-        self.input = _clamped_layer(input, "input", network.widths[0], network.dtype)
-        self.output = _clamped_layer(output, "output", network.widths[-1], network.dtype)
-        if self.input is not None and self.output is not None:
-            _check_same_batch(self.input, self.output)
+        self.input, self.output = _clamped_layers(input, output, network)
         self.energy = in_dtype(one_per_prediction(energy, network.depth), network.dtype)
         for index, each in enumerate(self.energy, start=1):
             with naming_layer(index):
@@ -146,10 +143,6 @@ class InferenceProblem(InferenceFlow):
         self.prior = None if prior is None else _checked_prior(prior, self.input, network)
         self.time_constants = _checked_time_constants(time_constants, network)
         self.first_prediction = None
-        if not self.free_layers:
-            raise InputError(
-                "nothing to infer: both ends of a network without hidden layers are clamped"
-            )
 
     @property
     def dtype(self) -> np.dtype:
@@ -189,10 +182,18 @@ class InferenceProblem(InferenceFlow):
         """Time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
-    def with_data(self, input: Values | None, output: Values | None) -> InferenceProblem:
-        """Return the same problem with other clamped data, such as one sample of a batch."""
+    def with_data(self, input: Numbers | None, output: Numbers | None) -> InferenceProblem:
+        """Return the same problem with other clamped data, such as one sample of a batch.
+
+        **Raises:**
+
+        - As the constructor does, for data that do not fit.
+        """
+        data = _clamped_layers(input, output, self.network)
+        if self.prior is not None and data[0] is not None:
+            raise InputError(_PRIOR_IGNORED)
         return eqx.tree_at(
-            lambda p: (p.input, p.output, p.first_prediction), self, (input, output, None),
+            lambda p: (p.input, p.output, p.first_prediction), self, (*data, None),
             is_leaf=lambda x: x is None,
         )  # fmt: skip
 
@@ -485,13 +486,35 @@ def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: np.dtype
     return converted(array, dtype, name)
 
 
+def _clamped_layers(
+    input: Numbers | None, output: Numbers | None, network: Network
+) -> tuple[Array | None, Array | None]:
+    """Both ends, checked, in the dtype of the network."""
+    first = _clamped_layer(input, "input", network.widths[0], network.dtype)
+    last = _clamped_layer(output, "output", network.widths[-1], network.dtype)
+    if first is not None and last is not None:
+        if first.shape[:-1] != last.shape[:-1]:
+            raise ShapeError(
+                f"input of shape {first.shape} and output of shape {last.shape} do not have the "
+                "same batch size"
+            )
+        if network.depth == 1:
+            raise InputError(
+                "nothing to infer: both ends of a network without hidden layers are clamped"
+            )
+    return first, last
+
+
+_PRIOR_IGNORED = (
+    "a prior on a clamped input would be ignored: leave the input free, or the prior out"
+)
+
+
 def _checked_prior(prior: Prior, input: Array | None, network: Network) -> Prior:
     """The prior with one mean for each unit, all in the dtype of the network."""
     check_instance(prior, "prior", Prior, "a pcdyn.Prior")
     if input is not None:
-        raise InputError(
-            "a prior on a clamped input would be ignored: leave the input free, or the prior out"
-        )
+        raise InputError(_PRIOR_IGNORED)
     width, mean = network.widths[0], converted(prior.mean, network.dtype, "mean of the prior")
     if mean.shape not in ((), (width,)):
         raise ShapeError(
@@ -502,14 +525,6 @@ def _checked_prior(prior: Prior, input: Array | None, network: Network) -> Prior
         energy, *_ = in_dtype(prior.energy.per_prediction(1), network.dtype)
         energy.check(width, None)
     return Prior(jnp.broadcast_to(mean, (width,)), energy)
-
-
-def _check_same_batch(input: Array, output: Array) -> None:
-    if input.shape[:-1] != output.shape[:-1]:
-        raise ShapeError(
-            f"input of shape {input.shape} and output of shape {output.shape} do not have the "
-            "same batch size"
-        )
 
 
 def _checked_time_constants(

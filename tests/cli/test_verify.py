@@ -8,19 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from pcdyn.cli import main
 from pcdyn.theory import Statement, verify
 from pcdyn.theory import errata as module
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 
 @pytest.fixture(autouse=True)
-def _as_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def test_verify_prints_what_the_library_measures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,6 +241,7 @@ def test_what_has_no_such_posterior_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_users_run")
 def test_variances_without_messages_from_above_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """H_ll⁻¹, the spread of a layer whose neighbours are known, in place of (H⁻¹)_ll."""
 
@@ -248,6 +249,5 @@ def test_variances_without_messages_from_above_are_seen(monkeypatch: pytest.Monk
         return tuple(jnp.linalg.inv(f @ f.T) for f in self.factors)
 
     monkeypatch.setattr(BlockCholesky, "inverse_diagonal", given_neighbours)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        rows = verify(["message passing"], networks=4).evidence
+    rows = verify(["message passing"], networks=4).evidence
     assert [row.as_known for row in rows] == [True, False, True]

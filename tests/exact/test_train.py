@@ -150,14 +150,13 @@ def test_several_seeds_are_as_many_trainings() -> None:
         )
 
 
+@pytest.mark.usefixtures("as_users_run")
 def test_layers_of_equinox_and_softmax_learn() -> None:
     """A layer that is not `Dense`, and cross-entropy with labels."""
     middle = eqx.nn.MLP(5, 4, 6, 1, key=jr.key(2))
     start = Network([Dense(np.ones((5, 4)) / 4, activation="tanh"), middle, Dense(np.ones((3, 4)))])
-    # Adam adds whole numbers to real ones.
-    with jax.numpy_dtype_promotion("standard"):
-        found = run(network=start, energy=CrossEntropy(), rule=EulerPredictiveCoding(steps=5),
-                    optimiser=optax.adam(1e-2), epochs=20, evaluate=None, compare=True)  # fmt: skip
+    found = run(network=start, energy=CrossEntropy(), rule=EulerPredictiveCoding(steps=5),
+                optimiser=optax.adam(1e-2), epochs=20, evaluate=None, compare=True)  # fmt: skip
     loss = found.history["loss"].mean(1)
     assert loss[-1] < loss[0]
 

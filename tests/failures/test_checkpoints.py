@@ -6,7 +6,6 @@ If this fails, a training goes on with other settings than it began with, and no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,7 @@ import pcdyn
 from pcdyn.errors import CheckpointError, InputError
 from pcdyn.learning import Backpropagation, EulerPredictiveCoding, Training, train
 
-
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Schedules of optax mix whole and real numbers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
+pytestmark = pytest.mark.usefixtures("as_users_run")
 
 INPUTS = np.random.default_rng(0).normal(size=(12, 2))
 TARGETS = np.random.default_rng(1).normal(size=(12, 2))

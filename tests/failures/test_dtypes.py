@@ -71,6 +71,21 @@ def test_real_numbers_in_any_form_become_float64(form: str) -> None:
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
+def test_other_data_are_converted_as_those_of_the_constructor_are() -> None:
+    """Two samples in float64 for a problem in float32, mapped over."""
+    narrow = pcdyn.InferenceProblem(
+        pcdyn.mlp([3, 4, 2], activation="tanh", key=jax.random.key(0), dtype="float32"),
+        input=np.array(VALUES), output=np.array(OUTPUT),
+    )  # fmt: skip
+    data = np.array([VALUES, VALUES]), np.array([OUTPUT, OUTPUT])
+    mapped = jax.vmap(lambda x, y: pcdyn.equilibrium(narrow.with_data(x, y)).activities)(*data)
+    expected = pcdyn.equilibrium(narrow).activities
+    for found, layer in zip(mapped, expected, strict=True):
+        assert found.dtype == jnp.float32
+        # The tolerance of the residual in float32 is 1e-4.
+        np.testing.assert_allclose(found, np.stack([layer, layer]), rtol=0, atol=1e-3)
+
+
 REFUSED: dict[str, tuple[Any, type[InputError], str]] = {
     "masked": (np.ma.array(VALUES, mask=[0, 1, 0]), DtypeError, "1 masked entries"),
     "masked in a list": (

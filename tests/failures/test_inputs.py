@@ -27,6 +27,7 @@ from pcdyn.errors import (
 from pcdyn.model.activations import Activation
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network, mlp
+from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 
 NETWORK = Network([Dense(0.5 * np.ones((3, 2)), None, "tanh"), Dense(0.5 * np.ones((2, 3)))])
@@ -142,6 +143,14 @@ BAD: list[tuple[str, Call, type[InputError], str]] = [
     ("nothing to infer",
      lambda: InferenceProblem(Network([Dense(np.eye(2))]), input=np.ones(2), output=np.ones(2)),
      InputError, "nothing to infer"),
+    ("other data of another width", lambda: problem().with_data(np.ones(3), np.ones(2)), ShapeError,
+     "input has shape (3,)"),
+    ("other data of two batches", lambda: problem().with_data(np.ones((3, 2)), np.ones((4, 2))),
+     ShapeError, "batch size"),
+    ("other data, NaN", lambda: problem().with_data(NAN, np.ones(2)), NonFiniteError, "input"),
+    ("other data below a prior",
+     lambda: problem(input=None, prior=Prior()).with_data(np.ones(2), np.ones(2)), InputError,
+     "prior on a clamped input"),
     # Time constants.
     ("too few time constants", lambda: problem(time_constants=[1.0, 1.0]), ShapeError,
      "2 time constants for 3 layers"),

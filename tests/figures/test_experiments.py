@@ -32,6 +32,8 @@ from pcdyn.theory import Evidence
 ROOT = Path(__file__).parents[2]
 EVERY = (*names("paper"), *names("beyond"))
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 
 @pytest.fixture(autouse=True)
 def _the_shipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from matplotlib import pyplot as plt
 
@@ -26,6 +25,7 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_users_run")
 def test_the_python_snippets_run_one_after_the_other(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,8 +35,7 @@ def test_the_python_snippets_run_one_after_the_other(
     names: dict[str, object] = {}
     printed = ""
     for text in PYTHON:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            exec(compile(text, "README.md", "exec"), names)
+        exec(compile(text, "README.md", "exec"), names)
         plt.close("all")
         printed += capsys.readouterr().out
     assert "REACHED_T1" in printed

@@ -27,12 +27,7 @@ from pcdyn.theory.verification import Measured, Verification
 
 ROOT = Path(__file__).parents[2]
 
-
-# As in the command, not as in the tests: what users run is not promotion of dtypes.
-@pytest.fixture(autouse=True)
-def _standard_promotion() -> Any:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
 @pytest.mark.slow
