@@ -6,12 +6,18 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
+from types import CellType, FunctionType, MethodType
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcdyn._support.arrays import is_traced
 
 _Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
 # A function, or its module and its name in it.
 ByName = Callable[..., Any] | tuple[str, str]
 
@@ -38,6 +44,76 @@ class Function(eqx.Module, Generic[_Result]):
 
     def __reduce__(self) -> tuple[Callable[[ByName], Function], tuple[ByName]]:
         return _function, (reference(self.function),)
+
+
+class ByCode(Generic[_Value]):
+    """A value made of functions, equal to another that has the same code and equal settings.
+
+    For static parts of what is compiled: two optimisers `optax.adam(1e-3)` are functions that are
+    not equal, so that JAX would compile again for the second. What is neither a function nor a
+    plain value, such as an object of the user's, is equal to itself only.
+    """
+
+    def __init__(self, value: _Value):
+        self.value = value
+        self._signature = _signature(value, ())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByCode) and self._signature == other._signature
+
+    def __hash__(self) -> int:
+        return hash(self._signature)
+
+
+class _Itself:
+    """A hashable stand-in for an object, equal where the object is the same one."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _signature(value: object, outer: tuple[int, ...]) -> object:
+    """What decides how a value behaves, as something hashable; `outer` are the ids it lies in."""
+    if id(value) in outer:
+        # A function that calls itself.
+        return "outer", outer.index(id(value))
+    parts: tuple[object, ...]
+    match value:
+        case None | bool() | int() | str() | bytes() | complex():
+            return type(value), value
+        case float():
+            # Neither is 0 equal to −0 here, nor a NaN different from itself.
+            return float, value.hex()
+        case np.ndarray() | np.generic() if not value.dtype.hasobject:
+            return type(value), value.dtype.str, value.shape, value.tobytes()
+        case jax.Array() if not is_traced(value) and jnp.issubdtype(value.dtype, jnp.number):
+            return jax.typeof(value), _signature(np.asarray(value), ())
+        case FunctionType():
+            cells = value.__closure__ or ()
+            parts = value.__defaults__, value.__kwdefaults__, value.__dict__, *cells
+            known = value.__code__, _Itself(value.__globals__)
+        case MethodType():
+            known, parts = (), (value.__func__, value.__self__)
+        case functools.partial():
+            known, parts = (), (value.func, value.args, value.keywords)
+        case CellType():
+            with contextlib.suppress(ValueError):
+                return _signature(value.cell_contents, outer)
+            return CellType
+        case tuple() | list():
+            known, parts = (), tuple(value)
+        case dict():
+            known, parts = (), (*value, *value.values())
+        case _:
+            return _Itself(value)
+    inner = (*outer, id(value))
+    return type(value), known, tuple(_signature(part, inner) for part in parts)
 
 
 def as_part(function: Callable[..., _Result]) -> Callable[..., _Result]:

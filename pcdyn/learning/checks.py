@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from pcdyn._support.arrays import as_float_array, check_dtype, converted
 from pcdyn._support.checks import check_callable, check_instance, checked_integer
+from pcdyn._support.functions import ByCode
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, LabelError, ShapeError
 from pcdyn.learning.rules.base import Rule
@@ -113,16 +115,18 @@ def checked_numbers(
     return epochs, batch_size, checkpoint_every
 
 
-def check_optimiser(optimiser: optax.GradientTransformation, weights: PyTree) -> None:
-    """Raise `InputError` for what is no optimiser, or needs more than gradient and weights."""
+def checked_optimiser(
+    optimiser: optax.GradientTransformation, weights: PyTree
+) -> ByCode[optax.GradientTransformation]:
+    """Return an optimiser as part of what is compiled.
+
+    Raises `InputError` for what is none, or needs more than gradient and weights.
+    """
     wanted = "an optimiser of optax such as optax.adam(1e-3)"
     check_instance(optimiser, "optimiser", optax.GradientTransformation, wanted)
-
-    def one_update(weights: PyTree) -> PyTree:
-        return optimiser.update(weights, optimiser.init(weights), weights)
-
+    checked = ByCode(optimiser)
     try:
-        jax.eval_shape(one_update, weights)
+        _first_update.eval_shape(checked, weights)
     # What an optimiser of the user does is its own affair.
     except Exception as error:
         raise InputError(
@@ -130,6 +134,12 @@ def check_optimiser(optimiser: optax.GradientTransformation, weights: PyTree) ->
             f"({type(error).__name__}: {error}): give one that needs nothing else, such as "
             "optax.adam(1e-3)"
         ) from error
+    return checked
+
+
+@partial(jax.jit, static_argnums=0)
+def _first_update(optimiser: ByCode[optax.GradientTransformation], weights: PyTree) -> PyTree:
+    return optimiser.value.update(weights, optimiser.value.init(weights), weights)
 
 
 def check_evaluate(evaluate: Evaluate, network: Network, seeds: int | None) -> None:

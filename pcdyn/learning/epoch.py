@@ -12,6 +12,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from pcdyn._support.functions import ByCode
 from pcdyn._support.states import cosine
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.rules.base import BatchGradient, Rule
@@ -32,7 +33,7 @@ class TrainingSetup(eqx.Module):
     rule: Rule
     energy: tuple[Energy, ...]
     prior: Prior | None
-    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    optimiser: ByCode[optax.GradientTransformation] = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     mean: bool = eqx.field(static=True)
     compare: bool = eqx.field(static=True)
@@ -50,7 +51,7 @@ def first_state(setup: TrainingSetup, weights: PyTree, key: PRNGKeyArray) -> PyT
     network = eqx.combine(weights, setup.static)
     # Epochs fold their number into the key; this one is none of theirs.
     rule_state = setup.rule.init(network, jr.fold_in(key, 2**31 - 1))
-    return weights, setup.optimiser.init(weights), rule_state
+    return weights, setup.optimiser.value.init(weights), rule_state
 
 
 def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: int) -> Array:
@@ -94,7 +95,7 @@ def _batch(
     gradient = eqx.filter(learned.gradient, eqx.is_inexact_array)
     if setup.mean:
         gradient = jax.tree.map(lambda g: g / len(targets), gradient)
-    updates, optimiser_state = setup.optimiser.update(gradient, optimiser_state, weights)
+    updates, optimiser_state = setup.optimiser.value.update(gradient, optimiser_state, weights)
     record = _record(setup, problem, targets, learned)
     return (optax.apply_updates(weights, updates), optimiser_state, rule_state), record
 

@@ -30,10 +30,10 @@ from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.checks import (
     Evaluate,
     check_evaluate,
-    check_optimiser,
     check_rule,
     checked_data,
     checked_numbers,
+    checked_optimiser,
     number_of_seeds,
 )
 from pcdyn.learning.epoch import (
@@ -197,9 +197,9 @@ def train(
     energy = one_per_prediction(energy, network.depth)
     check_rule(rule, network, data, energy, prior, batch_size, seeds)
     weights, static = eqx.partition(network, eqx.is_inexact_array)
-    check_optimiser(optimiser, weights)
+    update = checked_optimiser(optimiser, weights)
     mean = reduction == "mean"
-    setup = TrainingSetup(static, rule, energy, prior, optimiser, batch_size, mean, compare)
+    setup = TrainingSetup(static, rule, energy, prior, update, batch_size, mean, compare)
     state = for_each(seeds, lambda w, k: first_state(setup, w, k))(weights, key)
     current = _Progress(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
@@ -255,7 +255,7 @@ def _computations(
 ) -> dict[str, str]:
     """What a checkpoint must agree with, as the code that JAX makes of it."""
     weights, optimiser_state, _ = state
-    each = for_each(seeds, lambda w, s: setup.optimiser.update(w, s, w))
+    each = for_each(seeds, lambda w, s: setup.optimiser.value.update(w, s, w))
     update = jax.jit(lambda w, s: each(w, s))
     compiled: Any = run_epoch
     epoch = jnp.asarray(0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 
+from pcdyn._support.functions import ByCode
 from pcdyn.errors import CheckpointError, DataError
 from pcdyn.learning import (
     Backpropagation,
@@ -333,3 +335,65 @@ def test_float32_stays_float32(rule: Any) -> None:
                   batch_size=10, key=jr.key(0), compare=True)  # fmt: skip
     kept = jax.tree.leaves(eqx.filter(found.state, eqx.is_inexact_array))
     assert {x.dtype for x in (*kept, *found.history.values())} == {np.dtype("float32")}
+
+
+# --- Optimisers -----------------------------------------------------------------------------------
+
+
+def test_the_same_optimiser_made_anew_compiles_nothing(compilations: list[str]) -> None:
+    """Another rate does, and is used: one step of gradient descent moves in proportion to it."""
+
+    def moved(rate: float) -> np.ndarray:
+        after = run(optimiser=optax.sgd(rate), epochs=1, batch_size=20, evaluate=None).network
+        return np.asarray(after.layers[0].weight) - np.asarray(network().layers[0].weight)
+
+    first = moved(0.1)
+    compilations.clear()
+    again = moved(0.1)
+    assert compilations == []
+    np.testing.assert_array_equal(again, first)
+    # The differences have the round-off of weights of order 1.
+    np.testing.assert_allclose(moved(0.2), 2 * first, rtol=0, atol=1e-15)
+    assert compilations
+
+
+def scaled(rate: Any, sign: float = 1.0) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: sign * rate * g, updates))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: scaled(0.1), lambda: scaled(np.ones(3)), lambda: scaled(jnp.ones(3)),
+    lambda: scaled(float("nan")), lambda: optax.adam(optax.cosine_decay_schedule(1e-3, 10)),
+    lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    lambda: optax.multi_transform({"a": optax.sgd(0.1)}, lambda p: jax.tree.map(lambda _: "a", p)),
+])  # fmt: skip
+def test_optimisers_are_the_same_by_code_and_settings(make: Any) -> None:
+    assert ByCode(make()) == ByCode(make())
+    assert hash(ByCode(make())) == hash(ByCode(make()))
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (scaled(0.1), scaled(0.2)), (scaled(0.0), scaled(-0.0)), (scaled(1.0), scaled(1)),
+    (scaled(1), scaled(True)), (scaled(np.ones(3)), scaled(np.ones(3, np.float32))),
+    (scaled(np.ones(3)), scaled(np.ones((3, 1)))), (scaled(np.ones(3)), scaled(jnp.ones(3))),
+    (scaled(0.1), scaled(0.1, sign=-1.0)), (scaled([1.0, 2.0]), scaled((1.0, 2.0))),
+    (scaled({"a": 1.0}), scaled({"b": 1.0})), (scaled(object()), scaled(object())),
+    (optax.sgd(0.1, 0.9), optax.sgd(0.1, 0.9, nesterov=True)), (optax.sgd(0.1), optax.adam(0.1)),
+    (optax.sgd(optax.linear_schedule(0.1, 0, 10)), optax.sgd(optax.linear_schedule(0.1, 0, 9))),
+])  # fmt: skip
+def test_optimisers_of_other_settings_are_others(one: Any, other: Any) -> None:
+    assert ByCode(one) != ByCode(other)
+
+
+def test_functions_with_defaults_that_call_themselves_have_a_signature() -> None:
+    def made(default: float, keyword: str) -> Any:
+        def function(depth: int, size: float = default, *, name: str = keyword) -> Any:
+            return function(depth - 1, size, name=name) if depth else (size, name)
+
+        return function
+
+    assert ByCode(made(1.0, "a")) == ByCode(made(1.0, "a"))
+    assert ByCode(made(1.0, "a")) != ByCode(made(2.0, "a"))
+    assert ByCode(made(1.0, "a")) != ByCode(made(1.0, "b"))
+    assert ByCode(partial(made, 1.0)) == ByCode(partial(made, 1.0))
+    assert ByCode(partial(made, 1.0)) != ByCode(partial(made, 2.0))
