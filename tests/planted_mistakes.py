@@ -78,7 +78,7 @@ MISTAKES = (
     Mistake(
         "problem: batches of different sizes pass",
         "pcdyn/model/problem.py",
-        "if input.shape[:-1] != output.shape[:-1]:",
+        "if first.shape[:-1] != last.shape[:-1]:",
         "if input.ndim != output.ndim:",
         ("tests/failures/test_inputs.py::test_bad_input_raises_its_error",),
     ),

@@ -377,6 +377,7 @@ def test_scipy_evaluations_are_those_really_made(
         assert 2 <= run.vector_field_evaluations - stages * steps <= 3
 
 
+@pytest.mark.slow
 def test_implicit_diffrax_does_not_report_evaluations() -> None:
     """diffrax does not count Newton iterations: `None`, never a guess; steps are counted."""
     run = simulate(blend(CASE), t1=T1, times=TIMES, initial=CASE.state, integrator="kvaerno5",
@@ -612,6 +613,7 @@ def test_without_fallback_it_raises_with_what_was_computed() -> None:
     assert_close(stacked(CASE, run.activities), expected, RTOL + ATOL)
 
 
+@pytest.mark.slow
 def test_the_fallback_takes_only_the_samples_that_need_it() -> None:
     """A sample at equilibrium needs few steps of tsit5; those of its neighbours go to LSODA."""
     start = stacked(BATCH, BATCH.activities)
@@ -653,6 +655,7 @@ def arguments(case: Case) -> Any:
 NETWORKS = [build_case(seed=seed, widths=WIDTHS) for seed in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tsit5", "euler", "exact"])
 def test_vmap_over_networks_and_data_is_the_loop(name: str) -> None:
     """Five networks at once, each against itself alone and against a solution in NumPy.

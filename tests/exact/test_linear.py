@@ -310,6 +310,7 @@ def test_flat_directions_never_relax(case: Case) -> None:
     np.testing.assert_allclose(1 / finite, np.asarray(spectrum(case.problem))[nullity:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clamp", ["both", "input"])
 def test_vmap_over_networks_is_a_loop(clamp: str) -> None:
     """Equilibrium, spectrum and exact flow of stacked networks are those of each one."""

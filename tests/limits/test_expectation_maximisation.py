@@ -132,6 +132,7 @@ def test_one_gradient_step_is_training_on_the_whole_batch() -> None:
     assert np.all(np.diff(done.free_energy.ravel()) < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initial", ["feedforward", "previous"])
 def test_free_energy_falls_in_every_half_to_the_end(initial: Any) -> None:
     """A linear network, whose equilibria do not depend on where inference starts."""
@@ -153,6 +154,7 @@ def test_free_energy_falls_in_every_half_to_the_end(initial: Any) -> None:
     assert np.all(np.diff(done.free_energy.ravel()) < 0)
 
 
+@pytest.mark.slow
 def test_tanh_networks_alternate_to_the_end() -> None:
     """Inference goes on from the round before, so that F falls in nonlinear networks too."""
     case = case_of("tanh", "identity", precision="unit")

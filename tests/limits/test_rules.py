@@ -445,6 +445,7 @@ def test_cross_entropy_is_a_preset_of_predictive_coding() -> None:
     assert np.sum(learned.gradient.layers[1].weight * direction) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_energies_of_a_batch_are_of_its_samples() -> None:
     """The gradient of a batch is the sum of those of its samples, for inference is per sample.
 

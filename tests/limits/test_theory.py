@@ -71,6 +71,7 @@ def test_a_vector_field_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatc
     assert not all(verdicts("Eq 1", 4))
 
 
+@pytest.mark.slow
 def test_a_wrong_closed_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The equilibrium of twice the Hessian, and BP without its slopes."""
 
@@ -195,6 +196,7 @@ def test_a_wrong_bound_or_hessian_of_ours_is_seen(monkeypatch: pytest.MonkeyPatc
     assert verdicts("A.3", 7) == [False, False]
 
 
+@pytest.mark.slow
 def test_a_wrong_energy_slope_along_the_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """At random activities ∂Ẽ/∂x is not zero: without it A.6.3's rate of ℒ is another."""
     right = learning._parts

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,6 +80,7 @@ def test_clamped_layers_never_move_and_free_ones_do(seed: int, clamp: str) -> No
         assert np.all(moved[1:] == (index in case.free))
 
 
+@pytest.mark.slow
 @few(max_examples=5)
 @given(seed=SEEDS)
 def test_a_batch_is_the_loop_over_its_samples(seed: int) -> None:
@@ -112,6 +114,7 @@ def test_hidden_units_may_be_permuted(seed: int) -> None:
         assert_close(ours, theirs, tolerance)
 
 
+@pytest.mark.slow
 @few(max_examples=10)
 @given(seed=SEEDS)
 def test_time_has_no_origin(seed: int) -> None:
@@ -150,6 +153,7 @@ def test_loss_and_free_energy_are_ordered(seed: int) -> None:
     assert abs(trajectory.output_loss[0] - trajectory.free_energy[0]) <= slack
 
 
+@pytest.mark.slow
 @few(max_examples=10)
 @given(seed=SEEDS)
 def test_scaling_all_precisions_rescales_time(seed: int) -> None:

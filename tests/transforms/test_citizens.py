@@ -123,7 +123,15 @@ def thing(name: str) -> Any:
     return MAKERS[name]()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+def _each(name: str) -> Any:
+    slow = "several networks" in name or "per sample" in name
+    return pytest.param(name, marks=pytest.mark.slow) if slow else name
+
+
+EACH = [_each(name) for name in MAKERS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_round_trips_give_an_equal_value(name: str) -> None:
     """Equality is exact: the numbers are the same bits, the functions the same functions."""
     value = thing(name)
@@ -133,7 +141,7 @@ def test_round_trips_give_an_equal_value(name: str) -> None:
     assert jax.tree.map(lambda x: x, value) == value
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", EACH)
 def test_jax_takes_it_as_a_pytree_of_arrays(name: str) -> None:
     """As an argument and a result of `jax.jit`, in `jax.tree.map` and `jax.device_put`."""
     value = thing(name)
@@ -190,6 +198,7 @@ def test_the_end_of_several_networks_is_that_of_each() -> None:
     assert np.array_equal(data.activity_1, runs.activities[1])
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 def test_stacked_networks_are_refused_by_name(tmp_path: Path) -> None:
     """The verbs take one network; that of a mapped result holds several."""
