@@ -1,4 +1,4 @@
-"""A bounded number of compiled programs: a process that meets ever new shapes does not die.
+"""Compiled programs: one for each function that a user calls, and a bounded number of them.
 
 XLA maps each program that it compiles into memory, a few hundred times for a network of a new
 shape, and JAX keeps all programs. Linux allows a process 65530 maps, unless set otherwise, and XLA
@@ -7,12 +7,37 @@ ends it by a segmentation fault when there are none left.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
+
+from pcdyn._support.arrays import is_traced
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _MAPS = Path("/proc/self/maps")
 _LIMIT = Path("/proc/sys/vm/max_map_count")
+
+
+def compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Make one program of a function of known arrays, as a user calls it.
+
+    Otherwise JAX would run operation after operation, and compile each of them for every new shape:
+    five times slower the first time, and fifty times later. Numbers and texts among the arguments
+    are part of the program. Inside of a transformation nothing changes.
+    """
+    program = eqx.filter_jit(function)
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        return (function if is_traced(args, kwargs) else program)(*args, **kwargs)
+
+    return call
 
 
 def release_if_many(most: int | None = None) -> None:

@@ -8,6 +8,7 @@ import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
 from pcdyn._support.products import matmul
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Scalar, State
 
 
@@ -21,6 +22,7 @@ class BlockTridiagonal(eqx.Module):
     diagonal: tuple[Float[Array, "*batch _ _"], ...]
     upper: tuple[Float[Array, "*batch _ _"], ...]
 
+    @compiled
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""
         sizes = [block.shape[0] for block in self.diagonal]
@@ -32,6 +34,7 @@ class BlockTridiagonal(eqx.Module):
             matrix = matrix.at[rows, columns].set(block).at[columns, rows].set(block.T)
         return matrix
 
+    @compiled
     def times(self, vector: State) -> State:
         """The product with a vector, one part `(n_i,)` for each block row."""
         products = [matmul(block, x) for block, x in zip(self.diagonal, vector, strict=True)]
@@ -46,6 +49,7 @@ class BlockTridiagonal(eqx.Module):
         diagonal = tuple(b + amount * eye for b, eye in zip(self.diagonal, eyes, strict=True))
         return BlockTridiagonal(diagonal, self.upper)
 
+    @compiled
     def cholesky(self) -> BlockCholesky:
         """The block Cholesky factorisation, O(Σ n³); NaN if the matrix is not positive definite."""
         factors: list[Array] = []
@@ -66,6 +70,7 @@ class BlockCholesky(eqx.Module):
     factors: tuple[Float[Array, "_ _"], ...]
     couplings: tuple[Float[Array, "_ _"], ...]
 
+    @compiled
     def solve(self, rhs: State) -> State:
         """H⁻¹ rhs for `rhs[i]` of shape `(n_i,)`, or `(…, n_i)` with the same axes before it."""
         partial: list[Array] = []
@@ -76,10 +81,12 @@ class BlockCholesky(eqx.Module):
             partial.append(jsl.solve_triangular(factor, columns, lower=True))
         return self._back_substitute(partial, rhs)
 
+    @compiled
     def solve_transposed(self, rhs: State) -> State:
         """L⁻ᵀ rhs, shaped as for `solve`: of white noise it makes noise of covariance H⁻¹."""
         return self._back_substitute([_columns(r) for r in rhs], rhs)
 
+    @compiled
     def times_transposed(self, vector: State) -> State:
         """Lᵀ vector, shaped as for `solve`: the squares of its entries sum up to vᵀ H v."""
         products = [matmul(x, factor) for x, factor in zip(vector, self.factors, strict=True)]
@@ -93,6 +100,7 @@ class BlockCholesky(eqx.Module):
         diagonals = [jnp.diagonal(factor) for factor in self.factors]
         return 2 * jnp.sum(jnp.log(jnp.abs(jnp.concatenate(diagonals))))
 
+    @compiled
     def inverse_diagonal(self) -> tuple[Float[Array, "_ _"], ...]:
         """The diagonal blocks of H⁻¹, by a recursion from the last to the first, O(Σ n³).
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pcdyn._support.programs import compiled
 from pcdyn.errors import InputError, NotLinearError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.activations import identity
@@ -68,6 +69,7 @@ def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], tuple[Pr
     return problem.with_prior_as_layer().network.layers, precisions
 
 
+@compiled
 def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
     """The blocks of A: for each row l = 1 … L, those of the free layers among l − 1 and l."""
     layers, precisions = linear_parts(problem)
@@ -84,6 +86,7 @@ def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
     return rows
 
 
+@compiled
 def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
     """A as one matrix: all predicted units by all free ones."""
     problem = problem.with_prior_as_layer()
@@ -102,6 +105,7 @@ def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
     )
 
 
+@compiled
 def error_factor(problem: InferenceProblem) -> tuple[BlockCholesky, Float[Array, ""]]:
     """The block Cholesky factor of H by QR factorisations of A, and its smallest scaled pivot.
 

@@ -29,6 +29,7 @@ from pcdyn._support.checks import (
     checked_integer,
     checked_number,
 )
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
@@ -64,10 +65,7 @@ class InferenceFlow(Flow):
 
     def vector_field(self, t: Scalar, state: State) -> State:
         """Compute dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
-        return tuple(
-            -g / jnp.broadcast_to(tau, g.shape)
-            for g, tau in zip(self.gradient(state), self.state_time_constants, strict=True)
-        )
+        return _velocity(self, state)
 
     def sample(self: _Flow, index: ArrayLike) -> _Flow:
         """Take one sample of a batch (an index), or several (an array of indices)."""
@@ -80,6 +78,14 @@ class InferenceFlow(Flow):
             return function(self.with_data(*data), *rows)
 
         return eqx.filter_vmap(one)(self.data, *trees)
+
+
+@compiled
+def _velocity(flow: InferenceFlow, state: State) -> State:
+    return tuple(
+        -g / jnp.broadcast_to(tau, g.shape)
+        for g, tau in zip(flow.gradient(state), flow.state_time_constants, strict=True)
+    )
 
 
 class InferenceProblem(InferenceFlow):
@@ -244,6 +250,7 @@ class InferenceProblem(InferenceFlow):
                 layers.append(next(free))
         return tuple(layers)
 
+    @compiled
     def prediction_errors(self, activities: Activities) -> Activities:
         """Compute ε_l = x_l − f_l(W_l x_{l−1} + b_l) for l = 1 … L, any leading axes.
 
@@ -260,6 +267,7 @@ class InferenceProblem(InferenceFlow):
             errors.append(activities[index] - prediction)
         return tuple(errors)
 
+    @compiled
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
         """Compute the prediction errors ε_1 … ε_L at a state, and the energies E_1 … E_L.
 
@@ -269,10 +277,12 @@ class InferenceProblem(InferenceFlow):
         errors = self.prediction_errors(activities)
         return errors, self.energies_of(errors, activities)
 
+    @compiled
     def layer_energies(self, state: State) -> Float[Array, "*batch L"]:
         """Compute the energies E_1 … E_L of each sample, on the last axis."""
         return self.observe(0.0, state)[1]
 
+    @compiled
     def energies_of(
         self, errors: Sequence[Array], activities: Sequence[Array]
     ) -> Float[Array, "*batch L"]:
@@ -327,18 +337,22 @@ class InferenceProblem(InferenceFlow):
         """Return the target of layer l = `index`: the clamped output, or `None` below it."""
         return self.output if index == self.network.depth else None
 
+    @compiled
     def free_energy(self, state: State) -> Float[Array, "*batch"]:
         """Compute the free energy F = Σ_l E_l of each sample."""
         return jnp.sum(self.layer_energies(state), axis=-1)
 
+    @compiled
     def output_loss(self, state: State) -> Float[Array, "*batch"]:
         """Compute the output loss ℒ = E_L of each sample."""
         return self.layer_energies(state)[..., -1]
 
+    @compiled
     def residual_energy(self, state: State) -> Float[Array, "*batch"]:
         """Compute Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
         return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
 
+    @compiled
     def gradient(self, state: State) -> State:
         """Compute ∂F/∂x_l of every free layer, shaped like `state`."""
 

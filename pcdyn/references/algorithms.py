@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from pcdyn._support.arrays import is_traced
 from pcdyn._support.products import matmul
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities
 from pcdyn.errors import (
     ActivationError,
@@ -73,8 +74,12 @@ def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
     check_problem(problem)
     if problem.output is None:
         raise InputError("backpropagation needs a target: this problem's output is free")
+    return _backpropagation(problem, feedforward(problem))
+
+
+@compiled
+def _backpropagation(problem: InferenceProblem, activities: Activities) -> BackpropagationPass:
     network = problem.network
-    activities = feedforward(problem)
 
     def output_energy(prediction: Array) -> tuple[Array, Array]:
         energy = problem.layer_energy(network.depth, problem.output_error(prediction))
@@ -90,6 +95,7 @@ def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
     return BackpropagationPass(activities, tuple(deltas), _as_network(network, gradients), loss)
 
 
+@compiled
 def local_gradient(
     network: Network, activities: Sequence[Array], deltas: Sequence[Array]
 ) -> Network:

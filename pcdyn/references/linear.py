@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from pcdyn._support.arrays import check_size, is_traced
 from pcdyn._support.checks import as_sequence, check_choice, checked_integer
 from pcdyn._support.products import matmul
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
@@ -34,6 +35,7 @@ from pcdyn.model.problem import InferenceProblem
 _CORRECTIONS = 3
 
 
+@compiled
 def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     """Compute H = ∂²F/∂y², the same for every sample and every state of a linear network.
 
@@ -135,6 +137,7 @@ def linear_equilibrium(
     return given.activities(with_derivatives(problem, state, certain))
 
 
+@compiled
 def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
     """The equilibrium, the smallest scaled pivot, and the last correction relative to the state."""
     one = jnp.ones((), problem.dtype)
@@ -198,6 +201,7 @@ def _relative(problem: InferenceProblem, before: State, after: State) -> Array:
     return largest_entry(change) / jnp.where(size > 0, size, 1)
 
 
+@compiled
 def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     """Compute the covariance of T that the network predicts: S = Σ_l P_l Π_l⁻¹ P_lᵀ.
 
@@ -223,6 +227,7 @@ def output_covariance(problem: InferenceProblem) -> Float[Array, "n_L n_L"]:
     return sum(parts, start=jnp.zeros((), problem.dtype))
 
 
+@compiled
 def negative_log_likelihood(problem: InferenceProblem) -> Float[Array, "*batch"]:
     """Compute −log p(T | d) of a linear network, per sample: `½ e0ᵀ S⁻¹ e0 + ½ log det 2πS`.
 
@@ -292,8 +297,13 @@ class ExactFlow(eqx.Module):
 
     def __call__(self, t: Scalar) -> State:
         """Evaluate the state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
-        moved = relaxed(self.factor, self.modes, self.residual, jnp.asarray(t))
-        return _split(self.initial + _times(moved, self.scale), self.widths)
+        return _at(self, jnp.asarray(t))
+
+
+@compiled
+def _at(flow: ExactFlow, t: Array) -> State:
+    moved = relaxed(flow.factor, flow.modes, flow.residual, t)
+    return _split(flow.initial + _times(moved, flow.scale), flow.widths)
 
 
 def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
@@ -307,8 +317,13 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
 
     - `NotLinearError` for other networks and energies.
     """
+    linear_parts(problem)
+    return _exact_flow(problem, problem.initial_state(initial))
+
+
+@compiled
+def _exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     _, precisions = linear_parts(problem)
-    initial = problem.initial_state(initial)
     problem = problem.with_prior_as_layer(initial)
     errors = problem.prediction_errors(problem.activities(initial))
     white = [-p.whiten(error) for p, error in zip(precisions, errors, strict=True)]
@@ -393,6 +408,7 @@ def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
     return linear_modes(problem)[0]
 
 
+@compiled
 def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
     """Compute 1 / `spectrum`, descending; infinite for flat directions (within round-off)."""
     rates = spectrum(problem)
@@ -405,6 +421,7 @@ def _is_flat(rates: Float[Array, " N"]) -> Array:
     return rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
 
 
+@compiled
 def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
     """Compute the ascending eigenvalues and vectors of `τ^{-½} H τ^{-½}`, and τ^{-½} per unit.
 
