@@ -25,6 +25,7 @@ from pcdyn.equilibria.solvers.run import (
     observe,
     solve_in_turn,
     solve_on_host,
+    with_numbers_as_arrays,
     within_round_off,
 )
 from pcdyn.errors import (
@@ -344,10 +345,16 @@ def equilibrium(
         assert start is not None and state is not None, "left out for known values only"
         frozen = jax.lax.stop_gradient(eqx.filter((batched, state), eqx.is_array))
         fixed, begin = eqx.combine(frozen, (batched, state))
-        ran = solve_in_turn(fixed, begin, solvers, wanted, relative)
-        verdict = _verdict(fixed, ran, ran.observed, relative)
-        converged = verdict.status == EquilibriumStatus.CONVERGED
-        moving = with_derivatives(batched, ran.solution.state, converged)
+        if is_traced(fixed, begin):
+            each, goal = with_numbers_as_arrays(solvers), np.asarray(wanted, problem.dtype)
+            ran, verdict = _solve_traced(fixed, begin, each, goal, relative)
+        else:
+            # By `jax.grad` alone, where only derivatives are traced.
+            ran = solve_on_host(fixed, begin, solvers, wanted, relative)
+            seen = jax.tree.map(np.asarray, ran.observed)
+            verdict = _verdict(fixed, ran, seen, relative)
+        found = jax.tree.map(jnp.asarray, ran.solution.state)
+        moving = with_derivatives(batched, found, verdict.status == EquilibriumStatus.CONVERGED)
         return _build(problem, start, moving, ran, observe(batched, moving), verdict, given)
     with Stopwatch() as clock:
         ran = solve_on_host(batched, state, solvers, wanted, relative)
@@ -390,18 +397,32 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
     """A single sample as a batch of one."""
     if state[0].ndim == 2:
         return problem, state
-    data = (problem.input, problem.output)
-    input, output, state = jax.tree.map(lambda x: jnp.asarray(x)[None], (*data, state))
+    # Known numbers by NumPy, for which nothing is compiled.
+    xp = jnp if is_traced(problem, state) else np
+    given = (problem.input, problem.output, state)
+    input, output, state = jax.tree.map(lambda x: xp.asarray(x)[None], given)
     return problem.with_data(input, output), state
 
 
-@dataclasses.dataclass(frozen=True)
-class _Verdict:
+class _Verdict(eqx.Module):
     """What is thought of each sample: the status, and the residuals and tolerances by layer."""
 
     status: Values
     residuals: Values
     tolerance: Values
+
+
+# Compiled as one program also where nothing around it is, as by `jax.vmap` and `jax.grad` alone.
+@eqx.filter_jit
+def _solve_traced(
+    problem: InferenceProblem,
+    start: State,
+    solvers: Sequence[Solver],
+    tolerance: Scalar,
+    relative: bool,
+) -> tuple[Ran, _Verdict]:
+    ran = solve_in_turn(problem, start, solvers, tolerance, relative)
+    return ran, _verdict(problem, ran, ran.observed, relative)
 
 
 def _verdict(problem: InferenceProblem, ran: Ran, observed: Observed, relative: bool) -> _Verdict:
@@ -435,7 +456,7 @@ def _build(
 ) -> Equilibrium:
     """What follows from what the solvers have found."""
     errors, energies, _ = observed
-    xp = array_namespace(errors[0])
+    xp = array_namespace(verdict.status)
     status, residuals, tolerance = verdict.status, verdict.residuals, verdict.tolerance
     at_kink = tuple(xp.zeros(error.shape, bool) for error in errors)
     if ran.sliding:

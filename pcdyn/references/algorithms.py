@@ -195,10 +195,16 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagationPass:
     check_problem(problem)
     if problem.output is None:
         raise InputError("target propagation needs a target: this problem's output is free")
-    values, reachable = [problem.output], []
-    exists = jnp.ones(problem.output.shape[:-1], bool)
-    for index in range(problem.network.depth, 0, -1):
-        layer, inverse = _invertible_dense(problem.network, index)
+    # From the output down, as targets go.
+    each = [_invertible_dense(problem.network, i) for i in range(problem.network.depth, 0, -1)]
+    return _targets(each, problem.output)
+
+
+@compiled
+def _targets(each: list[tuple[Dense, Elementwise]], target: Array) -> TargetPropagationPass:
+    values, reachable = [target], []
+    exists = jnp.ones(target.shape[:-1], bool)
+    for layer, inverse in each:
         in_range = layer.activation.in_range(values[0])
         exists = exists & jnp.all(in_range, axis=-1)
         reachable.insert(0, in_range)

@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from pcdyn._support.checks import check_key, checked_integer
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities
 from pcdyn.errors import InputError
 from pcdyn.linearisation.whitened import precisions_of
@@ -49,6 +50,11 @@ def generate(
         if problem.input is not None:
             raise InputError("samples would be ignored: the clamped input has its own")
         batch = (checked_integer(samples, "samples", at_least=1),)
+    return _draw(problem, key, batch)
+
+
+@compiled
+def _draw(problem: InferenceProblem, key: PRNGKeyArray, batch: tuple[int, ...]) -> Activities:
     precisions = precisions_of(problem, "samples of a density need")
     predicted, network = problem.predicted_layers, problem.network
     keys = jr.split(key, len(predicted))

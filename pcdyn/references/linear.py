@@ -121,10 +121,7 @@ def linear_equilibrium(
         raise InputError(_USE_CHOLESKY)
     arrays, rest = eqx.partition(problem, eqx.is_array)
     fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
-    state, pivot, change = _solved(fixed, method)
-    eps = jnp.finfo(problem.dtype).eps
-    size = sum(problem.network.widths[index] for index in problem.free_layers)
-    regular = (pivot > 10 * size * eps) & (change <= jnp.sqrt(eps))
+    state, regular, pivot = _solved(fixed, method)
     if not is_traced(regular) and not bool(regular):
         raise SingularHessianError(
             f"the Hessian is singular (smallest scaled pivot {float(pivot):.1e}): with the free "
@@ -133,12 +130,20 @@ def linear_equilibrium(
             "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
         )
     certain = jnp.broadcast_to(regular, state[0].shape[:-1])
-    state = tuple(jnp.where(regular, x, jnp.nan) for x in state)
     return given.activities(with_derivatives(problem, state, certain))
 
 
 @compiled
 def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
+    """The equilibrium, NaN unless it is regular, whether it is, and the smallest scaled pivot."""
+    state, pivot, change = _corrected(problem, method)
+    eps = jnp.finfo(problem.dtype).eps
+    size = sum(problem.network.widths[index] for index in problem.free_layers)
+    regular = (pivot > 10 * size * eps) & (change <= jnp.sqrt(eps))
+    return tuple(jnp.where(regular, x, jnp.nan) for x in state), regular, pivot
+
+
+def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
     """The equilibrium, the smallest scaled pivot, and the last correction relative to the state."""
     one = jnp.ones((), problem.dtype)
     if method == "output_space":

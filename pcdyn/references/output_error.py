@@ -9,6 +9,7 @@ loss is a square of it, and squares need not fall with what is squared.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +21,8 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.arrays import as_float_array, as_host_array, is_traced
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Numbers
+from pcdyn._support.programs import compiled
+from pcdyn._support.types import Numbers, State
 from pcdyn.errors import InputError, ShapeError, TimesError
 from pcdyn.linearisation.whitened import linear_parts
 from pcdyn.model.problem import InferenceProblem, check_problem
@@ -59,15 +61,11 @@ class OutputErrorFlow(eqx.Module):
 
     def whitened(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """Compute N(t), symmetric; t may be infinite."""
-        time = _moment(t, self.rates.dtype)
-        # The derivative by a rate at an infinite time would be 0 times infinity.
-        finite = jnp.where(jnp.isinf(time), 0, time)
-        shares = jnp.where(jnp.isinf(time), 1, -jnp.expm1(-self.rates * finite)) / self.rates
-        return jnp.eye(len(self.root), dtype=self.root.dtype) - self._sum(shares)
+        return _whitened(self, _moment(t, self.rates.dtype))
 
     def speed(self, t: Numbers) -> Float[Array, "n_L n_L"]:
         """Compute −dN/dt, symmetric and positive semidefinite."""
-        return self._sum(jnp.exp(-self.rates * _moment(t, self.rates.dtype)))
+        return _speed(self, _moment(t, self.rates.dtype))
 
     def loss(self, error: Float[Array, " n_L"], t: Numbers) -> Float[Array, ""]:
         """Compute ℒ(t) of a sample with the output error `error` = e0 at the feedforward pass."""
@@ -105,11 +103,9 @@ class OutputErrorFlow(eqx.Module):
             raise TimesError(f"times must be two or more in a row, got the shape {moments.shape}")
         if not is_traced(moments) and bool(np.any(np.diff(moments) <= 0)):
             raise TimesError("times must be in ascending order; sort them, and drop repeated ones")
-        maps = jax.vmap(self.whitened)(moments)
-        squares = matmul(maps, maps)
-        early, late = np.triu_indices(len(moments), k=1)
-        return jnp.max(jnp.linalg.eigvalsh(squares[late] - squares[early])[:, -1])
+        return _largest_rise(self, moments)
 
+    @compiled
     def rising_share(self) -> Float[Array, ""]:
         """Compute the share of directions of the whitened error with which ℒ rises in the end.
 
@@ -135,8 +131,30 @@ class OutputErrorFlow(eqx.Module):
             raise ShapeError(f"error has shape {vector.shape}, but {self.root.shape[:1]} is needed")
         return matmul(self.root.T, vector)
 
-    def _sum(self, shares: Array) -> Array:
-        return matmul(self.visible * jnp.broadcast_to(shares, self.visible.shape), self.visible.T)
+
+@compiled
+def _whitened(flow: OutputErrorFlow, t: Array) -> Array:
+    # The derivative by a rate at an infinite time would be 0 times infinity.
+    finite = jnp.where(jnp.isinf(t), 0, t)
+    shares = jnp.where(jnp.isinf(t), 1, -jnp.expm1(-flow.rates * finite)) / flow.rates
+    return jnp.eye(len(flow.root), dtype=flow.root.dtype) - _sum(flow.visible, shares)
+
+
+@compiled
+def _speed(flow: OutputErrorFlow, t: Array) -> Array:
+    return _sum(flow.visible, jnp.exp(-flow.rates * t))
+
+
+@compiled
+def _largest_rise(flow: OutputErrorFlow, times: Array) -> Array:
+    maps = jax.vmap(partial(_whitened, flow))(times)
+    squares = matmul(maps, maps)
+    early, late = np.triu_indices(len(times), k=1)
+    return jnp.max(jnp.linalg.eigvalsh(squares[late] - squares[early])[:, -1])
+
+
+def _sum(visible: Array, shares: Array) -> Array:
+    return matmul(visible * jnp.broadcast_to(shares, visible.shape), visible.T)
 
 
 def _known_times(times: Numbers, dtype: np.dtype) -> Array:
@@ -173,6 +191,11 @@ def output_error_flow(problem: InferenceProblem) -> OutputErrorFlow:
             "the output error moves by M(t) where both ends are clamped; give the problem an input "
             "and an output, or follow the flow with pcdyn.simulate"
         )
+    return _flow(problem, rates, modes, scale)
+
+
+@compiled
+def _flow(problem: InferenceProblem, rates: Array, modes: Array, scale: Array) -> OutputErrorFlow:
     network, (*_, precision) = problem.network, linear_parts(problem)[1]
     last: Any = network.layers[-1]
     below, width = network.widths[-2:]
@@ -200,7 +223,11 @@ def energy_gradient_margin(
     which ℒ depends; for every layer below both sides of the bound are zero.
     """
     check_problem(problem)
-    state = problem.initial_state(state)
+    return _margin(problem, problem.initial_state(state))
+
+
+@compiled
+def _margin(problem: InferenceProblem, state: State) -> Array:
     slope = jax.grad(lambda s: jnp.sum(problem.output_loss(s)))(state)
     field = problem.vector_field(0.0, state)
     parts = [jnp.sum(g * v, axis=-1) for g, v in zip(slope, field, strict=True)]

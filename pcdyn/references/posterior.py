@@ -25,6 +25,7 @@ from pcdyn._support.arrays import as_float_array, check_size, is_traced
 from pcdyn._support.checks import as_sequence, check_key, checked_integer
 from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
+from pcdyn._support.programs import compiled
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import ShapeError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
@@ -66,9 +67,7 @@ class Posterior(eqx.Module):
         widths = [x.shape[-1] for x in self.mean]
         dtype = self.mean[0].dtype
         check_size(2 * float(sum(widths)) ** 2 * dtype.itemsize, "the covariance of all free units")
-        units = jnp.split(jnp.eye(sum(widths), dtype=dtype), np.cumsum(widths)[:-1], axis=1)
-        rows = jnp.concatenate(self.factor.solve(tuple(units)), axis=1)
-        return (rows + rows.T) / 2
+        return _inverse(self.factor)
 
     def log_density(self, state: Sequence[Numbers]) -> Float[Array, "*shape"]:
         """Compute the log of the posterior's density at a state of the free layers.
@@ -85,11 +84,7 @@ class Posterior(eqx.Module):
 
         - `ShapeError`, `DtypeError` or `NonFiniteError` for a state that does not fit.
         """
-        arrays = self._checked(state)
-        away = jax.tree.map(lambda x, m: x - jnp.broadcast_to(m, x.shape), arrays, self.mean)
-        white = jnp.concatenate(self.factor.times_transposed(away), axis=-1)
-        constant = self.factor.log_determinant - white.shape[-1] * math.log(2 * math.pi)
-        return 0.5 * (constant - jnp.sum(white**2, axis=-1))
+        return _log_density(self, self._checked(state))
 
     def sample(self, key: PRNGKeyArray, *, count: int | None = None) -> State:
         """Draw states of the free layers, for each sample of a batch.
@@ -105,13 +100,9 @@ class Posterior(eqx.Module):
         """
         check_key(key)
         leading = () if count is None else (checked_integer(count, "count", at_least=1),)
-        shapes = [(*leading, *x.shape) for x in self.mean]
-        dtype = self.mean[0].dtype
-        check_size(dtype.itemsize * float(sum(map(math.prod, shapes))), "the drawn states")
-        keys = jr.split(key, len(shapes))
-        white = tuple(jr.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
-        noise = self.factor.solve_transposed(white)
-        return jax.tree.map(lambda e, m: jnp.broadcast_to(m, e.shape) + e, noise, self.mean)
+        numbers = float(math.prod(leading)) * sum(x.size for x in self.mean)
+        check_size(self.mean[0].dtype.itemsize * numbers, "the drawn states")
+        return _draw(self, key, leading)
 
     def __repr__(self) -> str:
         return self.summary()
@@ -151,6 +142,33 @@ class Posterior(eqx.Module):
                 f"none, got {shapes}"
             )
         return tuple(x.astype(m.dtype) for x, m in zip(arrays, self.mean, strict=True))
+
+
+@compiled
+def _inverse(factor: BlockCholesky) -> Array:
+    widths = [len(block) for block in factor.factors]
+    eye = jnp.eye(sum(widths), dtype=factor.factors[0].dtype)
+    units = jnp.split(eye, np.cumsum(widths)[:-1], axis=1)
+    rows = jnp.concatenate(factor.solve(tuple(units)), axis=1)
+    return (rows + rows.T) / 2
+
+
+@compiled
+def _log_density(given: Posterior, state: State) -> Array:
+    away = jax.tree.map(lambda x, m: x - jnp.broadcast_to(m, x.shape), state, given.mean)
+    white = jnp.concatenate(given.factor.times_transposed(away), axis=-1)
+    constant = given.factor.log_determinant - white.shape[-1] * math.log(2 * math.pi)
+    return 0.5 * (constant - jnp.sum(white**2, axis=-1))
+
+
+@compiled
+def _draw(given: Posterior, key: PRNGKeyArray, leading: tuple[int, ...]) -> State:
+    keys = jr.split(key, len(given.mean))
+    white = tuple(
+        jr.normal(k, (*leading, *x.shape), x.dtype) for k, x in zip(keys, given.mean, strict=True)
+    )
+    noise = given.factor.solve_transposed(white)
+    return jax.tree.map(lambda e, m: jnp.broadcast_to(m, e.shape) + e, noise, given.mean)
 
 
 def posterior(problem: InferenceProblem) -> Posterior:

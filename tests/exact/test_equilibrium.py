@@ -499,7 +499,7 @@ def test_solvers_have_names() -> None:
 def test_nothing_compiles_again_for_new_numbers(name: str, compilations: list[str]) -> None:
     """New data, weights, precisions, time constants, tolerance, step and start."""
     case = mild(0, "tanh")[0]
-    equilibrium(blended(case), method=SOLVERS[name], tolerance=1e-6)
+    equilibrium(blended(case), method=SOLVERS[name], initial=case.state, tolerance=1e-6)
     other = mild(3, "identity")[0]
     problem, start, solver = blended(other), other.state, SOLVERS[name]
     if isinstance(solver, GradientDescent):

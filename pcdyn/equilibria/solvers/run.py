@@ -30,8 +30,7 @@ _Carry = tuple[Solution, State, Array, Array]
 _MOST_RIDGES = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Ran:
+class Ran(eqx.Module):
     """What solvers that ran in turn have found.
 
     `start` is where they began and `observed` what is seen where they ended; `tolerance` is what
@@ -43,8 +42,8 @@ class Ran:
     solution: Solution
     observed: Observed
     tolerance: Values | np.ndarray
-    names: str
-    sliding: dict[int, SlidingPoint] = dataclasses.field(default_factory=dict)
+    names: str = eqx.field(static=True)
+    sliding: dict[int, SlidingPoint] = eqx.field(default_factory=dict)
 
 
 @eqx.filter_jit
@@ -194,12 +193,7 @@ def solve_on_host(
     It starts from the feedforward pass unless another start is given. Where activations have
     kinks, the samples that a solver leaves are looked at for sliding ones.
     """
-    # As arrays, numbers can change without compiling again.
-    each = [
-        jax.tree.map(lambda x: np.asarray(x) if isinstance(x, int | float) else x, solver)
-        for solver in solvers
-    ]
-    given = np.asarray(tolerance, problem.network.dtype)
+    each, given = with_numbers_as_arrays(solvers), np.asarray(tolerance, problem.network.dtype)
     begin, solution, goal, observed = _solve_and_observe(problem, start, each[0], given, relative)
     goal, sliding, done = np.asarray(goal), {}, np.zeros(goal.shape, bool)
     ran = 0
@@ -219,6 +213,13 @@ def solve_on_host(
     if ran > 1 or sliding:
         observed = observe(problem, solution.state)
     return Ran(begin, solution, observed, goal, ", ".join(names), sliding)
+
+
+def with_numbers_as_arrays(solvers: Sequence[Solver]) -> tuple[Solver, ...]:
+    """The same solvers, whose numbers can change without compiling again."""
+    return jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, int | float) else x, tuple(solvers)
+    )
 
 
 def _slide_rest(
