@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 # Before NumPy, JAX and Matplotlib are imported: they read these once. The workers of pytest-xdist
@@ -12,6 +15,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What pcdyn keeps for the user is kept apart, and shared by the workers.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pcdyn-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Most of a test's time is compilation, and small networks need no fast code. Without the fusion
 # emitters it takes a third less; other versions of XLA do not know the flag, and exit.
 os.environ.setdefault(

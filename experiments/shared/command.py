@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ import matplotlib
 import tyro
 from tqdm import tqdm
 
+import pcdyn
 from experiments.shared.composites import complete
 from experiments.shared.experiment import Experiment, Settings, check_settings, find, names
 from experiments.shared.index import table, write_index
@@ -75,9 +75,7 @@ class Options:
 def configure() -> None:
     """Float64, a persistent compilation cache, and a backend that needs no screen."""
     jax.config.update("jax_enable_x64", True)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcdyn" / "jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    pcdyn.compilation_cache()
     matplotlib.use("agg")
 
 

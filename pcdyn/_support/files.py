@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 
 from pcdyn.errors import DataError
 
@@ -83,6 +84,17 @@ def checked_target(path: Path) -> Path:
         if target.exists() and not target.is_file():
             raise DataError(f"cannot write {path}: it is not a file; give another name")
         return target
+
+
+def cache_folder() -> Path:
+    """What pcdyn keeps for the user of this machine: data sets and compiled programs."""
+    return platformdirs.user_cache_path("pcdyn")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there; raises `DataError`."""
+    with _named(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(path: Path) -> None:

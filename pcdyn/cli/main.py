@@ -78,11 +78,13 @@ def _run(command: Command) -> str | None:
     """Execute, write and print; why it failed although there are results, if it did."""
     from tqdm import tqdm
 
+    from pcdyn._support.programs import cache_settings
     from pcdyn._support.waiting import interruptible
     from pcdyn.cli.commands import COMMANDS
     from pcdyn.cli.files import contents, targets, write
     from pcdyn.cli.network import settings_of
     from pcdyn.cli.report import as_json
+    from pcdyn.errors import DataError
 
     name, execute = COMMANDS[type(command)]
     options = command.output
@@ -93,7 +95,9 @@ def _run(command: Command) -> str | None:
         result = execute(command, settings, bar)
         return result, contents(result, files)
 
-    configuration = {"jax_enable_x64": not settings.get("float32", False)}
+    configuration: dict[str, Any] = {"jax_enable_x64": not settings.get("float32", False)}
+    with contextlib.suppress(DataError):  # the user may have no folder to write to
+        configuration |= cache_settings()
     if isinstance(command, Verify):  # of small networks, where to compile takes most of the time
         configuration["jax_disable_most_optimizations"] = True
     with _configured(configuration):
@@ -115,7 +119,7 @@ def _run(command: Command) -> str | None:
 
 
 @contextlib.contextmanager
-def _configured(configuration: dict[str, bool]) -> Iterator[None]:
+def _configured(configuration: dict[str, Any]) -> Iterator[None]:
     # For every thread, which the context managers of JAX are not.
     import jax
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pcdyn._support.checks import as_sequence, check_choice, check_instance, checked_number
-from pcdyn._support.files import write_atomically
+from pcdyn._support.files import cache_folder, write_atomically
 from pcdyn.errors import DataError
 from pcdyn.io.idx_files import (
     CLASSES,
@@ -285,10 +285,7 @@ def _in_sample(archive: _Archive, name: str) -> IdxFile:
 
 
 def _cache(archive: _Archive) -> Path:
-    # Imported here because pooch brings an HTTP client, which slows the import of pcdyn.
-    import pooch
-
-    return Path(pooch.os_cache("pcdyn")) / archive.name
+    return cache_folder() / archive.name
 
 
 def _cache_path(archive: _Archive, name: str) -> Path:
@@ -306,6 +303,7 @@ def _in_cache(archive: _Archive, name: str) -> IdxFile:
 
 def _download(archive: _Archive, name: str, base_url: str) -> None:
     """Make sure that the cache holds an intact copy of a file."""
+    # Imported here because it brings an HTTP client, which slows the import of pcdyn.
     import pooch
 
     path = _cache_path(archive, name)

@@ -1,4 +1,4 @@
-"""A process that meets many shapes, and arrays on several devices.
+"""Processes that meet many shapes, that come after others, and that have several devices.
 
 In processes of their own, for they depend on how JAX was started.
 """
@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+import pcdyn
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +59,40 @@ def test_many_shapes_keep_a_bounded_number_of_programs() -> None:
         print(released)
     """
     assert int(run(program, 120)) > 0
+
+
+def test_compiled_programs_are_kept_for_later_processes(tmp_path: Path) -> None:
+    """Also where something was compiled before; both print the same."""
+    program = f"""
+        import jax, numpy as np
+        hits = []
+        jax.monitoring.register_event_listener(
+            lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+        )
+        jax.jit(lambda x: x + 1)(1.0)
+        import pcdyn
+        assert pcdyn.compilation_cache({str(tmp_path / "new" / "folder")!r}).is_dir()
+        network = pcdyn.mlp([3, 4, 2], activation="tanh", key=jax.random.key(0))
+        problem = pcdyn.InferenceProblem(network, input=np.ones(3), output=np.ones(2))
+        rest = pcdyn.equilibrium(problem)
+        assert rest.ok
+        print(len(hits), *rest.activities[1])
+    """
+    first, second = (run(program, 120).split() for _ in range(2))
+    assert int(first[0]) == 0
+    assert int(second[0]) > 0
+    assert first[1:] == second[1:]
+
+
+@pytest.mark.unchecked
+def test_a_cache_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    for folder in (file, "", "\0", 3):
+        with pytest.raises(pcdyn.errors.InputError, match="folder"):
+            pcdyn.compilation_cache(folder)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(pcdyn.errors.DataError, match="file"):
+        pcdyn.compilation_cache(file / "below")
 
 
 def test_a_batch_on_an_explicit_mesh_is_taken_as_any_other() -> None:
