@@ -912,8 +912,8 @@ MISTAKES = (
     Mistake(
         "posterior: samples with the transposed factor",
         "pcdyn/references/posterior.py",
-        "noise = self.factor.solve_transposed(white)",
-        "noise = self.factor.solve(white)",
+        "noise = given.factor.solve_transposed(white)",
+        "noise = given.factor.solve(white)",
         ("tests/exact/test_posterior.py::test_samples_have_its_moments",),
     ),
     Mistake(

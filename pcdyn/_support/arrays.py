@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -213,7 +214,7 @@ def converted(array: Array, dtype: np.dtype, name: str) -> Array:
 
 def check_finite(array: object, name: str) -> None:
     """Raise `NonFiniteError` if a known array has a NaN or infinite entry."""
-    if is_traced(array):
+    if is_traced(array) or _is_known_finite(array):
         return
     values = np.asarray(array)
     finite = np.isfinite(values)
@@ -223,6 +224,19 @@ def check_finite(array: object, name: str) -> None:
             f"{name} has {int((~finite).sum())} non-finite entries, the first "
             f"({values[where]}) at index {where}; remove or impute them first"
         )
+    if isinstance(array, jax.Array) and array.size >= _LARGE:
+        key = id(array)
+        _known_finite[key] = weakref.ref(array, lambda _: _known_finite.pop(key, None))
+
+
+# Arrays of JAX do not change: data of a training are looked at once, not in every call.
+_known_finite: dict[int, weakref.ref[Array]] = {}
+_LARGE = 2**16
+
+
+def _is_known_finite(array: object) -> bool:
+    known = _known_finite.get(id(array))
+    return known is not None and known() is array
 
 
 def check_size(size: float | int, what: str) -> None:

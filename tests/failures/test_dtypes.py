@@ -19,6 +19,7 @@ import xarray
 
 import pcdyn
 from pcdyn import learning, linear, references
+from pcdyn._support.arrays import check_finite
 from pcdyn.errors import DtypeError, InputError, NonFiniteError
 
 pytestmark = pytest.mark.unchecked
@@ -205,3 +206,17 @@ def test_a_problem_made_without_x64_works_with_it() -> None:
     assert pcdyn.simulate(made, t1=1.0).activities[1].dtype == np.float32
     assert pcdyn.equilibrium(made).ok
     assert pcdyn.stability(made, at="feedforward").rates.dtype == np.float32
+
+
+def test_large_arrays_of_jax_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another array is another one, also where it takes the place of one that is gone."""
+    for _ in range(3):
+        good = jnp.ones(2**17)
+        check_finite(good, "data")
+        del good
+        with pytest.raises(NonFiniteError, match="data has 1 non-finite"):
+            check_finite(jnp.ones(2**17).at[5].set(jnp.nan), "data")
+    known = jnp.ones(2**17)
+    check_finite(known, "data")
+    monkeypatch.delattr(np, "isfinite")
+    check_finite(known, "data")
