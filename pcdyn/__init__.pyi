@@ -9,7 +9,7 @@ from . import model as model
 from . import plotting as plotting
 from . import references as references
 from . import theory as theory
-from ._support.programs import compilation_cache as compilation_cache
+from ._support.compiling import compilation_cache as compilation_cache
 from .analysis.comparison.compare import compare as compare
 from .analysis.comparison.table import Comparison as Comparison
 from .analysis.comparison.table import Recommendation as Recommendation

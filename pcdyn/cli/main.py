@@ -29,6 +29,10 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # there is none where it was closed
             stream.reconfigure(errors="pcdyn")
+    # jaxlib 0.9 prints errors, which are none, of programs that it finds in its cache. A level of 1
+    # is JAX's own, from a process that has started this one.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     code = main()
     # At once: a computation that was interrupted still runs in its thread.
     os._exit(code)
@@ -78,7 +82,7 @@ def _run(command: Command) -> str | None:
     """Execute, write and print; why it failed although there are results, if it did."""
     from tqdm import tqdm
 
-    from pcdyn._support.programs import cache_settings
+    from pcdyn._support.compiling import cache_settings
     from pcdyn._support.waiting import interruptible
     from pcdyn.cli.commands import COMMANDS
     from pcdyn.cli.files import contents, targets, write

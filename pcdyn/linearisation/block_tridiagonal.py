@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
+from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
-from pcdyn._support.programs import compiled
 from pcdyn._support.types import Scalar, State
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pcdyn._support.programs import compiled
+from pcdyn._support.compiling import compiled
 from pcdyn.errors import InputError, NotLinearError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
 from pcdyn.model.activations import identity

@@ -29,7 +29,7 @@ from pcdyn._support.checks import (
     checked_integer,
     checked_number,
 )
-from pcdyn._support.programs import compiled
+from pcdyn._support.compiling import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction

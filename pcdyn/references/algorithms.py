@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from pcdyn._support.arrays import is_traced
+from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
-from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities
 from pcdyn.errors import (
     ActivationError,

@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from pcdyn._support.checks import check_key, checked_integer
-from pcdyn._support.programs import compiled
+from pcdyn._support.compiling import compiled
 from pcdyn._support.types import Activities
 from pcdyn.errors import InputError
 from pcdyn.linearisation.whitened import precisions_of

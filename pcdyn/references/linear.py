@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from pcdyn._support.arrays import check_size, is_traced
 from pcdyn._support.checks import as_sequence, check_choice, checked_integer
+from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
-from pcdyn._support.programs import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.arrays import as_float_array, as_host_array, is_traced
+from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
-from pcdyn._support.programs import compiled
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import InputError, ShapeError, TimesError
 from pcdyn.linearisation.whitened import linear_parts

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.arrays import as_float_array, check_size, is_traced
 from pcdyn._support.checks import as_sequence, check_key, checked_integer
+from pcdyn._support.compiling import compiled
 from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
-from pcdyn._support.programs import compiled
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import ShapeError
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
