@@ -76,6 +76,30 @@ MISTAKES = (
         ("tests/exact/test_problem.py::test_every_setting_at_once",),
     ),
     Mistake(
+        "optimisers of other settings are the same",
+        "pcdyn/_support/functions.py",
+        "value.__kwdefaults__, value.__dict__, *cells",
+        "value.__kwdefaults__, value.__dict__",
+        ("tests/exact/test_train.py::test_optimisers_of_other_settings_are_others",),
+    ),
+    Mistake(
+        "training: an epoch without the fallback that it needs is kept",
+        "pcdyn/learning/train.py",
+        "if chosen is not setup and _was_needed(record):",
+        "if chosen is setup and _was_needed(record):",
+        ("tests/exact/test_train.py::test_an_epoch_that_needs_the_fallback_is_run_with_it",),
+    ),
+    Mistake(
+        "problem: other data are not checked",
+        "pcdyn/model/problem.py",
+        "data = _clamped_layers(input, output, self.network)",
+        "data = (input, output)",
+        (
+            "tests/failures/test_dtypes.py::"
+            "test_other_data_are_converted_as_those_of_the_constructor_are",
+        ),
+    ),
+    Mistake(
         "problem: batches of different sizes pass",
         "pcdyn/model/problem.py",
         "if first.shape[:-1] != last.shape[:-1]:",

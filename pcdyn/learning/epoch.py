@@ -123,6 +123,8 @@ def _record(
         "largest_residual": jnp.max(learned.residual),
         "unsettled": jnp.mean((learned.residual > UNSETTLED).astype(network.dtype)),
     }
+    if learned.handed_over is not None:
+        record["handed_over"] = jnp.mean(learned.handed_over.astype(network.dtype))
     if setup.compare:
         reference = backpropagation(problem).weight_gradient
         pairs = list(zip(_matrices(learned.gradient), _matrices(reference), strict=True))

@@ -71,6 +71,7 @@ class Training(eqx.Module):
       `free_energy`, `output_loss` and `residual_energy` after inference;
       `median_residual` and `largest_residual` of inference, relative, and `unsettled`, the share
       of samples with a residual above .3;
+      by predictive coding, `handed_over`, the share of samples that its fallback took over;
       with `compare`, `cosine` and `row_cosine` of the gradient with that of BP, shape
       `([seeds,] epochs, batches, L)`: of the flattened weight, and the mean over its rows.
     - `evaluations`: what `evaluate` returned before the first epoch and after each,
@@ -200,6 +201,9 @@ def train(
     update = checked_optimiser(optimiser, weights)
     mean = reduction == "mean"
     setup = TrainingSetup(static, rule, energy, prior, update, batch_size, mean, compare)
+    # It takes a third of the time to compile, and most trainings need no more.
+    least = rule.without_fallback
+    sparing = setup if least is rule else dataclasses.replace(setup, rule=least)
     state = for_each(seeds, lambda w, k: first_state(setup, w, k))(weights, key)
     current = _Progress(state, seeds)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
@@ -219,7 +223,11 @@ def train(
         current.evaluations.append(_evaluate(evaluate, setup, state, seeds))
     with tqdm(total=epochs, initial=current.done, disable=not progress, unit="epoch") as bar:
         for epoch in range(current.done, epochs):
-            new, record = run_epoch(setup, current.state, data, key, jnp.asarray(epoch), seeds)
+            arguments = current.state, data, key, jnp.asarray(epoch), seeds
+            chosen = setup if current.needs_fallback else sparing
+            new, record = run_epoch(chosen, *arguments)
+            if chosen is not setup and _was_needed(record):
+                new, record = run_epoch(setup, *arguments)
             current.history.append({name: np.asarray(values) for name, values in record.items()})
             problem = _divergence(current.history[-1], new)
             if problem is not None:
@@ -280,6 +288,11 @@ class _Progress:
     def done(self) -> int:
         """Epochs that are complete."""
         return len(self.history)
+
+    @property
+    def needs_fallback(self) -> bool:
+        """Whether an epoch has needed it; a training that is resumed knows by its history."""
+        return any(map(_was_needed, self.history))
 
     def resume(self, path: Path, configuration: dict[str, str], epochs: int) -> None:
         """Go on from a checkpoint, if there is one."""
@@ -378,6 +391,11 @@ def _evaluate(
         return {}
     found = _evaluate_compiled(evaluate, setup.static, state[0], seeds)
     return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _was_needed(record: Mapping[str, ArrayLike]) -> bool:
+    """Whether any sample was handed over to the rule's fallback, or would have been."""
+    return bool(np.any(record.get("handed_over", False)))
 
 
 def _divergence(record: dict[str, np.ndarray], state: PyTree) -> tuple[list[int], int] | None:

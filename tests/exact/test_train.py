@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import optax
 import pytest
 
 from pcdyn._support.functions import ByCode
+from pcdyn.equilibria.solvers import GaussNewton
 from pcdyn.errors import CheckpointError, DataError
 from pcdyn.learning import (
     Backpropagation,
@@ -31,6 +33,7 @@ from pcdyn.learning import (
     LearnedTargetPropagation,
     LowPrecisionPredictiveCoding,
     PredictiveCoding,
+    TruncatedGaussNewton,
     ZeroDivergence,
     train,
 )
@@ -397,3 +400,59 @@ def test_functions_with_defaults_that_call_themselves_have_a_signature() -> None
     assert ByCode(made(1.0, "a")) != ByCode(made(1.0, "b"))
     assert ByCode(partial(made, 1.0)) == ByCode(partial(made, 1.0))
     assert ByCode(partial(made, 1.0)) != ByCode(partial(made, 2.0))
+
+
+# --- A fallback that few samples need -------------------------------------------------------------
+
+
+class AlwaysReady(PredictiveCoding):
+    """Predictive coding whose fallback is compiled with all the rest."""
+
+    @property
+    def without_fallback(self) -> PredictiveCoding:
+        return self
+
+
+# With a nonlinear layer above a hidden one nothing is so near after one step.
+STRICT = TruncatedGaussNewton(products=(1,), max_iterations=1, tolerance=1e-9, unsettled=1e-9)
+
+
+def by_coding(rule: PredictiveCoding, epochs: int = 1, **options: Any) -> Any:
+    deeper = mlp((4, 5, 4, 3), activation="tanh", output_activation="identity", key=jr.key(3))
+    return run(rule=rule, network=deeper, optimiser=optax.sgd(0.1, 0.9), epochs=epochs, **options)
+
+
+def test_an_epoch_that_needs_the_fallback_is_run_with_it(tmp_path: Path) -> None:
+    """The same numbers as where it is always there; also resumed after such an epoch."""
+    expected = by_coding(AlwaysReady(STRICT), 2)
+    assert np.all(expected.history["handed_over"] == 1)
+    checkpoint = tmp_path / "training.npz"
+    by_coding(PredictiveCoding(STRICT), 1, checkpoint=checkpoint)
+    for options in ({}, {"checkpoint": checkpoint}):
+        found = by_coding(PredictiveCoding(STRICT), 2, **options)
+        assert found.history.keys() == expected.history.keys()
+        for name, values in expected.history.items():
+            np.testing.assert_array_equal(found.history[name], values)
+
+
+def test_a_training_without_need_compiles_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solve(*_: Any) -> Any:
+        raise AssertionError("traced, though no sample needs it")
+
+    monkeypatch.setattr(GaussNewton, "solve", solve)
+    found = by_coding(PredictiveCoding(TruncatedGaussNewton(tolerance=0.03)))
+    assert np.all(found.history["handed_over"] == 0)
+    # Another tolerance than that of other tests, which have compiled theirs.
+    strict = dataclasses.replace(STRICT, tolerance=1e-8)
+    with pytest.raises(AssertionError, match="though"):
+        by_coding(PredictiveCoding(strict))
+
+
+def test_without_a_fallback_samples_stay_as_they_are() -> None:
+    bare, solved = (
+        by_coding(PredictiveCoding(dataclasses.replace(STRICT, fallback=ready))).history
+        for ready in (False, True)
+    )
+    assert np.all(bare["handed_over"] == 1)
+    assert np.all(bare["largest_residual"] > 1e-9)
+    assert np.all(solved["largest_residual"] < bare["largest_residual"])

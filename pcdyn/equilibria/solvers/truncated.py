@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pcdyn._support.checks import as_sequence, checked_integer, integer, number
+from pcdyn._support.checks import as_sequence, checked_integer, flag, integer, number
 from pcdyn._support.forward_only import without_derivative
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.states import choose, dot, scale, step
@@ -53,7 +53,7 @@ class TruncatedSolution(eqx.Module):
     - `state`: the hidden activities.
     - `residual`: how far from the equilibrium, per sample, as `TruncatedGaussNewton` measures it.
     - `iterations`: Gauss–Newton steps of the whole batch.
-    - `handed_over`: which samples the fallback took over.
+    - `handed_over`: which samples the fallback took over, or would have.
     """
 
     state: State
@@ -95,6 +95,7 @@ class TruncatedGaussNewton(eqx.Module):
     - `unsettled`: that above which a sample is handed over.
     - `products`: the number of conjugate-gradient steps in each of the first Gauss–Newton steps.
     - `max_iterations`: the most Gauss–Newton steps in all.
+    - `fallback`: whether samples are handed over; otherwise they stay as they are.
     """
 
     tolerance: float = eqx.field(
@@ -106,6 +107,9 @@ class TruncatedGaussNewton(eqx.Module):
     products: tuple[int, ...] = eqx.field(static=True, default=(3, 1), converter=_as_products)
     max_iterations: int = eqx.field(
         default=6, converter=integer("TruncatedGaussNewton: max_iterations", at_least=1)
+    )
+    fallback: bool = eqx.field(
+        static=True, default=True, converter=flag("TruncatedGaussNewton: fallback")
     )
 
     def check(self, problem: InferenceProblem) -> None:
@@ -131,12 +135,14 @@ class TruncatedGaussNewton(eqx.Module):
             chain, preconditioner, _evaluated(chain, errors), jnp.asarray(len(self.products))
         )
         unsolved = self._unsolved(problem, chain, point)
-        point, _ = _while(
-            lambda carry: jnp.any(carry[1]),
-            lambda problem, carry: (self._handed_over(problem, *carry), jnp.zeros_like(unsolved)),
-            problem,
-            (point, unsolved),
-        )
+        if self.fallback:
+            nothing = jnp.zeros_like(unsolved)
+            point, _ = _while(
+                lambda carry: jnp.any(carry[1]),
+                lambda problem, carry: (self._handed_over(problem, *carry), nothing),
+                problem,
+                (point, unsolved),
+            )
         return TruncatedSolution(chain.unstack(point.hidden), point.residual, iterations, unsolved)
 
     def _more_steps(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.types import Activities
@@ -22,11 +22,14 @@ class BatchGradient(eqx.Module):
       rules without inference.
     - `residual`: how far inference is from its equilibrium, relative and per sample; zero for
       rules that need none.
+    - `handed_over`: which samples a fallback took over, or would have; `None` for rules that have
+      none.
     """
 
     gradient: Network
     activities: Activities
     residual: Float[Array, " batch"]
+    handed_over: Bool[Array, " batch"] | None = None
 
 
 class Rule(eqx.Module):
@@ -40,6 +43,15 @@ class Rule(eqx.Module):
     @abc.abstractmethod
     def name(self) -> str:
         """The name of the rule, as tables and figures print it."""
+
+    @property
+    def without_fallback(self) -> Rule:
+        """The same rule without what only few samples need, which compiles sooner; or itself.
+
+        Where it says that samples would have been handed over, `pcdyn.learning.train` runs the
+        epoch again by the rule itself.
+        """
+        return self
 
     @abc.abstractmethod
     def check(self, problem: InferenceProblem) -> None:

@@ -6,6 +6,7 @@ activities where inference ends.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -71,6 +72,12 @@ class PredictiveCoding(Rule):
     def name(self) -> str:
         return "predictive coding"
 
+    @property
+    def without_fallback(self) -> PredictiveCoding:
+        if not isinstance(self.method, TruncatedGaussNewton) or not self.method.fallback:
+            return self
+        return PredictiveCoding(dataclasses.replace(self.method, fallback=False))
+
     def check(self, problem: InferenceProblem) -> None:
         for method in self.method if isinstance(self.method, tuple) else (self.method,):
             if method is not None:
@@ -82,7 +89,8 @@ class PredictiveCoding(Rule):
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
         if isinstance(self.method, TruncatedGaussNewton):
             settled = self.method.settle(problem)
-            return _gradient_at(problem, settled.state, settled.residual), state
+            learned = _gradient_at(problem, settled.state, settled.residual)
+            return dataclasses.replace(learned, handed_over=settled.handed_over), state
         found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
         rest = tuple(jnp.asarray(x) for x in found.state)
         return _gradient_at(problem, rest), state
