@@ -34,7 +34,7 @@ from experiments.shared.saving import (
     values_hash,
 )
 from pcdyn._support.files import read_bytes
-from pcdyn.errors import InputError
+from pcdyn.errors import DataError, InputError
 from pcdyn.io.netcdf import read_dataset
 from pcdyn.theory import Evidence
 
@@ -75,7 +75,9 @@ class Options:
 def configure() -> None:
     """Float64, a persistent compilation cache, and a backend that needs no screen."""
     jax.config.update("jax_enable_x64", True)
-    pcdyn.compilation_cache()
+    # Without a folder of the user's to write to there is none.
+    with contextlib.suppress(DataError):
+        pcdyn.compilation_cache()
     matplotlib.use("agg")
 
 
