@@ -127,20 +127,20 @@ def check_callable(
 
 def check_path(value: object, name: str, *, error: type[InputError] = InputError) -> None:
     """Raise `error` unless `value` can be the path of a file."""
-    path = _checked_text(value, name, "the path of a file", error)
+    path = _path_in(value, name, "the path of a file", error)
     if os.path.isdir(path):
         raise error(f"{name} must be the path of a file, but {path!r} is a folder")
 
 
 def checked_folder(value: object, name: str) -> Path:
     """Return what can be the path of a folder; raise `InputError` for the rest."""
-    path = Path(_checked_text(value, name, "the path of a folder", InputError))
+    path = Path(_path_in(value, name, "the path of a folder", InputError))
     if path.exists() and not path.is_dir():
         raise InputError(f"{name} must be the path of a folder, but {path} is a file")
     return path
 
 
-def _checked_text(value: object, name: str, wanted: str, error: type[InputError]) -> str:
+def _path_in(value: object, name: str, wanted: str, error: type[InputError]) -> str:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str) or not path or "\0" in path:
         raise error(f"{name} must be {wanted}, got {_shown(value)}")

@@ -59,7 +59,7 @@ def compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
 
     **Raises:**
 
-    - `DataError` if it cannot be made.
+    - `InputError` for what is no path of a folder, `DataError` if it cannot be made.
     """
     path = None if folder is None else checked_folder(folder, "folder")
     settings = cache_settings(path)

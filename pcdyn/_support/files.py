@@ -87,7 +87,7 @@ def checked_target(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """What pcdyn keeps for the user of this machine: data sets and compiled programs."""
+    """The folder of what pcdyn keeps for the user: data sets and compiled programs."""
     return platformdirs.user_cache_path("pcdyn")
 
 

@@ -47,11 +47,12 @@ class Function(eqx.Module, Generic[_Result]):
 
 
 class ByCode(Generic[_Value]):
-    """A value made of functions, equal to another that has the same code and equal settings.
+    """A value made of optax's functions, equal to another of the same code and equal settings.
 
     For static parts of what is compiled: two optimisers `optax.adam(1e-3)` are functions that are
-    not equal, so that JAX would compile again for the second. What is neither a function nor a
-    plain value, such as an object of the user's, is equal to itself only.
+    not equal, so that JAX would compile again for the second. Functions of others are equal to
+    themselves only, for what they do may depend on a variable that has changed since; so is what
+    is neither a function nor a plain value.
     """
 
     def __init__(self, value: _Value):
@@ -94,10 +95,10 @@ def _signature(value: object, outer: tuple[int, ...]) -> object:
             return type(value), value.dtype.str, value.shape, value.tobytes()
         case jax.Array() if not is_traced(value) and jnp.issubdtype(value.dtype, jnp.number):
             return jax.typeof(value), _signature(np.asarray(value), ())
-        case FunctionType():
+        case FunctionType() if value.__globals__.get("__name__", "").startswith("optax."):
             cells = value.__closure__ or ()
             parts = value.__defaults__, value.__kwdefaults__, value.__dict__, *cells
-            known = value.__code__, _Itself(value.__globals__)
+            known = value.__code__
         case MethodType():
             known, parts = (), (value.__func__, value.__self__)
         case functools.partial():
