@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from pcdyn.errors import IntegratorError
 from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
 from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax
@@ -36,6 +38,11 @@ def get_integrator(integrator: str | Integrator) -> Integrator:
         raise IntegratorError(
             f"{integrator!r} is no integrator; wrap a diffrax solver as pcdyn.Diffrax(solver)"
         )
+    return _named(integrator)
+
+
+@functools.cache
+def _named(integrator: str) -> Integrator:
     if integrator == "exact":
         return Exact()
     if integrator in DIFFRAX_NAMES:

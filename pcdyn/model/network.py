@@ -121,8 +121,9 @@ class Network(eqx.Module):
     @property
     def dtype(self) -> np.dtype:
         """Floating-point dtype of the weights."""
-        arrays = jax.tree.leaves(eqx.filter(self.layers, eqx.is_inexact_array))
-        return arrays[0].dtype if arrays else jnp.zeros(()).dtype
+        arrays = (x for x in jax.tree.leaves(self.layers) if eqx.is_inexact_array(x))
+        first = next(arrays, None)
+        return jnp.zeros(()).dtype if first is None else first.dtype
 
     def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         """Predict the layer l = `index` from the activities x_{l-1}, any batch: μ_l."""

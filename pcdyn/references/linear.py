@@ -129,6 +129,8 @@ def linear_equilibrium(
             f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
             "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
         )
+    if not is_traced(problem):
+        return given.activities(state)
     certain = jnp.broadcast_to(regular, state[0].shape[:-1])
     return given.activities(with_derivatives(problem, state, certain))
 

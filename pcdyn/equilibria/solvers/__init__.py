@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pcdyn._support.checks import as_sequence
+from pcdyn._support.functions import by_structure
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.equilibria.solvers.closed_form import ClosedForm
@@ -80,6 +81,7 @@ def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, 
     return tuple(get_solver(each) for each in methods)
 
 
+@by_structure
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """Choose what to try in turn, each where the one before it did not converge.
 
