@@ -380,7 +380,7 @@ def draw_images(figure: SubFigure, title: str, rows: dict[str, xarray.DataArray]
 
 EXPERIMENT = Experiment(
     NAME, "extra: generative direction", {"paper": Config()},
-    {"dataset": "mnist", "images": 1000, "test_images": 200, "latent": 3, "hidden": 16,
-     "epochs": 15, "batch": 50, "learning_rate": 1e-2, "seeds": 2},
+    {"dataset": "mnist", "images": 500, "test_images": 200, "latent": 3, "hidden": 16,
+     "epochs": 20, "batch": 50, "learning_rate": 1e-2, "seeds": 2},
     run, check, plot,
 )  # fmt: skip
