@@ -17,6 +17,7 @@ import inspect
 import itertools
 import pathlib
 import random
+import re
 import resource
 import signal
 import sys
@@ -224,7 +225,8 @@ def _label(value: Any) -> str:
         return f"{kind} {value.shape} {value.dtype}"
     if isinstance(value, eqx.Module | pandas.Series | xarray.DataArray | xarray.Dataset):
         return f"one {kind}"
-    return f"{kind} {str(value)[:40]}"
+    # Without addresses, so that the same seed draws the same values in every process.
+    return f"{kind} {re.sub('0x[0-9a-f]+', '', str(value))[:40]}"
 
 
 @cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from pcdyn._support.arrays import check_size
 from pcdyn._support.checks import check_key, checked_integer
 from pcdyn._support.compiling import compiled
 from pcdyn._support.types import Activities
@@ -38,6 +41,7 @@ def generate(
 
     - `InputError` for a clamped output, a free input without a prior, a number of samples where the
       input has its own, and energies that are no densities (only `pcdyn.Gaussian` is one).
+    - `SizeError` for more samples than fit into memory.
     """
     check_problem(problem)
     check_key(key)
@@ -50,6 +54,8 @@ def generate(
         if problem.input is not None:
             raise InputError("samples would be ignored: the clamped input has its own")
         batch = (checked_integer(samples, "samples", at_least=1),)
+    numbers = math.prod(batch) * sum(problem.network.widths)
+    check_size(problem.dtype.itemsize * numbers, "the drawn activities")
     return _draw(problem, key, batch)
 
 

@@ -97,10 +97,14 @@ class Posterior(eqx.Module):
         **Returns:**
 
         An array for each free layer, shaped like `mean` with an axis of `count` before it.
+
+        **Raises:**
+
+        - `SizeError` for more states than fit into memory.
         """
         check_key(key)
         leading = () if count is None else (checked_integer(count, "count", at_least=1),)
-        numbers = float(math.prod(leading)) * sum(x.size for x in self.mean)
+        numbers = math.prod(leading) * sum(x.size for x in self.mean)
         check_size(self.mean[0].dtype.itemsize * numbers, "the drawn states")
         return _draw(self, key, leading)
 

@@ -76,6 +76,7 @@ def test_a_clamped_input_is_where_samples_start() -> None:
         ({"prior": None, "input": TARGETS}, {"samples": 3}, "samples would be ignored"),
         ({"prior": pcdyn.Prior(0.0, pcdyn.LogCosh())}, {}, "layer 0 is LogCosh"),
         ({}, {"samples": 0}, "samples"),
+        ({}, {"samples": 10**40}, "more than 50%"),
         ({}, {"key": 3}, "key must be one random key"),
     ],
 )

@@ -77,6 +77,7 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("train", {"evaluate": "Activation Activation('tanh')"}),
     ("plotting.distance", {"label": "list [1, 2]"}),
     ("plotting.mean_band", {"color": "map"}),
+    ("Posterior.sample", {"count": "int 1000000000000000000000000000000000000000"}),
 ]
 
 
