@@ -80,7 +80,7 @@ MISTAKES = (
         "pcdyn/_support/functions.py",
         "value.__kwdefaults__, value.__dict__, *cells",
         "value.__kwdefaults__, value.__dict__",
-        ("tests/exact/test_same_functions.py::test_optimisers_of_other_settings_are_others",),
+        ("tests/exact/test_same_optimisers.py::test_optimisers_of_other_settings_are_others",),
     ),
     Mistake(
         "training: an epoch without the fallback that it needs is kept",

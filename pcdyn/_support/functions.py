@@ -7,7 +7,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,7 +16,6 @@ import numpy as np
 
 from pcdyn._support.arrays import is_traced
 
-_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _Value = TypeVar("_Value")
 # A function, or its module and its name in it.
@@ -45,31 +44,6 @@ class Function(eqx.Module, Generic[_Result]):
 
     def __reduce__(self) -> tuple[Callable[[ByName], Function], tuple[ByName]]:
         return _function, (reference(self.function),)
-
-
-def by_structure(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Remember what a function returns, by the structure, shapes and dtypes of its arguments.
-
-    For questions that the numbers do not decide, which would be asked in each call of a user.
-    """
-    known: dict[object, _Result] = {}
-
-    @functools.wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        kinds = tuple((x.shape, x.dtype) if eqx.is_array_like(x) and hasattr(x, "shape") else x
-                      for x in leaves)  # fmt: skip
-        key = structure, kinds
-        if key not in known:
-            if len(known) >= _MOST_KNOWN:
-                known.clear()
-            known[key] = function(*args, **kwargs)
-        return known[key]
-
-    return call
-
-
-_MOST_KNOWN = 1000
 
 
 class ByCode(Generic[_Value]):

@@ -129,6 +129,7 @@ def linear_equilibrium(
             f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
             "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
         )
+    # Where nothing is traced there are no derivatives to put in.
     if not is_traced(problem):
         return given.activities(state)
     certain = jnp.broadcast_to(regular, state[0].shape[:-1])

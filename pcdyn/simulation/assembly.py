@@ -61,6 +61,7 @@ def _without_overflow(run: Integration, observed: Observed) -> Integration:
     xp = array_namespace(last)
     finite = xp.isfinite(last).all(axis=tuple(range(np.ndim(run.status), last.ndim)))
     vanished = (run.status == Status.CONVERGED) & ~finite
+    # As nearly always: a new run costs as much as the looking.
     if xp is np and not np.any(vanished):
         return run
     status = xp.where(vanished, int(Status.NON_FINITE), run.status)

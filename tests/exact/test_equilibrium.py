@@ -21,6 +21,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 
+import pcdyn
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import (
     ClosedForm,
@@ -307,6 +308,48 @@ def test_the_default_of_a_linear_network_is_the_closed_form() -> None:
     found = equilibrium(linear.problem)
     assert found.method == "closed_form"
     assert_close(found.activities, rest_of(linear), 1e-12)
+
+
+def test_the_default_is_chosen_once_for_each_structure() -> None:
+    """Other numbers get what is known; activations, energies, ends, shapes and dtypes do not."""
+
+    def problem(seed: int, dtype: Any = jnp.float64, **options: Any) -> pcdyn.InferenceProblem:
+        options = {"widths": (2, 3, 2), "activation": "tanh", "ends": ("input", "output"),
+                   "batch": 2, "energy": None} | options  # fmt: skip
+        network = pcdyn.mlp(options["widths"], activation=options["activation"], dtype=dtype,
+                            key=jax.random.key(seed))  # fmt: skip
+        data = np.random.default_rng(seed).normal(size=(options["batch"], 2))
+        return pcdyn.InferenceProblem(network, energy=options["energy"],
+                                      **dict.fromkeys(options["ends"], data))  # fmt: skip
+
+    first = default_solvers(problem(0))
+    assert default_solvers(problem(1)) is first
+    for options in ({"dtype": jnp.float32}, {"widths": (2, 4, 2)}, {"batch": 3},
+                    {"energy": pcdyn.LogCosh()}):  # fmt: skip
+        other = default_solvers(problem(0, **options))
+        assert other is not first
+        assert [each.name for each in other] == [each.name for each in first]
+    for options in ({"activation": "relu"}, {"activation": "identity"}, {"ends": ("output",)}):
+        other = default_solvers(problem(0, **options))
+        assert [each.name for each in other] != [each.name for each in first]
+    assert default_solvers(problem(2)) is first
+
+
+class _WithoutPrecision(pcdyn.LogCosh):
+    """An energy that returns an array where a `Precision` is due."""
+
+    def curvature(self, error: Any, target: Any) -> Any:
+        return jnp.ones_like(error)
+
+
+@pytest.mark.unchecked
+def test_an_energy_that_cannot_be_chosen_for_is_refused_each_time() -> None:
+    network = pcdyn.mlp([2, 3, 2], activation="tanh", key=jax.random.key(0))
+    problem = pcdyn.InferenceProblem(network, input=np.ones(2), output=np.ones(2),
+                                     energy=_WithoutPrecision())  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(pcdyn.errors.InputError, match="must be a pcdyn"):
+            equilibrium(problem)
 
 
 # --- Clamps ---------------------------------------------------------------------------------------

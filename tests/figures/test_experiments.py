@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def check_the_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The same bytes, and pixels within one level of 256, which hang on such decimals at edges."""
+    """The same bytes; at the ends of lines that decimal may move a pixel by one level of 256."""
     assert found.keys() == expected.keys()
     for name, content in found.items():
         if name.endswith(".png"):

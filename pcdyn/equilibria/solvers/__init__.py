@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+
 from pcdyn._support.checks import as_sequence
-from pcdyn._support.functions import by_structure
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.equilibria.solvers.closed_form import ClosedForm
@@ -81,7 +82,12 @@ def get_solvers(method: str | Solver | Sequence[Solver | str]) -> tuple[Solver, 
     return tuple(get_solver(each) for each in methods)
 
 
-@by_structure
+# What was chosen for problems of one structure, shapes and dtypes, which decide: to look at their
+# energies again in each call of a user would take longer than many a solve.
+_CHOSEN: dict[object, tuple[Solver, ...]] = {}
+_MOST_CHOSEN = 1000
+
+
 def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """Choose what to try in turn, each where the one before it did not converge.
 
@@ -91,6 +97,17 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     to Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
     output's energy is known too; then comes pseudo-transient continuation, for any energy.
     """
+    leaves, structure = jax.tree.flatten(problem)
+    kind = structure, tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+    chosen = _CHOSEN.get(kind)
+    if chosen is None:
+        if len(_CHOSEN) >= _MOST_CHOSEN:
+            _CHOSEN.clear()
+        chosen = _CHOSEN[kind] = _choose(problem)
+    return chosen
+
+
+def _choose(problem: InferenceProblem) -> tuple[Solver, ...]:
     if has_linear_flow(problem):
         return (ClosedForm(),)
     both = problem.with_prior_as_layer().both_ends_clamped

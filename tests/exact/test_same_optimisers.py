@@ -1,18 +1,16 @@
-"""What functions and values are taken to be the same, so that nothing is done twice."""
+"""Which optimisers are taken to be the same, so that nothing is compiled twice."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import pcdyn
-from pcdyn._support.functions import ByCode, by_structure
+from pcdyn._support.functions import ByCode
 
 
 @pytest.mark.parametrize("make", [
@@ -55,32 +53,3 @@ def made(default, keyword):
     assert ByCode(made(1.0, "a")) != ByCode(made(1.0, "b"))
     assert ByCode(partial(made, 1.0)) == ByCode(partial(made, 1.0))
     assert ByCode(partial(made, 1.0)) != ByCode(partial(made, 2.0))
-
-
-def test_what_follows_from_the_structure_is_asked_once_for_each() -> None:
-    """Other numbers have the same; other shapes, dtypes and static parts do not."""
-    asked = []
-
-    @by_structure
-    def count(network: pcdyn.Network, flag: bool = True) -> int:
-        asked.append(network)
-        return len(asked)
-
-    def network(seed: int = 0, width: int = 4, activation: str = "tanh") -> pcdyn.Network:
-        return pcdyn.mlp([3, width, 2], activation=activation, key=jax.random.key(seed))
-
-    assert [count(network()), count(network(1)), count(network(2))] == [1, 1, 1]
-    others = [network(width=5), network(activation="relu"),
-              jax.tree.map(lambda x: x.astype(jnp.float32), network())]  # fmt: skip
-    assert [count(other) for other in others] == [2, 3, 4]
-    assert [count(network(), False), count(network(), flag=False), count(network())] == [5, 6, 1]
-
-
-def test_an_error_is_not_remembered() -> None:
-    @by_structure
-    def refuse(value: int) -> int:
-        raise ValueError(value)
-
-    for _ in range(2):
-        with pytest.raises(ValueError, match="3"):
-            refuse(3)
