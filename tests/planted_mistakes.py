@@ -27,6 +27,44 @@ class Mistake:
 
 MISTAKES = (
     Mistake(
+        "network: the matrix of a layer without its skip",
+        "pcdyn/model/network.py",
+        "return scaled + jnp.eye(len(scaled), dtype=scaled.dtype) if self.skip else scaled",
+        "return scaled",
+        ("tests/exact/test_residual.py::test_linear_layers_are_layers_of_another_matrix",),
+    ),
+    Mistake(
+        "network: the bias has the gain as well",
+        "pcdyn/model/network.py",
+        "z = z if self.gain == 1 else self.gain * z",
+        "return self.gain * (z if self.bias is None else z + self.bias)",
+        ("tests/exact/test_residual.py::test_the_flow_is_that_of_scipy",),
+    ),
+    Mistake(
+        "kinks: slopes without the scale of the layer",
+        "pcdyn/equilibria/kinks.py",
+        "layer.scale * w if _kinked(layer) else w",
+        "w if _kinked(layer) else w",
+        ("tests/exact/test_residual.py::test_at_kinks_the_scale_may_stand_inside",),
+    ),
+    Mistake(
+        "targets: the scale is not undone",
+        "pcdyn/references/algorithms.py",
+        "activated = values[0] / layer.scale",
+        "activated = values[0]",
+        ("tests/exact/test_residual.py::test_targets_are_predicted_by_the_targets_below",),
+    ),
+    Mistake(
+        "EM: the change of a weight without its gain",
+        "pcdyn/learning/expectation_maximisation.py",
+        "layer.weight + change[:, :width] / layer.gain",
+        "layer.weight + change[:, :width]",
+        (
+            "tests/exact/test_residual.py::"
+            "test_the_best_weights_predict_as_those_of_the_folded_network",
+        ),
+    ),
+    Mistake(
         "network: the bias is dropped",
         "pcdyn/model/network.py",
         "return z if self.bias is None else z + self.bias",
@@ -637,8 +675,8 @@ MISTAKES = (
     Mistake(
         "references: the transposed weight is inverted",
         "pcdyn/references/algorithms.py",
-        "jnp.linalg.solve(layer.weight, flat.T).T",
-        "jnp.linalg.solve(layer.weight.T, flat.T).T",
+        "jnp.linalg.solve(weight, flat.T).T",
+        "jnp.linalg.solve(weight.T, flat.T).T",
         (
             "tests/exact/test_references.py::test_targets_of_a_reachable_output_are_its_feedforward_pass",
         ),
@@ -950,8 +988,8 @@ MISTAKES = (
     Mistake(
         "M-step: the bias stays",
         "pcdyn/learning/expectation_maximisation.py",
-        "(layer.weight + change[:, :width], layer.bias + change[:, width]),",
-        "(layer.weight + change[:, :width], layer.bias),",
+        "(weight, layer.bias + change[:, width])",
+        "(weight, layer.bias)",
         (
             "tests/limits/test_expectation_maximisation.py::"
             "test_linear_layers_are_regressions_whatever_their_precisions",

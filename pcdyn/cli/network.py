@@ -30,7 +30,10 @@ from pcdyn.model.problem import InferenceProblem
 
 Settings = dict[str, Any]
 
-_ONLY_FOR_NEW_NETWORKS = ("widths", "activation", "output_activation", "weight_std", "bias")
+_ONLY_FOR_NEW_NETWORKS = (
+    "widths", "activation", "output_activation", "weight_std", "bias", "residual",
+    "parameterisation",
+)  # fmt: skip
 
 
 def settings_of(options: NetworkOptions) -> Settings:
@@ -108,6 +111,8 @@ def _new_network(settings: Settings, key: PRNGKeyArray, dtype: type[np.float32] 
         output_activation=settings.get("output_activation"),
         std=settings.get("weight_std"),
         bias=std is not None,
+        residual=settings.get("residual", False),
+        parameterisation=settings.get("parameterisation", "standard"),
         key=key,
         dtype=dtype,
     )
@@ -218,6 +223,8 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "output_activation": (_is_text, "a name"),
     "weight_std": (_is_number, "a number"),
     "bias": (_is_number, "a number"),
+    "residual": (lambda value: isinstance(value, bool), "true or false"),
+    "parameterisation": (_is_text, "a name"),
     "energy": (_is_text, "a name, or a name:parameter"),
     "precisions": (_is_precisions, "a number or a list"),
     "prior": (_is_pair, "a list of two numbers, mean and precision"),

@@ -59,6 +59,17 @@ class NetworkOptions:
         float | None,
         option("Standard deviation of Gaussian biases.", metavar="STD", default="none"),
     ] = None
+    residual: Annotated[
+        bool, option("Add the layer below to hidden layers that are as wide as it.")
+    ] = False
+    parameterisation: Annotated[
+        str | None,
+        option(
+            "standard, ntp or mupc: what of the size of weights is learned.",
+            metavar="NAME",
+            default="standard",
+        ),
+    ] = None
     precisions: Annotated[
         tuple[float, ...],
         option(

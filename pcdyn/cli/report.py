@@ -21,9 +21,10 @@ def describe(problem: InferenceProblem) -> str:
     widths = "-".join(map(str, network.widths))
     shape = problem.batch_shape
     samples = f"{shape[0]} samples" if shape else "one sample"
+    residual = "residual " if any(layer.skip for layer in network.layers) else ""
     config: Any = jax.config
     x64 = "float64 is on" if config.jax_enable_x64 else "float64 is off"
-    return f"{widths} network, {activations}, {samples}, {problem.dtype} ({x64})"
+    return f"{widths} {residual}network, {activations}, {samples}, {problem.dtype} ({x64})"
 
 
 def describe_record(problem: InferenceProblem) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def describe_record(problem: InferenceProblem) -> dict[str, Any]:
     return {
         "widths": problem.network.widths,
         "activations": [layer.activation.name for layer in problem.network.layers],
+        "skips": [layer.skip for layer in problem.network.layers],
         "samples": problem.batch_shape[0] if problem.batch_shape else None,
         "free_layers": problem.free_layers,
         "dtype": str(problem.dtype),

@@ -55,7 +55,7 @@ class _Held(eqx.Module):
     def __call__(self, x: Array) -> Array:
         z = self.layer.preactivation(x)
         line = self.layer.activation(self.kinks) + self.slopes * (z - self.kinks)
-        return jnp.where(self.held, line, self.layer.activation(z))
+        return self.layer.output(x, jnp.where(self.held, line, self.layer.activation(z)))
 
 
 def has_kinks(network: Network) -> bool:
@@ -105,7 +105,7 @@ def _preactivation_round_off(layer: Dense, size: Array, kinks: Array) -> Array:
 
     Activities have the round-off of sums of terms of the `size` of the whole state.
     """
-    terms = size * jnp.sum(jnp.abs(layer.weight), axis=1) + jnp.abs(kinks)
+    terms = size * jnp.sum(jnp.abs(layer.effective_weight), axis=1) + jnp.abs(kinks)
     if layer.bias is not None:
         terms = terms + jnp.abs(layer.bias)
     return 4 * jnp.finfo(terms.dtype).eps * terms
@@ -228,7 +228,7 @@ class _Local:
 
     `slope` (N) and `hessian` (N, N) of F with the held units on their upper one-sided line;
     `gaps` (M) of the preactivations to their nearest kinks; `rows` (M, N), the derivatives of the
-    preactivations; `weighted` (M), the precision-weighted prediction errors; `low` and `high`
+    preactivations; `weighted` (M), −∂F by what the activations give; `low` and `high`
     (M), the smaller and the larger of the one-sided slopes; `attracts` (M), whether F rises on
     both sides of the kink rather than falls: from others the flow runs away.
     """
@@ -268,6 +268,8 @@ def _local(
     slope = smooth.gradient(state)
     hessian = free_energy_hessian(smooth, state).dense()
     weighted = problem.weighted_errors(smooth.prediction_errors(activities), activities)
+    weighted = [layer.scale * w if _kinked(layer) else w
+                for layer, w in zip(problem.network.layers, weighted, strict=True)]  # fmt: skip
     left, right, pull = (jnp.concatenate(parts) for parts in (lefts, rights, weighted))
     return (
         jnp.concatenate(slope), hessian, jnp.concatenate(gaps), _preactivation_rows(problem), pull,
@@ -294,7 +296,7 @@ def _preactivation_rows(problem: InferenceProblem) -> Array:
     blocks = []
     for index, layer in enumerate(network.layers, start=1):
         row = [
-            layer.weight
+            layer.effective_weight
             if _kinked(layer) and below == index - 1
             else jnp.zeros((network.widths[index], network.widths[below]), dtype)
             for below in problem.free_layers

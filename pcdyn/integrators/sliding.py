@@ -54,7 +54,7 @@ def _largest_preactivation(layer: Dense, activity: float) -> float:
     """How large W x + b gets where every entry of x is at most `activity`, give or take signs."""
     kinks = max(abs(kink) for kink in layer.activation.kinks)
     bias = 0.0 if layer.bias is None else float(jnp.max(jnp.abs(layer.bias)))
-    rows = jnp.linalg.norm(layer.weight, axis=1)
+    rows = jnp.linalg.norm(layer.effective_weight, axis=1)
     return float(jnp.max(rows)) * activity + bias + kinks
 
 
@@ -65,7 +65,8 @@ class _Rounded(eqx.Module):
     width: Array
 
     def __call__(self, x: Array) -> Array:
-        return _value(self.layer.activation, self.layer.preactivation(x), self.width)
+        layer = self.layer
+        return layer.output(x, _value(layer.activation, layer.preactivation(x), self.width))
 
 
 # The preactivation and the width; a value and its derivative.

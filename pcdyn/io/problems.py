@@ -28,6 +28,10 @@ from pcdyn.model.problem import InferenceProblem
 if TYPE_CHECKING:
     import xarray
 
+# What is written where a layer has something else.
+_OPTIONS: dict[str, float] = {"scale": 1.0, "gain": 1.0, "skip": False}
+_SKIPS = {"True": True, "False": False}
+
 
 def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     """Convert a problem to a labelled data set, l = 1 … L, and l = 0 for the energy of a prior.
@@ -36,7 +40,8 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
     for each layer l = 0 … L; `prior_mean`, shape `(unit_0,)`, where there is a prior. The names of
-    the activations are in the attribute `activations`; where not all energies are Gaussian their
+    the activations are in the attribute `activations`, and in `scales`, `gains` and `skips` what
+    layers have of these; where not all energies are Gaussian their
     names are in the attribute `energies`, that of a prior in `prior_energy`, and the parameters of
     those that have one in the variables `energy_parameter_l`.
 
@@ -82,6 +87,10 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     constants = np.array([np.asarray(each) for each in problem.time_constants])
     variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
+    for name, usual in _OPTIONS.items():
+        each = [getattr(layer, name) for layer in problem.network.layers]
+        if any(value != usual for value in each):
+            attrs[f"{name}s"] = " ".join(map(repr, each))
     if set(energies) != {"gaussian"}:
         attrs["energies"] = " ".join(energies)
     if problem.prior is not None:
@@ -132,8 +141,9 @@ def problem_from_xarray(
             values(f"weight_{l}", f"unit_{l}", f"unit_{l - 1}"),
             values_if_any(f"bias_{l}", f"unit_{l}"),
             name,
+            **chosen,
         )
-        for l, name in zip(indices, names, strict=True)
+        for l, name, chosen in zip(indices, names, _options(dataset, len(names)), strict=True)
     ]
     # Older files have one name and one parameter for all layers.
     shared = [str(dataset.attrs.get("energy_function", "gaussian"))] * len(names)
@@ -182,6 +192,23 @@ def _rounded(values: Values, dtype: DTypeLike | None, name: str) -> Values:
             'jax.config.update("jax_enable_x64", True), or round with dtype=jax.numpy.float32'
         )
     return rounded
+
+
+def _options(dataset: xarray.Dataset, count: int) -> list[dict[str, Any]]:
+    """Scale, gain and skip of every layer, where they are not the usual ones."""
+    found: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name in _OPTIONS:
+        words = str(dataset.attrs.get(f"{name}s", "")).split()
+        if not words:
+            continue
+        if len(words) != count:
+            raise DataError(f"{len(words)} {name}s for {count} layers in this file")
+        for options, word in zip(found, words, strict=True):
+            try:
+                options[name] = _SKIPS[word] if name == "skip" else float(word)
+            except (KeyError, ValueError):
+                raise DataError(f"{word!r:.40} among the {name}s in this file") from None
+    return found
 
 
 def _name_of(activation: Activation) -> str:

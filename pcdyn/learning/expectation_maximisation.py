@@ -286,14 +286,12 @@ def _least_squares(layer: Dense, below: Values, above: Values) -> Dense:
     error = above.reshape(-1, above.shape[-1]) - jax.vmap(layer)(rows)
     if layer.bias is not None:
         rows = jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
-    change = jnp.linalg.lstsq(rows, error)[0].T
+    change = jnp.linalg.lstsq(rows, error)[0].T / layer.scale
     width = layer.weight.shape[1]
+    weight = layer.weight + change[:, :width] / layer.gain
     if layer.bias is None:
-        return eqx.tree_at(lambda l: l.weight, layer, layer.weight + change)
-    return eqx.tree_at(
-        lambda l: (l.weight, l.bias), layer,
-        (layer.weight + change[:, :width], layer.bias + change[:, width]),
-    )  # fmt: skip
+        return eqx.tree_at(lambda l: l.weight, layer, weight)
+    return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, layer.bias + change[:, width]))
 
 
 def _descended(

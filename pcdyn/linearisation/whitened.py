@@ -78,7 +78,7 @@ def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
     for index, (layer, precision) in enumerate(zip(layers, precisions, strict=True), start=1):
         row = {}
         if index - 1 in problem.free_layers:
-            row[index - 1] = -precision.whiten(layer.weight.T).T
+            row[index - 1] = -precision.whiten(layer.matrix.T).T
         if index in problem.free_layers:
             one = jnp.eye(problem.network.widths[index], dtype=problem.network.dtype)
             row[index] = precision.whiten(one).T

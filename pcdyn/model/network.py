@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -38,27 +39,42 @@ Layer = Callable[[Array], Array]
 class Dense(eqx.Module):
     """The layer x ↦ f(W x + b), with the weights inside the activation as in the paper.
 
+    With the options it is the residual layer x ↦ x + s f(g W x + b), or its parts.
+
     **Arguments:**
 
     - `weight`: W, shape `(n_out, n_in)`.
     - `bias`: b, shape `(n_out,)`, or `None`.
     - `activation`: f, a name or a `pcdyn.Activation`.
+    - `scale`: s, a positive number that is not learned.
+    - `gain`: g, the same for the weights. Where they have variance 1 it sets their size, which
+      gradients then have by its square.
+    - `skip`: whether the activities below are added, unit by unit.
 
     **Raises:**
 
-    - `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used.
-    - `ActivationError` for an unknown activation.
+    - `ShapeError`, `DtypeError` or `NonFiniteError` for weights that cannot be used, and a skip
+      between layers of different widths.
+    - `ActivationError` for an unknown activation, and `InputError` for a scale or a gain that is
+      not positive.
     """
 
     weight: Float[Array, "n_out n_in"]
     bias: Float[Array, " n_out"] | None
     activation: Activation = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    gain: float = eqx.field(static=True)
+    skip: bool = eqx.field(static=True)
 
     def __init__(
         self,
         weight: Numbers,
         bias: Numbers | None = None,
         activation: str | Activation = identity,
+        *,
+        scale: float = 1.0,
+        gain: float = 1.0,
+        skip: bool = False,
     ):
         weight = as_float_array(weight, "weight")
         if weight.ndim != 2 or 0 in weight.shape:
@@ -73,14 +89,43 @@ class Dense(eqx.Module):
                     f"needs {weight.shape[:1]}"
                 )
         self.activation = get_activation(activation)
+        self.scale = checked_number(scale, "scale", above=0)
+        self.gain = checked_number(gain, "gain", above=0)
+        check_flag(skip, "skip")
+        self.skip = skip
+        if skip and weight.shape[0] != weight.shape[1]:
+            raise ShapeError(
+                f"a skip adds the {weight.shape[1]} activities below to {weight.shape[0]} "
+                "predictions: the weight must be square"
+            )
+
+    @property
+    def effective_weight(self) -> Float[Array, "n_out n_in"]:
+        """g W, the slope of the preactivation."""
+        return self.weight if self.gain == 1 else self.gain * self.weight
+
+    @property
+    def matrix(self) -> Float[Array, "n_out n_in"]:
+        """The matrix of a layer without activation, x ↦ (s g W + 1) x + s b; 1 only with a skip."""
+        product = self.effective_weight
+        scaled = product if self.scale == 1 else self.scale * product
+        return scaled + jnp.eye(len(scaled), dtype=scaled.dtype) if self.skip else scaled
 
     def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        """Compute the preactivation W x + b."""
+        """Compute the preactivation g W x + b."""
         z = matmul(self.weight, x)
+        z = z if self.gain == 1 else self.gain * z
         return z if self.bias is None else z + self.bias
 
+    def output(
+        self, x: Float[Array, " n_in"], activated: Float[Array, " n_out"]
+    ) -> Float[Array, " n_out"]:
+        """Compute what the layer predicts from x, given what the activation made of it."""
+        scaled = activated if self.scale == 1 else self.scale * activated
+        return x + scaled if self.skip else scaled
+
     def __call__(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        return self.activation(self.preactivation(x))
+        return self.output(x, self.activation(self.preactivation(x)))
 
 
 class Network(eqx.Module):
@@ -264,6 +309,7 @@ def _output_width(layer: Layer, index: int, width: int) -> int:
 
 
 Initialisation = Literal["fan_in", "orthogonal"]
+Parameterisation = Literal["standard", "ntp", "mupc"]
 
 
 def mlp(
@@ -275,6 +321,8 @@ def mlp(
     initialisation: Initialisation | None = None,
     output_activation: str | Activation | None = None,
     bias: bool = False,
+    residual: bool = False,
+    parameterisation: Parameterisation = "standard",
     dtype: DTypeLike | None = None,
 ) -> Network:
     """Draw a network of `Dense` layers with random weights.
@@ -290,15 +338,23 @@ def mlp(
       the default) or `"orthogonal"`.
     - `output_activation`: that of the last layer.
     - `bias`: whether layers have a bias, which starts at zero.
+    - `residual`: whether hidden layers as wide as the hidden layer below have a skip.
+    - `parameterisation`: how the size of weights is split into what is learned and what is not.
+      `"standard"`: all of it is learned. `"ntp"`: weights are √n_{l-1} times as large, and their
+      product with activities is multiplied by 1/√n_{l-1}. `"mupc"`: the same, with 1/n_{L-1} at the
+      output, and layers with a skip have a scale of 1/√L (μPC, Innocenti et al. 2025, after
+      depth-μP; there the weights stand outside of the activation).
     - `dtype`: of the weights, JAX's default unless given.
 
     **Raises:**
 
-    - `ShapeError` for widths that are no positive integers.
+    - `ShapeError` for widths that are no positive integers, or of which no two neighbours among the
+      hidden layers are equal where skips are asked for.
     - `SizeError` for a network that does not fit into memory.
     - `DtypeError` for a dtype that is neither float32 nor float64, and `ActivationError` for an
       unknown activation.
-    - `InputError` for an unknown initialisation, or one given together with `std`.
+    - `InputError` for an unknown initialisation or parameterisation, or one of them given together
+      with `std`.
     """
     wanted = "a list of two or more positive integers"
     widths = tuple(
@@ -309,10 +365,23 @@ def mlp(
         raise ShapeError(f"widths must be {wanted}, got {list(widths)}")
     check_key(key)
     check_flag(bias, "bias")
+    check_flag(residual, "residual")
+    check_choice(parameterisation, "parameterisation", get_args(Parameterisation))
     if std is not None and initialisation is not None:
         raise InputError("give std or initialisation, not both: std already says what to draw")
     if std is not None:
         std = checked_number(std, "std", at_least=0)
+        if parameterisation != "standard":
+            raise InputError(
+                f"give std or parameterisation={parameterisation!r}, not both: the latter already "
+                "says how large weights are"
+            )
+    depth = len(widths) - 1
+    skips = [residual and 1 < l < depth and widths[l - 1] == widths[l] for l in range(1, depth + 1)]
+    if residual and not any(skips):
+        raise ShapeError(
+            f"residual: no two neighbouring hidden layers of {_shortened(widths)} are of one width"
+        )
     initialisation = "fan_in" if initialisation is None else initialisation
     check_choice(initialisation, "initialisation", get_args(Initialisation))
     dtype = jnp.zeros(()).dtype if dtype is None else _checked_dtype(dtype)
@@ -324,9 +393,20 @@ def mlp(
     drawn = _draw_weights(key, std, shapes, initialisation, dtype)
     weights = [w for run in drawn for w in (_rows(run) if run.ndim == 3 else [run])]
     layers = []
-    for index, weight in enumerate(weights, start=1):
-        chosen = last if index == len(weights) else hidden
-        layers.append(Dense(weight, jnp.zeros(len(weight), dtype) if bias else None, chosen))
+    for index, (weight, skip) in enumerate(zip(weights, skips, strict=True), start=1):
+        is_last, gain, scale = index == depth, 1.0, 1.0
+        if parameterisation != "standard":
+            below = widths[index - 1]
+            weight = weight * math.sqrt(below)
+            gain = 1 / below if is_last and parameterisation == "mupc" else 1 / math.sqrt(below)
+        if skip and parameterisation == "mupc":
+            scale = 1 / math.sqrt(depth)
+        layers.append(
+            Dense(
+                weight, jnp.zeros(len(weight), dtype) if bias else None,
+                last if is_last else hidden, scale=scale, gain=gain, skip=skip,
+            )
+        )  # fmt: skip
     return Network(layers)
 
 

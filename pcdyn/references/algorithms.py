@@ -188,7 +188,7 @@ def target_propagation(problem: InferenceProblem) -> TargetPropagationPass:
     **Raises:**
 
     - `InputError` if the output is free.
-    - `ShapeError` for a layer that is not a `Dense`.
+    - `ShapeError` for a layer that is not a `Dense`, and `InputError` for one with a skip.
     - `ActivationError` for an activation without inverse.
     - `SingularWeightError` for a singular weight matrix.
     """
@@ -205,13 +205,14 @@ def _targets(each: list[tuple[Dense, Elementwise]], target: Array) -> TargetProp
     values, reachable = [target], []
     exists = jnp.ones(target.shape[:-1], bool)
     for layer, inverse in each:
-        in_range = layer.activation.in_range(values[0])
+        activated = values[0] / layer.scale
+        in_range = layer.activation.in_range(activated)
         exists = exists & jnp.all(in_range, axis=-1)
         reachable.insert(0, in_range)
         # Where a target does not exist any number may stand, as long as it is inside the range:
         # f(1) is, and it keeps NaN out of the reachable samples' derivatives.
-        inside = layer.activation(jnp.ones_like(values[0]))
-        preimage = inverse(jnp.where(in_range, values[0], inside))
+        inside = layer.activation(jnp.ones_like(activated))
+        preimage = inverse(jnp.where(in_range, activated, inside))
         below = _solve_layer(layer, preimage)
         exists = exists & _solves(layer, below, preimage)
         values.insert(0, below)
@@ -223,6 +224,8 @@ def _invertible_dense(network: Network, index: int) -> tuple[Dense, Elementwise]
     layer = network.layers[index - 1]
     if not isinstance(layer, Dense):
         raise ShapeError(f"layer {index} is a {type(layer).__name__}: only Dense can be inverted")
+    if layer.skip:
+        raise InputError(f"layer {index} has a skip, with which its inverse has no closed form")
     inverse = layer.activation.inverse
     if inverse is None:
         raise ActivationError(
@@ -259,7 +262,8 @@ def _solve_layer(layer: Dense, preimage: Float[Array, "*batch n"]) -> Float[Arra
     centred = preimage
     if layer.bias is not None:
         centred = preimage - jnp.broadcast_to(layer.bias, preimage.shape)
-    if layer.weight.shape[0] == layer.weight.shape[1]:
+    weight = layer.effective_weight
+    if weight.shape[0] == weight.shape[1]:
         flat = centred.reshape(-1, centred.shape[-1])
-        return jnp.linalg.solve(layer.weight, flat.T).T.reshape(centred.shape)
-    return matmul(centred, jnp.linalg.pinv(layer.weight).T)
+        return jnp.linalg.solve(weight, flat.T).T.reshape(centred.shape)
+    return matmul(centred, jnp.linalg.pinv(weight).T)

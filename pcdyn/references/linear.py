@@ -48,7 +48,7 @@ def hessian(problem: InferenceProblem) -> BlockTridiagonal:
     """
     layers, precisions = linear_parts(problem)
     problem = problem.with_prior_as_layer()
-    jacobians = {index: layer.weight for index, layer in enumerate(layers, start=1)}
+    jacobians = {index: layer.matrix for index, layer in enumerate(layers, start=1)}
     return gauss_newton_hessian(problem, precisions, jacobians)
 
 
@@ -274,7 +274,7 @@ def _products(problem: InferenceProblem) -> tuple[dict[int, Array], tuple[Precis
     depth = problem.network.depth
     products = {depth: jnp.eye(problem.network.widths[-1], dtype=problem.network.dtype)}
     for index in range(depth, 1, -1):
-        products[index - 1] = matmul(products[index], layers[index - 1].weight)
+        products[index - 1] = matmul(products[index], layers[index - 1].matrix)
     return products, precisions
 
 

@@ -202,7 +202,7 @@ def _flow(problem: InferenceProblem, rates: Array, modes: Array, scale: Array) -
     root = jnp.linalg.cholesky(precision.matrix(width, network.dtype))
     tail = modes[-below:] * scale[-below:, None]
     return OutputErrorFlow(
-        rates=rates, visible=matmul(matmul(root.T, last.weight), tail), root=root
+        rates=rates, visible=matmul(matmul(root.T, last.matrix), tail), root=root
     )
 
 
