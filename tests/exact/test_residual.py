@@ -74,7 +74,8 @@ def velocity(problem: pcdyn.InferenceProblem, state: list[np.ndarray]) -> list[n
     x = [np.asarray(problem.input), *state, np.asarray(problem.output)]
     weighted = []
     for index, layer in enumerate(layers, start=1):
-        precision = np.asarray(problem.energy[index - 1].precision)
+        energy: Any = problem.energy[index - 1]
+        precision = np.asarray(energy.precision)
         error = x[index] - predicted(layer, x[index - 1])
         weighted.append(error @ precision if precision.ndim == 2 else precision * error)
     moves = []
@@ -300,7 +301,8 @@ def test_commands_take_residual_networks(
     for index, chosen in enumerate((options, ["--network", "net.toml"])):
         assert main(["equilibrium", *chosen, "--data", f"{index}.nc"]) == 0
         assert "residual" in capsys.readouterr().out
-    one, other = (pcdyn.load(tmp_path / f"{index}.nc") for index in range(2))
+    loaded: list[Any] = [pcdyn.load(tmp_path / f"{index}.nc") for index in range(2)]
+    one, other = loaded
     same(one.activities, other.activities, rtol=0)
     assert [layer.skip for layer in one.problem.network.layers] == [False, True, False]
     assert main(["equilibrium", "--network", "0.nc", "--residual"]) == 2
