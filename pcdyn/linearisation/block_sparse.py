@@ -3,7 +3,8 @@
 They are factorised front by front (Duff & Reid 1983): a front eliminates some nodes and leaves a
 dense update of their neighbours to the front above. Which nodes, and in which order, is decided on
 the host, once per structure: those of least degree first, until what remains is nearly dense, which
-is the last front.
+is the last front. Fronts of one shape that do not wait for each other are computed together, so
+that a program has few operations.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.compiling import compiled
-from pcdyn._support.products import matmul
+from pcdyn._support.products import einsum, matmul
 from pcdyn._support.types import Scalar, State
 
 _Pair = tuple[int, int]
@@ -84,6 +86,86 @@ def operations(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> float:
     return count
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Group:
+    """Fronts of one shape that are eliminated together, and where their numbers stand.
+
+    `start` is that of the first of their matrices in the storage of all, one after the other.
+    `rows` (fronts, pivots) and `around` (fronts, boundary) are units; `above` (fronts, boundary,
+    boundary) are the places of the update in the storage.
+    """
+
+    start: int
+    rows: np.ndarray
+    around: np.ndarray
+    above: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the stacked matrices."""
+        units = self.rows.shape[1] + self.around.shape[1]
+        return len(self.rows), units, units
+
+    @property
+    def stop(self) -> int:
+        """Where the matrices end in the storage."""
+        return self.start + math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What to compute in turn, and where the blocks of a matrix go in the storage."""
+
+    groups: tuple[_Group, ...]
+    blocks: tuple[np.ndarray, ...]
+    size: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
+    ends = np.cumsum(sizes)
+    units = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    fronts = fronts_of(sizes, pairs)
+    by = {node: k for k, front in enumerate(fronts) for node in front.pivots}
+    parents = [min((by[node] for node in f.boundary), default=None) for f in fronts]
+    levels = [0] * len(fronts)
+    for k, parent in enumerate(parents):
+        if parent is not None:
+            levels[parent] = max(levels[parent], levels[k] + 1)
+
+    def joined(nodes: tuple[int, ...]) -> np.ndarray:
+        return np.concatenate([units[node] for node in nodes] or [np.zeros(0, int)])
+
+    def kind(k: int) -> tuple[int, int, int]:
+        return levels[k], len(joined(fronts[k].pivots)), len(joined(fronts[k].boundary))
+
+    together = [list(g) for _, g in itertools.groupby(sorted(range(len(fronts)), key=kind), kind)]
+    starts: dict[int, int] = {}
+    places: list[dict[int, int]] = [{} for _ in fronts]
+    size = 0
+    for k in itertools.chain(*together):
+        nodes = joined(fronts[k].nodes)
+        starts[k], size = size, size + len(nodes) ** 2
+        places[k] = {int(unit): place for place, unit in enumerate(nodes)}
+
+    def where(k: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The places of a block of the matrix of a front."""
+        i, j = (np.array([places[k][int(u)] for u in each], int) for each in (rows, columns))
+        return starts[k] + i[:, None] * len(places[k]) + j
+
+    groups = []
+    for members in together:
+        around = np.stack([joined(fronts[k].boundary) for k in members])
+        above = [np.zeros((0, 0), int) if (parent := parents[k]) is None
+                 else where(parent, a, a) for k, a in zip(members, around, strict=True)]  # fmt: skip
+        rows = np.stack([joined(fronts[k].pivots) for k in members])
+        groups.append(_Group(starts[members[0]], rows, around, np.stack(above)))
+    first = [min(by[i], by[j]) for i, j in pairs]
+    blocks = [where(k, units[i], units[j]) for k, (i, j) in zip(first, pairs, strict=True)]
+    blocks += [where(k, units[j], units[i]).T for k, (i, j) in zip(first, pairs, strict=True)]
+    return _Plan(tuple(groups), tuple(blocks), size)
+
+
 class BlockSparse(eqx.Module):
     """A symmetric matrix with `blocks[k]` of shape `(n_i, n_j)` at `pairs[k]` = (i, j), i ≤ j.
 
@@ -98,8 +180,13 @@ class BlockSparse(eqx.Module):
     @compiled
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""
-        everything = tuple(range(len(self.sizes)))
-        return self._assembled(everything, everything)
+        ends = np.cumsum(self.sizes)
+        slices = [slice(end - n, end) for end, n in zip(ends, self.sizes, strict=True)]
+        matrix = jnp.zeros((ends[-1], ends[-1]), self.blocks[0].dtype)
+        for (i, j), block in zip(self.pairs, self.blocks, strict=True):
+            matrix = matrix.at[slices[i], slices[j]].set(block)
+            matrix = matrix.at[slices[j], slices[i]].set(block.T)
+        return matrix
 
     @compiled
     def times(self, vector: State) -> State:
@@ -122,81 +209,64 @@ class BlockSparse(eqx.Module):
     @compiled
     def cholesky(self) -> FrontalCholesky:
         """The Cholesky factorisation by fronts; NaN if the matrix is not positive definite."""
-        fronts = fronts_of(self.sizes, self.pairs)
-        waiting: list[tuple[tuple[int, ...], Array]] = []
+        plan = _plan(self.sizes, self.pairs)
+        given = jnp.concatenate([block.ravel() for block in (*self.blocks, *self.blocks)])
+        places = np.concatenate([place.ravel() for place in plan.blocks])
+        storage = jnp.zeros(plan.size, given.dtype).at[places].set(given)
         factors, couplings = [], []
-        for front in fronts:
-            matrix = self._assembled(front.nodes, front.pivots)
-            count = sum(self.sizes[node] for node in front.pivots)
-            rest = []
-            for nodes, update in waiting:
-                if set(nodes) & set(front.pivots):
-                    matrix = _added(matrix, update, nodes, front.nodes, self.sizes)
-                else:
-                    rest.append((nodes, update))
-            factor = jnp.linalg.cholesky(matrix[:count, :count])
-            coupling = jsl.solve_triangular(factor, matrix[:count, count:], lower=True)
+        for group in plan.groups:
+            matrices = storage[group.start : group.stop].reshape(group.shape)
+            count = group.rows.shape[1]
+            factor = jnp.linalg.cholesky(matrices[:, :count, :count])
             factors.append(factor)
-            couplings.append(coupling)
-            update = matrix[count:, count:] - matmul(coupling.T, coupling)
-            waiting = [*rest, (front.boundary, update)] if front.boundary else rest
-        return FrontalCholesky(tuple(factors), tuple(couplings), fronts, self.sizes)
-
-    def _assembled(self, nodes: tuple[int, ...], pivots: tuple[int, ...]) -> Float[Array, "_ _"]:
-        """The matrix of some nodes, but for the blocks that touch none of the pivots."""
-        where = _slices(nodes, self.sizes)
-        total = sum(self.sizes[node] for node in nodes)
-        found = jnp.zeros((total, total), self.blocks[0].dtype)
-        for (i, j), block in zip(self.pairs, self.blocks, strict=True):
-            if i in where and j in where and (i in pivots or j in pivots):
-                found = found.at[where[i], where[j]].set(block)
-                if i != j:
-                    found = found.at[where[j], where[i]].set(block.T)
-        return found
+            couplings.append(_solved(factor, matrices[:, :count, count:]))
+            if group.above.size:
+                # What fronts below have left there goes on as well.
+                spent = einsum("gpi,gpj->gij", couplings[-1], couplings[-1])
+                rest = matrices[:, count:, count:] - spent
+                storage = storage.at[group.above].add(rest)
+        return FrontalCholesky(tuple(factors), tuple(couplings), self.pairs, self.sizes)
 
 
 class FrontalCholesky(eqx.Module):
-    """L of H = L Lᵀ, of one front after the other: a lower factor and what is right of it in Lᵀ."""
+    """L of H = L Lᵀ: of each group of fronts the lower factors, and what is right of them in Lᵀ."""
 
-    factors: tuple[Float[Array, "_ _"], ...]
-    couplings: tuple[Float[Array, "_ _"], ...]
-    fronts: tuple[Front, ...] = eqx.field(static=True)
+    factors: tuple[Float[Array, "_ _ _"], ...]
+    couplings: tuple[Float[Array, "_ _ _"], ...]
+    pairs: tuple[_Pair, ...] = eqx.field(static=True)
     sizes: tuple[int, ...] = eqx.field(static=True)
 
     @compiled
     def solve(self, rhs: State) -> State:
         """H⁻¹ rhs for `rhs[i]` of shape `(n_i,)`, or `(…, n_i)` with the same axes before it."""
-        left = [_columns(x) for x in rhs]
-        for front, factor, coupling in zip(self.fronts, self.factors, self.couplings, strict=True):
-            found = jsl.solve_triangular(factor, _gathered(left, front.pivots), lower=True)
-            change = matmul(coupling.T, found)
-            for node, rows in _slices(front.pivots, self.sizes).items():
-                left[node] = found[rows]
-            for node, rows in _slices(front.boundary, self.sizes).items():
-                left[node] = left[node] - change[rows]
-        return self._back_substitute(left, rhs)
+        columns = _columns(rhs)
+        for group, factor, coupling in self._each():
+            found = _solved(factor, columns[group.rows])
+            columns = columns.at[group.rows].set(found)
+            change = einsum("gpb,gpc->gbc", coupling, found)
+            columns = columns.at[group.around].add(-change)
+        return self._back_substitute(columns, rhs)
 
     @compiled
     def solve_transposed(self, rhs: State) -> State:
         """L⁻ᵀ rhs, shaped as for `solve`: of white noise it makes noise of covariance H⁻¹."""
-        return self._back_substitute([_columns(x) for x in rhs], rhs)
+        return self._back_substitute(_columns(rhs), rhs)
 
     @compiled
     def times_transposed(self, vector: State) -> State:
         """Lᵀ vector, shaped as for `solve`: the squares of its entries sum up to vᵀ H v."""
-        columns, products = [_columns(x) for x in vector], list(vector)
-        for front, factor, coupling in zip(self.fronts, self.factors, self.couplings, strict=True):
-            found = matmul(factor.T, _gathered(columns, front.pivots))
-            if front.boundary:
-                found = found + matmul(coupling, _gathered(columns, front.boundary))
-            for node, rows in _slices(front.pivots, self.sizes).items():
-                products[node] = found[rows].T.reshape(vector[node].shape)
-        return tuple(products)
+        columns = _columns(vector)
+        products = columns
+        for group, factor, coupling in self._each():
+            found = einsum("gqp,gqc->gpc", factor, columns[group.rows])
+            found = found + einsum("gpb,gbc->gpc", coupling, columns[group.around])
+            products = products.at[group.rows].set(found)
+        return self._parts(products, vector)
 
     @property
     def log_determinant(self) -> Array:
         """log det H."""
-        diagonals = [jnp.diagonal(factor) for factor in self.factors]
+        diagonals = [jnp.diagonal(f, axis1=1, axis2=2).ravel() for f in self.factors]
         return 2 * jnp.sum(jnp.log(jnp.abs(jnp.concatenate(diagonals))))
 
     @compiled
@@ -206,67 +276,51 @@ class FrontalCholesky(eqx.Module):
         `S_pp = F⁻ᵀ F⁻¹ + G S_bb Gᵀ` and `S_pb = −G S_bb` with the factor F of the pivots p and
         `G = F⁻ᵀ` times their coupling to the boundary b, all of which the front above knows.
         """
-        known: dict[_Pair, Array] = {}
-        each = list(zip(self.fronts, self.factors, self.couplings, strict=True))
-        for front, factor, coupling in reversed(each):
-            inverse = jsl.solve_triangular(
-                factor, jnp.eye(len(factor), dtype=factor.dtype), lower=True
-            )
-            block = matmul(inverse.T, inverse)
-            pivots = _slices(front.pivots, self.sizes)
-            if front.boundary:
-                boundary = _slices(front.boundary, self.sizes)
-                gain = matmul(inverse.T, coupling)
-                around = jnp.block([[known[i, j] for j in boundary] for i in boundary])
-                across = -matmul(gain, around)
-                block = block - matmul(across, gain.T)
-                for (i, rows), (j, columns) in itertools.product(pivots.items(), boundary.items()):
-                    known[i, j] = across[rows, columns]
-                    known[j, i] = known[i, j].T
+        plan = _plan(self.sizes, self.pairs)
+        storage = jnp.zeros(plan.size, self.factors[0].dtype)
+        for group, factor, coupling in reversed(self._each()):
+            count = group.rows.shape[1]
+            inverse = _solved(factor, jnp.broadcast_to(jnp.eye(count, dtype=factor.dtype),
+                                                       factor.shape))  # fmt: skip
+            gain = einsum("gqp,gqb->gpb", inverse, coupling)
+            around = storage[group.above]
+            across = -einsum("gpb,gbc->gpc", gain, around)
+            own = einsum("gqp,gqr->gpr", inverse, inverse) - einsum("gpb,grb->gpr", across, gain)
             # Round-off leaves the product of three matrices a little asymmetric.
-            block = (block + block.T) / 2
-            for (i, rows), (j, columns) in itertools.product(pivots.items(), repeat=2):
-                known[i, j] = block[rows, columns]
-        return tuple(known[node, node] for node in range(len(self.sizes)))
+            own = (own + jnp.matrix_transpose(own)) / 2
+            upper = jnp.concatenate([own, across], axis=2)
+            lower = jnp.concatenate([jnp.matrix_transpose(across), around], axis=2)
+            whole = jnp.concatenate([upper, lower], axis=1)
+            storage = storage.at[group.start : group.stop].set(whole.ravel())
+        return tuple(
+            storage[place] for place, (i, j) in zip(plan.blocks, self.pairs, strict=False) if i == j
+        )
 
-    def _back_substitute(self, left: list[Array], like: State) -> State:
+    def _each(self) -> list[tuple[_Group, Array, Array]]:
+        groups = _plan(self.sizes, self.pairs).groups
+        return list(zip(groups, self.factors, self.couplings, strict=True))
+
+    def _back_substitute(self, columns: Array, like: State) -> State:
         """L⁻ᵀ of columns, as rows shaped like a state."""
-        solved = list(left)
-        each = list(zip(self.fronts, self.factors, self.couplings, strict=True))
-        for front, factor, coupling in reversed(each):
-            columns = _gathered(solved, front.pivots)
-            if front.boundary:
-                columns = columns - matmul(coupling, _gathered(solved, front.boundary))
-            found = jsl.solve_triangular(factor, columns, lower=True, trans="T")
-            for node, rows in _slices(front.pivots, self.sizes).items():
-                solved[node] = found[rows]
-        return tuple(x.T.reshape(r.shape) for x, r in zip(solved, like, strict=True))
+        for group, factor, coupling in reversed(self._each()):
+            known = einsum("gpb,gbc->gpc", coupling, columns[group.around])
+            found = _solved(factor, columns[group.rows] - known, transposed=True)
+            columns = columns.at[group.rows].set(found)
+        return self._parts(columns, like)
+
+    def _parts(self, columns: Array, like: State) -> State:
+        """The parts of columns, as rows shaped like a state."""
+        parts = jnp.split(columns, np.cumsum(self.sizes)[:-1])
+        return tuple(x.T.reshape(r.shape) for x, r in zip(parts, like, strict=True))
 
 
-def _slices(nodes: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, slice]:
-    """Where each node stands in a matrix of these."""
-    ends = itertools.accumulate(sizes[node] for node in nodes)
-    return {node: slice(end - sizes[node], end) for node, end in zip(nodes, ends, strict=True)}
+def _solved(factor: Array, columns: Array, *, transposed: bool = False) -> Array:
+    """L⁻¹ or L⁻ᵀ times columns, for a stack of lower factors."""
+    return jax.lax.linalg.triangular_solve(
+        factor, columns, left_side=True, lower=True, transpose_a=transposed
+    )
 
 
-def _added(
-    matrix: Array,
-    update: Array,
-    nodes: tuple[int, ...],
-    into: tuple[int, ...],
-    sizes: tuple[int, ...],
-) -> Array:
-    """A front's matrix with the update of another, whose nodes are among its own."""
-    there = _slices(into, sizes)
-    index = np.concatenate([np.arange(there[node].start, there[node].stop) for node in nodes])
-    return matrix.at[np.ix_(index, index)].add(update)
-
-
-def _gathered(parts: list[Array], nodes: tuple[int, ...]) -> Array:
-    """The columns of some nodes, one below the other."""
-    return jnp.concatenate([parts[node] for node in nodes])
-
-
-def _columns(rows: Array) -> Array:
-    """One column per sample."""
-    return rows.reshape(-1, rows.shape[-1]).T
+def _columns(parts: State) -> Array:
+    """All units, one column per sample."""
+    return jnp.concatenate([x.reshape(-1, x.shape[-1]).T for x in parts])
