@@ -156,8 +156,10 @@ def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
     groups = []
     for members in together:
         around = np.stack([joined(fronts[k].boundary) for k in members])
-        above = [np.zeros((0, 0), int) if (parent := parents[k]) is None
-                 else where(parent, a, a) for k, a in zip(members, around, strict=True)]  # fmt: skip
+        above = [
+            np.zeros((0, 0), int) if up is None else where(up, a, a)
+            for up, a in zip((parents[k] for k in members), around, strict=True)
+        ]
         rows = np.stack([joined(fronts[k].pivots) for k in members])
         groups.append(_Group(starts[members[0]], rows, around, np.stack(above)))
     first = [min(by[i], by[j]) for i, j in pairs]

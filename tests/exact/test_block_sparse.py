@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_everything_is_as_of_the_dense_matrix(seed: int) -> None:
         rows, columns = (slice(ends[k] - sizes[k], ends[k]) for k in (i, j))
         dense[rows, columns], dense[columns, rows] = block, block.T
     # Condition numbers of up to some tens.
-    close = {"rtol": 1e-11, "atol": 1e-11}
+    close: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
     np.testing.assert_array_equal(sparse.dense(), dense)
     vectors = np.random.default_rng(seed).normal(size=(3, sum(sizes)))
     np.testing.assert_allclose(joined(sparse.times(split(vectors[0], sizes))), dense @ vectors[0],
