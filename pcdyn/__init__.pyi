@@ -45,6 +45,7 @@ from .io.results import save_problem as save_problem
 from .model import activations as activations
 from .model import energies as energies
 from .model.activations import Activation as Activation
+from .model.clamps import Partial as Partial
 from .model.energies import CrossEntropy as CrossEntropy
 from .model.energies import CustomEnergy as CustomEnergy
 from .model.energies import Divisive as Divisive
@@ -56,6 +57,9 @@ from .model.energies import Student as Student
 from .model.energies import interpolation as interpolation
 from .model.energies import named_energy as named_energy
 from .model.flow import Flow as Flow
+from .model.graph import Graph as Graph
+from .model.graph import Prediction as Prediction
+from .model.named import NamedActivities as NamedActivities
 from .model.network import Dense as Dense
 from .model.network import Network as Network
 from .model.network import mlp as mlp

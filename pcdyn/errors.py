@@ -42,6 +42,10 @@ class ShapeError(InputError):
     """An array, a network or a state has the wrong shape."""
 
 
+class GraphError(InputError):
+    """A graph that does not hang together, or has not what was asked for: nodes, an order."""
+
+
 class DtypeError(InputError, TypeError):
     """An array has a dtype that the computation cannot use, such as integers for activities."""
 

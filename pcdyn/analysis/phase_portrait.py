@@ -208,7 +208,7 @@ def phase_portrait(
     box = _checked_extent((-4.0, 4.0, -4.0, 4.0) if extent is None else extent)
     if integrator is None:
         # Along a kink the flow crosses to and fro within the tolerance: the less, the more steps.
-        kinked = has_kinks(problem.network)
+        kinked = has_kinks(problem)
         integrator = Diffrax("tsit5", rtol=1e-3, atol=1e-3) if kinked else "tsit5"
     found = planar_equilibria(problem, box, _search_starts(problem, box, integrator), tolerance)
     if extent is None:
@@ -236,7 +236,7 @@ def _search_starts(problem: InferenceProblem, box: Box, integrator: str | Integr
     # A little off the round numbers, at which kinks are.
     coarse = grid(problem, box, 7).reshape(-1, 2)
     coarse = coarse + (1e-3 * diagonal(box) * np.array([1.0, 0.7])).astype(problem.dtype)
-    if not has_kinks(problem.network):
+    if not has_kinks(problem):
         return coarse
     chosen: list[np.ndarray] = []
     for end in _follow(problem, coarse, _LEAST_T1_AT_KINKS, integrator)[1][-1]:
@@ -291,7 +291,7 @@ def _border(box: Box) -> np.ndarray:
 def _default_t1(problem: InferenceProblem, found: PlanarEquilibria) -> float:
     slowest = [rates[0] for rates, kind in zip(found.rates, found.kinds, strict=True)
                if kind == "minimum"]  # fmt: skip
-    least = _LEAST_T1_AT_KINKS if has_kinks(problem.network) else _LEAST_T1
+    least = _LEAST_T1_AT_KINKS if has_kinks(problem) else _LEAST_T1
     return float(np.clip(12 / min(slowest, default=1.0), least, _MOST_T1))
 
 

@@ -387,7 +387,9 @@ def _checked_tolerance(tolerance: float) -> float:
 def _start(problem: InferenceProblem, initial: str | Sequence[Numbers]) -> State | None:
     """The start; `None` for the feedforward pass of a batch, which the solver's program makes."""
     feedforward = isinstance(initial, str) and initial == "feedforward"
-    has_batch = problem.input is not None and problem.input.ndim == 2
+    # With a prior or a free input no pass starts from the data.
+    begins = not problem.is_chain or problem.input is not None
+    has_batch = begins and len(problem.batch_shape or ()) == 1
     if feedforward and has_batch and not is_traced(problem):
         return None
     return problem.initial_state(initial)
@@ -399,9 +401,8 @@ def _with_batch(problem: InferenceProblem, state: State) -> tuple[InferenceProbl
         return problem, state
     # Known numbers by NumPy, for which nothing is compiled.
     xp = jnp if is_traced(problem, state) else np
-    given = (problem.input, problem.output, state)
-    input, output, state = jax.tree.map(lambda x: xp.asarray(x)[None], given)
-    return problem.with_data(input, output), state
+    data, state = jax.tree.map(lambda x: xp.asarray(x)[None], (problem.data, state))
+    return problem.with_data(*data), state
 
 
 class _Verdict(eqx.Module):

@@ -24,7 +24,8 @@ from jaxtyping import Array
 from pcdyn._support.states import dot, step
 from pcdyn._support.types import State
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.model.network import Dense, Network
+from pcdyn.model.clamps import PartlyClamped
+from pcdyn.model.network import Dense
 from pcdyn.model.problem import InferenceProblem
 
 _MOST_ROUNDS = 100
@@ -52,15 +53,15 @@ class _Held(eqx.Module):
     kinks: Array
     slopes: Array
 
-    def __call__(self, x: Array) -> Array:
-        z = self.layer.preactivation(x)
+    def __call__(self, *given: Array) -> Array:
+        z = self.layer.preactivation(*given)
         line = self.layer.activation(self.kinks) + self.slopes * (z - self.kinks)
-        return self.layer.output(x, jnp.where(self.held, line, self.layer.activation(z)))
+        return self.layer.output(given[0], jnp.where(self.held, line, self.layer.activation(z)))
 
 
-def has_kinks(network: Network) -> bool:
+def has_kinks(problem: InferenceProblem) -> bool:
     """Return whether any `Dense` layer has an activation with kinks."""
-    return any(_kinked(layer) for layer in network.layers)
+    return any(_kinked(layer) for layer in problem.graph.layers)
 
 
 @eqx.filter_jit
@@ -76,12 +77,12 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Arr
         activities = sample.activities(state)
         weighted = sample.weighted_errors(sample.prediction_errors(activities), activities)
         size = jnp.sqrt(dot(activities, activities))
-        layers, ridge = list(problem.network.layers), jnp.asarray(False)
-        for index in range(1, problem.network.depth + 1):
-            layer, below = layers[index - 1], activities[index - 1]
-            if not _kinked(layer) or index - 1 not in problem.free_layers:
+        layers, ridge = list(problem.graph.layers), jnp.asarray(False)
+        for index, sources in enumerate(problem.graph.sources, start=1):
+            layer = layers[index - 1]
+            if not _kinked(layer) or not set(sources) & set(problem.free_layers):
                 continue
-            z = layer.preactivation(below)
+            z = layer.preactivation(*(activities[node] for node in sources))
             kinks = _nearest_kinks(layer, z)
             left, right = _one_sided_slopes(layer, kinks)
             taken = jax.jvp(layer.activation, (z,), (jnp.ones_like(z),))[1]
@@ -90,7 +91,7 @@ def step_off_ridges(problem: InferenceProblem, state: State) -> tuple[State, Arr
             held = repels & (jnp.abs(z - kinks) <= _preactivation_round_off(layer, size, kinks))
             layers[index - 1] = _Held(layer, held, kinks, other)
             ridge = ridge | jnp.any(held)
-        smooth = eqx.tree_at(lambda p: p.network.layers, sample, tuple(layers))
+        smooth = sample.with_layers(layers)
         slope = smooth.gradient(state)
         steep = jnp.sqrt(dot(slope, slope))
         length = jnp.sqrt(jnp.finfo(size.dtype).eps) * size / jnp.where(steep > 0, steep, 1)
@@ -133,16 +134,14 @@ class _ActiveSet:
 
     def __init__(self, problem: InferenceProblem, tolerance: float):
         self.problem, self.tolerance = problem, tolerance
-        self.eps = float(jnp.finfo(problem.network.dtype).eps)
-        widths = problem.network.widths
-        self.free = [widths[index] for index in problem.free_layers]
-        self.predicted = widths[1:]
+        self.eps = float(jnp.finfo(problem.dtype).eps)
+        graph, free = problem.graph, set(problem.free_layers)
+        self.free = problem.free_widths
+        self.predicted = [problem.widths[node] for node in graph.targets]
         # Held units need a free layer below, whose activities put them at their kinks.
+        each = zip(self.predicted, graph.layers, graph.sources, strict=True)
         self.can_slide = np.concatenate(
-            [
-                np.full(widths[l], _kinked(layer) and l - 1 in problem.free_layers)
-                for l, layer in enumerate(problem.network.layers, start=1)
-            ]
+            [np.full(width, _kinked(lay) and bool(set(below) & free)) for width, lay, below in each]
         )
 
     def flatten(self, state: State) -> np.ndarray:
@@ -150,7 +149,7 @@ class _ActiveSet:
 
     def state(self, y: np.ndarray) -> State:
         parts = np.split(y, np.cumsum(self.free)[:-1])
-        return tuple(jnp.asarray(x, self.problem.network.dtype) for x in parts)
+        return tuple(jnp.asarray(x, self.problem.dtype) for x in parts)
 
     def energy(self, y: np.ndarray) -> float:
         return float(self.problem.free_energy(self.state(y)))
@@ -249,27 +248,28 @@ def _local(
 ) -> tuple[Array, ...]:
     activities = problem.activities(state)
     gaps, lefts, rights, layers = [], [], [], []
-    for below, layer, mask in zip(activities, problem.network.layers, held, strict=False):
+    graph = problem.graph
+    for sources, layer, mask in zip(graph.sources, graph.layers, held, strict=True):
         if not _kinked(layer):
-            nothing = jnp.zeros(mask.shape, problem.network.dtype)
+            nothing = jnp.zeros(mask.shape, problem.dtype)
             gaps.append(nothing)
             lefts.append(nothing)
             rights.append(nothing)
             layers.append(layer)
             continue
-        z = layer.preactivation(below)
+        z = layer.preactivation(*(activities[node] for node in sources))
         kinks = _nearest_kinks(layer, z)
         left, right = _one_sided_slopes(layer, kinks)
         gaps.append(z - kinks)
         lefts.append(left)
         rights.append(right)
         layers.append(_Held(layer, mask, kinks, jnp.maximum(left, right)))
-    smooth = eqx.tree_at(lambda p: p.network.layers, problem, tuple(layers))
+    smooth = problem.with_layers(layers)
     slope = smooth.gradient(state)
     hessian = free_energy_hessian(smooth, state).dense()
     weighted = problem.weighted_errors(smooth.prediction_errors(activities), activities)
     weighted = [layer.scale * w if _kinked(layer) else w
-                for layer, w in zip(problem.network.layers, weighted, strict=True)]  # fmt: skip
+                for layer, w in zip(graph.layers, weighted, strict=True)]  # fmt: skip
     left, right, pull = (jnp.concatenate(parts) for parts in (lefts, rights, weighted))
     return (
         jnp.concatenate(slope), hessian, jnp.concatenate(gaps), _preactivation_rows(problem), pull,
@@ -292,17 +292,20 @@ def _one_sided_slopes(layer: Dense, kinks: Array) -> tuple[Array, Array]:
 
 def _preactivation_rows(problem: InferenceProblem) -> Array:
     """∂z/∂y of all predicted units, zero for layers without kinks."""
-    network, dtype = problem.network, problem.network.dtype
-    blocks = []
-    for index, layer in enumerate(network.layers, start=1):
-        row = [
-            layer.effective_weight
-            if _kinked(layer) and below == index - 1
-            else jnp.zeros((network.widths[index], network.widths[below]), dtype)
-            for below in problem.free_layers
-        ]
-        blocks.append(jnp.concatenate(row, axis=1))
-    return jnp.concatenate(blocks)
+    graph, free, rows = problem.graph, problem.free_layers, []
+    for target, sources, layer in zip(graph.targets, graph.sources, graph.layers, strict=True):
+        height = problem.widths[target]
+        row = [jnp.zeros((height, width), problem.dtype) for width in problem.free_widths]
+        if _kinked(layer):
+            ends = np.cumsum([problem.widths[node] for node in sources])[:-1]
+            parts = jnp.split(layer.effective_weight, ends, axis=1)
+            for node, block in zip(sources, parts, strict=True):
+                if node in free:
+                    value = problem.clamp[node]
+                    is_partial = isinstance(value, PartlyClamped)
+                    row[free.index(node)] = value.columns(block) if is_partial else block
+        rows.append(jnp.concatenate(row, axis=1))
+    return jnp.concatenate(rows)
 
 
 def _constrained_newton(local: _Local, held: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:

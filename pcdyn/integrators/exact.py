@@ -10,7 +10,7 @@ from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquili
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.linear import exact_flow, hessian
+from pcdyn.references.linear import check_linear, exact_flow
 
 
 class Exact(Integrator):
@@ -49,7 +49,7 @@ class Exact(Integrator):
                 f"{type(problem).__name__} is no inference of a linear network, which alone "
                 "Exact can solve: take another integrator"
             )
-        hessian(problem)
+        check_linear(problem)
         if until is not None:
             raise IntegratorError(
                 'Exact would ignore until="equilibrium": use pcdyn.linear_equilibrium(problem)'

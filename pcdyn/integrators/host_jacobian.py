@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 class ChainPattern:
     """Where the blocks of −T⁻¹H lie in the matrix of all samples, sample after sample.
 
-    `widths` are those of the free layers. The half-bandwidth is max(n_l + n_{l+1}) − 1.
+    `widths` are those of the free layers, of which `pairs` are coupled. Of a chain the
+    half-bandwidth is max(n_l + n_{l+1}) − 1.
     """
 
-    def __init__(self, widths: tuple[int, ...], samples: int):
+    def __init__(self, widths: tuple[int, ...], samples: int, pairs: Sequence[tuple[int, int]]):
         starts = np.cumsum([0, *widths])
         ranges = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
-        neighbours = list(itertools.pairwise(ranges))
-        pairs = [(x, x) for x in ranges] + neighbours + [(b, a) for a, b in neighbours]
-        one = np.concatenate(
-            [np.stack(np.meshgrid(*pair, indexing="ij")).reshape(2, -1) for pair in pairs], axis=1
-        )
+        both = [*pairs, *((j, i) for i, j in pairs if i != j)]
+        grids = [np.meshgrid(ranges[i], ranges[j], indexing="ij") for i, j in both]
+        one = np.concatenate([np.stack(grid).reshape(2, -1) for grid in grids], axis=1)
         shifts = starts[-1] * np.arange(samples)
         self._rows, self._columns = (one[:, None] + shifts[:, None]).reshape(2, -1)
         self.size = int(starts[-1] * samples)
@@ -68,12 +67,9 @@ class ChainPattern:
 def chain_entries(problem: InferenceProblem, state: State) -> Array:
     """Compute the entries of −T⁻¹H, in the order of `ChainPattern`, sample after sample."""
     hessians, taus = sample_hessians(problem, state), problem.state_time_constants
-    blocks = [-block / tau for block, tau in zip(hessians.diagonal, taus, strict=True)]
-    blocks += [-block / tau for block, tau in zip(hessians.upper, taus[:-1], strict=True)]
-    blocks += [
-        -jnp.matrix_transpose(block) / tau
-        for block, tau in zip(hessians.upper, taus[1:], strict=True)
-    ]
+    each = list(zip(hessians.pairs, hessians.blocks, strict=True))
+    blocks = [-block / taus[i] for (i, _), block in each]
+    blocks += [-jnp.matrix_transpose(block) / taus[j] for (i, j), block in each if i != j]
     flat = [block.reshape(*block.shape[:-2], -1) for block in blocks]
     return jnp.concatenate(flat, axis=-1).reshape(-1)
 

@@ -18,8 +18,9 @@ from optimistix import RESULTS, Chord, Newton, max_norm
 from pcdyn._support.types import Scalar
 from pcdyn.integrators.base import Request, largest_activity
 from pcdyn.integrators.structured import ChainSolver
+from pcdyn.linearisation.coupling import coupled_pairs
 from pcdyn.model.flow import Flow
-from pcdyn.model.problem import InferenceFlow
+from pcdyn.model.problem import InferenceFlow, InferenceProblem
 from pcdyn.model.stacked import StackedProblem
 
 # Hairer & Wanner (Solving ODEs II, IV.8) stop at a hundredth to a tenth of the tolerance. Below it
@@ -76,7 +77,10 @@ def with_structure(solver: diffrax.AbstractSolver, problem: Flow) -> diffrax.Abs
     if not isinstance(getattr(finder, "linear_solver", None), AutoLinearSolver):
         return solver
     widths = problem.free_widths if isinstance(problem, StackedProblem) else None
-    chosen = ChainSolver(problem.state_time_constants, widths)
+    pairs = None
+    if isinstance(problem, InferenceProblem) and not problem.is_chain:
+        pairs = coupled_pairs(problem)
+    chosen = ChainSolver(problem.state_time_constants, widths, pairs)
     finder = eqx.tree_at(lambda f: f.linear_solver, finder, chosen)
     return dataclasses.replace(solver, root_finder=finder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, cast
 
 import equinox as eqx
@@ -26,6 +27,7 @@ from pcdyn.integrators.base import (
 from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
 from pcdyn.integrators.host_steps import Course, march
 from pcdyn.integrators.statistics import Statistics
+from pcdyn.linearisation.coupling import coupled_pairs
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
@@ -190,8 +192,13 @@ class _HostSystem:
         problem = self._flow
         if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": self.dense_jacobian}
-        widths = problem.free_widths if isinstance(problem, StackedProblem) else self._widths
-        pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)))
+        if isinstance(problem, InferenceProblem) and not problem.is_chain:
+            pairs = coupled_pairs(problem)
+        else:
+            layers = range(len(problem.free_layers))
+            pairs = [*zip(layers, layers, strict=True), *itertools.pairwise(layers)]
+        widths = problem.free_widths
+        pattern = ChainPattern(widths, int(np.prod(self._batch, dtype=int)), pairs)
         if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": self.dense_jacobian}
 

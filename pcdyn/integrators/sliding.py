@@ -32,22 +32,22 @@ def rounded(problem: Flow, state: State, rtol: float) -> tuple[Flow, float] | No
     """
     if not isinstance(problem, InferenceProblem):
         return None
-    network = problem.network
-    kinked = [isinstance(layer, Dense) and bool(layer.activation.kinks) for layer in network.layers]
+    dtype, given = problem.dtype, problem.graph.layers
+    kinked = [isinstance(layer, Dense) and bool(layer.activation.kinks) for layer in given]
     if not any(kinked):
         return None
     activity = max(float(jnp.max(jnp.abs(x))) for x in problem.activities(state))
     # Below √eps of the preactivation its own round-off would show in the slope.
-    share = max(rtol, float(jnp.finfo(network.dtype).eps) ** 0.5)
+    share = max(rtol, float(jnp.finfo(dtype).eps) ** 0.5)
     widths = [
         share * _largest_preactivation(layer, activity) if has_kinks else 0.0
-        for layer, has_kinks in zip(network.layers, kinked, strict=True)
+        for layer, has_kinks in zip(given, kinked, strict=True)
     ]
     layers = tuple(
-        _Rounded(layer, jnp.asarray(width, network.dtype)) if width > 0 else layer
-        for layer, width in zip(network.layers, widths, strict=True)
+        _Rounded(layer, jnp.asarray(width, dtype)) if width > 0 else layer
+        for layer, width in zip(given, widths, strict=True)
     )
-    return eqx.tree_at(lambda p: p.network.layers, problem, layers), max(widths)
+    return problem.with_layers(layers), max(widths)
 
 
 def _largest_preactivation(layer: Dense, activity: float) -> float:
@@ -64,9 +64,10 @@ class _Rounded(eqx.Module):
     layer: Dense
     width: Array
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, *given: Array) -> Array:
         layer = self.layer
-        return layer.output(x, _value(layer.activation, layer.preactivation(x), self.width))
+        z = layer.preactivation(*given)
+        return layer.output(given[0], _value(layer.activation, z, self.width))
 
 
 # The preactivation and the width; a value and its derivative.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Array
 
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.types import Scalar, State
+from pcdyn.linearisation.block_sparse import Blocks, BlockSparse, FrontalCholesky
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.model.problem import InferenceProblem
@@ -22,22 +24,22 @@ from pcdyn.model.problem import InferenceProblem
 _COLOURS = 3
 
 
-def sample_hessians(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+def sample_hessians(problem: InferenceProblem, state: State) -> Blocks:
     """Compute ∂²F/∂x² of one sample, or of each of a batch with the sample as leading axis."""
     if state[0].ndim == 1:
         return free_energy_hessian(problem, state)
     return problem.map_samples(free_energy_hessian, state)
 
 
-def shifted(
-    matrix: BlockTridiagonal, time_constants: tuple[Array, ...], rate: Scalar
-) -> BlockTridiagonal:
+def shifted(matrix: Blocks, time_constants: tuple[Array, ...], rate: Scalar) -> Blocks:
     """Compute rate · T + H, for T = diag(τ_l) and H with or without a leading axis of samples."""
-    diagonal = tuple(
-        block + rate * tau * _identity_like(block)
-        for block, tau in zip(matrix.diagonal, time_constants, strict=True)
-    )
-    return BlockTridiagonal(diagonal, matrix.upper)
+    blocks = [
+        block + rate * time_constants[i] * _identity_like(block) if i == j else block
+        for (i, j), block in zip(matrix.pairs, matrix.blocks, strict=True)
+    ]
+    if isinstance(matrix, BlockSparse):
+        return dataclasses.replace(matrix, blocks=tuple(blocks))
+    return BlockTridiagonal(tuple(blocks[: len(matrix.diagonal)]), matrix.upper)
 
 
 class InverseBlockCholesky(eqx.Module):
@@ -63,8 +65,24 @@ class InverseBlockCholesky(eqx.Module):
         return tuple(solution)
 
 
-def factorise(matrix: BlockTridiagonal) -> InverseBlockCholesky:
+class SampleFactors(eqx.Module):
+    """The factor of one block-sparse matrix, or those of all samples stacked."""
+
+    factor: FrontalCholesky
+
+    def solve(self, rhs: State) -> State:
+        """Compute H⁻¹ rhs, for `rhs[i]` of shape `(n_i,)` or `(batch, n_i)` as the matrices."""
+        if rhs[0].ndim == 1:
+            return self.factor.solve(rhs)
+        return jax.vmap(lambda factor, x: factor.solve(x))(self.factor, rhs)
+
+
+def factorise(matrix: Blocks) -> InverseBlockCholesky | SampleFactors:
     """Factorise, O(Σ n_l³) a sample; NaN for a sample whose matrix is not positive definite."""
+    if isinstance(matrix, BlockSparse):
+        several = matrix.blocks[0].ndim == 3
+        factor = jax.vmap(lambda one: one.cholesky())(matrix) if several else matrix.cholesky()
+        return SampleFactors(factor)
     inverses: list[Array] = []
     couplings: list[Array] = []
     for i, block in enumerate(matrix.diagonal):
@@ -127,6 +145,42 @@ def chain_blocks(
 
     diagonal = tuple(block(i, i) for i in range(count))
     return BlockTridiagonal(diagonal, tuple(block(i, i + 1) for i in range(count - 1)))
+
+
+def coupled_blocks(
+    product: Callable[[State], State],
+    like: State | tuple[jax.ShapeDtypeStruct, ...],
+    pairs: tuple[tuple[int, int], ...],
+) -> BlockSparse:
+    """As `chain_blocks`, of a map that couples the arrays of a state in `pairs`.
+
+    Arrays that no third one is coupled to both of share a colour, and one product.
+    """
+    near: list[set[int]] = [{i} for i in range(len(like))]
+    for i, j in pairs:
+        near[i].add(j)
+        near[j].add(i)
+    colours: list[int] = []
+    for i in range(len(like)):
+        taken = {colours[k] for j in near[i] for k in near[j] if k < i}
+        colours.append(next(c for c in range(len(like)) if c not in taken))
+    widest = max(x.shape[-1] for x in like)
+
+    def column(colour: Array, unit: Array) -> State:
+        chosen = [(jnp.arange(x.shape[-1]) == unit) & (colour == c)
+                  for c, x in zip(colours, like, strict=True)]  # fmt: skip
+        return product(
+            tuple(
+                jnp.broadcast_to(on.astype(x.dtype), x.shape)
+                for on, x in zip(chosen, like, strict=True)
+            )
+        )
+
+    columns = jax.vmap(jax.vmap(column, (None, 0)), (0, None))(
+        jnp.arange(max(colours) + 1), jnp.arange(widest)
+    )
+    blocks = [jnp.moveaxis(columns[i][colours[j], : like[j].shape[-1]], 0, -1) for i, j in pairs]
+    return BlockSparse(tuple(blocks), pairs, tuple(x.shape[-1] for x in like))
 
 
 class PaddedBlocks(eqx.Module):
@@ -250,7 +304,7 @@ class PaddedChain:
 class _ChainState(eqx.Module):
     """Factors of σ T M, the sign σ of each sample, T, and whether Mᵀ is meant instead of M."""
 
-    factors: InverseBlockCholesky | PaddedFactors
+    factors: InverseBlockCholesky | PaddedFactors | SampleFactors
     sign: Array
     time_constants: tuple[Array, ...]
     transposed: bool = eqx.field(static=True)
@@ -263,11 +317,13 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
     Cholesky factorisation of each sample, O(batch · Σ n_l³). M is known by its products alone, of
     which 3 · max n_l are taken. Where a sample's T M is not definite, which takes a step longer
     than the time in which the state runs away from a saddle, the solution is NaN; diffrax then
-    shortens the step. With `widths`, of the free layers, the state is one array of all of them.
+    shortens the step. With `widths`, of the free layers, the state is one array of all of them;
+    with `pairs` those of its arrays are coupled, those of a graph.
     """
 
     time_constants: tuple[Array, ...]
     widths: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    pairs: tuple[tuple[int, int], ...] | None = eqx.field(static=True, default=None)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _ChainState:
         """Prepare the products, blocks and factors that solving needs."""
@@ -284,9 +340,12 @@ class ChainSolver(lx.AbstractLinearSolver[_ChainState]):
             sign = jnp.sign(blocks.diagonal[..., 0, 0, 0])
             scaled = jax.tree.map(lambda x: sign[..., None, None, None] * x, blocks)
             return _ChainState(chain.factorise(scaled), sign, taus, False)
-        matrix = chain_blocks(symmetric, like)
+        if self.pairs is None:
+            matrix = chain_blocks(symmetric, like)
+        else:
+            matrix = coupled_blocks(symmetric, like, self.pairs)
         # diffrax writes the implicit relation with either sign.
-        sign = jnp.sign(jnp.trace(matrix.diagonal[0], axis1=-2, axis2=-1))
+        sign = jnp.sign(jnp.trace(matrix.blocks[0], axis1=-2, axis2=-1))
         scaled = jax.tree.map(lambda block: sign[..., None, None] * block, matrix)
         return _ChainState(factorise(scaled), sign, taus, False)
 

@@ -154,7 +154,7 @@ def problem_from_xarray(
     def energy(l: int, kind: str) -> Energy:
         parameter = values_if_any(f"energy_parameter_{l}")
         parameter = values_if_any("energy_parameter") if parameter is None else parameter
-        with naming_layer(l):
+        with naming_layer(f"layer {l}"):
             return named_energy(kind, precision=precision(l), parameter=parameter)
 
     constants = values_if_any("time_constant", "layer")

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -23,8 +24,11 @@ from jaxtyping import Array, Float
 from pcdyn._support.compiling import compiled
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.types import Scalar, State
+from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal
 
 _Pair = tuple[int, int]
+# Blocks of a rectangular matrix with the same rows, by the column of blocks.
+Row = dict[int, Array]
 # The share of its blocks that are not zero above which what remains is factorised as dense.
 _DENSE = 0.6
 
@@ -179,6 +183,23 @@ class BlockSparse(eqx.Module):
     pairs: tuple[_Pair, ...] = eqx.field(static=True)
     sizes: tuple[int, ...] = eqx.field(static=True)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the blocks."""
+        return self.blocks[0].dtype
+
+    @property
+    def largest_diagonal(self) -> Array:
+        """The largest entry of the diagonal."""
+        each = zip(self.pairs, self.blocks, strict=True)
+        return jnp.max(jnp.concatenate([jnp.diagonal(b) for (i, j), b in each if i == j]))
+
+    @property
+    def norm(self) -> Array:
+        """The Frobenius norm."""
+        each = zip(self.pairs, self.blocks, strict=True)
+        return jnp.sqrt(sum((1 if i == j else 2) * jnp.sum(block**2) for (i, j), block in each))
+
     @compiled
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""
@@ -230,6 +251,10 @@ class BlockSparse(eqx.Module):
         return FrontalCholesky(tuple(factors), tuple(couplings), self.pairs, self.sizes)
 
 
+# What the Hessian of a chain and that of a graph are, and their factors.
+Blocks = BlockTridiagonal | BlockSparse
+
+
 class FrontalCholesky(eqx.Module):
     """L of H = L Lᵀ: of each group of fronts the lower factors, and what is right of them in Lᵀ."""
 
@@ -266,10 +291,14 @@ class FrontalCholesky(eqx.Module):
         return self._parts(products, vector)
 
     @property
+    def diagonal(self) -> Array:
+        """The diagonal of L."""
+        return jnp.concatenate([jnp.diagonal(f, axis1=1, axis2=2).ravel() for f in self.factors])
+
+    @property
     def log_determinant(self) -> Array:
         """log det H."""
-        diagonals = [jnp.diagonal(f, axis1=1, axis2=2).ravel() for f in self.factors]
-        return 2 * jnp.sum(jnp.log(jnp.abs(jnp.concatenate(diagonals))))
+        return 2 * jnp.sum(jnp.log(jnp.abs(self.diagonal)))
 
     @compiled
     def inverse_diagonal(self) -> tuple[Float[Array, "_ _"], ...]:
@@ -314,6 +343,131 @@ class FrontalCholesky(eqx.Module):
         """The parts of columns, as rows shaped like a state."""
         parts = jnp.split(columns, np.cumsum(self.sizes)[:-1])
         return tuple(x.T.reshape(r.shape) for x, r in zip(parts, like, strict=True))
+
+
+BlockFactor = BlockCholesky | FrontalCholesky
+
+
+def factor_of_squares(
+    rows: Sequence[Row], pairs: tuple[_Pair, ...], sizes: tuple[int, ...]
+) -> tuple[FrontalCholesky, Array]:
+    """The factor of H = AᵀA by QR factorisations of A, and its smallest scaled pivot.
+
+    As many digits are kept as A has. Each of the `rows` of A has blocks in columns of which all
+    `pairs` are coupled. A pivot is scaled by the norm of its column of A.
+    """
+    kinds = tuple((next(iter(row.values())).shape[0], tuple(row)) for row in rows if row)
+    plan, (size, groups) = _plan(sizes, pairs), _row_plan(sizes, pairs, kinds)
+    given = [block for row in rows for block in row.values()]
+    places = np.concatenate([place.ravel() for group in groups for place in group.blocks])
+    order = [k for group in groups for k in group.order]
+    values = jnp.concatenate([given[k].ravel() for k in order])
+    storage = jnp.zeros(size, values.dtype).at[places].set(values)
+    norms = jnp.concatenate(
+        [
+            sum((jnp.sum(row[i] ** 2, axis=0) for row in rows if i in row), jnp.zeros(n))
+            for i, n in enumerate(sizes)
+        ]
+    )
+    norms = jnp.sqrt(norms).astype(values.dtype)
+    factors, couplings, pivots = [], [], []
+    for group, own in zip(plan.groups, groups, strict=True):
+        matrices = storage[own.start : own.start + math.prod(own.shape)].reshape(own.shape)
+        # Householder's reflections keep the digits of small rows only below large ones.
+        sorting = jnp.argsort(-jnp.max(jnp.abs(matrices), axis=2), axis=1)
+        upper = jnp.linalg.qr(jnp.take_along_axis(matrices, sorting[:, :, None], 1), mode="r")
+        count = group.rows.shape[1]
+        factors.append(jnp.matrix_transpose(upper[:, :count, :count]))
+        couplings.append(upper[:, :count, count:])
+        lengths = norms[group.rows]
+        diagonal = jnp.abs(jnp.diagonal(factors[-1], axis1=1, axis2=2))
+        pivots.append((diagonal / jnp.where(lengths > 0, lengths, 1)).ravel())
+        if own.above.size:
+            storage = storage.at[own.above].set(upper[:, count:, count:])
+    factor = FrontalCholesky(tuple(factors), tuple(couplings), pairs, sizes)
+    return factor, jnp.min(jnp.concatenate(pivots))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RowGroup:
+    """Where the rows of a group of fronts stand, one matrix of `shape` after the other.
+
+    `blocks` are the places of the blocks of A that are its own, the numbers of which `order` has;
+    `above` (fronts, boundary, boundary) are the places of what it leaves to the fronts above.
+    """
+
+    start: int
+    shape: tuple[int, int, int]
+    blocks: tuple[np.ndarray, ...]
+    order: tuple[int, ...]
+    above: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def _row_plan(
+    sizes: tuple[int, ...],
+    pairs: tuple[_Pair, ...],
+    kinds: tuple[tuple[int, tuple[int, ...]], ...],
+) -> tuple[int, tuple[_RowGroup, ...]]:
+    """Where rows go, of which `kinds` say how many there are and in which columns of blocks."""
+    fronts, plan = fronts_of(sizes, pairs), _plan(sizes, pairs)
+    by = {node: k for k, front in enumerate(fronts) for node in front.pivots}
+    parents = [min((by[node] for node in f.boundary), default=None) for f in fronts]
+    ends = np.cumsum(sizes)
+    offsets = [
+        dict(zip(f.nodes, np.cumsum([0, *(sizes[n] for n in f.nodes)])[:-1], strict=True))
+        for f in fronts
+    ]
+    heights = [0] * len(fronts)
+    rows: list[list[tuple[int, int]]] = [[] for _ in fronts]
+    for number, (height, columns) in enumerate(kinds):
+        k = min(by[node] for node in columns)
+        rows[k].append((number, heights[k]))
+        heights[k] += height
+    passed: dict[int, int] = {}
+    # A front comes after those below it.
+    for k, front in enumerate(fronts):
+        parent = parents[k]
+        if parent is not None:
+            passed[k] = heights[parent]
+            heights[parent] += sum(sizes[node] for node in front.boundary)
+    firsts = [int(front.pivots[0]) for front in fronts]
+    at = {int(ends[node] - sizes[node]): k for k, node in enumerate(firsts)}
+    groups, places, start = [], {}, 0
+    members = [[at[int(row[0])] for row in group.rows] for group in plan.groups]
+    for ks in members:
+        width = sum(sizes[node] for node in fronts[ks[0]].nodes)
+        height = max(width, *(heights[k] for k in ks))
+        for count, k in enumerate(ks):
+            places[k] = start + count * height * width, width
+        groups.append((start, (len(ks), height, width)))
+        start += len(ks) * height * width
+
+    def where(k: int, first_row: int, height: int, columns: np.ndarray) -> np.ndarray:
+        begin, width = places[k]
+        return begin + (first_row + np.arange(height))[:, None] * width + columns
+
+    def columns_of(k: int, nodes: tuple[int, ...]) -> np.ndarray:
+        each = [offsets[k][node] + np.arange(sizes[node]) for node in nodes]
+        return np.concatenate(each or [np.zeros(0, int)])
+
+    numbers = np.cumsum([0, *(len(columns) for _, columns in kinds)])
+    found = []
+    for (first, shape), ks in zip(groups, members, strict=True):
+        blocks, order, above = [], [], []
+        for k in ks:
+            for number, row in rows[k]:
+                height, nodes = kinds[number]
+                for count, node in enumerate(nodes):
+                    blocks.append(where(k, row, height, columns_of(k, (node,))))
+                    order.append(int(numbers[number]) + count)
+            parent, boundary = parents[k], fronts[k].boundary
+            if parent is not None:
+                around = columns_of(parent, boundary)
+                above.append(where(parent, passed[k], len(around), around))
+        shaped = np.stack(above) if above else np.zeros((len(ks), 0, 0), int)
+        found.append(_RowGroup(first, shape, tuple(blocks), tuple(order), shaped))
+    return start, tuple(found)
 
 
 def _solved(factor: Array, columns: Array, *, transposed: bool = False) -> Array:

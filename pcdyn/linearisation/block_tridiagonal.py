@@ -5,6 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.compiling import compiled
@@ -22,10 +23,41 @@ class BlockTridiagonal(eqx.Module):
     diagonal: tuple[Float[Array, "*batch _ _"], ...]
     upper: tuple[Float[Array, "*batch _ _"], ...]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number n_i of units of each block row."""
+        return tuple(block.shape[-1] for block in self.diagonal)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the blocks."""
+        return self.diagonal[0].dtype
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The block row and column of each of the `blocks`."""
+        rows = range(len(self.diagonal))
+        return (*((i, i) for i in rows), *((i, i + 1) for i in rows[:-1]))
+
+    @property
+    def blocks(self) -> tuple[Array, ...]:
+        """All blocks on and above the diagonal."""
+        return (*self.diagonal, *self.upper)
+
+    @property
+    def largest_diagonal(self) -> Array:
+        """The largest entry of the diagonal."""
+        return jnp.max(jnp.concatenate([jnp.diagonal(block) for block in self.diagonal]))
+
+    @property
+    def norm(self) -> Array:
+        """The Frobenius norm."""
+        return jnp.sqrt(sum(jnp.sum(block**2) for block in self.diagonal + 2 * self.upper))
+
     @compiled
     def dense(self) -> Float[Array, "N N"]:
         """The whole matrix, N = Σ n_i."""
-        sizes = [block.shape[0] for block in self.diagonal]
+        sizes = self.sizes
         offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         matrix = jsl.block_diag(*self.diagonal)
         for i, block in enumerate(self.upper):
@@ -95,10 +127,14 @@ class BlockCholesky(eqx.Module):
         return tuple(products)
 
     @property
+    def diagonal(self) -> Array:
+        """The diagonal of L."""
+        return jnp.concatenate([jnp.diagonal(factor) for factor in self.factors])
+
+    @property
     def log_determinant(self) -> Array:
         """log det H."""
-        diagonals = [jnp.diagonal(factor) for factor in self.factors]
-        return 2 * jnp.sum(jnp.log(jnp.abs(jnp.concatenate(diagonals))))
+        return 2 * jnp.sum(jnp.log(jnp.abs(self.diagonal)))
 
     @compiled
     def inverse_diagonal(self) -> tuple[Float[Array, "_ _"], ...]:

@@ -13,17 +13,22 @@ from jaxtyping import Array, PyTree
 from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.states import scale
 from pcdyn._support.types import State, Values
+from pcdyn.linearisation.block_sparse import Blocks, BlockSparse
 from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
-from pcdyn.linearisation.whitened import error_factor, has_linear_flow
+from pcdyn.linearisation.coupling import block_sparse, coupled_pairs, nodes_of
+from pcdyn.linearisation.whitened import error_solver, has_linear_flow
 from pcdyn.model.problem import InferenceProblem
 
 
-def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+def free_energy_hessian(problem: InferenceProblem, state: State) -> Blocks:
     """∂²F/∂x² at a state of one sample, curvature of the predictions included.
 
     Layers that are not neighbours do not meet in any prediction error, so that it is block
-    tridiagonal for any network and energy.
+    tridiagonal for any chain and energy; of a graph it has a block for each pair of free nodes that
+    meet in one.
     """
+    if not problem.is_chain:
+        return _graph_hessian(problem, state)
     problem = problem.with_prior_as_layer(state)
     depth, activities = problem.network.depth, problem.activities(state)
 
@@ -49,6 +54,30 @@ def free_energy_hessian(problem: InferenceProblem, state: State) -> BlockTridiag
             slope = jax.grad(lambda x, y, i=index: pair_energy(i + 1, x, y))
             upper.append(jax.jacfwd(slope, argnums=1)(here, activities[index + 1]))
     return BlockTridiagonal(tuple(diagonal), tuple(upper))
+
+
+def _graph_hessian(problem: InferenceProblem, state: State) -> BlockSparse:
+    """Prediction by prediction, from the free nodes that meet in each."""
+    pairs, columns = coupled_pairs(problem), problem.free_layers
+    blocks = {pair: jnp.zeros([state[i].shape[-1] for i in pair], problem.dtype) for pair in pairs}
+    for index in problem.predicted_layers:
+        meeting = tuple(columns.index(node) for node in nodes_of(problem, index) if node in columns)
+
+        def energy(*parts: Array, index: int = index, meeting: tuple[int, ...] = meeting) -> Array:
+            moved = list(state)
+            for place, part in zip(meeting, parts, strict=True):
+                moved[place] = part
+            activities = problem.activities(tuple(moved))
+            error = problem.prediction_error(index, activities)
+            return problem.layer_energy(index, error, activities[problem.target_node(index)])
+
+        curvature = jax.hessian(energy, argnums=tuple(range(len(meeting))))
+        each = curvature(*(state[place] for place in meeting)) if meeting else ()
+        for i, row in zip(meeting, each, strict=True):
+            for j, block in zip(meeting, row, strict=True):
+                if i <= j:
+                    blocks[i, j] = blocks[i, j] + block
+    return block_sparse(problem, blocks)
 
 
 @eqx.filter_custom_jvp
@@ -108,8 +137,8 @@ def _solve_linear(problem: InferenceProblem, state: State, rhs: State) -> State:
     """With the one Hessian of a linear network's samples, by QR of its square root."""
     arrays, rest = eqx.partition(problem, eqx.is_array)
     # Only the product is differentiated: the solution follows from it.
-    factor, _ = error_factor(eqx.combine(jax.lax.stop_gradient(arrays), rest))
-    return _symmetric_solve(jax.linearize(problem.gradient, state)[1], factor.solve, rhs)
+    fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    return _symmetric_solve(jax.linearize(problem.gradient, state)[1], error_solver(fixed), rhs)
 
 
 def _symmetric_solve(

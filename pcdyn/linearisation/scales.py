@@ -31,9 +31,11 @@ def smallest_precision(problem: Flow) -> Float[Array, ""]:
             for run in problem.runs
         ]
     elif isinstance(problem, InferenceProblem):
-        widths, dtype = problem.network.widths, problem.dtype
+        widths, dtype = problem.widths, problem.dtype
         each = [
-            _smallest(problem.energy_of(i), widths[i], problem.target_of(i), dtype)
+            _smallest(
+                problem.energy_of(i), widths[problem.target_node(i)], problem.target_of(i), dtype
+            )
             for i in problem.predicted_layers
         ]
     else:
@@ -90,13 +92,16 @@ def resting_tolerance(
     problem = problem.with_prior_as_layer(start)
     norms, sizes = layer_norms(problem.gradient(start)), _error_sizes(problem, start)
     weighted = problem.weighted_errors(sizes, problem.activities(start))
-    terms = jnp.stack([jnp.linalg.norm(x, axis=-1) for x in weighted], axis=-1)
-    none = jnp.zeros_like(terms[..., :1])
-    # The gradient of layer l has the terms of its own error and of the one above.
-    both = jnp.concatenate([none, terms], -1) + jnp.concatenate([terms, none], -1)
-    floor = _PLACES * jnp.finfo(both.dtype).eps * both[..., np.array(problem.free_layers)]
+    terms = [jnp.linalg.norm(x, axis=-1) for x in weighted]
+    # The gradient of a layer has the terms of its own errors and of those that it predicts.
+    sums = [jnp.zeros_like(terms[0])] * len(problem.widths)
+    for index, term in enumerate(terms, start=1):
+        for node in {problem.target_node(index), *problem.graph.sources[index - 1]}:
+            sums[node] = sums[node] + term
+    each = jnp.stack([sums[node] for node in problem.free_layers], axis=-1)
+    floor = _PLACES * jnp.finfo(each.dtype).eps * each
     at_rest = jnp.all(norms <= floor, axis=-1)
-    tiny = jnp.finfo(both.dtype).tiny
+    tiny = jnp.finfo(each.dtype).tiny
     wanted = jnp.maximum(relative * gradient_scale(problem, start), tiny)
     return jnp.where(at_rest, jnp.maximum(wanted, 2 * jnp.max(floor, axis=-1)), wanted)
 
@@ -138,5 +143,6 @@ def _error_sizes(problem: InferenceProblem, state: State) -> Activities:
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
     return tuple(
-        jnp.abs(x) + jnp.abs(x - error) for x, error in zip(activities[1:], errors, strict=True)
+        jnp.abs(activities[node]) + jnp.abs(activities[node] - error)
+        for node, error in zip(problem.graph.targets, errors, strict=True)
     )

@@ -7,6 +7,7 @@ latter with the sign reversed, and a mode v of it is the mode τ^{-½} v of the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,8 @@ from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import dot, scale
 from pcdyn._support.types import Scalar, State, Tree, Values
 from pcdyn.errors import SpectrumError
-from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal
+from pcdyn.linearisation.block_sparse import BlockFactor, Blocks, BlockSparse
+from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
 from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.linearisation.relaxation import symmetric_modes
 from pcdyn.model.flow import Flow
@@ -50,10 +52,14 @@ class Spectrum(eqx.Module):
     fastest_mode: Values
 
 
-def decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+def decay_matrix(problem: InferenceProblem, state: State) -> Blocks:
     """τ^{-½} H τ^{-½} at a state of one sample."""
     matrix = free_energy_hessian(problem, state)
     roots = _roots(problem)
+    if isinstance(matrix, BlockSparse):
+        each = zip(matrix.pairs, matrix.blocks, strict=True)
+        blocks = tuple(block / (roots[i] * roots[j]) for (i, j), block in each)
+        return dataclasses.replace(matrix, blocks=blocks)
     return BlockTridiagonal(
         tuple(block / root**2 for block, root in zip(matrix.diagonal, roots, strict=True)),
         tuple(
@@ -76,20 +82,20 @@ def full_spectrum(problem: InferenceProblem, states: State) -> Spectrum:
     units = sum(x.shape[-1] for x in states)
     rows = states[0].shape[0]
 
-    def one(row: tuple[Values | None, Values | None, State]) -> Spectrum:
-        input, output, state = row
-        sample = problem.with_data(input, output)
+    def one(row: tuple[tuple[Any, ...], State]) -> Spectrum:
+        data, state = row
+        sample = problem.with_data(*data)
         rates, modes = symmetric_modes(decay_matrix(sample, state).dense())
         return Spectrum(rates, *(_shares(sample, modes[:, column]) for column in (0, -1)))
 
     at_once = min(rows, max(1, _MOST_ENTRIES_AT_ONCE // units**2))
-    return jax.lax.map(one, (problem.input, problem.output, states), batch_size=at_once)
+    return jax.lax.map(one, (problem.data, states), batch_size=at_once)
 
 
 def _shares(problem: InferenceProblem, mode: Values) -> Values:
     """The share of each free layer in the squared norm of a mode of the activities."""
     xp = array_namespace(mode)
-    widths = [problem.network.widths[index] for index in problem.free_layers]
+    widths = problem.free_widths
     parts = xp.split(mode, [sum(widths[:i]) for i in range(1, len(widths))])
     squares = xp.stack(
         [xp.sum((part / root) ** 2) for part, root in zip(parts, _roots(problem), strict=True)]
@@ -162,17 +168,17 @@ def extreme_spectrum(problem: InferenceProblem, state: State) -> Spectrum:
 
 
 @eqx.filter_jit
-def _decay_matrix(problem: InferenceProblem, state: State) -> BlockTridiagonal:
+def _decay_matrix(problem: InferenceProblem, state: State) -> Blocks:
     return decay_matrix(problem, state)
 
 
 def _operators(
-    matrix: BlockTridiagonal,
+    matrix: Blocks,
 ) -> tuple[scipy.sparse.linalg.LinearOperator, float, scipy.sparse.linalg.LinearOperator]:
     """The matrix A and (A − shift)⁻¹ for SciPy, the shift being below every eigenvalue."""
-    sizes = [len(block) for block in matrix.diagonal]
+    sizes = matrix.sizes
     offsets = [sum(sizes[:i]) for i in range(1, len(sizes))]
-    units, dtype = sum(sizes), np.dtype(matrix.diagonal[0].dtype)
+    units, dtype = sum(sizes), np.dtype(matrix.dtype)
     factors, shift = _factorised_below(matrix)
 
     def operator(
@@ -191,14 +197,15 @@ def _operators(
     return operator(_times, matrix), shift, operator(_solve, factors)
 
 
-def _factorised_below(matrix: BlockTridiagonal) -> tuple[BlockCholesky, float]:
+def _factorised_below(
+    matrix: Blocks,
+) -> tuple[BlockFactor, float]:
     """The factors of A − shift, and a shift that is zero or a little below the least eigenvalue."""
     factors = _shifted_cholesky(matrix, 0.0)
     if _is_finite(factors):
         return factors, 0.0
-    sizes = [len(block) for block in matrix.diagonal]
-    norm = float(jnp.sqrt(sum(jnp.sum(b**2) for b in matrix.diagonal + 2 * matrix.upper)))
-    above, below = 0.0, -sum(sizes) * float(jnp.finfo(matrix.diagonal[0].dtype).eps) * norm
+    norm = float(matrix.norm)
+    above, below = 0.0, -sum(matrix.sizes) * float(jnp.finfo(matrix.dtype).eps) * norm
     while not _is_finite(factors := _shifted_cholesky(matrix, below)):
         if below < -2 * norm:
             raise SpectrumError("the Hessian has entries that are not finite, or overflows")
@@ -215,21 +222,21 @@ def _factorised_below(matrix: BlockTridiagonal) -> tuple[BlockCholesky, float]:
 
 
 @jax.jit
-def _shifted_cholesky(matrix: BlockTridiagonal, shift: Scalar) -> BlockCholesky:
-    return matrix.plus_diagonal(-jnp.asarray(shift, matrix.diagonal[0].dtype)).cholesky()
+def _shifted_cholesky(matrix: Blocks, shift: Scalar) -> BlockFactor:
+    return matrix.plus_diagonal(-jnp.asarray(shift, matrix.dtype)).cholesky()
 
 
-def _is_finite(factors: BlockCholesky) -> bool:
+def _is_finite(factors: BlockFactor) -> bool:
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
 
 
 @jax.jit
-def _times(matrix: BlockTridiagonal, vector: State) -> State:
+def _times(matrix: Blocks, vector: State) -> State:
     return matrix.times(vector)
 
 
 @jax.jit
-def _solve(factors: BlockCholesky, rhs: State) -> State:
+def _solve(factors: BlockFactor, rhs: State) -> State:
     return factors.solve(rhs)
 
 

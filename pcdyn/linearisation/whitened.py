@@ -8,28 +8,40 @@ definite while A is still of full rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.compiling import compiled
+from pcdyn._support.types import State
 from pcdyn.errors import InputError, NotLinearError
+from pcdyn.linearisation.block_sparse import BlockFactor, Row, factor_of_squares
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
+from pcdyn.linearisation.coupling import coupled_pairs, error_rows
 from pcdyn.model.activations import identity
+from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.energies.precision import Precision
+from pcdyn.model.graph import Constant, Graph
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 
-def is_linear(network: Network) -> bool:
-    """Whether every layer is a `Dense` with the identity activation."""
-    return all(isinstance(lay, Dense) and lay.activation == identity for lay in network.layers)
+def is_linear(network: Network | Graph) -> bool:
+    """Whether every layer is a `Dense` with the identity activation, or constant."""
+    return all(
+        isinstance(layer, Constant) or (isinstance(layer, Dense) and layer.activation == identity)
+        for layer in network.layers
+    )
 
 
 def has_linear_flow(problem: InferenceProblem) -> bool:
     """Whether the network is linear and every energy quadratic, so that there are closed forms."""
     energies = map(problem.energy_of, problem.predicted_layers)
     quadratic = all(energy.quadratic_form is not None for energy in energies)
-    return quadratic and is_linear(problem.network)
+    return quadratic and is_linear(problem.graph)
 
 
 def precisions_of(
@@ -42,31 +54,64 @@ def precisions_of(
         precision = energy.quadratic_form
         if precision is None:
             raise error(
-                f"{needed_by} quadratic energies such as pcdyn.Gaussian, but that of layer {index} "
-                f"is {type(energy).__name__}, which has no `quadratic_form`"
+                f"{needed_by} quadratic energies such as pcdyn.Gaussian, but that of "
+                f"{problem.target_name(index)} is {type(energy).__name__}, which has no "
+                "`quadratic_form`"
             )
         found.append(precision)
     return tuple(found)
 
 
-def linear_parts(problem: InferenceProblem) -> tuple[tuple[Dense, ...], tuple[Precision, ...]]:
+def linear_parts(problem: InferenceProblem) -> tuple[tuple[Any, ...], tuple[Precision, ...]]:
     """The layers and the precisions of a linear network; raises `NotLinearError` for others.
 
     They are those of `problem.with_prior_as_layer()`.
     """
     check_problem(problem)
-    for index, layer in enumerate(problem.network.layers, start=1):
-        if not isinstance(layer, Dense):
+    for index, layer in enumerate(problem.graph.layers, start=1):
+        name = problem.target_name(index)
+        if not problem.is_chain:
+            name = f"the prediction of {name}"
+        if not isinstance(layer, Dense | Constant):
             raise NotLinearError(
-                f"layer {index} is a {type(layer).__name__}; closed forms need pcdyn.Dense layers"
+                f"{name} is a {type(layer).__name__}; closed forms need pcdyn.Dense layers"
             )
-        if layer.activation != identity:
+        if isinstance(layer, Dense) and layer.activation != identity:
             raise NotLinearError(
-                f"layer {index} has the activation {layer.activation.name!r}; closed forms exist "
+                f"{name} has the activation {layer.activation.name!r}; closed forms exist "
                 'for "identity" only: integrate the flow with pcdyn.simulate instead'
             )
     precisions = precisions_of(problem, "closed forms need", error=NotLinearError)
-    return problem.with_prior_as_layer().network.layers, precisions
+    return problem.with_prior_as_layer().graph.layers, precisions
+
+
+def linear_rows(problem: InferenceProblem) -> list[Row]:
+    """∂ε_k/∂x of the predictions of a linear graph: `error_rows`."""
+    layers, _ = linear_parts(problem)
+    jacobians = []
+    for layer, sources in zip(layers, problem.graph.sources, strict=True):
+        ends = np.cumsum([problem.widths[node] for node in sources])[:-1]
+        is_dense = isinstance(layer, Dense)
+        jacobians.append(jnp.split(layer.matrix, ends, axis=1) if is_dense else [])
+    return error_rows(problem, jacobians)
+
+
+def node_that_differs(problem: InferenceProblem) -> int | None:
+    """The first node of which samples of a batch have other free units than each other."""
+    for node, value in enumerate(problem.clamp):
+        if isinstance(value, PartlyClamped) and value.free.ndim == 2 and not value.shared:
+            return node
+    return None
+
+
+def check_same_units(problem: InferenceProblem, what: str) -> None:
+    """Raise `InputError` unless the samples of a batch have the same free units."""
+    node = node_that_differs(problem)
+    if node is not None:
+        raise InputError(
+            f"{what} is the same for all samples, but the free units of {problem.node_name(node)} "
+            "differ from sample to sample: take one, problem.sample(0), or map over them"
+        )
 
 
 @compiled
@@ -89,6 +134,8 @@ def error_blocks(problem: InferenceProblem) -> list[dict[int, Array]]:
 @compiled
 def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
     """A as one matrix: all predicted units by all free ones."""
+    if not problem.is_chain:
+        return _graph_matrix(problem)
     problem = problem.with_prior_as_layer()
     widths, dtype = problem.network.widths, problem.network.dtype
     return jnp.concatenate(
@@ -105,13 +152,55 @@ def error_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
     )
 
 
+def _white_rows(problem: InferenceProblem) -> list[Row]:
+    """The blocks of A of a graph, with ones where a sample has no unit."""
+    check_same_units(problem, "the Hessian")
+    _, precisions = linear_parts(problem)
+    rows = [
+        {place: precision.whiten(block.T).T for place, block in row.items()}
+        for row, precision in zip(linear_rows(problem), precisions, strict=True)
+    ]
+    for place, node in enumerate(problem.free_layers):
+        value = problem.clamp[node]
+        if isinstance(value, PartlyClamped) and value.padded:
+            rows.append({place: jnp.diag(value.missing())})
+    return rows
+
+
+def _graph_matrix(problem: InferenceProblem) -> Float[Array, "M N"]:
+    sizes, dtype = problem.free_widths, problem.dtype
+    rows = []
+    for row in _white_rows(problem):
+        if row:
+            height = len(next(iter(row.values())))
+            each = [row.get(i, jnp.zeros((height, n), dtype)) for i, n in enumerate(sizes)]
+            rows.append(jnp.concatenate(each, axis=1))
+    return jnp.concatenate(rows)
+
+
+def error_solver(problem: InferenceProblem) -> Callable[[State], State]:
+    """What solves H x = rhs for the state of a batch, by `error_factor`."""
+    if node_that_differs(problem) is None:
+        return error_factor(problem)[0].solve
+
+    def solve(one: InferenceProblem, rhs: State) -> State:
+        return error_factor(one)[0].solve(rhs)
+
+    return lambda rhs: problem.map_samples(solve, rhs)
+
+
 @compiled
-def error_factor(problem: InferenceProblem) -> tuple[BlockCholesky, Float[Array, ""]]:
+def error_factor(
+    problem: InferenceProblem,
+) -> tuple[BlockFactor, Float[Array, ""]]:
     """The block Cholesky factor of H by QR factorisations of A, and its smallest scaled pivot.
 
     A pivot is scaled by the norm of its column of A: it is the sine of the angle between the
-    column and those before it. O(Σ n³), layer after layer.
+    column and those before it. O(Σ n³), layer after layer; of a graph front after front.
     """
+    if not problem.is_chain:
+        rows = _white_rows(problem)
+        return factor_of_squares(rows, coupled_pairs(problem), problem.free_widths)
     problem = problem.with_prior_as_layer()
     widths, depth = problem.network.widths, problem.network.depth
     blocks = error_blocks(problem)

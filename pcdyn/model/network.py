@@ -30,8 +30,9 @@ from pcdyn._support.functions import as_part
 from pcdyn._support.namespaces import host_namespace
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, Tree
-from pcdyn.errors import DtypeError, InputError, ShapeError
+from pcdyn.errors import DtypeError, GraphError, InputError, ShapeError
 from pcdyn.model.activations import Activation, get_activation, identity
+from pcdyn.model.named import NamedActivities
 
 Layer = Callable[[Array], Array]
 
@@ -43,7 +44,8 @@ class Dense(eqx.Module):
 
     **Arguments:**
 
-    - `weight`: W, shape `(n_out, n_in)`.
+    - `weight`: W, shape `(n_out, n_in)`; where a graph predicts from several nodes a list with one
+      such for each, which stand side by side in W.
     - `bias`: b, shape `(n_out,)`, or `None`.
     - `activation`: f, a name or a `pcdyn.Activation`.
     - `scale`: s, a positive number that is not learned.
@@ -76,7 +78,7 @@ class Dense(eqx.Module):
         gain: float = 1.0,
         skip: bool = False,
     ):
-        weight = as_float_array(weight, "weight")
+        weight = _one_weight(weight)
         if weight.ndim != 2 or 0 in weight.shape:
             raise ShapeError(f"weight must have shape (n_out, n_in), got {weight.shape}")
         self.weight = weight
@@ -111,8 +113,9 @@ class Dense(eqx.Module):
         scaled = product if self.scale == 1 else self.scale * product
         return scaled + jnp.eye(len(scaled), dtype=scaled.dtype) if self.skip else scaled
 
-    def preactivation(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        """Compute the preactivation g W x + b."""
+    def preactivation(self, *given: Float[Array, " _"]) -> Float[Array, " n_out"]:
+        """Compute the preactivation g W x + b; x is all that is given, one after the other."""
+        x = given[0] if len(given) == 1 else jnp.concatenate(given)
         z = matmul(self.weight, x)
         z = z if self.gain == 1 else self.gain * z
         return z if self.bias is None else z + self.bias
@@ -124,8 +127,22 @@ class Dense(eqx.Module):
         scaled = activated if self.scale == 1 else self.scale * activated
         return x + scaled if self.skip else scaled
 
-    def __call__(self, x: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        return self.output(x, self.activation(self.preactivation(x)))
+    def __call__(self, *given: Float[Array, " _"]) -> Float[Array, " n_out"]:
+        return self.output(given[0], self.activation(self.preactivation(*given)))
+
+
+def _one_weight(weight: Numbers) -> Array:
+    """The weight, or those of several sources side by side."""
+    if not (isinstance(weight, list | tuple) and weight and all(np.ndim(w) == 2 for w in weight)):
+        return as_float_array(weight, "weight")
+    arrays = [as_float_array(w, f"weight {i}") for i, w in enumerate(weight, start=1)]
+    if len({len(array) for array in arrays}) > 1:
+        raise ShapeError(
+            f"the weights of one prediction have the shapes {[x.shape for x in arrays]}: as many "
+            "rows are needed, one for each unit that is predicted"
+        )
+    dtype = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
+    return jnp.concatenate([x.astype(dtype) for x in arrays], axis=1)
 
 
 class Network(eqx.Module):
@@ -138,25 +155,40 @@ class Network(eqx.Module):
     - `layers`: one callable `(n_{l-1},) → (n_l,)` for each prediction, a `pcdyn.Dense` or any
       equinox module.
     - `input_width`: n_0, needed only where the first layer is not a `Dense`.
+    - `nodes`: the names of the layers of activities 0 … L, by which they can be asked for then.
 
     **Raises:**
 
-    - `ShapeError` where layers do not fit together.
+    - `ShapeError` where layers do not fit together, `GraphError` for names that are none.
     - `DtypeError` for a layer that changes the dtype of activities.
     """
 
     layers: tuple[Any, ...]
     widths: tuple[int, ...] = eqx.field(static=True)
+    nodes: tuple[str, ...] | None = eqx.field(static=True)
 
-    def __init__(self, layers: Sequence[Layer], *, input_width: int | None = None):
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        input_width: int | None = None,
+        nodes: Sequence[str] | None = None,
+    ):
         layers = as_sequence(layers, "layers", "a list of layers such as pcdyn.Dense")
         if not layers:
             raise ShapeError("a network needs at least one layer")
         for index, layer in enumerate(layers, start=1):
             wanted = "a function of an array, such as a pcdyn.Dense"
             check_callable(layer, f"layer {index}", wanted)
-        self.layers = _in_one_dtype(tuple(as_part(layer) for layer in layers))
+        self.layers = in_one_dtype(tuple(as_part(layer) for layer in layers), "layer")
         self.widths = _widths(self.layers, input_width)
+        self.nodes = None if nodes is None else _checked_names(nodes, len(self.widths))
+
+    def named(self, activities: Sequence[Any]) -> Activities:
+        """Let activities be asked for by the names of their layers, where these have names."""
+        if self.nodes is None:
+            return tuple(activities)
+        return NamedActivities(activities, self.nodes, tuple((n,) for n in self.widths))
 
     @property
     def depth(self) -> int:
@@ -166,9 +198,23 @@ class Network(eqx.Module):
     @property
     def dtype(self) -> np.dtype:
         """Floating-point dtype of the weights."""
-        arrays = (x for x in jax.tree.leaves(self.layers) if eqx.is_inexact_array(x))
-        first = next(arrays, None)
-        return jnp.zeros(()).dtype if first is None else first.dtype
+        return dtype_of(self.layers)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Index of the layer that each prediction is of: 1 … L."""
+        return tuple(range(1, self.depth + 1))
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the layers that each prediction is given: the one below."""
+        return tuple((index,) for index in range(self.depth))
+
+    def predict_from(
+        self, index: int, given: Sequence[Float[Array, "*batch n_in"]]
+    ) -> Float[Array, "*batch n_out"]:
+        """Predict the layer l = `index` from the activities of its sources: `predict`."""
+        return self.predict(index, *given)
 
     def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         """Predict the layer l = `index` from the activities x_{l-1}, any batch: μ_l."""
@@ -194,13 +240,27 @@ class Network(eqx.Module):
             )
 
 
-def _in_one_dtype(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The layers with all their arrays in the widest of their dtypes."""
+def _checked_names(nodes: Sequence[str], count: int) -> tuple[str, ...]:
+    names = as_sequence(nodes, "nodes", "a list of names", error=GraphError)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != count:
+        raise GraphError(f"nodes must be {count} different names, one for each layer, got {names}")
+    return tuple(names)
+
+
+def dtype_of(layers: tuple[Any, ...]) -> np.dtype:
+    """The floating-point dtype of the arrays of layers, JAX's default if there are none."""
+    arrays = (x for x in jax.tree.leaves(layers) if eqx.is_inexact_array(x))
+    first = next(arrays, None)
+    return jnp.zeros(()).dtype if first is None else first.dtype
+
+
+def in_one_dtype(layers: tuple[Any, ...], what: str) -> tuple[Any, ...]:
+    """Layers, each called `what`, with all their arrays in the widest of their dtypes."""
     arrays, rest = eqx.partition(layers, eqx.is_inexact_array)
     dtypes = {array.dtype for array in jax.tree.leaves(arrays)}
     for index, layer in enumerate(arrays, start=1):
         for array in jax.tree.leaves(layer):
-            check_dtype(array.dtype, f"dtype of layer {index}")
+            check_dtype(array.dtype, f"dtype of {what} {index}")
     if len(dtypes) < 2:
         return layers
     return eqx.combine(jax.tree.map(lambda x: x.astype(np.float64), arrays), rest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -31,13 +32,18 @@ from pcdyn._support.checks import (
 )
 from pcdyn._support.compiling import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
-from pcdyn.errors import InputError, ShapeError
+from pcdyn.errors import GraphError, InputError, ShapeError
+from pcdyn.model.clamps import Clamp, Partial, PartlyClamped, clamped
 from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.flow import Flow
+from pcdyn.model.graph import Graph, Prediction
+from pcdyn.model.named import index_of
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.prior import Prior
 
+# Of `equinox.tree_at` it can be anything.
+_End = Array | None if TYPE_CHECKING else Any
 # Some flow of inference, of which the same kind comes back.
 _Flow = TypeVar("_Flow", bound="InferenceFlow")
 
@@ -47,8 +53,8 @@ class InferenceFlow(Flow):
 
     @property
     @abc.abstractmethod
-    def data(self) -> tuple[Values | None, Values | None]:
-        """Clamped input and output; `None` for an end that is free."""
+    def data(self) -> tuple[Clamp, ...]:
+        """What is clamped, in order, the sample on the first axis of each array of a batch."""
 
     @property
     @abc.abstractmethod
@@ -56,7 +62,7 @@ class InferenceFlow(Flow):
         """Time constant τ of every array of a state: one number, or one for each unit."""
 
     @abc.abstractmethod
-    def with_data(self: _Flow, input: Values | None, output: Values | None) -> _Flow:
+    def with_data(self: _Flow, *data: Numbers | Clamp) -> _Flow:
         """Return the same with other clamped data, such as one sample of a batch."""
 
     @abc.abstractmethod
@@ -74,7 +80,7 @@ class InferenceFlow(Flow):
     def map_samples(self, function: Callable[..., Tree], *trees: PyTree) -> Tree:
         """Map a function over the problem of each sample and its rows of `trees`, sample first."""
 
-        def one(data: tuple[Values | None, Values | None], *rows: PyTree) -> Tree:
+        def one(data: tuple[Clamp, ...], *rows: PyTree) -> Tree:
             return function(self.with_data(*data), *rows)
 
         return eqx.filter_vmap(one)(self.data, *trees)
@@ -101,17 +107,20 @@ class InferenceProblem(InferenceFlow):
 
     **Arguments:**
 
-    - `network`: predictions of the layers l = 1 … L.
+    - `network`: predictions of the layers l = 1 … L, or of the nodes of a `pcdyn.Graph`.
     - `input`: the activities x_0 to clamp, shape `(n_0,)` or `(batch, n_0)`; `None` leaves the
       input free.
     - `output`: the target to clamp x_L to, shape `(n_L,)` or `(batch, n_L)`; `None` leaves the
       output free.
+    - `clamp`: what else is clamped, or all of it: a dictionary from the names of nodes, of a chain
+      the numbers of layers, to values or a `pcdyn.Partial`.
     - `energy`: from prediction errors to energies, one for all predictions or a list with one for
       each l = 1 … L; `pcdyn.Gaussian` with unit precision unless given. The attribute is the tuple
       of L energies.
     - `prior`: on a free input, a `pcdyn.Prior`; none unless given.
     - `time_constants`: one positive number τ_l for each layer l = 0 … L (those of clamped layers
-      play no part); 1 unless given. Time is in units of the activity time constant.
+      play no part), of a graph a dictionary by node; 1 unless given. Time is in units of the
+      activity time constant.
 
     **Raises:**
 
@@ -120,9 +129,8 @@ class InferenceProblem(InferenceFlow):
       prior on a clamped input, and a network without hidden layers of which both ends are clamped.
     """
 
-    network: Network
-    input: Float[Array, "*batch n_0"] | None
-    output: Float[Array, "*batch n_L"] | None
+    graph: Network | Graph
+    clamp: tuple[Clamp, ...]
     energy: tuple[Energy, ...]
     prior: Prior | None
     time_constants: tuple[Float[Array, ""], ...]
@@ -130,53 +138,121 @@ class InferenceProblem(InferenceFlow):
 
     def __init__(
         self,
-        network: Network,
+        network: Network | Graph,
         *,
         input: Numbers | None = None,
         output: Numbers | None = None,
+        clamp: Mapping[Any, Numbers | Partial] | None = None,
         energy: Energy | Sequence[Energy] | None = None,
         prior: Prior | None = None,
-        time_constants: Sequence[Numbers] | None = None,
+        time_constants: Sequence[Numbers] | Mapping[str, Numbers] | None = None,
     ):
-        check_instance(network, "network", Network, "a pcdyn.Network")
+        wanted = "a pcdyn.Network or a pcdyn.Graph"
+        check_instance(network, "network", Network | Graph, wanted)
         check_dtype(network.dtype, "dtype of the network")
-        self.network = network
-        self.input, self.output = _clamped_layers(input, output, network)
-        self.energy = in_dtype(one_per_prediction(energy, network.depth), network.dtype)
+        values = _by_node(network, clamp, {"input": input, "output": output})
+        if isinstance(network, Graph) and prior is not None:
+            raise InputError(
+                'a graph has its priors among its predictions: pcdyn.Prediction("node", by=mean, '
+                "energy=prior.energy)"
+            )
+        is_chain = _only_ends(values)
+        if isinstance(network, Network) and not is_chain:
+            network, energy, prior = as_graph(network, energy, prior), None, None
+        elif isinstance(network, Graph) and is_chain:
+            chain = network.as_chain(_energies(network, energy), free=values[0] is None)
+            network, energy, prior = chain or (network, energy, prior)
+        self.graph = network.without_energies() if isinstance(network, Graph) else network
+        self.clamp = _clamped_nodes(values, network)
+        self.energy = in_dtype(_energies(network, energy), network.dtype)
         for index, each in enumerate(self.energy, start=1):
-            with naming_layer(index):
-                each.check(network.widths[index], self.target_of(index))
-        self.prior = None if prior is None else _checked_prior(prior, self.input, network)
+            with naming_layer(self.target_name(index)):
+                each.check(network.widths[network.targets[index - 1]], self.target_of(index))
+        self.prior = None if prior is None else _checked_prior(prior, self.input, self.network)
         self.time_constants = _checked_time_constants(time_constants, network)
         self.first_prediction = None
 
     @property
+    def network(self) -> Network:
+        """The chain of layers; `GraphError` for a graph, and for a chain clamped inside."""
+        if isinstance(self.graph, Network):
+            return self.graph
+        raise GraphError(
+            "this is known for a chain of layers alone, a pcdyn.Network with nothing but its ends "
+            "clamped, and the problem is of a graph"
+        )
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is of a `pcdyn.Network` with nothing but its ends clamped."""
+        return isinstance(self.graph, Network)
+
+    @property
+    def input(self) -> _End:
+        """Clamped input of a chain, `None` if it is free."""
+        return self._end(0)
+
+    @property
+    def output(self) -> _End:
+        """Clamped output of a chain, `None` if it is free."""
+        return self._end(-1)
+
+    def _end(self, index: int) -> Any:  # noqa: ANN401
+        return self.clamp[self.network.depth if index else 0]
+
+    @property
     def dtype(self) -> np.dtype:
         """Floating-point dtype of the weights, and so of everything."""
-        return self.network.dtype
+        return self.graph.dtype
 
     @property
     def free_layers(self) -> tuple[int, ...]:
-        """Indices l of the layers that make up the state."""
-        depth = self.network.depth
-        clamped = {0: self.input is not None, depth: self.output is not None}
-        return tuple(l for l in range(depth + 1) if not clamped.get(l, False))
+        """Indices of the layers or nodes that make up the state, in whole or in part."""
+        is_free = (x is None or isinstance(x, PartlyClamped) for x in self.clamp)
+        return tuple(index for index, free in enumerate(is_free) if free)
+
+    @property
+    def free_widths(self) -> tuple[int, ...]:
+        """Number of units of each array of the state."""
+        return tuple(self._free_width(index) for index in self.free_layers)
+
+    def _free_width(self, index: int) -> int:
+        value = self.clamp[index]
+        return value.free.shape[-1] if isinstance(value, PartlyClamped) else self.widths[index]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of units of each layer or node."""
+        return self.graph.widths
 
     @property
     def predicted_layers(self) -> tuple[int, ...]:
-        """Indices l of the layers with a prediction: 1 … L, and 0 if there is a prior."""
-        return tuple(range(0 if self.prior is not None else 1, self.network.depth + 1))
+        """Indices of the predictions: 1 … L, and 0 if there is a prior; of a graph 1 … K."""
+        return tuple(range(0 if self.prior is not None else 1, len(self.energy) + 1))
+
+    def target_node(self, index: int) -> int:
+        """Index of the layer or node that the prediction `index` is of, l for l in a chain."""
+        return 0 if index == 0 else self.graph.targets[index - 1]
+
+    def target_name(self, index: int) -> str:
+        """Name of the node that the prediction `index` is of, or of the layer."""
+        return self.node_name(self.target_node(index))
+
+    def node_name(self, node: int) -> str:
+        """Name a layer or a node in messages."""
+        graph = self.graph
+        return repr(graph.nodes[node]) if isinstance(graph, Graph) else f"layer {node}"
 
     @property
     def batch_shape(self) -> tuple[int, ...] | None:
-        """Shape `()` for a single sample, `(batch,)` for a batch, `None` if both ends are free."""
-        clamped = self.input if self.input is not None else self.output
-        return None if clamped is None else clamped.shape[:-1]
+        """Shape `()` for one sample, `(batch,)` for a batch, `None` if nothing is clamped."""
+        arrays = [x for x in jax.tree.leaves(self.clamp) if eqx.is_inexact_array(x)]
+        return arrays[0].shape[:-1] if arrays else None
 
     @property
-    def data(self) -> tuple[Values | None, Values | None]:
-        """Clamped input and output; `None` for an end that is free."""
-        return self.input, self.output
+    def data(self) -> tuple[Clamp, ...]:
+        """Clamped input and output, `None` for an end that is free; of a graph `clamp`."""
+        return (self.input, self.output) if self.is_chain else self.clamp
 
     @property
     def both_ends_clamped(self) -> bool:
@@ -188,27 +264,43 @@ class InferenceProblem(InferenceFlow):
         """Time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
-    def with_data(self, input: Numbers | None, output: Numbers | None) -> InferenceProblem:
+    def with_data(self, *data: Numbers | Clamp) -> InferenceProblem:
         """Return the same problem with other clamped data, such as one sample of a batch.
+
+        **Arguments:**
+
+        - `data`: the input and the output of a chain, `None` for an end that is free; of a graph
+          what each node is clamped to, in the order of `clamp`.
 
         **Raises:**
 
         - As the constructor does, for data that do not fit.
         """
-        data = _clamped_layers(input, output, self.network)
-        if self.prior is not None and data[0] is not None:
+        if len(data) != len(self.data):
+            wanted = "the input and the output" if self.is_chain else "one for each node"
+            raise InputError(f"{len(data)} data were given: give {wanted}, None where free")
+        inside = [None] * (len(self.clamp) - 2)
+        values = [data[0], *inside, data[1]] if self.is_chain else list(data)
+        clamp = _clamped_nodes(values, self.graph)
+        if self.prior is not None and clamp[0] is not None:
             raise InputError(_PRIOR_IGNORED)
         return eqx.tree_at(
-            lambda p: (p.input, p.output, p.first_prediction), self, (*data, None),
+            lambda p: (p.clamp, p.first_prediction), self, (clamp, None),
             is_leaf=lambda x: x is None,
         )  # fmt: skip
+
+    def with_layers(self, layers: Sequence[Any]) -> InferenceProblem:
+        """Return the same problem with other functions in place of those that predict."""
+        if isinstance(self.graph, Graph):
+            return eqx.tree_at(lambda p: [each.by for each in p.graph.predictions], self, layers)
+        return eqx.tree_at(lambda p: p.graph.layers, self, tuple(layers))
 
     def prepared(self) -> InferenceProblem:
         """Put μ_1 = f(W_1 d + b_1) into `first_prediction` where the input is clamped.
 
         It is for one network and its data: prepare again after putting in others.
         """
-        if self.input is None:
+        if not self.is_chain or self.input is None:
             return self
         first = self.network.predict(1, self.input)
         return eqx.tree_at(lambda p: p.first_prediction, self, first, is_leaf=lambda x: x is None)
@@ -238,17 +330,27 @@ class InferenceProblem(InferenceFlow):
         )
 
     def activities(self, state: State) -> Activities:
-        """Return all layers x_0 … x_L: free ones from `state`, clamped ones from the data."""
-        free = iter(state)
-        layers = []
-        for index in range(self.network.depth + 1):
-            if index == 0 and self.input is not None:
-                layers.append(self.input)
-            elif index == self.network.depth and self.output is not None:
-                layers.append(self.output)
-            else:
+        """Return all layers x_0 … x_L: free ones from `state`, clamped ones from the data.
+
+        Those of a graph are a `pcdyn.NamedActivities`.
+        """
+        free, layers = iter(state), []
+        for value in self.clamp:
+            if value is None:
                 layers.append(next(free))
-        return tuple(layers)
+            else:
+                is_partial = isinstance(value, PartlyClamped)
+                layers.append(value.fill(next(free)) if is_partial else value)
+        return self.graph.named(layers)
+
+    def state_of(self, activities: Sequence[Values]) -> State:
+        """Return the state of given activities: those of their units that are free."""
+        state = []
+        for index in self.free_layers:
+            value = self.clamp[index]
+            x = activities[index]
+            state.append(value.take(x) if isinstance(value, PartlyClamped) else x)
+        return tuple(state)
 
     @compiled
     def prediction_errors(self, activities: Activities) -> Activities:
@@ -259,13 +361,17 @@ class InferenceProblem(InferenceFlow):
         errors = []
         if self.prior is not None:
             errors.append(activities[0] - jnp.broadcast_to(self.prior.mean, activities[0].shape))
-        for index in range(1, self.network.depth + 1):
-            if index == 1 and self.first_prediction is not None:
-                prediction = self.first_prediction
-            else:
-                prediction = self.network.predict(index, activities[index - 1])
-            errors.append(activities[index] - prediction)
+        for index in range(1, len(self.energy) + 1):
+            errors.append(self.prediction_error(index, activities))
         return tuple(errors)
+
+    def prediction_error(self, index: int, activities: Sequence[Array]) -> Array:
+        """Compute the error of prediction `index`, counted from 1: ε_l in a chain."""
+        here, sources = activities[self.target_node(index)], self.graph.sources[index - 1]
+        if index == 1 and self.first_prediction is not None:
+            return here - self.first_prediction
+        prediction = self.graph.predict_from(index, [activities[i] for i in sources])
+        return here - (prediction if sources else jnp.broadcast_to(prediction, here.shape))
 
     @compiled
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Float[Array, "*batch L"]]:
@@ -288,7 +394,7 @@ class InferenceProblem(InferenceFlow):
     ) -> Float[Array, "*batch L"]:
         """Compute E_1 … E_L on the last axis, from ε_1 … ε_L and x_0 … x_L."""
         each = zip(self.predicted_layers, errors, strict=True)
-        energies = [self.layer_energy(i, e, activities[i]) for i, e in each]
+        energies = [self.layer_energy(i, e, activities[self.target_node(i)]) for i, e in each]
         return jnp.stack(energies, axis=-1)
 
     def energy_of(self, index: int) -> Energy:
@@ -318,7 +424,7 @@ class InferenceProblem(InferenceFlow):
     def weighted_errors(self, errors: Sequence[Array], activities: Sequence[Array]) -> list[Array]:
         """Compute ∂E_1/∂ε_1 … ∂E_L/∂ε_L from ε_1 … ε_L and x_0 … x_L, or the first of them."""
         each = zip(self.predicted_layers, errors, strict=False)
-        return [self.weighted_error(i, e, activities[i]) for i, e in each]
+        return [self.weighted_error(i, e, activities[self.target_node(i)]) for i, e in each]
 
     def curvature(self, index: int, error: Array) -> Precision | None:
         """Return the precision that stands for ∂²E_l/∂ε_l² of layer l = `index`, of one sample.
@@ -334,8 +440,12 @@ class InferenceProblem(InferenceFlow):
         return self.output - prediction
 
     def target_of(self, index: int) -> Array | None:
-        """Return the target of layer l = `index`: the clamped output, or `None` below it."""
-        return self.output if index == self.network.depth else None
+        """Return what prediction `index` has as its target where that is clamped, else `None`.
+
+        Of a chain it is the clamped output.
+        """
+        value = None if index == 0 else self.clamp[self.target_node(index)]
+        return None if isinstance(value, PartlyClamped) else value
 
     @compiled
     def free_energy(self, state: State) -> Float[Array, "*batch"]:
@@ -370,8 +480,11 @@ class InferenceProblem(InferenceFlow):
 
         - `InputError` if the input is free without a prior, and none is given.
         """
+        if input is None and isinstance(self.graph, Graph):
+            return self._graph_state(self.graph)
+        x: Any
         if input is not None:
-            x = _clamped_layer(input, "input", self.network.widths[0], self.network.dtype)
+            x = clamped(input, "input", self.network.widths[:1], self.network.dtype)
         elif self.prior is not None:
             mean = self.prior.mean
             x = jnp.broadcast_to(mean, (*(self.batch_shape or ()), *mean.shape))
@@ -385,13 +498,27 @@ class InferenceProblem(InferenceFlow):
             )
         return self.state_of(self.network.feedforward(x))
 
+    @compiled
+    def _graph_state(self, graph: Graph) -> State:
+        """The state of a feedforward pass, node by node."""
+        activities: list[Any] = list(self.clamp)
+        known = [isinstance(value, jax.Array | np.ndarray) for value in self.clamp]
+        for node in graph.feedforward_order(known):
+            index, value = graph.first_prediction(node), self.clamp[node]
+            given = [activities[i] for i in graph.sources[index - 1]]
+            x = graph.predict_from(index, given)
+            x = jnp.broadcast_to(x, (*(self.batch_shape or ()), x.shape[-1]))
+            is_partial = isinstance(value, PartlyClamped)
+            activities[node] = value.fill(value.take(x)) if is_partial else x
+        return self.state_of(activities)
+
     def zeros_state(self, *, batch_size: int | None = None) -> State:
         """Return the state with all free activities zero.
 
         `batch_size` is for problems with both ends free, as for `random_state`.
         """
         shapes = self._state_shapes(batch_size)
-        return tuple(jnp.zeros(shape, self.network.dtype) for shape in shapes)
+        return tuple(jnp.zeros(shape, self.dtype) for shape in shapes)
 
     def random_state(
         self, key: PRNGKeyArray, *, std: float = 1.0, batch_size: int | None = None
@@ -413,10 +540,18 @@ class InferenceProblem(InferenceFlow):
         std = checked_number(std, "std", at_least=0)
         shapes = self._state_shapes(batch_size)
         keys = jr.split(key, len(shapes))
-        dtype = self.network.dtype
-        return tuple(
-            std * jr.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)
-        )
+        drawn = (std * jr.normal(k, n, self.dtype) for k, n in zip(keys, shapes, strict=True))
+        return self._without_padding(tuple(drawn))
+
+    def _without_padding(self, state: State) -> State:
+        """The state with 0 where a sample has no unit, because fewer of its own are free."""
+        tidy = []
+        for index, x in zip(self.free_layers, state, strict=True):
+            value = self.clamp[index]
+            if isinstance(value, PartlyClamped) and value.padded:
+                x = jnp.where(value.missing() > 0, 0, x)
+            tidy.append(x)
+        return tuple(tidy)
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the state `"feedforward"` or `"zeros"`, or a given one, checked.
@@ -426,7 +561,7 @@ class InferenceProblem(InferenceFlow):
         - `InputError` for an unknown name.
         - `ShapeError`, `DtypeError` or `NonFiniteError` for a state that does not fit.
         """
-        self.network.check_one()
+        self.graph.check_one()
         check_sharding(self)
         if isinstance(initial, str):
             return self._named_state(initial)
@@ -443,18 +578,18 @@ class InferenceProblem(InferenceFlow):
             )
         arrays = []
         for index, value in zip(self.free_layers, given, strict=True):
-            array = as_float_array(value, f"initial state of layer {index}")
-            width = self.network.widths[index]
+            name = f"initial state of {self.node_name(index)}"
+            array = as_float_array(value, name)
+            width = self._free_width(index)
             batch = array.shape[:-1] if self.batch_shape is None else self.batch_shape
             if array.shape != (*batch, width) or array.ndim > 2 or array.size == 0:
                 raise ShapeError(
-                    f"initial state of layer {index} has shape {array.shape}, but "
-                    f"{(*batch[:1], width)} is needed"
+                    f"{name} has shape {array.shape}, but {(*batch[:1], width)} is needed"
                 )
-            arrays.append(converted(array, self.dtype, f"initial state of layer {index}"))
+            arrays.append(converted(array, self.dtype, name))
         if len({array.shape[:-1] for array in arrays}) != 1:
             raise ShapeError("all layers of a state must have the same batch size")
-        return tuple(arrays)
+        return self._without_padding(tuple(arrays))
 
     def _named_state(self, name: str) -> State:
         if name == "feedforward":
@@ -474,7 +609,7 @@ class InferenceProblem(InferenceFlow):
             )
         elif batch_size is not None:
             raise InputError("batch_size would be ignored: the clamped data have their own")
-        shapes = [(*batch, self.network.widths[index]) for index in self.free_layers]
+        shapes = [(*batch, width) for width in self.free_widths]
         size = self.dtype.itemsize * sum(map(math.prod, shapes))
         check_size(size, f"a state of {batch[0] if batch else 1} samples")
         return shapes
@@ -486,37 +621,93 @@ def check_problem(problem: InferenceProblem) -> None:
     check_dtype(problem.dtype, "dtype of the problem")
 
 
-def _clamped_layer(value: Numbers | None, name: str, width: int, dtype: np.dtype) -> Array | None:
-    if value is None:
-        return None
-    array = as_float_array(value, name)
-    if array.ndim not in (1, 2) or array.shape[-1] != width:
-        raise ShapeError(
-            f"{name} has shape {array.shape}, but the network needs ({width},) for one sample or "
-            f"(batch, {width})"
+def _by_node(
+    network: Network | Graph, clamp: Mapping[Any, Any] | None, ends: Mapping[str, Any]
+) -> list[Any]:
+    """What each layer or node is clamped to, as given."""
+    values: list[Any] = [None] * len(network.widths)
+    for name, value in ends.items():
+        if value is not None and isinstance(network, Graph):
+            raise GraphError(f'a graph has no {name} of its own: give clamp={{"node": {name}}}')
+        values[0 if name == "input" else -1] = value
+    if clamp is None:
+        return values
+    wanted = "a dictionary from nodes, of a chain the numbers of layers, to values"
+    check_instance(clamp, "clamp", Mapping, wanted)
+    for key, value in clamp.items():
+        if isinstance(network, Graph):
+            node = index_of(key, network.nodes)
+        else:
+            what = "each layer of clamp"
+            node = checked_integer(key, what, at_least=0, at_most=network.depth, error=GraphError)
+        if values[node] is not None:
+            raise InputError(f"layer {key} is clamped twice, by clamp= and as an end")
+        values[node] = value
+    return values
+
+
+def _only_ends(values: Sequence[Any]) -> bool:
+    """Whether nothing but whole ends is clamped."""
+    inside = any(value is not None for value in values[1:-1])
+    return not inside and not any(isinstance(x, Partial) for x in (values[0], values[-1]))
+
+
+def as_graph(
+    network: Network, energy: Energy | Sequence[Energy] | None = None, prior: Prior | None = None
+) -> Graph:
+    """Write a chain as a graph, whose nodes are called "0" … "L" unless layers have names."""
+    energies = one_per_prediction(energy, network.depth)
+    names = network.nodes or tuple(map(str, range(network.depth + 1)))
+    each = zip(itertools.pairwise(names), network.layers, energies, strict=True)
+    predictions = [
+        Prediction(above, given=below, by=layer, energy=mine)
+        for (below, above), layer, mine in each
+    ]
+    if prior is not None:
+        mean = converted(prior.mean, network.dtype, "mean of the prior")
+        predictions.insert(0, Prediction(names[0], by=mean, energy=prior.energy))
+    return Graph(dict(zip(names, network.widths, strict=True)), predictions)
+
+
+def _energies(
+    network: Network | Graph, energy: Energy | Sequence[Energy] | None
+) -> tuple[Energy, ...]:
+    """One energy for each prediction: its own, or that of the problem."""
+    if isinstance(network, Network):
+        return one_per_prediction(energy, network.depth)
+    own = [each.energy for each in network.predictions]
+    given = one_per_prediction(energy, len(own))
+    if isinstance(energy, list | tuple) and any(mine is not None for mine in own):
+        raise InputError("predictions have energies of their own: give one for the rest, no list")
+    found = []
+    for mine, other in zip(own, given, strict=True):
+        found.extend([other] if mine is None else mine.per_prediction(1))
+    return tuple(found)
+
+
+def _clamped_nodes(values: Sequence[Any], network: Network | Graph) -> tuple[Clamp, ...]:
+    """All that is clamped, checked, in the dtype of the network."""
+    if isinstance(network, Graph):
+        names, shapes = [f"clamp[{name!r}]" for name in network.nodes], network.shapes
+    else:
+        names = ["input", *[f"layer {l}" for l in range(1, network.depth)], "output"]
+        shapes = tuple((width,) for width in network.widths)
+    found: dict[str, Clamp] = {}
+    for name, value, shape in zip(names, values, shapes, strict=True):
+        found[name] = clamped(value, name, shape, network.dtype)
+    batches = {name: jax.tree.leaves(x)[0].shape for name, x in found.items() if x is not None}
+    if len({shape[:-1] for shape in batches.values()}) > 1:
+        listed = " and ".join(f"{name} of shape {shape}" for name, shape in batches.items())
+        raise ShapeError(f"{listed} do not have the same batch size")
+    clamp = tuple(found.values())
+    if not any(x is None or isinstance(x, PartlyClamped) for x in clamp):
+        what = (
+            "both ends of a network without hidden layers are clamped"
+            if isinstance(network, Network)
+            else "all units of all nodes are clamped"
         )
-    if array.shape[0] == 0:
-        raise ShapeError(f"{name} has an empty batch")
-    return converted(array, dtype, name)
-
-
-def _clamped_layers(
-    input: Numbers | None, output: Numbers | None, network: Network
-) -> tuple[Array | None, Array | None]:
-    """Both ends, checked, in the dtype of the network."""
-    first = _clamped_layer(input, "input", network.widths[0], network.dtype)
-    last = _clamped_layer(output, "output", network.widths[-1], network.dtype)
-    if first is not None and last is not None:
-        if first.shape[:-1] != last.shape[:-1]:
-            raise ShapeError(
-                f"input of shape {first.shape} and output of shape {last.shape} do not have the "
-                "same batch size"
-            )
-        if network.depth == 1:
-            raise InputError(
-                "nothing to infer: both ends of a network without hidden layers are clamped"
-            )
-    return first, last
+        raise InputError(f"nothing to infer: {what}")
+    return clamp
 
 
 _PRIOR_IGNORED = (
@@ -535,24 +726,29 @@ def _checked_prior(prior: Prior, input: Array | None, network: Network) -> Prior
             f"the mean of the prior has shape {mean.shape}, but the input has {width} units: give "
             f"a number or ({width},)"
         )
-    with naming_layer(0):
+    with naming_layer("layer 0"):
         energy, *_ = in_dtype(prior.energy.per_prediction(1), network.dtype)
         energy.check(width, None)
     return Prior(jnp.broadcast_to(mean, (width,)), energy)
 
 
 def _checked_time_constants(
-    values: Sequence[Numbers] | None, network: Network
+    values: Sequence[Numbers] | Mapping[str, Numbers] | None, network: Network | Graph
 ) -> tuple[Float[Array, ""], ...]:
+    count = len(network.widths)
+    if isinstance(values, Mapping) and network.nodes is not None:
+        for name in values:
+            index_of(name, network.nodes)
+        values = [values.get(name, 1.0) for name in network.nodes]
     if values is None:
-        return tuple(jnp.ones((), network.dtype) for _ in range(network.depth + 1))
-    wanted = "a list with one positive number for each layer l = 0 … L"
+        return tuple(jnp.ones((), network.dtype) for _ in range(count))
+    is_chain = isinstance(network, Network)
+    each = "layer l = 0 … L" if is_chain else "node"
+    wanted = f"a list with one positive number for each {each}"
     values = as_sequence(values, "time_constants", wanted)
-    if len(values) != network.depth + 1:
-        raise ShapeError(
-            f"{len(values)} time constants for {network.depth + 1} layers; give one for each "
-            "l = 0 … L"
-        )
+    if len(values) != count:
+        what = "layers; give one for each l = 0 … L" if is_chain else "nodes"
+        raise ShapeError(f"{len(values)} time constants for {count} {what}")
     arrays = tuple(
         converted(as_float_array(v, "time constant"), network.dtype, "time constant")
         for v in values

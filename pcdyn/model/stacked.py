@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pcdyn._support.namespaces import host_namespace
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
+from pcdyn.model.clamps import Clamp
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.flow import Flow
 from pcdyn.model.network import MOST_WRITTEN_OUT, Layer, apply_layer, stack, structure_of
@@ -89,7 +91,7 @@ class StackedProblem(InferenceFlow):
         return self.pack(initial)
 
     @property
-    def data(self) -> tuple[Values | None, Values | None]:
+    def data(self) -> tuple[Clamp, ...]:
         """The clamped input and output; `None` for an end that is free."""
         return self.input, self.output
 
@@ -98,8 +100,11 @@ class StackedProblem(InferenceFlow):
         """τ of the one array of the state."""
         return (self.time_constants,)
 
-    def with_data(self, input: Values | None, output: Values | None) -> StackedProblem:
+    def with_data(self, *data: Numbers | Clamp) -> StackedProblem:
         """The same problem with other clamped data, such as one sample of a batch."""
+        input: Any
+        output: Any
+        input, output = data
         return dataclasses.replace(self, input=input, output=output, first_prediction=None)
 
     def pack(self, layers: Sequence[Numbers]) -> State:
@@ -173,7 +178,7 @@ def stacked(problem: Flow, state: State | None = None) -> Flow:
 
     `state` is for `InferenceProblem.with_prior_as_layer`.
     """
-    if not isinstance(problem, InferenceProblem):
+    if not (isinstance(problem, InferenceProblem) and problem.is_chain):
         return problem
     if problem.network.depth <= MOST_WRITTEN_OUT:
         return problem

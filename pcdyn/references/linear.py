@@ -22,12 +22,22 @@ from pcdyn._support.checks import as_sequence, check_choice, checked_integer
 from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, State
-from pcdyn.errors import InputError, ShapeError, SingularHessianError
+from pcdyn.errors import GraphError, InputError, ShapeError, SingularHessianError
+from pcdyn.linearisation.block_sparse import Blocks
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
+from pcdyn.linearisation.coupling import nodes_of, weighted_squares
 from pcdyn.linearisation.hessian import with_derivatives
 from pcdyn.linearisation.relaxation import factor_modes, relaxed, singular_modes, square
-from pcdyn.linearisation.whitened import error_factor, error_matrix, linear_parts
+from pcdyn.linearisation.whitened import (
+    check_same_units,
+    error_factor,
+    error_matrix,
+    linear_parts,
+    linear_rows,
+    node_that_differs,
+)
 from pcdyn.model.energies.precision import Precision
+from pcdyn.model.graph import Graph
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 
@@ -36,20 +46,36 @@ _CORRECTIONS = 3
 
 
 @compiled
-def hessian(problem: InferenceProblem) -> BlockTridiagonal:
+def hessian(problem: InferenceProblem) -> Blocks:
     """Compute H = ∂²F/∂y², the same for every sample and every state of a linear network.
 
     `H_ll = Π_l + W_{l+1}ᵀ Π_{l+1} W_{l+1}` and `H_{l,l+1} = −W_{l+1}ᵀ Π_{l+1}`; a free input
-    without a prior lacks Π_0, a free output the second term.
+    without a prior lacks Π_0, a free output the second term. Of a graph it is `Σ_k J_kᵀ Π_k J_k`
+    with J_k = ∂ε_k/∂y, which has a block for each pair of free nodes that meet in a prediction.
 
     **Raises:**
 
     - `NotLinearError` for other networks and energies.
     """
     layers, precisions = linear_parts(problem)
+    if not problem.is_chain:
+        check_same_units(problem, "the Hessian")
+        _check_size(problem)
+        return weighted_squares(problem, linear_rows(problem), precisions)
     problem = problem.with_prior_as_layer()
     jacobians = {index: layer.matrix for index, layer in enumerate(layers, start=1)}
     return gauss_newton_hessian(problem, precisions, jacobians)
+
+
+def check_linear(problem: InferenceProblem) -> None:
+    """Raise what `hessian` raises, and `SizeError` where that does not fit into memory."""
+    linear_parts(problem)
+    _check_size(problem)
+
+
+def _check_size(problem: InferenceProblem) -> None:
+    entries = sum(float(width) ** 2 for width in problem.free_widths)
+    check_size(entries * problem.dtype.itemsize, "the Hessian of the free layers")
 
 
 def gauss_newton_hessian(
@@ -61,8 +87,7 @@ def gauss_newton_hessian(
     predictions.
     """
     network = problem.network
-    entries = sum(float(network.widths[index]) ** 2 for index in problem.free_layers)
-    check_size(entries * network.dtype.itemsize, "the Hessian of the free layers")
+    _check_size(problem)
     diagonal, upper = [], []
     for index in problem.free_layers:
         width = network.widths[index]
@@ -122,26 +147,32 @@ def linear_equilibrium(
     arrays, rest = eqx.partition(problem, eqx.is_array)
     fixed = eqx.combine(jax.lax.stop_gradient(arrays), rest)
     state, regular, pivot = _solved(fixed, method)
-    if not is_traced(regular) and not bool(regular):
+    if not is_traced(regular) and not bool(jnp.all(regular)):
+        free = f"layers {given.free_layers}"
+        if not given.is_chain:
+            free = f"nodes {', '.join(map(given.node_name, given.free_layers))}"
         raise SingularHessianError(
-            f"the Hessian is singular (smallest scaled pivot {float(pivot):.1e}): with the free "
-            f"layers {given.free_layers} the free energy has flat directions, or so nearly that "
-            f"{problem.dtype} cannot tell, and no unique equilibrium; clamp an end, or follow the "
-            "flow from a start with pcdyn.simulate(problem, …, integrator=pcdyn.Exact())"
+            f"the Hessian is singular (smallest scaled pivot {float(jnp.min(pivot)):.1e}): with "
+            f"the free {free} the free energy has flat directions, or so nearly that "
+            f"{problem.dtype} cannot tell, and no unique equilibrium; clamp or predict more, or "
+            "follow the flow from a start with pcdyn.simulate(problem, …, "
+            "integrator=pcdyn.Exact())"
         )
     # Where nothing is traced there are no derivatives to put in.
     if not is_traced(problem):
         return given.activities(state)
-    certain = jnp.broadcast_to(regular, state[0].shape[:-1])
+    certain = jnp.broadcast_to(jnp.asarray(regular), state[0].shape[:-1])
     return given.activities(with_derivatives(problem, state, certain))
 
 
 @compiled
 def _solved(problem: InferenceProblem, method: str) -> tuple[State, Array, Array]:
     """The equilibrium, NaN unless it is regular, whether it is, and the smallest scaled pivot."""
+    if node_that_differs(problem) is not None:
+        return problem.map_samples(lambda one: _solved(one, method))
     state, pivot, change = _corrected(problem, method)
     eps = jnp.finfo(problem.dtype).eps
-    size = sum(problem.network.widths[index] for index in problem.free_layers)
+    size = sum(problem.free_widths)
     regular = (pivot > 10 * size * eps) & (change <= jnp.sqrt(eps))
     return tuple(jnp.where(regular, x, jnp.nan) for x in state), regular, pivot
 
@@ -152,8 +183,10 @@ def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Ar
     if method == "output_space":
         before, state = _in_output_space(problem)
         return state, one, _relative(problem, before, state)
-    widths = problem.network.widths
-    if problem.input is not None:
+    widths = problem.widths
+    if not problem.is_chain:
+        state = problem.zeros_state()
+    elif problem.input is not None:
         state = problem.feedforward_state()
     else:
         state = problem.zeros_state()
@@ -161,11 +194,11 @@ def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Ar
         if problem.output is None or widths[0] > min(widths):
             return state, 0 * one, 0 * one
     factor, pivot = error_factor(problem)
-    if problem.input is not None:
+    if _has_errors_of_their_own(problem):
         # Each free layer has a prediction error of its own: A has full rank whatever the weights.
         pivot = one
     # Beyond, the round-off of the gradient outweighs the slowest directions.
-    sizes = jnp.abs(jnp.concatenate([jnp.diagonal(block) for block in factor.factors]))
+    sizes = jnp.abs(factor.diagonal)
     resolved = jnp.min(sizes) > jnp.finfo(sizes.dtype).eps ** 0.75 * jnp.max(sizes)
     pivot = jnp.where(resolved, pivot, 0)
     before = state
@@ -173,6 +206,20 @@ def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Ar
         before = state
         state = jax.tree.map(jnp.subtract, state, factor.solve(problem.gradient(state)))
     return state, pivot, _relative(problem, before, state)
+
+
+def _has_errors_of_their_own(problem: InferenceProblem) -> bool:
+    """Whether each free layer is predicted, and none from what depends on it."""
+    if problem.is_chain:
+        return problem.input is not None
+    graph = problem.graph
+    assert isinstance(graph, Graph), "there are chains and graphs"
+    free = problem.free_layers
+    try:
+        graph.feedforward_order([node not in free for node in range(len(graph.nodes))])
+    except GraphError:
+        return False
+    return True
 
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
@@ -308,13 +355,28 @@ class ExactFlow(eqx.Module):
         return _at(self, jnp.asarray(t))
 
 
+class ExactFlows(eqx.Module):
+    """The exact trajectories of samples that differ in their free units, stacked."""
+
+    each: ExactFlow
+
+    @property
+    def round_off(self) -> Array:
+        """That of each sample."""
+        return self.each.round_off
+
+    def __call__(self, t: Scalar) -> State:
+        """Evaluate the state at time t."""
+        return jax.vmap(lambda one: one(t))(self.each)
+
+
 @compiled
 def _at(flow: ExactFlow, t: Array) -> State:
     moved = relaxed(flow.factor, flow.modes, flow.residual, t)
     return _split(flow.initial + _times(moved, flow.scale), flow.widths)
 
 
-def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
+def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow | ExactFlows:
     """Solve the flow of a linear network from `initial` exactly, as a function of time.
 
     `y(t) = y* + e^{−Ht}(y(0) − y*)` for the whole network at once. The paper (A.4) says that no
@@ -326,7 +388,10 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     - `NotLinearError` for other networks and energies.
     """
     linear_parts(problem)
-    return _exact_flow(problem, problem.initial_state(initial))
+    start = problem.initial_state(initial)
+    if node_that_differs(problem) is None:
+        return _exact_flow(problem, start)
+    return ExactFlows(problem.map_samples(_exact_flow, start))
 
 
 @compiled
@@ -334,15 +399,18 @@ def _exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     _, precisions = linear_parts(problem)
     problem = problem.with_prior_as_layer(initial)
     errors = problem.prediction_errors(problem.activities(initial))
-    white = [-p.whiten(error) for p, error in zip(precisions, errors, strict=True)]
+    each = zip(precisions, errors, problem.predicted_layers, strict=True)
+    # Those of what is clamped, from what is clamped, do not depend on the state.
+    white = [-p.whiten(error) for p, error, index in each if _bears(problem, index)]
     scale = _root_rates(problem)
     matrix = error_matrix(problem)
-    factor, residual = square(
-        matrix * jnp.broadcast_to(scale, matrix.shape), jnp.concatenate(white, axis=-1)
-    )
+    target = jnp.concatenate(white, axis=-1)
+    # Rows for the units that a sample has not: they stay where they are.
+    target = jnp.pad(target, [*[(0, 0)] * (target.ndim - 1), (0, len(matrix) - target.shape[-1])])
+    factor, residual = square(matrix * jnp.broadcast_to(scale, matrix.shape), target)
     left, sizes, right = jax.lax.stop_gradient(singular_modes(factor))
     eps, largest = jnp.finfo(sizes.dtype).eps, jnp.max(sizes)
-    if problem.input is None:
+    if not _has_errors_of_their_own(problem):
         # Round-off in a flat direction would grow with time; neither rate nor drive is there.
         sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
     known = jnp.where(sizes > 0, sizes, jnp.inf)
@@ -400,7 +468,7 @@ def single_layer_flow(
         energy=problem.energy[layer - 1 : layer + 1],
         time_constants=problem.time_constants[layer - 1 : layer + 2],
     )
-    return exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
+    return _exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
 
 
 def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
@@ -437,7 +505,7 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
     rates.
     """
     linear_parts(problem)
-    units = sum(problem.network.widths[i] for i in problem.free_layers)
+    units = sum(problem.free_widths)
     check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
     matrix, scale = error_matrix(problem), _root_rates(problem)
     (factor,) = square(matrix * jnp.broadcast_to(scale, matrix.shape))
@@ -446,9 +514,13 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
 
 def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
     """τ^{-½} of each free unit."""
-    widths = [problem.network.widths[index] for index in problem.free_layers]
-    each = problem.state_time_constants
-    return jnp.concatenate([jnp.full(w, c**-0.5) for w, c in zip(widths, each, strict=True)])
+    each = zip(problem.free_widths, problem.state_time_constants, strict=True)
+    return jnp.concatenate([jnp.full(width, tau**-0.5) for width, tau in each])
+
+
+def _bears(problem: InferenceProblem, index: int) -> bool:
+    """Whether the error of a prediction depends on the state: in a chain each does."""
+    return problem.is_chain or any(n in problem.free_layers for n in nodes_of(problem, index))
 
 
 def _times(rows: Float[Array, "*batch N"], vector: Float[Array, " N"]) -> Array:

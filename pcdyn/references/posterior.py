@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,8 +29,15 @@ from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import ShapeError
+from pcdyn.linearisation.block_sparse import BlockFactor
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
-from pcdyn.linearisation.whitened import error_factor, precisions_of
+from pcdyn.linearisation.whitened import (
+    check_same_units,
+    error_factor,
+    linear_parts,
+    precisions_of,
+)
+from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import hessian, linear_equilibrium
 
@@ -40,7 +48,8 @@ class Posterior(eqx.Module):
     - `mean`: of each free layer, `(n_l,)` or `(batch, n_l)`: the equilibrium of inference.
     - `covariances`: of each free layer, `(n_l, n_l)`, the diagonal blocks of H⁻¹. All samples have
       the same.
-    - `log_evidence`: log p(clamped output | clamped input), per sample.
+    - `log_evidence`: log p(clamped output | clamped input), per sample. NaN for a graph that is no
+      generative model, for it has a cycle or a node with several predictions.
     - `factor`: the block Cholesky factor of H, the precision of all free layers together.
     - `layers`: the indices l of the free layers.
     """
@@ -48,7 +57,7 @@ class Posterior(eqx.Module):
     mean: State
     covariances: tuple[Float[Array, "_ _"], ...]
     log_evidence: Float[Array, "*batch"]
-    factor: BlockCholesky
+    factor: BlockFactor
     layers: tuple[int, ...] = eqx.field(static=True)
 
     @property
@@ -67,7 +76,7 @@ class Posterior(eqx.Module):
         widths = [x.shape[-1] for x in self.mean]
         dtype = self.mean[0].dtype
         check_size(2 * float(sum(widths)) ** 2 * dtype.itemsize, "the covariance of all free units")
-        return _inverse(self.factor)
+        return _inverse(self.factor, tuple(widths))
 
     def log_density(self, state: Sequence[Numbers]) -> Float[Array, "*shape"]:
         """Compute the log of the posterior's density at a state of the free layers.
@@ -149,8 +158,7 @@ class Posterior(eqx.Module):
 
 
 @compiled
-def _inverse(factor: BlockCholesky) -> Array:
-    widths = [len(block) for block in factor.factors]
+def _inverse(factor: BlockFactor, widths: tuple[int, ...]) -> Array:
     eye = jnp.eye(sum(widths), dtype=factor.factors[0].dtype)
     units = jnp.split(eye, np.cumsum(widths)[:-1], axis=1)
     rows = jnp.concatenate(factor.solve(tuple(units)), axis=1)
@@ -196,18 +204,22 @@ def posterior(problem: InferenceProblem) -> Posterior:
 
     Source: Kschischang, Frey & Loeliger 2001; Rauch, Tung & Striebel 1965.
     """
+    linear_parts(problem)
+    check_same_units(problem, "the covariance")
     rest = linear_equilibrium(problem)
     mean = problem.state_of(rest)
     factor, covariances, log_evidence = _given_mean(problem.with_prior_as_layer(), mean)
+    if isinstance(problem.graph, Graph) and not problem.graph.is_generative:
+        log_evidence = jnp.full_like(log_evidence, jnp.nan)
     return Posterior(mean, covariances, log_evidence, factor, problem.free_layers)
 
 
 @eqx.filter_jit
 def _given_mean(
     problem: InferenceProblem, mean: State
-) -> tuple[BlockCholesky, tuple[Array, ...], Array]:
+) -> tuple[BlockFactor, tuple[Array, ...], Array]:
     """The factor of H, the diagonal blocks of H⁻¹ and the log evidence."""
-    factor = _factor(problem)
+    factor = _factor(problem) if problem.is_chain else hessian(problem).cholesky()
     # NaN where `linear_equilibrium` has found H singular.
     known = jnp.where(jnp.isfinite(jax.lax.stop_gradient(mean[0]).ravel()[0]), 1.0, jnp.nan)
     known = known.astype(problem.dtype)
@@ -223,7 +235,7 @@ def log_normaliser(problem: InferenceProblem) -> Array:
     total = jnp.zeros((), problem.dtype)
     precisions = precisions_of(problem, "densities of Gaussian noise need")
     for precision, index in zip(precisions, problem.predicted_layers, strict=True):
-        width = problem.network.widths[index]
+        width = problem.widths[problem.target_node(index)]
         log_determinant = precision.log_determinant(width)
         total = total + 0.5 * (width * math.log(2 * math.pi) - log_determinant)
     return total
@@ -233,7 +245,9 @@ def log_normaliser(problem: InferenceProblem) -> Array:
 def _factor_once(problem: InferenceProblem) -> BlockCholesky:
     """The factor of `error_factor`, whose QR factorisations have no derivative of their own where
     they are padded with zeros."""
-    return error_factor(problem)[0]
+    factor, _ = error_factor(problem)
+    assert isinstance(factor, BlockCholesky), "it is asked for chains alone"
+    return factor
 
 
 _factor = with_rule_in_loops(_factor_once)
@@ -246,6 +260,8 @@ def _factor_jvp(
     """From dH = dL Lᵀ + L dLᵀ, block after block."""
     (problem,), (tangent,) = primals, tangents
     factor = _factor(problem)
+    matrix: Any
+    change: Any
     matrix, change = eqx.filter_jvp(hessian, (problem,), (tangent,))
     # Blocks that do not depend on what moves have no tangent at all.
     change = jax.tree.map(lambda x, c: jnp.zeros_like(x) if c is None else c, matrix, change)

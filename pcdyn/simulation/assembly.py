@@ -88,12 +88,15 @@ def _build(
     if isinstance(integrated, StackedProblem):
         errors = integrated.unpack_errors(errors)
     xp = array_namespace(times)
-    activities = tuple(
+    layers = problem.activities(states)
+    each = [
         xp.broadcast_to(xp.asarray(x), (len(times), *x.shape))
         if index not in problem.free_layers
         else xp.asarray(x)
-        for index, x in enumerate(problem.activities(states))
-    )
+        for index, x in enumerate(layers)
+    ]
+    # With the names of nodes, if they have any.
+    activities = jax.tree.unflatten(jax.tree.structure(layers), each)
     return Trajectory(
         times=times,
         activities=activities,

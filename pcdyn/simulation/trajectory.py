@@ -146,7 +146,8 @@ class Trajectory(LayerEnergies, WithStatistics):
         *networks, count = np.shape(self.times)
         if count == 0:
             raise TimesError(f"no time was saved before the run ended: {self.message}")
-        return tuple(x[(*[slice(None)] * len(networks), -1)] for x in self.activities)
+        last = (*[slice(None)] * len(networks), -1)
+        return jax.tree.map(lambda x: x[last], self.activities)
 
     def distance_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
         """Compute the Euclidean distance of the activities from `reference`.

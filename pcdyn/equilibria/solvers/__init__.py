@@ -95,7 +95,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     error coordinates, if both ends are clamped, the curvature of each hidden energy is known and
     activations have no kinks: they take the fewest passes and are compiled the fastest. They leave
     to Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
-    output's energy is known too; then comes pseudo-transient continuation, for any energy.
+    output's energy is known too; then comes pseudo-transient continuation, for any energy. Graphs
+    begin with Gauss–Newton.
     """
     leaves, structure = jax.tree.flatten(problem)
     kind = structure, tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
@@ -110,8 +111,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
 def _choose(problem: InferenceProblem) -> tuple[Solver, ...]:
     if has_linear_flow(problem):
         return (ClosedForm(),)
-    both = problem.with_prior_as_layer().both_ends_clamped
-    smooth = both and not has_kinks(problem.network)
+    both = problem.is_chain and problem.with_prior_as_layer().both_ends_clamped
+    smooth = both and not has_kinks(problem)
     first = smooth and has_curvature(problem, of_output=False)
     return (
         *((ConjugateGradients(max_iterations=_FEW_ITERATIONS),) if first else ()),

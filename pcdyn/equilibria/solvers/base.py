@@ -89,7 +89,8 @@ def energy_round_off(problem: InferenceProblem, state: State) -> Array:
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
     weighted = tuple(problem.weighted_errors(errors, activities))
-    return round_off(problem.free_energy(state), weighted, activities[1:], errors)
+    targets = tuple(activities[problem.target_node(k)] for k in problem.predicted_layers)
+    return round_off(problem.free_energy(state), weighted, targets, errors)
 
 
 def within_round_off(moved: State, state: State) -> Array:

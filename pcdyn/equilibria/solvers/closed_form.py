@@ -14,7 +14,7 @@ from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.linear import hessian, linear_equilibrium
+from pcdyn.references.linear import check_linear, linear_equilibrium
 
 
 class ClosedForm(Solver):
@@ -37,14 +37,14 @@ class ClosedForm(Solver):
         return "closed_form"
 
     def check(self, problem: InferenceProblem) -> None:
-        hessian(problem)
+        check_linear(problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         # The S-matrix costs a multiplication of n_L rows per layer, the blocks a factorisation.
-        widths = problem.network.widths
+        widths = problem.widths
         # Above a narrower layer S is singular but for the precision of the output.
-        narrow = widths[-1] <= min(widths[1:])
-        via = self.via or ("output_space" if problem.both_ends_clamped and narrow else "cholesky")
+        narrow = problem.is_chain and problem.both_ends_clamped and widths[-1] <= min(widths[1:])
+        via = self.via or ("output_space" if narrow else "cholesky")
         solved = problem.state_of(linear_equilibrium(problem, method=via))
         finite = jax.vmap(all_finite)(solved)
         status = final_status(True, finite, EquilibriumStatus.CONVERGED)

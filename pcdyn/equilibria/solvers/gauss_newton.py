@@ -9,7 +9,6 @@ over depth, or Gaussian message passing.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -24,8 +23,9 @@ from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
 from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propose, descend
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
-from pcdyn.errors import InputError
-from pcdyn.linearisation.block_tridiagonal import BlockCholesky
+from pcdyn.errors import GraphError, InputError
+from pcdyn.linearisation.block_sparse import BlockFactor
+from pcdyn.linearisation.coupling import error_rows, source_jacobians, weighted_squares
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import gauss_newton_hessian
@@ -67,7 +67,7 @@ class GaussNewton(Solver):
         check_curvature(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        if not problem.both_ends_clamped:
+        if not (problem.is_chain and problem.both_ends_clamped):
             return descend(ActivityModel(problem), state, tolerance, self.max_iterations)
         chain = ErrorCoordinates(problem)
         explicit = problem.network.widths[-1] <= self.explicit_width
@@ -163,8 +163,9 @@ class ActivityModel(DescentModel):
     @property
     def matrix_passes(self) -> int:
         # A Jacobian takes as many passes through its layer as it has rows or columns.
-        widths = self.problem.network.widths
-        return 1 + max(min(pair) for pair in itertools.pairwise(widths))
+        widths, graph = self.problem.widths, self.problem.graph
+        each = zip(graph.targets, graph.sources, strict=True)
+        return 1 + max(min(widths[t], sum(widths[i] for i in given)) for t, given in each)
 
     def evaluate(self, point: State) -> PointEvaluation:
         slope = self.problem.gradient(point)
@@ -180,11 +181,14 @@ class ActivityModel(DescentModel):
         return dataclasses.replace(self, problem=self.problem.sample(samples))
 
     def factorise(self, point: State, damping: Array) -> Propose:
-        def factor(one: InferenceProblem, state: State, damping: Array) -> BlockCholesky:
-            jacobians = layer_jacobians(one, state)
-            matrix = gauss_newton_hessian(one, curvatures(one, state), jacobians)
-            largest = jnp.max(jnp.concatenate([jnp.diagonal(b) for b in matrix.diagonal]))
-            return matrix.plus_diagonal(damping * largest).cholesky()
+        def factor(one: InferenceProblem, state: State, damping: Array) -> BlockFactor:
+            weights = curvatures(one, state)
+            if one.is_chain:
+                matrix = gauss_newton_hessian(one, weights, layer_jacobians(one, state))
+            else:
+                rows = error_rows(one, source_jacobians(one, state))
+                matrix = weighted_squares(one, rows, weights)
+            return matrix.plus_diagonal(damping * matrix.largest_diagonal).cholesky()
 
         factors = self.problem.map_samples(factor, point, damping)
 
@@ -205,7 +209,7 @@ def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = T
     index = _without_curvature(problem, of_output=of_output)
     if index is not None:
         raise InputError(
-            f"{name} needs the curvature of each energy, but that of layer {index}, "
+            f"{name} needs the curvature of each energy, but that of {problem.target_name(index)}, "
             f"{type(problem.energy_of(index)).__name__}, has none: write its method "
             '`curvature`, or use the method "pseudo_transient", which needs none'
         )
@@ -216,6 +220,11 @@ def check_error_coordinates(name: str, problem: InferenceProblem) -> None:
 
     A prior on the input serves as a clamp.
     """
+    if not problem.is_chain:
+        raise GraphError(
+            f"{name} needs a chain with nothing but its ends clamped: use another method, such as "
+            '"gauss_newton", or leave it out'
+        )
     check_curvature(name, problem, of_output=False)
     if not problem.with_prior_as_layer().both_ends_clamped:
         raise InputError(
@@ -228,7 +237,7 @@ def _without_curvature(problem: InferenceProblem, *, of_output: bool) -> int | N
     """The first predicted layer with an energy of unknown curvature; `None` if there is none."""
     known = set()
     for index in problem.predicted_layers if of_output else problem.predicted_layers[:-1]:
-        energy, width = problem.energy_of(index), problem.network.widths[index]
+        energy, width = problem.energy_of(index), problem.widths[problem.target_node(index)]
         if energy.quadratic_form is not None:
             continue
         target = problem.target_of(index)

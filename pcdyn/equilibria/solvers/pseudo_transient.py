@@ -69,7 +69,7 @@ class PseudoTransient(Solver):
         return solve_each(self._solve_one, problem, state, tolerance)
 
     def _solve_one(self, problem: InferenceProblem, state: State, tolerance: Array) -> Solution:
-        dtype = problem.network.dtype
+        dtype = problem.dtype
         running = int(EquilibriumStatus.ITERATION_LIMIT)
         # In the units of time that the precisions give.
         precision = smallest_precision(problem)

@@ -79,7 +79,7 @@ def _solve_first(
     problem: InferenceProblem, state: State, solver: Solver, tolerance: Scalar, relative: bool
 ) -> tuple[Solution, Values]:
     """The solution, and the tolerance per sample."""
-    if has_kinks(problem.network):
+    if has_kinks(problem):
         # On a ridge the gradient vanishes, and nothing could be small beside it.
         beside, falls = step_off_ridges(problem, state)
         state = choose(falls, beside, state)
@@ -95,7 +95,7 @@ def _solve(problem: InferenceProblem, state: State, solver: Solver, goal: Scalar
     """Solve from `state`, and where that ends on a ridge of F, again from beside it."""
     # The verdict is of the residual computed again, in another order of operations.
     goal = 0.9 * goal
-    if not has_kinks(problem.network):
+    if not has_kinks(problem):
         return solver.solve(problem, state, goal)
 
     def again(carry: _Carry) -> _Carry:
@@ -193,7 +193,7 @@ def solve_on_host(
     It starts from the feedforward pass unless another start is given. Where activations have
     kinks, the samples that a solver leaves are looked at for sliding ones.
     """
-    each, given = with_numbers_as_arrays(solvers), np.asarray(tolerance, problem.network.dtype)
+    each, given = with_numbers_as_arrays(solvers), np.asarray(tolerance, problem.dtype)
     begin, solution, goal, observed = _solve_and_observe(problem, start, each[0], given, relative)
     goal, sliding, done = np.asarray(goal), {}, np.zeros(goal.shape, bool)
     ran = 0
@@ -203,7 +203,7 @@ def solve_on_host(
             after = _solve(problem, _restart(solution, begin), solver, left)
             solution = _follow_up(solution, after, done)
         solution = on_host(solution)
-        if has_kinks(problem.network):
+        if has_kinks(problem):
             solution, sliding = _slide_rest(problem, solution, goal, sliding)
         done = np.asarray(solution.status == EquilibriumStatus.CONVERGED)
         done[list(sliding)] = True

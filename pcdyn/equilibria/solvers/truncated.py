@@ -174,7 +174,7 @@ class TruncatedGaussNewton(eqx.Module):
     def _unsolved(self, problem: InferenceProblem, chain: ErrorCoordinates, point: _Point) -> Array:
         """The samples that must be handed over."""
         rises = _rises(chain, point)
-        if has_kinks(problem.network):
+        if has_kinks(problem):
             return rises
         return rises | ~(point.residual <= self.unsettled)
 
@@ -182,7 +182,7 @@ class TruncatedGaussNewton(eqx.Module):
         """Solve the `unsolved` samples by a solver that checks every step."""
         chain = ErrorCoordinates(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
-        most = _STEPS_AT_KINKS if has_kinks(problem.network) else GaussNewton().max_iterations
+        most = _STEPS_AT_KINKS if has_kinks(problem) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)
         if not has_curvature(problem):
             solver = ErrorDescent(max_iterations=4 * most)

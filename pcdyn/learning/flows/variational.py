@@ -19,9 +19,9 @@ from jaxtyping import Array, ArrayLike, Float
 from pcdyn._support.arrays import as_float_array, is_traced
 from pcdyn._support.types import Numbers, State
 from pcdyn.errors import InputError, PosteriorError, ShapeError
-from pcdyn.linearisation.block_tridiagonal import BlockTridiagonal
+from pcdyn.linearisation.block_sparse import Blocks
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.linearisation.whitened import is_linear, precisions_of
+from pcdyn.linearisation.whitened import is_linear, node_that_differs, precisions_of
 from pcdyn.model.energies.precision import Precision, asymmetry_of
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.linear import hessian
@@ -112,10 +112,10 @@ def check_posterior(posterior: object) -> None:
 
 
 def _over_samples(
-    problem: InferenceProblem, state: State, function: Callable[[BlockTridiagonal], Array]
+    problem: InferenceProblem, state: State, function: Callable[[Blocks], Array]
 ) -> Array:
     """`function` of H, per sample; once for all samples if the network is linear."""
-    if is_linear(problem.network):
+    if is_linear(problem.graph) and node_that_differs(problem) is None:
         return function(hessian(problem))
     if state[0].ndim == 1:
         return function(free_energy_hessian(problem, state))

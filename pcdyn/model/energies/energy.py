@@ -299,18 +299,18 @@ def one_per_prediction(energy: Energy | Sequence[Energy] | None, depth: int) -> 
         )
     found = []
     for index, each in enumerate(energy, start=1):
-        with naming_layer(index):
+        with naming_layer(f"layer {index}"):
             found.extend(each.per_prediction(1))
     return tuple(found)
 
 
 @contextlib.contextmanager
-def naming_layer(index: int) -> Iterator[None]:
-    """Say in an `InputError` raised inside of which layer the energy is."""
+def naming_layer(name: str) -> Iterator[None]:
+    """Say in an `InputError` raised inside of which layer or node the energy is."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f"energy of layer {index}: {error}") from error
+        raise type(error)(f"energy of {name}: {error}") from error
 
 
 def in_dtype(energies: tuple[Energy, ...], dtype: np.dtype) -> tuple[Energy, ...]:

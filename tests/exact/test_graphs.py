@@ -1,0 +1,204 @@
+"""Graphs of predictions against dense least squares, matrix exponentials and the chain."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import pcdyn
+from pcdyn import Gaussian, Graph, InferenceProblem, Prediction
+from pcdyn.references.linear import hessian, spectrum
+from tests.graphs import GraphCase, random_graph
+
+TIMES = np.array([0.0, 0.3, 2.0, 9.0])
+# Ten draws of numbers for each of twenty structures.
+QUICK, ALL, DRAWS = range(4), range(4, 20), 10
+
+
+def stacked(activities) -> np.ndarray:
+    return np.concatenate([np.asarray(x) for x in activities], axis=-1)
+
+
+def check(case: GraphCase) -> None:
+    end, course = case.solved(TIMES)
+    problem = case.problem
+    scale = np.max(np.abs(end))
+    rest = pcdyn.equilibrium(problem, initial="zeros")
+    np.testing.assert_allclose(stacked(rest.activities), end, atol=1e-10 * scale)
+    run = pcdyn.simulate(problem, t1=9.0, times=TIMES, initial="zeros", integrator="exact")
+    np.testing.assert_allclose(stacked(run.activities), course, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("structure", QUICK)
+def test_linear_graphs_are_dense_least_squares(structure):
+    for numbers in range(DRAWS):
+        check(random_graph(structure, 1000 * structure + numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ALL)
+def test_more_linear_graphs_are_dense_least_squares(structure):
+    for numbers in range(DRAWS):
+        check(random_graph(structure, 1000 * structure + numbers))
+
+
+@pytest.mark.parametrize("structure", [3, 7])
+def test_each_sample_of_a_batch_may_have_its_own_mask(structure):
+    case = random_graph(structure, structure, batch=3, differ=True)
+    problem = case.problem
+    # Those of the first sample are all free, so that the others have units that are none.
+    assert any(getattr(value, "padded", False) for value in problem.clamp)
+    rest = pcdyn.equilibrium(problem, initial="zeros")
+    exact = pcdyn.simulate(problem, t1=9.0, times=TIMES, initial="zeros", integrator="exact")
+    stepped = {
+        name: pcdyn.simulate(problem, t1=9.0, times=TIMES, initial="zeros", integrator=name)
+        for name in ("dopri8", "rodas5p", "Radau")
+    }
+    for sample in range(3):
+        end, course = case.solved(TIMES, sample)
+        scale = np.max(np.abs(end))
+        np.testing.assert_allclose(stacked(rest.activities)[sample], end, atol=1e-10 * scale)
+        np.testing.assert_allclose(stacked(exact.activities)[:, sample], course, atol=1e-10 * scale)
+        for run in stepped.values():
+            # Tolerances of 1e-6 a step, over tens of steps.
+            np.testing.assert_allclose(
+                stacked(run.activities)[:, sample], course, atol=1e-4 * scale
+            )
+    one = pcdyn.linear_equilibrium(problem.sample(1))
+    np.testing.assert_allclose(stacked(one), case.solved(TIMES, 1)[0], atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("structure", [0, 2, 5])
+def test_the_hessian_and_what_follows_from_it(structure):
+    case = random_graph(structure, structure)
+    problem, (matrix, _) = case.problem, case.whole()
+    free = ~np.concatenate(case.masks)
+    left = matrix[:, free]
+    wanted = left.T @ left
+    np.testing.assert_allclose(hessian(problem).dense(), wanted, atol=1e-12 * np.max(wanted))
+    root = np.repeat(case.taus, case.widths)[free] ** -0.5
+    rates = np.linalg.eigvalsh(root[:, None] * wanted * root)
+    np.testing.assert_allclose(spectrum(problem), rates, rtol=1e-9)
+    found = pcdyn.stability(problem, at="zeros")
+    np.testing.assert_allclose(found.rates, rates, rtol=1e-9)
+    given = pcdyn.posterior(problem)
+    covariance = np.linalg.inv(wanted)
+    np.testing.assert_allclose(given.covariance(), covariance, rtol=1e-8, atol=1e-10)
+    ends = np.cumsum(problem.free_widths)
+    for end, block in zip(ends, given.covariances, strict=True):
+        own = slice(end - len(block), end)
+        np.testing.assert_allclose(block, covariance[own, own], rtol=1e-8, atol=1e-10)
+
+
+def listed_otherwise(problem: InferenceProblem) -> InferenceProblem:
+    """The same chain as a graph whose nodes are listed from the output to the input."""
+    network, depth = problem.network, problem.network.depth
+    names = [f"layer {l}" for l in range(depth + 1)]
+    predictions = [
+        Prediction(names[l], given=names[l - 1], by=layer, energy=energy)
+        for l, (layer, energy) in enumerate(
+            zip(network.layers, problem.energy, strict=True), start=1
+        )
+    ]
+    if problem.prior is not None:
+        mean, energy = problem.prior.mean, problem.prior.energy
+        predictions.append(Prediction(names[0], by=mean, energy=energy))
+    ends = {names[0]: problem.input, names[-1]: problem.output}
+    graph = Graph({names[l]: network.widths[l] for l in reversed(range(depth + 1))}, predictions)
+    made = InferenceProblem(
+        graph,
+        clamp={name: value for name, value in ends.items() if value is not None},
+        time_constants=dict(zip(names, problem.time_constants, strict=True)),
+    )
+    assert not made.is_chain
+    return made
+
+
+def random_chain(activation: str, seed: int, **options) -> InferenceProblem:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    net = pcdyn.mlp([3, 4, 3, 2], activation=activation, bias=True, key=keys[0], std=0.9)
+    data = {
+        "input": jax.random.normal(keys[1], (4, 3)),
+        "output": jax.random.normal(keys[2], (4, 2)),
+    }
+    return InferenceProblem(net, **{**data, **options})
+
+
+CHAINS = {
+    "tanh": {},
+    "free output": {"output": None},
+    "prior": {"input": None, "prior": pcdyn.Prior(0.3, Gaussian(2.0))},
+    "robust": {"energy": [pcdyn.LogCosh(), Gaussian(2.0), pcdyn.Student(3.0)]},
+    "precise": {"energy": Gaussian([1.0, 0.5, 30.0]), "time_constants": [1.0, 0.5, 2.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize("options", CHAINS.values(), ids=list(CHAINS))
+def test_a_chain_in_another_order_is_the_chain(options):
+    chain = random_chain("tanh", 0, **options)
+    graph = listed_otherwise(chain)
+    rest, ours = pcdyn.equilibrium(chain), pcdyn.equilibrium(graph)
+    for mine, other in zip(reversed(ours.activities), rest.activities, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+    rates, others = (pcdyn.stability(p, at="zeros").rates for p in (chain, graph))
+    np.testing.assert_allclose(rates, others, rtol=1e-9)
+    for name in ("tsit5", "rodas5p", "kvaerno5", "LSODA"):
+        run, mine = (
+            pcdyn.simulate(p, t1=5.0, times=TIMES[:3], integrator=name) for p in (chain, graph)
+        )
+        for x, other in zip(reversed(mine.activities), run.activities, strict=True):
+            np.testing.assert_allclose(x, other, atol=1e-4)
+
+
+def test_where_a_chain_slides_its_graph_slides():
+    chain = random_chain("relu", 3)
+    rest, ours = pcdyn.equilibrium(chain), pcdyn.equilibrium(listed_otherwise(chain))
+    assert "SLIDING" in rest.message
+    np.testing.assert_array_equal(ours.status_codes, rest.status_codes)
+    for mine, other in zip(reversed(ours.activities), rest.activities, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+def as_listed(chain: InferenceProblem) -> InferenceProblem:
+    """The same chain as a graph in its own order."""
+    network, names = chain.network, ["a", "b", "c", "d"]
+    graph = Graph(
+        dict(zip(names, network.widths, strict=True)),
+        [
+            Prediction(names[l], given=names[l - 1], by=layer)
+            for l, layer in enumerate(network.layers, start=1)
+        ],
+    )
+    return InferenceProblem(graph, clamp={"a": chain.input, "d": chain.output})
+
+
+def test_a_chain_written_as_a_graph_has_its_bits():
+    chain = random_chain("tanh", 1)
+    graph = as_listed(chain)
+    for found, ours in (
+        (pcdyn.equilibrium(chain), pcdyn.equilibrium(graph)),
+        (pcdyn.simulate(chain, t1=3.0), pcdyn.simulate(graph, t1=3.0)),
+    ):
+        for mine, other in zip(ours.activities, found.activities, strict=True):
+            np.testing.assert_array_equal(mine, other)
+        np.testing.assert_array_equal(ours.activities["c"], found.activities[2])
+    deltas = pcdyn.backpropagation(graph).deltas
+    for mine, other in zip(deltas, pcdyn.backpropagation(chain).deltas, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_chain_clamped_inside_falls_apart():
+    chain = random_chain("tanh", 2)
+    inside = jax.random.normal(jax.random.key(5), (4, 3))
+    both = InferenceProblem(
+        chain.network, input=chain.input, output=chain.output, clamp={2: inside}
+    )
+    rest = pcdyn.equilibrium(both)
+    lower = InferenceProblem(
+        pcdyn.Network(chain.network.layers[:2]), input=chain.input, output=inside
+    )
+    np.testing.assert_allclose(
+        rest.activities[1], pcdyn.equilibrium(lower).activities[1], atol=1e-5
+    )
+    np.testing.assert_array_equal(rest.activities[2], inside)
