@@ -23,6 +23,7 @@ from pcdyn._support.checks import (
 from pcdyn._support.functions import as_part
 from pcdyn._support.types import Numbers
 from pcdyn.errors import DtypeError, GraphError, ShapeError
+from pcdyn.model.clamps import Clamp, PartlyClamped
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.named import NamedActivities, Shape, index_of
 from pcdyn.model.network import Network, dtype_of, in_one_dtype
@@ -206,15 +207,45 @@ class Graph(eqx.Module):
         prior = Prior(priors[0][0](), priors[0][1]) if priors else None
         return network, tuple(energy for _, _, _, energy in rest), prior
 
-    def feedforward_order(self, known: Sequence[bool]) -> list[int]:
-        """Order the nodes that are not `known` so that each comes after what it is predicted from.
+    def feedforward(
+        self,
+        clamp: Sequence[Clamp],
+        batch: tuple[int, ...],
+        nudges: Sequence[Array] | None = None,
+    ) -> tuple[NamedActivities, NamedActivities]:
+        """Compute activities of a feedforward pass from what is clamped, and their predictions.
 
-        Of the predictions of a node the one listed first counts.
+        Of the predictions of a node the one listed first counts. They differ in what is clamped;
+        a node that nothing predicts has its activity. `nudges` are added to the predictions.
 
         **Raises:**
 
-        - `GraphError` on a cycle, or for a node that nothing predicts, with their names.
+        - `GraphError` on a cycle, or for a node that nothing predicts or clamps, with their names.
         """
+        activities: list[Any] = list(clamp)
+        is_whole = [not (x is None or isinstance(x, PartlyClamped)) for x in clamp]
+        order = self._feedforward_order(is_whole)
+
+        def prediction(node: int) -> Array:
+            index = self.targets.index(node) + 1
+            x = self.predict_from(index, [activities[i] for i in self.sources[index - 1]])
+            x = jnp.broadcast_to(x, (*batch, x.shape[-1]))
+            return x if nudges is None else x + nudges[index - 1]
+
+        predicted: dict[int, Any] = {}
+        for node in order:
+            x, value = prediction(node), clamp[node]
+            predicted[node] = x
+            is_partial = isinstance(value, PartlyClamped)
+            activities[node] = value.fill(value.take(x)) if is_partial else x
+        for node, whole in enumerate(is_whole):
+            if whole:
+                predicted[node] = prediction(node) if node in self.targets else activities[node]
+        each = (predicted[node] for node in range(len(self.nodes)))
+        return self.named(activities), self.named(each)
+
+    def _feedforward_order(self, known: Sequence[bool]) -> list[int]:
+        """The nodes that are not `known`, each after what it is predicted from."""
         before: dict[int, tuple[int, ...]] = {}
         for node, name in enumerate(self.nodes):
             if known[node]:
@@ -223,7 +254,7 @@ class Graph(eqx.Module):
                 raise GraphError(
                     f"no feedforward pass: nothing predicts or clamps {name!r}; {_USE}"
                 )
-            given = self.sources[self.first_prediction(node) - 1]
+            given = self.sources[self.targets.index(node)]
             before[node] = tuple(source for source in given if not known[source])
         try:
             return list(graphlib.TopologicalSorter(before).static_order())
@@ -243,9 +274,13 @@ class Graph(eqx.Module):
             return False
         return True
 
-    def first_prediction(self, node: int) -> int:
-        """Find the prediction of a node that is listed first, counted from 1."""
-        return self.targets.index(node) + 1
+    def has_order(self, known: Sequence[bool]) -> bool:
+        """Whether each node that is not `known` is predicted, and none from what depends on it."""
+        try:
+            self._feedforward_order(known)
+        except GraphError:
+            return False
+        return True
 
     def without_energies(self) -> Graph:
         """Return the same graph with no energies, which a problem keeps beside it."""

@@ -481,7 +481,7 @@ class InferenceProblem(InferenceFlow):
         - `InputError` if the input is free without a prior, and none is given.
         """
         if input is None and isinstance(self.graph, Graph):
-            return self._graph_state(self.graph)
+            return self.state_of(_passed(self, self.graph))
         x: Any
         if input is not None:
             x = clamped(input, "input", self.network.widths[:1], self.network.dtype)
@@ -497,20 +497,6 @@ class InferenceProblem(InferenceFlow):
                 "problem.feedforward_state(input=…)"
             )
         return self.state_of(self.network.feedforward(x))
-
-    @compiled
-    def _graph_state(self, graph: Graph) -> State:
-        """The state of a feedforward pass, node by node."""
-        activities: list[Any] = list(self.clamp)
-        known = [isinstance(value, jax.Array | np.ndarray) for value in self.clamp]
-        for node in graph.feedforward_order(known):
-            index, value = graph.first_prediction(node), self.clamp[node]
-            given = [activities[i] for i in graph.sources[index - 1]]
-            x = graph.predict_from(index, given)
-            x = jnp.broadcast_to(x, (*(self.batch_shape or ()), x.shape[-1]))
-            is_partial = isinstance(value, PartlyClamped)
-            activities[node] = value.fill(value.take(x)) if is_partial else x
-        return self.state_of(activities)
 
     def zeros_state(self, *, batch_size: int | None = None) -> State:
         """Return the state with all free activities zero.
@@ -613,6 +599,11 @@ class InferenceProblem(InferenceFlow):
         size = self.dtype.itemsize * sum(map(math.prod, shapes))
         check_size(size, f"a state of {batch[0] if batch else 1} samples")
         return shapes
+
+
+@compiled
+def _passed(problem: InferenceProblem, graph: Graph) -> Activities:
+    return graph.feedforward(problem.clamp, problem.batch_shape or ())[0]
 
 
 def check_problem(problem: InferenceProblem) -> None:

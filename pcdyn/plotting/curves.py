@@ -218,11 +218,12 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     sample = _checked_sample(sample, shape[0] if shape else 1)
     free = found.problem.free_layers
     ends = [_bands(found, found.activities[l], sample, axis=0, dimensions=1) for l in free]
-    starts = [_bands(found, x, sample, axis=0, dimensions=1)[1] for x in found.start]
+    begun = found.problem.activities(found.start)
+    starts = [_bands(found, begun[l], sample, axis=0, dimensions=1)[1] for l in free]
     ax = checked_axes(ax)
     for index, (low, values, high), before in zip(free, ends, starts, strict=True):
         units = np.arange(first, first + len(values))
-        rest = ax.plot(units, values, "o", label=f"layer {index}")
+        rest = ax.plot(units, values, "o", label=found.problem.node_name(index))
         if stack:
             ax.vlines(units, low, high, color=rest[0].get_color(), linewidth=1)
         lines += rest

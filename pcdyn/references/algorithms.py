@@ -16,12 +16,14 @@ from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities
 from pcdyn.errors import (
     ActivationError,
+    GraphError,
     InputError,
     ShapeError,
     SingularWeightError,
     UnreachableTargetError,
 )
 from pcdyn.model.activations import Elementwise
+from pcdyn.model.graph import Graph
 from pcdyn.model.network import Dense, Layer, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem, check_problem
 
@@ -29,13 +31,18 @@ from pcdyn.model.problem import InferenceProblem, check_problem
 def feedforward(problem: InferenceProblem) -> Activities:
     """Compute the activities x_0 … x_L of a feedforward pass from the clamped input.
 
-    They are the equilibrium when the output is free, for any activation (Theorem 3.1).
+    They are the equilibrium when the output is free, for any activation (Theorem 3.1). In a graph
+    each node has the prediction of it that is listed first; what is predicted from a clamped node
+    is predicted from the data.
 
     **Raises:**
 
     - `InputError` if the input is free.
+    - `GraphError` for a graph in which nodes predict each other, or nothing predicts or clamps one.
     """
     check_problem(problem)
+    if isinstance(problem.graph, Graph):
+        return _graph_pass(problem, problem.graph)
     if problem.input is None:
         raise InputError(
             "a feedforward pass needs a clamped input; this problem's input is free (that from the "
@@ -49,7 +56,8 @@ class BackpropagationPass(eqx.Module):
 
     - `activities`: the feedforward pass x_0 … x_L.
     - `deltas`: δ_l = −∂ℒ/∂x̂_l for l = 1 … L, each shaped like its layer; the limit of the
-      prediction errors Π_l ε_l (Theorem 3.2 with its sign corrected).
+      prediction errors Π_l ε_l (Theorem 3.2 with its sign corrected). Of a graph there is one for
+      each prediction, 0 where the pass does not use it.
     - `weight_gradient`: ∂ℒ/∂(weights), a network whose arrays are the gradients, summed over the
       batch.
     - `loss`: ℒ of the feedforward pass, per sample.
@@ -57,7 +65,7 @@ class BackpropagationPass(eqx.Module):
 
     activities: Activities
     deltas: Activities
-    weight_gradient: Network
+    weight_gradient: Network | Graph
     loss: Float[Array, "*batch"]
 
 
@@ -65,16 +73,53 @@ def backpropagation(problem: InferenceProblem) -> BackpropagationPass:
     """Propagate the output loss ℒ back through the feedforward pass.
 
     `δ_L = Π_L (T − x̂_L)`, `δ_{l−1} = W_lᵀ (f'_l ∘ δ_l)` and `∂ℒ/∂W_l = −(f'_l ∘ δ_l) x_{l−1}ᵀ`,
-    for any kind of layer and any energy.
+    for any kind of layer and any energy. The loss of a graph is the energy of the predictions of
+    what is clamped.
 
     **Raises:**
 
     - `InputError` unless both ends are clamped.
+    - `GraphError` where a graph has no feedforward pass, or predicts nothing that is clamped.
     """
     check_problem(problem)
+    if isinstance(problem.graph, Graph):
+        return _graph_backpropagation(problem, problem.graph)
     if problem.output is None:
         raise InputError("backpropagation needs a target: this problem's output is free")
     return _backpropagation(problem, feedforward(problem))
+
+
+@compiled
+def _graph_pass(problem: InferenceProblem, graph: Graph) -> Activities:
+    return graph.feedforward(problem.clamp, problem.batch_shape or ())[1]
+
+
+@compiled
+def _graph_backpropagation(problem: InferenceProblem, graph: Graph) -> BackpropagationPass:
+    """By automatic differentiation of the pass, with something added to every prediction."""
+    scored = [
+        node for node, x in enumerate(problem.clamp) if x is not None and node in graph.targets
+    ]
+    if not scored:
+        raise GraphError("backpropagation needs a target: nothing that is predicted is clamped")
+    batch = problem.batch_shape or ()
+    nudges = [jnp.zeros((*batch, graph.widths[node]), problem.dtype) for node in graph.targets]
+
+    def loss(arrays: Graph, nudges: list[Array]) -> tuple[Array, tuple[Array, Activities]]:
+        moved = eqx.combine(arrays, rest)
+        activities, predicted = moved.feedforward(problem.clamp, batch, nudges)
+        energies = jnp.zeros(batch, problem.dtype)
+        for node in scored:
+            error = activities[node] - predicted[node]
+            index = graph.targets.index(node) + 1
+            energies = energies + problem.layer_energy(index, error, activities[node])
+        return jnp.sum(energies), (energies, predicted)
+
+    arrays, rest = eqx.partition(graph, eqx.is_inexact_array)
+    differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, (energies, predicted)), (gradient, slopes) = differentiated(arrays, nudges)
+    deltas = tuple(-slope for slope in slopes)
+    return BackpropagationPass(predicted, deltas, eqx.combine(gradient, rest), energies)
 
 
 @compiled

@@ -22,7 +22,7 @@ from pcdyn._support.checks import as_sequence, check_choice, checked_integer
 from pcdyn._support.compiling import compiled
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, State
-from pcdyn.errors import GraphError, InputError, ShapeError, SingularHessianError
+from pcdyn.errors import InputError, ShapeError, SingularHessianError
 from pcdyn.linearisation.block_sparse import Blocks
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.coupling import nodes_of, weighted_squares
@@ -214,12 +214,7 @@ def _has_errors_of_their_own(problem: InferenceProblem) -> bool:
         return problem.input is not None
     graph = problem.graph
     assert isinstance(graph, Graph), "there are chains and graphs"
-    free = problem.free_layers
-    try:
-        graph.feedforward_order([node not in free for node in range(len(graph.nodes))])
-    except GraphError:
-        return False
-    return True
+    return graph.has_order([node not in problem.free_layers for node in range(len(graph.nodes))])
 
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:

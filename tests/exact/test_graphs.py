@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pcdyn
-from pcdyn import Gaussian, Graph, InferenceProblem, Prediction
+from pcdyn import Dense, Gaussian, Graph, InferenceProblem, Partial, Prediction
 from pcdyn.references.linear import hessian, spectrum
 from tests.graphs import GraphCase, random_graph
 
@@ -202,3 +204,128 @@ def test_a_chain_clamped_inside_falls_apart():
         rest.activities[1], pcdyn.equilibrium(lower).activities[1], atol=1e-5
     )
     np.testing.assert_array_equal(rest.activities[2], inside)
+
+
+def branching(activation: str = "tanh", **options) -> InferenceProblem:
+    """A graph with a skip, two inputs, a prior, a second prediction and a target."""
+    draw = np.random.default_rng(3)
+
+    def dense(rows: int, *widths: int) -> Dense:
+        weights = [draw.normal(size=(rows, n)) / np.sqrt(n) for n in widths]
+        return Dense(weights, draw.normal(size=rows), activation)
+
+    graph = Graph(
+        {"retina": 3, "sound": 2, "low": 4, "high": 3, "label": 2},
+        [
+            Prediction("sound", by=0.3, energy=Gaussian(2.0)),
+            Prediction("low", given="retina", by=dense(4, 3)),
+            Prediction("high", given=("low", "retina", "sound"), by=dense(3, 4, 3, 2)),
+            Prediction("label", given=("high", "low"), by=dense(2, 3, 4)),
+            Prediction("low", given="high", by=dense(4, 3), energy=Gaussian(0.1)),
+        ],
+    )
+    clamp = {"retina": draw.normal(size=(3, 3)), "label": draw.normal(size=(3, 2))}
+    return InferenceProblem(graph, clamp=clamp, **options)
+
+
+def unrolled(problem: InferenceProblem, nudge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pass of `branching` written out in NumPy, and its loss, with `low` moved by `nudge`."""
+
+    def predict(index: int, *given: np.ndarray) -> np.ndarray:
+        by = problem.graph.layers[index]
+        z = np.concatenate(given, axis=-1) @ np.asarray(by.weight).T + np.asarray(by.bias)
+        return np.tanh(z)
+
+    retina, label = np.asarray(problem.clamp[0]), np.asarray(problem.clamp[4])
+    low = predict(1, retina) + nudge
+    high = predict(2, low, retina, np.full((3, 2), 0.3))
+    output = predict(3, high, low)
+    return output, np.sum((label - output) ** 2) / 2
+
+
+def test_the_feedforward_pass_and_backpropagation_of_a_graph():
+    problem = branching()
+    passed, bp = pcdyn.feedforward(problem), pcdyn.backpropagation(problem)
+    output, loss = unrolled(problem, np.zeros((3, 4)))
+    np.testing.assert_allclose(passed["label"], output, rtol=1e-12)
+    np.testing.assert_allclose(np.sum(bp.loss), loss, rtol=1e-12)
+    start = problem.activities(problem.initial_state())
+    np.testing.assert_array_equal(start["label"], problem.clamp[4])
+    np.testing.assert_allclose(start["low"], passed["low"], rtol=1e-12)
+    for sample, unit in np.ndindex(3, 4):
+        step = np.zeros((3, 4))
+        step[sample, unit] = 1e-5
+        slope = (unrolled(problem, step)[1] - unrolled(problem, -step)[1]) / 2e-5
+        np.testing.assert_allclose(bp.deltas[1][sample, unit], -slope, atol=1e-8)
+    # What feedback predicts is no part of the pass.
+    np.testing.assert_array_equal(bp.deltas[4], 0)
+
+
+def test_backpropagation_of_a_chain_in_another_order():
+    chain = random_chain("tanh", 4)
+    wanted, found = (pcdyn.backpropagation(p) for p in (chain, listed_otherwise(chain)))
+    for mine, other in zip(found.deltas, wanted.deltas, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-12)
+    mine = [layer.weight for layer in found.weight_gradient.layers]
+    for gradient, layer in zip(mine, wanted.weight_gradient.layers, strict=True):
+        np.testing.assert_allclose(gradient, layer.weight, rtol=1e-10, atol=1e-12)
+
+
+def free_energy(problem: InferenceProblem, activities: list[np.ndarray]) -> float:
+    """F of `branching` in NumPy."""
+    names, total = problem.graph.nodes, 0.0
+    precisions = [2.0, 1.0, 1.0, 1.0, 0.1]
+    for each, precision in zip(problem.graph.predictions, precisions, strict=True):
+        here = activities[names.index(each.target)]
+        if each.given:
+            given = np.concatenate([activities[names.index(n)] for n in each.given], axis=-1)
+            mean = np.tanh(given @ np.asarray(each.by.weight).T + np.asarray(each.by.bias))
+        else:
+            mean = 0.3
+        total += precision * np.sum((here - mean) ** 2) / 2
+    return total
+
+
+def test_the_flow_of_a_nonlinear_graph_goes_down_its_free_energy():
+    problem = branching()
+    state = problem.random_state(jax.random.key(1))
+    activities = [np.asarray(x) for x in problem.activities(state)]
+    np.testing.assert_allclose(
+        np.sum(problem.free_energy(state)), free_energy(problem, activities), rtol=1e-12
+    )
+    gradient = problem.gradient(state)
+    for node, slope in zip(problem.free_layers, gradient, strict=True):
+        for place in np.ndindex(slope.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.copy() for x in activities]
+                moved[node][place] += sign * 1e-5
+                ends.append(free_energy(problem, moved))
+            np.testing.assert_allclose(slope[place], (ends[0] - ends[1]) / 2e-5, atol=1e-8)
+    rest = pcdyn.equilibrium(problem)
+    assert np.max(rest.residual_norms) < 1e-6
+
+
+LEAVES = {
+    "weight": lambda p: p.graph.layers[2].weight,
+    "bias": lambda p: p.graph.layers[4].bias,
+    "mean": lambda p: p.graph.layers[0].value,
+    "precision": lambda p: p.energy[4].precision,
+    "data": lambda p: p.clamp[0],
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_derivatives_of_an_equilibrium_by_each_leaf(leaf):
+    problem, where = branching(), LEAVES[leaf]
+    value = where(problem)
+    direction = jax.random.normal(jax.random.key(2), value.shape, value.dtype)
+
+    def energy(x: jax.Array) -> jax.Array:
+        rest = pcdyn.equilibrium(eqx.tree_at(where, problem, x), tolerance=1e-12)
+        return jnp.sum(rest.activities["high"] ** 2)
+
+    slope = jnp.sum(jax.grad(energy)(value) * direction)
+    step = 1e-4 * direction
+    wanted = (energy(value + step) - energy(value - step)) / 2e-4
+    np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-8)

@@ -52,7 +52,7 @@ class GradientDescent(Solver):
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         def update(_: InferenceProblem, state: State, slope: State) -> State:
-            return step(state, -jnp.asarray(self.dt, problem.network.dtype), slope)
+            return step(state, -jnp.asarray(self.dt, problem.dtype), slope)
 
         return solve_each(
             lambda p, x, goal: _iterate(p, x, goal, update, self.max_iterations),
