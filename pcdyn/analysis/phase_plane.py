@@ -16,6 +16,7 @@ from pcdyn._support.types import State
 from pcdyn.equilibria.multiple import multiple_equilibria
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.linearisation.spectrum import decay_matrix
+from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.problem import InferenceProblem
 
 KINDS: tuple[str, ...] = ("minimum", "saddle", "maximum", "at a kink", "degenerate")
@@ -42,8 +43,14 @@ class PlanarEquilibria(eqx.Module):
 
 def coordinates(problem: InferenceProblem) -> tuple[tuple[int, int], ...]:
     """List layer and unit of each free activity."""
-    widths = problem.network.widths
-    return tuple((layer, unit) for layer in problem.free_layers for unit in range(widths[layer]))
+    found = []
+    for layer in problem.free_layers:
+        value = problem.clamp[layer]
+        units: Any = range(problem.widths[layer])
+        if isinstance(value, PartlyClamped):
+            units = np.asarray(value.free).tolist()
+        found += [(layer, unit) for unit in units]
+    return tuple(found)
 
 
 def diagonal(box: Box) -> float:

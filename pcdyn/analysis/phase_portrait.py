@@ -195,7 +195,7 @@ def phase_portrait(
     )
     if tolerance is not None:
         tolerance = checked_number(tolerance, "tolerance", above=0, error=ToleranceError)
-    size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.network.widths) * 8
+    size = 2 * _SAVES * float(resolution) ** 2 * sum(problem.widths) * 8
     check_size(size, f"the flow from a grid of {resolution} by {resolution} points")
     if t1 is not None:
         t1 = checked_number(t1, "t1", above=0, error=TimesError)
@@ -247,7 +247,7 @@ def _search_starts(problem: InferenceProblem, box: Box, integrator: str | Integr
 
 def _check_problem(problem: InferenceProblem) -> None:
     check_problem(problem)
-    widths = {index: problem.network.widths[index] for index in problem.free_layers}
+    widths = dict(zip(problem.free_layers, problem.free_widths, strict=True))
     if sum(widths.values()) != 2:
         raise ShapeError(
             f"a phase portrait needs two free units in all, but the free layers have {widths}; "
@@ -299,14 +299,10 @@ def _follow(
     problem: InferenceProblem, points: np.ndarray, t1: float, integrator: str | Integrator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The flow from all points in one batch: times, and activities (time, points, 2)."""
-    data = [
-        None if x is None else jnp.broadcast_to(x, (len(points), x.shape[-1]))
-        for x in (problem.input, problem.output)
-    ]
     times = np.append(0, np.geomspace(1e-3 * t1, t1, _SAVES - 1))
     times[-1] = t1
     run = simulate(
-        problem.with_data(data[0], data[1]), t1=t1, times=times, integrator=integrator,
+        problem.repeated(len(points)), t1=t1, times=times, integrator=integrator,
         initial=state_at(problem, jnp.asarray(points, problem.dtype)),
     )  # fmt: skip
     return times, np.concatenate(problem.state_of(run.activities), axis=-1)

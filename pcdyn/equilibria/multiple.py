@@ -143,11 +143,7 @@ def multiple_equilibria(
             f"{[x.shape for x in starts]}"
         )
     count = len(starts[0])
-    data = [
-        None if x is None else jnp.broadcast_to(x, (count, x.shape[-1]))
-        for x in (problem.input, problem.output)
-    ]
-    many = problem.with_data(data[0], data[1])
+    many = problem.repeated(count)
     found = equilibrium(many, method=method, initial=starts, tolerance=tolerance, throw=False)
     ends = np.concatenate(found.state, axis=-1)
     rests = ~EquilibriumStatus.failed(np.asarray(found.status_codes))

@@ -15,8 +15,11 @@ from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import EquilibriumStatus, ShapeError
 from pcdyn.integrators.run import on_host
 from pcdyn.io.netcdf import attribute, checked_codes, named_values, number
+from pcdyn.io.nodes import described_nodes
 from pcdyn.io.problems import problem_from_xarray, with_problem
 from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
+from pcdyn.model.clamps import PartlyClamped
+from pcdyn.model.problem import InferenceProblem
 
 if TYPE_CHECKING:
     import xarray
@@ -50,18 +53,19 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
 
     for l, values in enumerate(equilibrium.activities):
         put(f"activity_{l}", values, (f"unit_{l}",), f"activity of layer {l}")
-    predicted = equilibrium.problem.predicted_layers
-    for l, values in zip(predicted, equilibrium.prediction_errors, strict=True):
-        put(f"prediction_error_{l}", values, (f"unit_{l}",), f"prediction error of layer {l}")
+    problem = equilibrium.problem
+    predicted, targets = problem.predicted_layers, problem.targets
+    for k, l, values in zip(predicted, targets, equilibrium.prediction_errors, strict=True):
+        put(f"prediction_error_{k}", values, (f"unit_{l}",), f"prediction error of layer {l}")
     put("energy", equilibrium.energies, ("predicted_layer",), "energy of a layer")
     put("free_energy", equilibrium.free_energy, (), "free energy")
     meaning = "norm of the gradient of the free energy in a layer"
     put("residual_norm", equilibrium.residual_norms, ("free_layer",), meaning)
     put("tolerance", equilibrium.tolerance, ("free_layer",), "what that norm was to be")
-    for l, values in zip(equilibrium.problem.free_layers, equilibrium.start, strict=True):
-        put(f"start_{l}", values, (f"unit_{l}",), f"where the search began in layer {l}")
-    for l, values in zip(predicted, equilibrium.at_kink, strict=True):
-        put(f"at_kink_{l}", values, (f"unit_{l}",), f"whether a unit of layer {l} is at a kink")
+    for l, values in zip(problem.free_layers, equilibrium.start, strict=True):
+        put(f"start_{l}", values, (_unit(problem, l),), f"where the search began in layer {l}")
+    for k, l, values in zip(predicted, targets, equilibrium.at_kink, strict=True):
+        put(f"at_kink_{k}", values, (f"unit_{l}",), f"whether a unit of layer {l} is at a kink")
     put(
         "status",
         equilibrium.status_codes,
@@ -81,10 +85,17 @@ def to_xarray(equilibrium: Equilibrium) -> xarray.Dataset:
         "message": equilibrium.message,
         "compile_seconds": float(equilibrium.compile_seconds),
         "run_seconds": float(equilibrium.run_seconds),
+        **described_nodes(equilibrium.activities, targets),
     }
     if equilibrium.given_tolerance is not None:
         attributes["given_tolerance"] = equilibrium.given_tolerance
     return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _unit(problem: InferenceProblem, layer: int) -> str:
+    """The dimension of a layer of a state."""
+    is_partial = isinstance(problem.clamp[layer], PartlyClamped)
+    return f"free_unit_{layer}" if is_partial else f"unit_{layer}"
 
 
 def with_its_problem(equilibrium: Equilibrium) -> xarray.Dataset:
@@ -108,18 +119,19 @@ def from_xarray(dataset: xarray.Dataset) -> Equilibrium:
     def values(name: str, *last: str, kind: str = "real numbers") -> Values:
         return named_values(dataset, name, *last, kind=kind, sample=sample)
 
-    layers, predicted = range(len(problem.network.widths)), problem.predicted_layers
+    layers, predicted = range(len(problem.widths)), problem.predicted_layers
+    each = list(zip(predicted, problem.targets, strict=True))
     given = "given_tolerance" in dataset.attrs
     return Equilibrium(
         problem=problem,
-        start=tuple(values(f"start_{l}", f"unit_{l}") for l in problem.free_layers),
-        activities=tuple(values(f"activity_{l}", f"unit_{l}") for l in layers),
-        prediction_errors=tuple(values(f"prediction_error_{l}", f"unit_{l}") for l in predicted),
+        start=tuple(values(f"start_{l}", _unit(problem, l)) for l in problem.free_layers),
+        activities=problem.graph.named([values(f"activity_{l}", f"unit_{l}") for l in layers]),
+        prediction_errors=tuple(values(f"prediction_error_{k}", f"unit_{l}") for k, l in each),
         energies=values("energy", "predicted_layer"),
         residual_norms=values("residual_norm", "free_layer"),
         tolerance=values("tolerance", "free_layer"),
         status_codes=checked_codes(values("status", kind="integers"), EquilibriumStatus),
-        at_kink=tuple(values(f"at_kink_{l}", f"unit_{l}", kind="booleans") for l in predicted),
+        at_kink=tuple(values(f"at_kink_{k}", f"unit_{l}", kind="booleans") for k, l in each),
         iterations=values("iterations", kind="integers"),
         passes=values("passes", kind="integers"),
         compile_seconds=number(dataset, "compile_seconds"),

@@ -7,6 +7,7 @@ an equilibrium, so that one file says what was computed and of what.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,9 +19,12 @@ from pcdyn._support.checks import check_instance
 from pcdyn._support.types import Values
 from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
 from pcdyn.io.netcdf import check_dataset, named_values
+from pcdyn.io.nodes import Nodes, described_nodes, nodes_of
 from pcdyn.model.activations import Activation, get_activation
+from pcdyn.model.clamps import Partial, PartlyClamped
 from pcdyn.model.energies.energy import Energy, naming_layer
 from pcdyn.model.energies.generalised import arguments_of, named_energy
+from pcdyn.model.graph import Constant, Graph, Prediction
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 # What is written where a layer has something else.
 _OPTIONS: dict[str, float] = {"scale": 1.0, "gain": 1.0, "skip": False}
+# In place of the name of an activation, for a prior.
+_CONSTANT = "constant"
 _SKIPS = {"True": True, "False": False}
 
 
@@ -39,7 +45,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     Variables: `weight_l`, shape `(unit_l, unit_{l-1})`; `bias_l`, shape `(unit_l,)`, where there
     is one; `precision_l`, a number, `(unit_l,)` or `(unit_l, column_l)`, where one was given;
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
-    for each layer l = 0 … L; `prior_mean`, shape `(unit_0,)`, where there is a prior. The names of
+    for each layer l = 0 … L; `prior_mean`, shape `(unit_0,)`, where there is a prior. Of a graph
+    l is the number of a prediction, of the attribute `nodes`; `mean_l` is what a prior predicts,
+    `clamp_i` what node i is clamped to, where `is_clamped_i` is true if it is there. The names of
     the activations are in the attribute `activations`, and in `scales`, `gains` and `skips` what
     layers have of these; where not all energies are Gaussian their
     names are in the attribute `energies`, that of a prior in `prior_energy`, and the parameters of
@@ -63,32 +71,45 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         if parameter is not None:
             variables[f"energy_parameter_{index}"] = ((), np.asarray(parameter))
         if precision is not None:
-            dimensions = (f"unit_{index}", f"column_{index}")[: precision.ndim]
+            unit = f"unit_{problem.target_node(index)}"
+            dimensions = (unit, f"column_{index}")[: precision.ndim]
             variables[f"precision_{index}"] = (dimensions, np.asarray(precision))
         return name
 
-    for index, layer in enumerate(problem.network.layers, start=1):
+    graph = problem.graph
+    for index, layer in enumerate(graph.layers, start=1):
+        unit = f"unit_{problem.target_node(index)}"
+        energies.append(put_energy(index))
+        if isinstance(layer, Constant):
+            names.append(_CONSTANT)
+            variables[f"mean_{index}"] = ((unit,), np.asarray(layer.value).ravel())
+            continue
         if not isinstance(layer, Dense):
             raise InputError(
-                f"a file holds networks of pcdyn.Dense, but layer {index} is a "
-                f"{type(layer).__name__}"
+                f"a file holds networks of pcdyn.Dense, but that of {problem.target_name(index)} "
+                f"is a {type(layer).__name__}"
             )
         names.append(_name_of(layer.activation))
-        unit = f"unit_{index}"
-        variables[f"weight_{index}"] = ((unit, f"unit_{index - 1}"), np.asarray(layer.weight))
+        given = f"unit_{index - 1}" if problem.is_chain else f"given_{index}"
+        variables[f"weight_{index}"] = ((unit, given), np.asarray(layer.weight))
         if layer.bias is not None:
             variables[f"bias_{index}"] = ((unit,), np.asarray(layer.bias))
-        energies.append(put_energy(index))
-    ends = {"input": (problem.input, 0), "output": (problem.output, problem.network.depth)}
-    for name, (data, index) in ends.items():
-        if data is not None:
-            dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
-            variables[name] = (dimensions, np.asarray(data))
+    ends = {0: "input", len(problem.clamp) - 1: "output"}
+    for index, value in enumerate(problem.clamp):
+        data = value.values if isinstance(value, PartlyClamped) else value
+        if data is None:
+            continue
+        dimensions = (*["sample"][: data.ndim - 1], f"unit_{index}")
+        name = ends[index] if problem.is_chain else f"clamp_{index}"
+        variables[name] = (dimensions, np.asarray(data))
+        if isinstance(value, PartlyClamped):
+            mask = np.asarray(value.order) < data.shape[-1]
+            variables[f"is_clamped_{index}"] = (dimensions, mask)
     constants = np.array([np.asarray(each) for each in problem.time_constants])
     variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
     for name, usual in _OPTIONS.items():
-        each = [getattr(layer, name) for layer in problem.network.layers]
+        each = [getattr(layer, name, usual) for layer in graph.layers]
         if any(value != usual for value in each):
             attrs[f"{name}s"] = " ".join(map(repr, each))
     if set(energies) != {"gaussian"}:
@@ -96,6 +117,9 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     if problem.prior is not None:
         variables["prior_mean"] = (("unit_0",), np.asarray(problem.prior.mean))
         attrs["prior_energy"] = put_energy(0)
+    given = graph.sources if isinstance(graph, Graph) else None
+    activities = problem.activities(problem.zeros_state())
+    attrs.update(described_nodes(activities, problem.targets, given))
     return xarray.Dataset(variables, attrs=attrs)
 
 
@@ -123,28 +147,39 @@ def problem_from_xarray(
     def values_if_any(name: str, *dimensions: str, sample: str = "absent") -> Values | None:
         return values(name, *dimensions, sample=sample) if name in dataset.variables else None
 
-    def precision(l: int) -> Values | None:
-        ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
-        return values_if_any(f"precision_{l}", *(f"unit_{l}", f"column_{l}")[:ndim])
-
+    nodes = nodes_of(dataset)
+    given = None if nodes is None else nodes.given
     names = str(dataset.attrs.get("activations", "")).split()
     indices = range(1, len(names) + 1)
-    missing = [f"weight_{l}" for l in indices if f"weight_{l}" not in dataset.variables]
+    if given is not None and nodes is not None and len(nodes.targets) != len(names):
+        raise DataError(f"{len(nodes.targets)} predictions, but {len(names)} activations")
+
+    def unit(l: int) -> str:
+        return f"unit_{l if nodes is None or given is None else nodes.targets[l - 1]}"
+
+    def precision(l: int) -> Values | None:
+        ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
+        return values_if_any(f"precision_{l}", *(unit(l), f"column_{l}")[:ndim])
+
+    parts = {l: "mean" if name == _CONSTANT else "weight" for l, name in enumerate(names, start=1)}
+    wanted = [f"{part}_{l}" for l, part in parts.items()]
+    missing = [name for name in wanted if name not in dataset.variables]
     if not names or missing:
         what = missing[0] if missing else "activations"
         raise DataError(
             f"there is no network in this file: it lacks {what!r}; write it with "
             "pcdyn.save_problem, or by a command of pcdyn"
         )
-    layers = [
-        Dense(
-            values(f"weight_{l}", f"unit_{l}", f"unit_{l - 1}"),
-            values_if_any(f"bias_{l}", f"unit_{l}"),
-            name,
-            **chosen,
-        )
-        for l, name, chosen in zip(indices, names, _options(dataset, len(names)), strict=True)
-    ]
+
+    def layer(l: int, name: str, chosen: dict[str, Any]) -> Any:  # noqa: ANN401
+        if name == _CONSTANT:
+            return values(f"mean_{l}", unit(l))
+        below = f"unit_{l - 1}" if given is None else f"given_{l}"
+        weight, bias = values(f"weight_{l}", unit(l), below), values_if_any(f"bias_{l}", unit(l))
+        return Dense(weight, bias, name, **chosen)
+
+    each = zip(indices, names, _options(dataset, len(names)), strict=True)
+    layers = [layer(l, name, chosen) for l, name, chosen in each]
     # Older files have one name and one parameter for all layers.
     shared = [str(dataset.attrs.get("energy_function", "gaussian"))] * len(names)
     kinds = str(dataset.attrs.get("energies", " ".join(shared))).split()
@@ -158,16 +193,54 @@ def problem_from_xarray(
             return named_energy(kind, precision=precision(l), parameter=parameter)
 
     constants = values_if_any("time_constant", "layer")
+    energies = [energy(l, kind) for l, kind in zip(indices, kinds, strict=True)]
+    if nodes is not None and given is not None:
+        clamp = {
+            name: _clamp(dataset, values_if_any, i)
+            for i, name in enumerate(nodes.names)
+            if f"clamp_{i}" in dataset.variables
+        }
+        return InferenceProblem(
+            _graph(nodes, given, layers, energies),
+            clamp=clamp,
+            time_constants=None if constants is None else list(constants),
+        )
     mean = values_if_any("prior_mean", "unit_0")
     of_prior = str(dataset.attrs.get("prior_energy", "gaussian"))
     return InferenceProblem(
-        Network(layers),
+        Network(layers, nodes=None if nodes is None else nodes.names),
         input=values_if_any("input", "unit_0", sample="optional"),
         output=values_if_any("output", f"unit_{len(names)}", sample="optional"),
-        energy=[energy(l, kind) for l, kind in zip(indices, kinds, strict=True)],
+        energy=energies,
         prior=None if mean is None else Prior(mean, energy(0, of_prior)),
         time_constants=None if constants is None else list(constants),
     )
+
+
+def _graph(
+    nodes: Nodes,
+    given: Sequence[tuple[int, ...]],
+    layers: Sequence[Any],
+    energies: Sequence[Energy],
+) -> Graph:
+    predictions = [
+        Prediction(nodes.names[target], given=[nodes.names[i] for i in sources], by=by, energy=mine)
+        for target, sources, by, mine in zip(nodes.targets, given, layers, energies, strict=True)
+    ]
+    return Graph(dict(zip(nodes.names, nodes.shapes, strict=True)), predictions)
+
+
+def _clamp(
+    dataset: xarray.Dataset, values_if_any: Callable[..., Values | None], node: int
+) -> Values | Partial:
+    """What a node is clamped to."""
+    value = values_if_any(f"clamp_{node}", f"unit_{node}", sample="optional")
+    assert value is not None, "asked for what is there"
+    name = f"is_clamped_{node}"
+    if name not in dataset.variables:
+        return value
+    mask = named_values(dataset, name, f"unit_{node}", kind="booleans", sample="optional")
+    return Partial(value, mask)
 
 
 def with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.Dataset:

@@ -18,6 +18,7 @@ from pcdyn._support.types import Values
 from pcdyn.errors import DataError, ShapeError, Status
 from pcdyn.integrators.statistics import COUNTS, MEASURES, Statistics
 from pcdyn.io.netcdf import attribute, check_dataset, checked_codes, named_values, number
+from pcdyn.io.nodes import described_nodes, named, nodes_of, prediction_numbers
 from pcdyn.io.stacks import NETWORK, stacked_dataset, unstacked_result
 from pcdyn.simulation.trajectory import Trajectory
 
@@ -32,7 +33,9 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     """Convert a trajectory to a labelled data set that shares its arrays.
 
     Dimensions: `time`; `sample` if there is a batch; `unit_l` of each layer l = 0 … L;
-    `predicted_layer` = 1 … L, with a prior on the input 0 … L; `free_layer`.
+    `predicted_layer` = 1 … L, with a prior on the input 0 … L; `free_layer`. Of a graph l are its
+    nodes 0 …, `predicted_layer` the numbers 1 … K of its predictions, which `prediction_error_k`
+    has too; the attribute `nodes` has the names and shapes of nodes and what each prediction is of.
 
     Variables:
 
@@ -75,7 +78,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         attributes = {"long_name": name, "units": units}
         return xarray.Variable((*in_time, *last), np.asarray(values), attributes)
 
-    predicted = range(len(trajectory.activities))[-len(trajectory.prediction_errors) :]
+    predicted = prediction_numbers(trajectory.activities, trajectory.targets)
 
     def once(values: ArrayLike, **attributes: object) -> xarray.Variable:
         array = np.asarray(values)
@@ -88,9 +91,11 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         },
         **{
             f"prediction_error_{index}": saved(
-                values, (f"unit_{index}",), f"prediction error of layer {index}"
+                values, (f"unit_{layer}",), f"prediction error of layer {layer}"
             )
-            for index, values in zip(predicted, trajectory.prediction_errors, strict=True)
+            for index, layer, values in zip(
+                predicted, trajectory.targets, trajectory.prediction_errors, strict=True
+            )
         },
         "energy": saved(trajectory.energies, ("predicted_layer",), "energy of a layer"),
         "vector_field_norm": saved(
@@ -133,6 +138,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         "run_seconds": float(statistics["run_seconds"]),
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
+        **described_nodes(trajectory.activities, trajectory.targets),
     }
     return xarray.Dataset(variables, coordinates, attributes)
 
@@ -169,20 +175,28 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
 
     predicted = named_values(dataset, "predicted_layer", "predicted_layer", kind="integers")
     free = named_values(dataset, "free_layer", "free_layer", kind="integers")
-    # Layer 0 is predicted where there was a prior on the input.
-    first = int(0 in predicted)
-    layers = len(predicted) + 1 - first
+    nodes = nodes_of(dataset)
+    if nodes is None:
+        # Layer 0 is predicted where there was a prior on the input.
+        first = int(0 in predicted)
+        layers = len(predicted) + 1 - first
+        targets = tuple(range(1 - first, layers))
+        numbers = list(targets)
+    else:
+        layers, targets = len(nodes.names), nodes.targets
+        numbers = prediction_numbers(nodes.names, targets)
     if layers < 2 or f"activity_{layers}" in variables:
         raise DataError(f"it has energies of {layers - 1} layers, but other activities")
-    if sorted(predicted) != list(range(1 - first, layers)):
-        raise DataError(f"predicted_layer is {predicted} instead of {1 - first} to {layers - 1}")
+    if sorted(predicted) != list(numbers):
+        raise DataError(f"predicted_layer is {predicted} instead of {list(numbers)}")
     if len(set(free)) < len(free) or not set(free) <= set(range(layers)):
         raise DataError(f"free_layer is {free} in a network of layers 0 to {layers - 1}")
     return Trajectory(
         times=_checked_times(named_values(dataset, "time", "time", kind="real numbers")),
-        activities=tuple(in_time(f"activity_{l}", f"unit_{l}") for l in range(layers)),
+        activities=named(nodes, [in_time(f"activity_{l}", f"unit_{l}") for l in range(layers)]),
         prediction_errors=tuple(
-            in_time(f"prediction_error_{l}", f"unit_{l}") for l in sorted(predicted)
+            in_time(f"prediction_error_{index}", f"unit_{l}")
+            for index, l in zip(numbers, targets, strict=True)
         ),
         energies=in_time("energy", "predicted_layer")[..., np.argsort(predicted)],
         vector_field_norms=in_time("vector_field_norm", "free_layer")[..., np.argsort(free)],
@@ -198,6 +212,7 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         message=str(attribute(dataset, "message")),
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),
+        targets=targets,
     )
 
 

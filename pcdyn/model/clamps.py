@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from pcdyn._support.arrays import as_float_array, as_host_array, converted, is_traced
 from pcdyn._support.namespaces import host_namespace
 from pcdyn._support.types import Numbers, Values
-from pcdyn.errors import DtypeError, InputError, ShapeError
+from pcdyn.errors import DtypeError, InputError, NonFiniteError, ShapeError
 
 
 class Partial(eqx.Module):
@@ -108,7 +108,12 @@ def clamped(value: object, name: str, shape: tuple[int, ...], dtype: np.dtype) -
         return value
     if not isinstance(value, Partial):
         array: Any = value
-        return _rows(as_float_array(array, name), name, shape, dtype)
+        try:
+            array = as_float_array(array, name)
+        except NonFiniteError as error:
+            hint = "where units are not known, clamp the others with pcdyn.Partial(values, mask)"
+            raise NonFiniteError(f"{error}; {hint}") from error
+        return _rows(array, name, shape, dtype)
     values = _rows(value.values, name, shape, dtype)
     mask = np.broadcast_to(np.asarray(value.mask), value.values.shape).reshape(values.shape)
     if mask.all():

@@ -56,6 +56,14 @@ class Flow(eqx.Module):
         """Indices of the layers of `activities` that move; all of them unless overridden."""
         return tuple(range(len(self.activities(self.initial_state()))))
 
+    @property
+    def targets(self) -> tuple[int, ...] | None:
+        """Indices of the layers that the prediction errors of `observe` are of.
+
+        `None`, unless overridden, is as many as there are, up to the last layer.
+        """
+        return None
+
     def prepared(self) -> Flow:
         """Compute what is constant during a run; returns the flow itself unless overridden."""
         return self

@@ -135,7 +135,8 @@ class Graph(eqx.Module):
             check_instance(each, "each of predictions", Prediction, "a pcdyn.Prediction")
             for name in (each.target, *each.given):
                 index_of(name, self.nodes)
-        self.predictions = in_one_dtype(tuple(given), "prediction")
+        fitted = (_fitted(each, self.shapes[self.nodes.index(each.target)]) for each in given)
+        self.predictions = in_one_dtype(tuple(fitted), "prediction")
         self._check_connected()
         for each in self.predictions:
             self._check_shapes(each)
@@ -178,7 +179,7 @@ class Graph(eqx.Module):
             return each.by(*shaped).ravel()
 
         if not sources:
-            return jnp.broadcast_to(each.by(), self.shapes[self.targets[index - 1]]).ravel()
+            return each.by().ravel()
         signature = ",".join(f"(n{i})" for i in range(len(sources)))
         return jnp.vectorize(one, signature=f"{signature}->(m)")(*given)
 
@@ -330,8 +331,7 @@ class Graph(eqx.Module):
                 f"{type(error).__name__}: {error}"
             ) from error
         shape = getattr(found, "shape", None)
-        fits = shape in ((), wanted) if not each.given else shape == wanted
-        if not fits:
+        if shape != wanted:
             raise ShapeError(
                 f"the prediction of {each.target!r} has shape {shape}, but the node {wanted}"
             )
@@ -345,6 +345,18 @@ _USE = (
     'start from initial="zeros", initial=problem.random_state(key) or a state, or clamp or predict '
     "one of them by a prior"
 )
+
+
+def _fitted(prediction: Prediction, shape: Shape) -> Prediction:
+    """The same, a mean with one number for each unit of the node."""
+    if not isinstance(prediction.by, Constant):
+        return prediction
+    value = prediction.by.value
+    if value.ndim == 0:
+        value = jnp.broadcast_to(value, shape)
+    elif value.shape == (math.prod(shape),):
+        value = value.reshape(shape)
+    return eqx.tree_at(lambda p: p.by.value, prediction, value)
 
 
 def _shape(size: object, name: str) -> Shape:

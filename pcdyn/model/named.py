@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from pcdyn._support.checks import checked_integer
 from pcdyn._support.types import Values
-from pcdyn.errors import GraphError
+from pcdyn.errors import GraphError, ShapeError
 
 # Of a node, without the axes of times, samples and networks before it.
 Shape = tuple[int, ...]
@@ -53,6 +54,23 @@ class NamedActivities(tuple[Values, ...]):
     ) -> NamedActivities:
         """Build it from what a transformation gave back."""
         return cls(arrays, *names_and_shapes)
+
+
+def checked_layer(activities: Sequence[Values], layer: object, what: str) -> int:
+    """The index of a layer that is given by its number, or by the name of its node.
+
+    Raises `ShapeError` or `GraphError`.
+    """
+    if isinstance(layer, str) and isinstance(activities, NamedActivities):
+        return index_of(layer, activities.names)
+    most = len(activities) - 1
+    return checked_integer(layer, what, at_least=0, at_most=most, error=ShapeError)
+
+
+def layer_name(activities: Sequence[Values], index: int) -> str:
+    """The name of a node, or "layer" and its number."""
+    named = isinstance(activities, NamedActivities)
+    return activities.names[index] if named else f"layer {index}"
 
 
 def index_of(name: object, nodes: Sequence[str]) -> int:

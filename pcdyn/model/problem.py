@@ -42,8 +42,11 @@ from pcdyn.model.named import index_of
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.prior import Prior
 
-# Of `equinox.tree_at` it can be anything.
-_End = Array | None if TYPE_CHECKING else Any
+# In `equinox.tree_at` it can be anything.
+if TYPE_CHECKING:
+    _End = Array | None
+else:
+    _End = Any
 # Some flow of inference, of which the same kind comes back.
 _Flow = TypeVar("_Flow", bound="InferenceFlow")
 
@@ -230,6 +233,11 @@ class InferenceProblem(InferenceFlow):
         """Indices of the predictions: 1 … L, and 0 if there is a prior; of a graph 1 … K."""
         return tuple(range(0 if self.prior is not None else 1, len(self.energy) + 1))
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Indices of the layers or nodes that the prediction errors are of."""
+        return tuple(map(self.target_node, self.predicted_layers))
+
     def target_node(self, index: int) -> int:
         """Index of the layer or node that the prediction `index` is of, l for l in a chain."""
         return 0 if index == 0 else self.graph.targets[index - 1]
@@ -288,6 +296,12 @@ class InferenceProblem(InferenceFlow):
             lambda p: (p.clamp, p.first_prediction), self, (clamp, None),
             is_leaf=lambda x: x is None,
         )  # fmt: skip
+
+    def repeated(self, count: int) -> InferenceProblem:
+        """Return the problem of one sample as a batch of `count` equal ones."""
+        return self.with_data(
+            *jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), self.data)
+        )
 
     def with_layers(self, layers: Sequence[Any]) -> InferenceProblem:
         """Return the same problem with other functions in place of those that predict."""

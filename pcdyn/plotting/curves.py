@@ -30,6 +30,7 @@ from pcdyn._support.types import Numbers, Values
 from pcdyn.analysis.comparison.table import METRICS, UNITS, Comparison
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.errors import InputError, ShapeError
+from pcdyn.model.named import checked_layer, layer_name
 from pcdyn.plotting.style import checked_axes
 from pcdyn.simulation.trajectory import Reference, Trajectory
 
@@ -47,7 +48,7 @@ def activities(
     trajectory: Trajectory,
     *,
     ax: Axes | None = None,
-    layer: int | None = None,
+    layer: int | str | None = None,
     sample: int = 0,
     equilibrium: Reference | None = None,
 ) -> list[Line2D]:
@@ -60,7 +61,7 @@ def activities(
 
     - `trajectory`: as `pcdyn.simulate` returns it.
     - `ax`: where to draw; new axes in the style of pcdyn unless given.
-    - `layer`: all free layers unless given.
+    - `layer`: by number or name; all free layers unless given.
     - `sample`: which one of a batch.
     - `equilibrium`: a `pcdyn.Equilibrium` or activities x_0 … x_L, each of shape `([batch,] n_l)`
       (`None` where not needed), drawn as dashed lines in the colours of their units.
@@ -76,7 +77,7 @@ def activities(
     times, sample = _checked(trajectory, sample)
     layers, most = trajectory.free_layers, len(trajectory.activities) - 1
     if layer is not None:
-        layers = (checked_integer(layer, "layer", at_least=0, at_most=most, error=ShapeError),)
+        layers = (checked_layer(trajectory.activities, layer, "layer"),)
     ends: Sequence[Numbers | None] = [None] * (most + 1)
     if equilibrium is not None:
         wanted = f"activities x_0 … x_{most}, or a pcdyn.Equilibrium"
@@ -108,7 +109,8 @@ def activities(
     ax = checked_axes(ax)
     lines, dashed = [], []
     for index, values in shown.items():
-        labels = [f"layer {index}, unit {unit}" for unit in range(values.shape[1])]
+        name = layer_name(trajectory.activities, index)
+        labels = [f"{name}, unit {unit}" for unit in range(values.shape[1])]
         drawn = ax.plot(times, values, label=labels)
         lines += drawn
         if trajectory.networks is not None:
@@ -223,7 +225,7 @@ def equilibrium(found: Equilibrium, *, ax: Axes | None = None, sample: int = 0) 
     ax = checked_axes(ax)
     for index, (low, values, high), before in zip(free, ends, starts, strict=True):
         units = np.arange(first, first + len(values))
-        rest = ax.plot(units, values, "o", label=found.problem.node_name(index))
+        rest = ax.plot(units, values, "o", label=layer_name(found.activities, index))
         if stack:
             ax.vlines(units, low, high, color=rest[0].get_color(), linewidth=1)
         lines += rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -51,6 +52,13 @@ def feedforward(problem: InferenceProblem) -> Activities:
     return problem.network.feedforward(problem.input)
 
 
+# Of a graph a graph; what trains has chains alone.
+if TYPE_CHECKING:
+    _Weights = Network
+else:
+    _Weights = Network | Graph
+
+
 class BackpropagationPass(eqx.Module):
     """The feedforward pass of backpropagation with its errors δ_l and gradients.
 
@@ -65,7 +73,7 @@ class BackpropagationPass(eqx.Module):
 
     activities: Activities
     deltas: Activities
-    weight_gradient: Network | Graph
+    weight_gradient: _Weights
     loss: Float[Array, "*batch"]
 
 
@@ -119,7 +127,8 @@ def _graph_backpropagation(problem: InferenceProblem, graph: Graph) -> Backpropa
     differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, (energies, predicted)), (gradient, slopes) = differentiated(arrays, nudges)
     deltas = tuple(-slope for slope in slopes)
-    return BackpropagationPass(predicted, deltas, eqx.combine(gradient, rest), energies)
+    weights: Any = eqx.combine(gradient, rest)
+    return BackpropagationPass(predicted, deltas, weights, energies)
 
 
 @compiled

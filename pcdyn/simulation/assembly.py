@@ -97,6 +97,7 @@ def _build(
     ]
     # With the names of nodes, if they have any.
     activities = jax.tree.unflatten(jax.tree.structure(layers), each)
+    last = tuple(range(len(activities)))[len(activities) - len(errors) :]
     return Trajectory(
         times=times,
         activities=activities,
@@ -109,6 +110,7 @@ def _build(
         interpolation=interpolation,
         integrator=method.name,
         free_layers=problem.free_layers,
+        targets=last if problem.targets is None else problem.targets,
         moving=problem.moving(states),
         round_off=run.round_off,
         fallback=fallback,

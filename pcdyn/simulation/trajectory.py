@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pcdyn._support.arrays import as_host_array, is_traced
-from pcdyn._support.checks import as_sequence, checked_integer, checked_number
+from pcdyn._support.checks import as_sequence, checked_number
 from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import cosine
 from pcdyn._support.types import Activities, Numbers, Scalar, Values
@@ -30,6 +30,7 @@ from pcdyn.errors import (
 )
 from pcdyn.integrators.statistics import Statistics, WithStatistics
 from pcdyn.model.energies.energy import LayerEnergies
+from pcdyn.model.named import checked_layer
 from pcdyn.model.network import Network
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class HasActivities(Protocol):
 
 # Activities x_0 … x_L, with `None` where they are not needed, or what has them.
 Reference = Sequence[Numbers | None] | HasActivities
+# Layers by their numbers, or nodes by their names.
+Layers = Sequence[int | str]
 
 
 class Trajectory(LayerEnergies, WithStatistics):
@@ -73,6 +76,7 @@ class Trajectory(LayerEnergies, WithStatistics):
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
+    - `targets`: those of the layers that prediction errors are of, in a graph of the nodes.
     - `moving`: what moved besides activities, by name, with the time axis first: the flow's
       `pcdyn.Flow.moving`.
     - `network`: of those the network, where weights move; otherwise `None`.
@@ -102,6 +106,7 @@ class Trajectory(LayerEnergies, WithStatistics):
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
     free_layers: tuple[int, ...] = eqx.field(static=True, default=())
+    targets: tuple[int, ...] = eqx.field(static=True, default=())
 
     @property
     def network(self) -> Network | None:
@@ -149,14 +154,14 @@ class Trajectory(LayerEnergies, WithStatistics):
         last = (*[slice(None)] * len(networks), -1)
         return jax.tree.map(lambda x: x[last], self.activities)
 
-    def distance_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
+    def distance_to(self, reference: Reference, *, layers: Layers | None = None) -> Values:
         """Compute the Euclidean distance of the activities from `reference`.
 
         **Arguments:**
 
         - `reference`: activities x_0 … x_L (entries may be `None` where not needed), or anything
           with such `activities`. Without a time axis it is held constant in time.
-        - `layers`: those to compare, the free ones unless given.
+        - `layers`: those to compare, by number or by name; the free ones unless given.
 
         **Returns:**
 
@@ -170,20 +175,20 @@ class Trajectory(LayerEnergies, WithStatistics):
         here, there = self._pair(reference, layers)
         return array_namespace(here).linalg.norm(here - there, axis=-1)
 
-    def cosine_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
+    def cosine_to(self, reference: Reference, *, layers: Layers | None = None) -> Values:
         """Compute the cosine similarity with `reference`; arguments as for `distance_to`.
 
         NaN where either vanishes, for it has no direction there.
         """
         return cosine(*self._pair(reference, layers))
 
-    def angle_to(self, reference: Reference, *, layers: Sequence[int] | None = None) -> Values:
+    def angle_to(self, reference: Reference, *, layers: Layers | None = None) -> Values:
         """Compute the angle to `reference` in radians; arguments as for `distance_to`."""
         cosines = self.cosine_to(reference, layers=layers)
         xp = array_namespace(cosines)
         return xp.arccos(xp.clip(cosines, -1, 1))
 
-    def _pair(self, reference: Reference, layers: Sequence[int] | None) -> tuple[Values, Values]:
+    def _pair(self, reference: Reference, layers: Layers | None) -> tuple[Values, Values]:
         """Both as arrays of shape (time, [batch,] units) that fit together."""
         self._one_network()
         wanted = "activities x_0 … x_L, or what has them, such as an Equilibrium or a Trajectory"
@@ -221,11 +226,11 @@ class Trajectory(LayerEnergies, WithStatistics):
             )
         return here, xp.broadcast_to(stacked, here.shape)
 
-    def _checked_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+    def _checked_layers(self, layers: Layers) -> tuple[int, ...]:
         most = len(self.activities) - 1
         chosen = tuple(
-            checked_integer(index, "each of layers", at_least=0, at_most=most, error=ShapeError)
-            for index in as_sequence(layers, "layers", "a list of indices of layers")
+            checked_layer(self.activities, index, "each of layers")
+            for index in as_sequence(layers, "layers", "a list of layers, by number or name")
         )
         if not chosen:
             raise ShapeError(f"layers is empty: name some of 0 … {most}, or leave it out")
@@ -277,7 +282,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         self,
         ax: matplotlib.axes.Axes | None = None,
         *,
-        layer: int | None = None,
+        layer: int | str | None = None,
         sample: int = 0,
         equilibrium: Reference | None = None,
     ) -> list[matplotlib.lines.Line2D]:

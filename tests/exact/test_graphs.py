@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,18 @@ TIMES = np.array([0.0, 0.3, 2.0, 9.0])
 QUICK, ALL, DRAWS = range(4), range(4, 20), 10
 
 
-def stacked(activities) -> np.ndarray:
+def of(activities: object, name: str) -> Any:
+    """The activities of a node."""
+    assert isinstance(activities, pcdyn.NamedActivities)
+    return activities[name]
+
+
+def graph_of(problem: InferenceProblem) -> Graph:
+    assert isinstance(problem.graph, Graph)
+    return problem.graph
+
+
+def stacked(activities: Sequence[Any]) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in activities], axis=-1)
 
 
@@ -57,6 +71,7 @@ def test_each_sample_of_a_batch_may_have_its_own_mask(structure):
         name: pcdyn.simulate(problem, t1=9.0, times=TIMES, initial="zeros", integrator=name)
         for name in ("dopri8", "rodas5p", "Radau")
     }
+    scale = 0.0
     for sample in range(3):
         end, course = case.solved(TIMES, sample)
         scale = np.max(np.abs(end))
@@ -106,7 +121,7 @@ def listed_otherwise(problem: InferenceProblem) -> InferenceProblem:
     if problem.prior is not None:
         mean, energy = problem.prior.mean, problem.prior.energy
         predictions.append(Prediction(names[0], by=mean, energy=energy))
-    ends = {names[0]: problem.input, names[-1]: problem.output}
+    ends: dict[str, Any] = {names[0]: problem.input, names[-1]: problem.output}
     graph = Graph({names[l]: network.widths[l] for l in reversed(range(depth + 1))}, predictions)
     made = InferenceProblem(
         graph,
@@ -165,14 +180,13 @@ def test_where_a_chain_slides_its_graph_slides():
 def as_listed(chain: InferenceProblem) -> InferenceProblem:
     """The same chain as a graph in its own order."""
     network, names = chain.network, ["a", "b", "c", "d"]
-    graph = Graph(
-        dict(zip(names, network.widths, strict=True)),
-        [
-            Prediction(names[l], given=names[l - 1], by=layer)
-            for l, layer in enumerate(network.layers, start=1)
-        ],
-    )
-    return InferenceProblem(graph, clamp={"a": chain.input, "d": chain.output})
+    predictions = [
+        Prediction(names[l], given=names[l - 1], by=layer)
+        for l, layer in enumerate(network.layers, start=1)
+    ]
+    graph = Graph(dict(zip(names, network.widths, strict=True)), predictions)
+    ends: dict[str, Any] = {"a": chain.input, "d": chain.output}
+    return InferenceProblem(graph, clamp=ends)
 
 
 def test_a_chain_written_as_a_graph_has_its_bits():
@@ -184,7 +198,7 @@ def test_a_chain_written_as_a_graph_has_its_bits():
     ):
         for mine, other in zip(ours.activities, found.activities, strict=True):
             np.testing.assert_array_equal(mine, other)
-        np.testing.assert_array_equal(ours.activities["c"], found.activities[2])
+        np.testing.assert_array_equal(of(ours.activities, "c"), found.activities[2])
     deltas = pcdyn.backpropagation(graph).deltas
     for mine, other in zip(deltas, pcdyn.backpropagation(chain).deltas, strict=True):
         np.testing.assert_array_equal(mine, other)
@@ -247,11 +261,11 @@ def test_the_feedforward_pass_and_backpropagation_of_a_graph():
     problem = branching()
     passed, bp = pcdyn.feedforward(problem), pcdyn.backpropagation(problem)
     output, loss = unrolled(problem, np.zeros((3, 4)))
-    np.testing.assert_allclose(passed["label"], output, rtol=1e-12)
+    np.testing.assert_allclose(of(passed, "label"), output, rtol=1e-12)
     np.testing.assert_allclose(np.sum(bp.loss), loss, rtol=1e-12)
     start = problem.activities(problem.initial_state())
-    np.testing.assert_array_equal(start["label"], problem.clamp[4])
-    np.testing.assert_allclose(start["low"], passed["low"], rtol=1e-12)
+    np.testing.assert_array_equal(of(start, "label"), problem.clamp[4])
+    np.testing.assert_allclose(of(start, "low"), of(passed, "low"), rtol=1e-12)
     for sample, unit in np.ndindex(3, 4):
         step = np.zeros((3, 4))
         step[sample, unit] = 1e-5
@@ -273,9 +287,10 @@ def test_backpropagation_of_a_chain_in_another_order():
 
 def free_energy(problem: InferenceProblem, activities: list[np.ndarray]) -> float:
     """F of `branching` in NumPy."""
-    names, total = problem.graph.nodes, 0.0
+    graph, total = graph_of(problem), 0.0
+    names = graph.nodes
     precisions = [2.0, 1.0, 1.0, 1.0, 0.1]
-    for each, precision in zip(problem.graph.predictions, precisions, strict=True):
+    for each, precision in zip(graph.predictions, precisions, strict=True):
         here = activities[names.index(each.target)]
         if each.given:
             given = np.concatenate([activities[names.index(n)] for n in each.given], axis=-1)
@@ -323,9 +338,85 @@ def test_derivatives_of_an_equilibrium_by_each_leaf(leaf):
 
     def energy(x: jax.Array) -> jax.Array:
         rest = pcdyn.equilibrium(eqx.tree_at(where, problem, x), tolerance=1e-12)
-        return jnp.sum(rest.activities["high"] ** 2)
+        return jnp.sum(of(rest.activities, "high") ** 2)
 
     slope = jnp.sum(jax.grad(energy)(value) * direction)
     step = 1e-4 * direction
     wanted = (energy(value + step) - energy(value - step)) / 2e-4
     np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_files_hold_graphs(tmp_path):
+    mask = np.array([[True, False, True], [True, True, True], [False, True, False]])
+    problem = branching()
+    cued = InferenceProblem(
+        graph_of(problem),
+        clamp={"retina": Partial(np.asarray(problem.clamp[0]), mask), "label": problem.clamp[4]},
+        energy=pcdyn.LogCosh(),
+        time_constants={"low": 0.5},
+    )
+    pcdyn.save(cued, tmp_path / "problem.nc")
+    again = pcdyn.load(tmp_path / "problem.nc")
+    assert isinstance(again, InferenceProblem)
+    assert eqx.tree_equal(again, cued)
+    start = {"initial": "zeros"}
+    for thing in (pcdyn.simulate(cued, t1=1.0, **start), pcdyn.equilibrium(cued, **start)):
+        pcdyn.save(thing, tmp_path / "result.nc")
+        found: Any = pcdyn.load(tmp_path / "result.nc")
+        for array, other in zip(found.activities, thing.activities, strict=True):
+            np.testing.assert_array_equal(array, other)
+        np.testing.assert_array_equal(of(found.activities, "low"), of(thing.activities, "low"))
+        for array, other in zip(found.prediction_errors, thing.prediction_errors, strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+class Pool(eqx.Module):
+    """Means over windows of two by two pixels."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels, height, width = x.shape
+        return x.reshape(channels, height // 2, 2, width // 2, 2).mean((2, 4))
+
+
+def test_convolutions_are_their_unrolled_matrices():
+    keys = jax.random.split(jax.random.key(0), 5)
+    conv = eqx.nn.Conv2d(1, 2, 3, padding=1, key=keys[0])
+    image = jax.random.normal(keys[1], (2, 1, 6, 6))
+    label = jax.random.normal(keys[2], (2, 3))
+    last = Dense(jax.random.normal(keys[3], (3, 18)) / 4, activation="tanh")
+    shapes = {"image": (1, 6, 6), "features": (2, 6, 6), "pooled": (2, 3, 3), "label": 3}
+    flat = {"image": 36, "features": 72, "pooled": 18, "label": 3}
+
+    def matrix_of(function, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        zero = jnp.zeros(shape)
+        slope = jax.jacobian(lambda x: function(x.reshape(shape)).ravel())(zero.ravel())
+        return slope, function(zero).ravel()
+
+    def problem(sizes, *by) -> InferenceProblem:
+        first, second, third = by
+        graph = Graph(
+            sizes,
+            [
+                Prediction("features", given="image", by=first),
+                Prediction("pooled", given="features", by=second),
+                Prediction("label", given="pooled", by=third),
+            ],
+        )
+        size = sizes["image"]
+        data = image if isinstance(size, tuple) else image.reshape(2, size)
+        return InferenceProblem(graph, clamp={"image": data, "label": label})
+
+    shaped = problem(shapes, conv, Pool(), lambda x: last(x.ravel()))
+    unrolled = problem(
+        flat,
+        Dense(*matrix_of(conv, (1, 6, 6))),
+        Dense(*matrix_of(Pool(), (2, 6, 6))),
+        last,
+    )
+    rest, other = pcdyn.equilibrium(shaped), pcdyn.equilibrium(unrolled)
+    assert of(rest.activities, "features").shape == (2, 2, 6, 6)
+    for mine, theirs in zip(rest.activities, other.activities, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    runs = [pcdyn.simulate(p, t1=2.0) for p in (shaped, unrolled)]
+    for mine, theirs in zip(runs[0].final, runs[1].final, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
