@@ -44,6 +44,9 @@ from pcdyn.model.prior import Prior
 
 # In `equinox.tree_at` it can be anything.
 if TYPE_CHECKING:
+    import matplotlib.artist
+    import matplotlib.axes
+
     _End = Array | None
 else:
     _End = Any
@@ -202,6 +205,13 @@ class InferenceProblem(InferenceFlow):
 
     def _end(self, index: int) -> Any:  # noqa: ANN401
         return self.clamp[self.network.depth if index else 0]
+
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.artist.Artist]:
+        """Draw who predicts whom and what is clamped; see `pcdyn.plotting.problem`."""
+        # plotting stands above this module: importing it here keeps matplotlib out of start-up.
+        import pcdyn
+
+        return pcdyn.plotting.problem(self, ax=ax)
 
     @property
     def dtype(self) -> np.dtype:

@@ -11,6 +11,7 @@ from pcdyn.plotting.curves import (
     mean_band,
     work_precision,
 )
+from pcdyn.plotting.graph import problem
 from pcdyn.plotting.portrait import phase_portrait
 from pcdyn.plotting.results import basin, convergence_order, equilibria, training
 from pcdyn.plotting.style import STYLE_SHEET, style
@@ -28,6 +29,7 @@ __all__ = [
     "equilibrium",
     "mean_band",
     "phase_portrait",
+    "problem",
     "schematic",
     "style",
     "training",

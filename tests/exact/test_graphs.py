@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot
 import numpy as np
 import pytest
 
@@ -420,3 +423,13 @@ def test_convolutions_are_their_unrolled_matrices():
     runs = [pcdyn.simulate(p, t1=2.0) for p in (shaped, unrolled)]
     for mine, theirs in zip(runs[0].final, runs[1].final, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_the_blocks_of_the_guide_run(capsys):
+    text = Path("docs/graphs.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/graphs.md", "exec"), names)
+    assert "(101, 20)" in capsys.readouterr().out
+    np.testing.assert_allclose(names["rest"].activities["sound"].shape, (8,))
+    matplotlib.pyplot.close("all")

@@ -16,6 +16,8 @@ from pcdyn.equilibria.solvers.flow import FlowToRest
 from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature
 from pcdyn.equilibria.solvers.pseudo_transient import PseudoTransient
 from pcdyn.errors import InputError
+from pcdyn.linearisation.block_sparse import operations
+from pcdyn.linearisation.coupling import coupled_pairs, nodes_of
 from pcdyn.linearisation.whitened import has_linear_flow
 from pcdyn.model.problem import InferenceProblem
 
@@ -37,6 +39,8 @@ __all__ = [
 
 # Where conjugate gradients would take more, Gauss–Newton costs less.
 _FEW_ITERATIONS = 30
+# Conjugate gradients of pseudo-transient continuation take about so many for one step of Newton's.
+_MOST_PASSES = 500
 
 _BY_NAME = {
     "closed_form": ClosedForm,
@@ -96,7 +100,8 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     activations have no kinks: they take the fewest passes and are compiled the fastest. They leave
     to Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
     output's energy is known too; then comes pseudo-transient continuation, for any energy. Graphs
-    begin with Gauss–Newton.
+    begin with Gauss–Newton if a step of it costs less than a few hundred passes by count, otherwise
+    with pseudo-transient continuation, whose conjugate gradients take passes alone.
     """
     leaves, structure = jax.tree.flatten(problem)
     kind = structure, tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
@@ -108,6 +113,24 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     return chosen
 
 
+def _is_cheap(problem: InferenceProblem) -> bool:
+    """Whether a step of Gauss–Newton, by count of multiplications, costs no more than some passes.
+
+    In a chain it always is taken to be.
+    """
+    if problem.is_chain:
+        return True
+    graph, widths, free = problem.graph, problem.widths, problem.free_layers
+    sizes = dict(zip(free, problem.free_widths, strict=True))
+    forming = one_pass = 0.0
+    for k, (target, given) in enumerate(zip(graph.targets, graph.sources, strict=True), start=1):
+        rows = float(widths[target])
+        one_pass += rows * sum(widths[node] for node in given)
+        forming += rows * sum(sizes.get(node, 0) for node in nodes_of(problem, k)) ** 2
+    step = forming + operations(problem.free_widths, coupled_pairs(problem)) / 3
+    return step <= _MOST_PASSES * one_pass
+
+
 def _choose(problem: InferenceProblem) -> tuple[Solver, ...]:
     if has_linear_flow(problem):
         return (ClosedForm(),)
@@ -116,6 +139,6 @@ def _choose(problem: InferenceProblem) -> tuple[Solver, ...]:
     first = smooth and has_curvature(problem, of_output=False)
     return (
         *((ConjugateGradients(max_iterations=_FEW_ITERATIONS),) if first else ()),
-        *((GaussNewton(),) if has_curvature(problem) else ()),
+        *((GaussNewton(),) if has_curvature(problem) and _is_cheap(problem) else ()),
         PseudoTransient(),
     )
