@@ -27,6 +27,41 @@ class Mistake:
 
 MISTAKES = (
     Mistake(
+        "clamps: free units in each other's place",
+        "pcdyn/model/clamps.py",
+        "place[row] = size + np.arange(len(row))",
+        "place[row] = size + np.arange(len(row))[::-1]",
+        ("tests/exact/test_graphs.py::test_linear_graphs_are_dense_least_squares[0]",),
+    ),
+    Mistake(
+        "graphs: a prediction error with the wrong sign of its Jacobian",
+        "pcdyn/linearisation/coupling.py",
+        "parts = [(node, -slope)",
+        "parts = [(node, slope)",
+        ("tests/exact/test_graphs.py::test_linear_graphs_are_dense_least_squares[0]",),
+    ),
+    Mistake(
+        "graphs: what a front leaves to the front above is lost",
+        "pcdyn/linearisation/block_sparse.py",
+        "storage.at[own.above].set(upper[:, count:, count:])",
+        "storage.at[own.above].set(0 * upper[:, count:, count:])",
+        ("tests/exact/test_block_sparse.py::test_the_factor_of_squares",),
+    ),
+    Mistake(
+        "graphs: backpropagation with the wrong sign",
+        "pcdyn/references/algorithms.py",
+        "deltas = tuple(-slope for slope in slopes)",
+        "deltas = tuple(slope for slope in slopes)",
+        ("tests/exact/test_graphs.py::test_backpropagation_of_a_chain_in_another_order",),
+    ),
+    Mistake(
+        "graphs: the Hessian without what a node has with another",
+        "pcdyn/linearisation/hessian.py",
+        "if i <= j:",
+        "if i == j:",
+        ("tests/exact/test_graphs.py::test_a_chain_in_another_order_is_the_chain",),
+    ),
+    Mistake(
         "network: the matrix of a layer without its skip",
         "pcdyn/model/network.py",
         "return scaled + jnp.eye(len(scaled), dtype=scaled.dtype) if self.skip else scaled",
@@ -130,8 +165,8 @@ MISTAKES = (
     Mistake(
         "problem: other data are not checked",
         "pcdyn/model/problem.py",
-        "data = _clamped_layers(input, output, self.network)",
-        "data = (input, output)",
+        "clamp = _clamped_nodes(values, self.graph)",
+        "clamp = tuple(values)",
         (
             "tests/failures/test_dtypes.py::"
             "test_other_data_are_converted_as_those_of_the_constructor_are",
@@ -140,8 +175,8 @@ MISTAKES = (
     Mistake(
         "problem: batches of different sizes pass",
         "pcdyn/model/problem.py",
-        "if first.shape[:-1] != last.shape[:-1]:",
-        "if input.ndim != output.ndim:",
+        "if len({shape[:-1] for shape in batches.values()}) > 1:",
+        "if len({len(shape) for shape in batches.values()}) > 1:",
         ("tests/failures/test_inputs.py::test_bad_input_raises_its_error",),
     ),
     Mistake(
@@ -224,8 +259,8 @@ MISTAKES = (
     Mistake(
         "linear: time constants the wrong way up",
         "pcdyn/references/linear.py",
-        "jnp.full(w, c**-0.5)",
-        "jnp.full(w, c**0.5)",
+        "jnp.full(width, tau**-0.5)",
+        "jnp.full(width, tau**0.5)",
         ("tests/exact/test_linear.py::test_exact_flow_is_the_matrix_exponential",),
     ),
     Mistake(
@@ -481,8 +516,8 @@ MISTAKES = (
     Mistake(
         "scipy: the Jacobian of the flow without time constants",
         "pcdyn/integrators/host_jacobian.py",
-        "blocks = [-block / tau for block",
-        "blocks = [-block for block",
+        "blocks = [-block / taus[i] for (i, _), block in each]",
+        "blocks = [-block for _, block in each]",
         ("tests/exact/test_stiff.py::test_blocks_are_those_of_the_hessian",),
     ),
     Mistake(
@@ -534,7 +569,7 @@ MISTAKES = (
     Mistake(
         "structured: steps without time constants",
         "pcdyn/integrators/structured.py",
-        "block + rate * tau * _identity_like(block)",
+        "block + rate * time_constants[i] * _identity_like(block)",
         "block + rate * _identity_like(block)",
         ("tests/exact/test_stiff.py::test_rodas5p_is_the_solution",),
     ),
@@ -793,8 +828,8 @@ MISTAKES = (
     Mistake(
         "problem files: time constants are lost",
         "pcdyn/io/problems.py",
-        "time_constants=None if constants is None else list(constants),",
-        "time_constants=None,",
+        "taus = None if constants is None else list(constants)",
+        "taus = None",
         ("tests/exact/test_problem_files.py::test_a_saved_problem_is_the_same_problem",),
     ),
     Mistake(

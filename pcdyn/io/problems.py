@@ -193,6 +193,7 @@ def problem_from_xarray(
             return named_energy(kind, precision=precision(l), parameter=parameter)
 
     constants = values_if_any("time_constant", "layer")
+    taus = None if constants is None else list(constants)
     energies = [energy(l, kind) for l, kind in zip(indices, kinds, strict=True)]
     if nodes is not None and given is not None:
         clamp = {
@@ -203,7 +204,7 @@ def problem_from_xarray(
         return InferenceProblem(
             _graph(nodes, given, layers, energies),
             clamp=clamp,
-            time_constants=None if constants is None else list(constants),
+            time_constants=taus,
         )
     mean = values_if_any("prior_mean", "unit_0")
     of_prior = str(dataset.attrs.get("prior_energy", "gaussian"))
@@ -213,7 +214,7 @@ def problem_from_xarray(
         output=values_if_any("output", f"unit_{len(names)}", sample="optional"),
         energy=energies,
         prior=None if mean is None else Prior(mean, energy(0, of_prior)),
-        time_constants=None if constants is None else list(constants),
+        time_constants=taus,
     )
 
 

@@ -389,7 +389,7 @@ class InferenceProblem(InferenceFlow):
             errors.append(self.prediction_error(index, activities))
         return tuple(errors)
 
-    def prediction_error(self, index: int, activities: Sequence[Array]) -> Array:
+    def prediction_error(self, index: int, activities: Sequence[Values]) -> Array:
         """Compute the error of prediction `index`, counted from 1: ε_l in a chain."""
         here, sources = activities[self.target_node(index)], self.graph.sources[index - 1]
         if index == 1 and self.first_prediction is not None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcdyn.linearisation.block_sparse import BlockSparse, fronts_of, operations
+from pcdyn.linearisation.block_sparse import BlockSparse, factor_of_squares, fronts_of, operations
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -76,6 +76,36 @@ def test_everything_is_as_of_the_dense_matrix(seed: int) -> None:
     spread = joined(factor.solve_transposed(split(unit, sizes)))
     np.testing.assert_allclose(spread.T @ spread, inverse, **close)
     np.testing.assert_allclose(joined(factor.times_transposed(split(spread, sizes))), unit, **close)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_factor_of_squares(seed: int) -> None:
+    sizes, pairs = graph(seed)
+    draw, ends = np.random.default_rng([seed, 2]), np.cumsum(sizes)
+    rows: list[dict[int, jax.Array]] = []
+    whole = []
+    for i, j in pairs:
+        # Those of one node alone have full rank.
+        height = sizes[i] + 1 if i == j else 2
+        row = {k: draw.normal(size=(height, sizes[k])) for k in dict.fromkeys((i, j))}
+        rows.append({k: jnp.asarray(block) for k, block in row.items()})
+        whole.append(np.zeros((height, sum(sizes))))
+        for k, block in row.items():
+            whole[-1][:, ends[k] - sizes[k] : ends[k]] = block
+    matrix = np.concatenate(whole)
+    factor, pivot = factor_of_squares(rows, pairs, sizes)
+    vectors = np.random.default_rng(seed).normal(size=(3, sum(sizes)))
+    wanted = np.linalg.solve(matrix.T @ matrix, vectors.T).T
+    condition = np.linalg.cond(matrix) ** 2
+    np.testing.assert_allclose(
+        joined(factor.solve(split(vectors, sizes))), wanted,
+        atol=1e-14 * condition * np.max(np.abs(wanted)),
+    )  # fmt: skip
+    assert 0 < pivot <= 1
+    # Without the rows of its own, and of others, the first node is not determined.
+    bare = [row for row in rows if 0 not in row]
+    if bare:
+        assert factor_of_squares([*bare, {0: 0 * rows[0][0]}], pairs, sizes)[1] == 0
 
 
 def test_what_is_not_positive_definite_is_nan() -> None:

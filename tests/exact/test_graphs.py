@@ -16,8 +16,11 @@ import pytest
 
 import pcdyn
 from pcdyn import Dense, Gaussian, Graph, InferenceProblem, Partial, Prediction
+from pcdyn.linearisation.block_sparse import fronts_of
+from pcdyn.linearisation.coupling import coupled_pairs
+from pcdyn.linearisation.hessian import free_energy_hessian
 from pcdyn.references.linear import hessian, spectrum
-from tests.graphs import GraphCase, random_graph
+from tests.graphs import Edge, GraphCase, random_graph
 
 TIMES = np.array([0.0, 0.3, 2.0, 9.0])
 # Ten draws of numbers for each of twenty structures.
@@ -53,6 +56,27 @@ def check(case: GraphCase) -> None:
 def test_linear_graphs_are_dense_least_squares(structure):
     for numbers in range(DRAWS):
         check(random_graph(structure, 1000 * structure + numbers))
+
+
+def test_a_graph_of_many_nodes_is_eliminated_front_after_front():
+    draw, count = np.random.default_rng(0), 30
+    edges = [Edge(0, (), (), draw.normal(size=2), np.eye(2))]
+    for target in range(1, count):
+        # A tree of two branches each, some with a skip.
+        sources = ((target - 1) // 2, *([(target - 3) // 4] if target % 5 == 3 else []))
+        weights = tuple(0.7 * draw.normal(size=(2, 2)) for _ in sources)
+        edges.append(Edge(target, sources, weights, draw.normal(size=2), 2 * np.eye(2)))
+    masks = tuple(np.array([i % 7 == 6, i % 3 == 2]) for i in range(count))
+    values = tuple(draw.normal(size=2) for _ in range(count))
+    case = GraphCase((2,) * count, tuple(edges), masks, values, draw.uniform(0.5, 2.0, count))
+    problem = case.problem
+    assert len(fronts_of(problem.free_widths, coupled_pairs(problem))) > 5
+    check(case)
+    state = problem.zeros_state()
+    factor = free_energy_hessian(problem, state).cholesky()
+    solved = jax.tree.map(jnp.negative, factor.solve(problem.gradient(state)))
+    end = problem.activities(solved)
+    np.testing.assert_allclose(stacked(end), case.solved(TIMES)[0], atol=1e-9)
 
 
 @pytest.mark.slow
