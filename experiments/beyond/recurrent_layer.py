@@ -8,6 +8,7 @@ network `ẋ = −x + f(u + s J x)` loses its stability at some strength s of th
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +126,7 @@ def beyond(
         values, vectors = np.linalg.eig(loop - np.eye(config.units))
         start = np.linalg.solve(vectors, -fixed)
         # Beyond 1e12 nothing is left to see.
-        powers = np.outer(times, values)
+        powers: Any = np.outer(times, values)
         grown = np.exp(np.minimum(powers.real, 40) + 1j * powers.imag)
         away = np.linalg.norm((grown * start) @ vectors.T, axis=1) / np.linalg.norm(fixed)
         recurrent.append(np.where(away < 1e6, away, np.nan))

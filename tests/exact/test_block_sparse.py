@@ -46,7 +46,9 @@ def joined(parts: tuple[jax.Array, ...]) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in parts], axis=-1)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(5), *[pytest.param(i, marks=pytest.mark.slow) for i in range(5, 20)]]
+)
 def test_everything_is_as_of_the_dense_matrix(seed: int) -> None:
     sizes, pairs = graph(seed)
     sparse = matrix(seed, sizes, pairs)
@@ -78,7 +80,9 @@ def test_everything_is_as_of_the_dense_matrix(seed: int) -> None:
     np.testing.assert_allclose(joined(factor.times_transposed(split(spread, sizes))), unit, **close)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [0, 3, *[pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 4, 5, 6, 7)]]
+)
 def test_the_factor_of_squares(seed: int) -> None:
     sizes, pairs = graph(seed)
     draw, ends = np.random.default_rng([seed, 2]), np.cumsum(sizes)

@@ -134,7 +134,8 @@ def test_custom_activations_say_where_their_kinks_are() -> None:
     assert found.status is EquilibriumStatus.SLIDING
     np.testing.assert_allclose(found.activities[1], [0.5], atol=1e-9)
     assert get_activation("relu").kinks == leaky_relu(0.2).kinks == (0.0,)
-    assert not has_kinks(Network([Dense(np.eye(1), None, "tanh")]))
+    smooth = Network([Dense(np.eye(1), None, "tanh")])
+    assert not has_kinks(InferenceProblem(smooth, input=np.ones(1)))
 
 
 def test_several_equilibria_of_a_scalar_chain() -> None:
