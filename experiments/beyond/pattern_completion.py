@@ -237,7 +237,8 @@ def _ratio(errors: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 def plot(data: xarray.Dataset) -> Figure:
     """Completed digits, and the error of missing pixels against the share that is shown."""
     figure = plt.figure(figsize=(9, 5.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    left, right = panels
     axes = left.subplots(5, SHOWN)
     side = round(data.sizes["pixel"] ** 0.5)
     shown = data.sel(mask=HALF).isel(image=slice(SHOWN))
