@@ -679,6 +679,7 @@ def as_graph(
         for (below, above), layer, mine in each
     ]
     if prior is not None:
+        check_instance(prior, "prior", Prior, "a pcdyn.Prior")
         mean = converted(prior.mean, network.dtype, "mean of the prior")
         predictions.insert(0, Prediction(names[0], by=mean, energy=prior.energy))
     return Graph(dict(zip(names, network.widths, strict=True)), predictions)
