@@ -169,12 +169,13 @@ class InferenceProblem(InferenceFlow):
             chain = network.as_chain(_energies(network, energy), free=values[0] is None)
             network, energy, prior = chain or (network, energy, prior)
         self.graph = network.without_energies() if isinstance(network, Graph) else network
-        self.clamp = _clamped_nodes(values, network)
-        self.energy = in_dtype(_energies(network, energy), network.dtype)
-        for index, each in enumerate(self.energy, start=1):
-            with naming_layer(self.target_name(index)):
-                each.check(network.widths[network.targets[index - 1]], self.target_of(index))
-        self.prior = None if prior is None else _checked_prior(prior, self.input, self.network)
+        self.clamp = data = _clamped_nodes(values, network)
+        self.energy = energies = in_dtype(_energies(network, energy), network.dtype)
+        # Of the module that is being made equinox makes a method slowly: functions instead.
+        for node, each in zip(network.targets, energies, strict=True):
+            with naming_layer(_node_name(network, node)):
+                each.check(network.widths[node], _target(data[node]))
+        self.prior = None if prior is None else _checked_prior(prior, data, network)
         self.time_constants = _checked_time_constants(time_constants, network)
         self.first_prediction = None
 
@@ -258,8 +259,7 @@ class InferenceProblem(InferenceFlow):
 
     def node_name(self, node: int) -> str:
         """Name a layer or a node in messages."""
-        graph = self.graph
-        return repr(graph.nodes[node]) if isinstance(graph, Graph) else f"layer {node}"
+        return _node_name(self.graph, node)
 
     @property
     def batch_shape(self) -> tuple[int, ...] | None:
@@ -468,8 +468,7 @@ class InferenceProblem(InferenceFlow):
 
         Of a chain it is the clamped output.
         """
-        value = None if index == 0 else self.clamp[self.target_node(index)]
-        return None if isinstance(value, PartlyClamped) else value
+        return None if index == 0 else _target(self.clamp[self.target_node(index)])
 
     @compiled
     def free_energy(self, state: State) -> Float[Array, "*batch"]:
@@ -661,6 +660,15 @@ def _by_node(
     return values
 
 
+def _node_name(graph: Network | Graph, node: int) -> str:
+    return repr(graph.nodes[node]) if isinstance(graph, Graph) else f"layer {node}"
+
+
+def _target(clamp: Clamp) -> Any:  # noqa: ANN401
+    """What a node is clamped to as a whole."""
+    return None if isinstance(clamp, PartlyClamped) else clamp
+
+
 def _only_ends(values: Sequence[Any]) -> bool:
     """Whether nothing but whole ends is clamped."""
     inside = any(value is not None for value in values[1:-1])
@@ -731,10 +739,10 @@ _PRIOR_IGNORED = (
 )
 
 
-def _checked_prior(prior: Prior, input: Array | None, network: Network) -> Prior:
+def _checked_prior(prior: Prior, clamp: tuple[Clamp, ...], network: Network | Graph) -> Prior:
     """The prior with one mean for each unit, all in the dtype of the network."""
     check_instance(prior, "prior", Prior, "a pcdyn.Prior")
-    if input is not None:
+    if clamp[0] is not None:
         raise InputError(_PRIOR_IGNORED)
     width, mean = network.widths[0], converted(prior.mean, network.dtype, "mean of the prior")
     if mean.shape not in ((), (width,)):
