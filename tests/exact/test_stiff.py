@@ -6,6 +6,7 @@ and diffrax with a dense linear solver.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import diffrax
@@ -87,7 +88,9 @@ def test_blocks_are_those_of_the_hessian(clamp: str) -> None:
             one = jax.tree.map(lambda x, row=row: x[row], blocks)
             assert_close(one.dense(), expected[row], ROUND_OFF)
     jacobian = scipy.linalg.block_diag(*[-h / taus(case)[:, None] for h in expected])
-    pattern = ChainPattern(tuple(x.shape[-1] for x in state), 2)
+    layers = range(len(state))
+    pairs = [*zip(layers, layers, strict=True), *itertools.pairwise(layers)]
+    pattern = ChainPattern(tuple(x.shape[-1] for x in state), 2, pairs)
     entries = np.asarray(chain_entries(problem, state))
     assert_close(pattern.sparse(entries).toarray(), jacobian, ROUND_OFF)
     i, j = np.indices(jacobian.shape)
