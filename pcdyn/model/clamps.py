@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pcdyn._support.arrays import as_float_array, as_host_array, converted, is_traced
 from pcdyn._support.namespaces import host_namespace
@@ -36,7 +36,7 @@ class Partial(eqx.Module):
     values: Float[Array, "..."]
     mask: Bool[Array, "..."] | np.ndarray
 
-    def __init__(self, values: Numbers, mask: ArrayLike):
+    def __init__(self, values: Numbers, mask: Numbers):
         if is_traced(mask):
             raise InputError("a mask must be known: the size of the state depends on it")
         self.mask = np.asarray(mask)
