@@ -363,13 +363,11 @@ def factor_of_squares(
     order = [k for group in groups for k in group.order]
     values = jnp.concatenate([given[k].ravel() for k in order])
     storage = jnp.zeros(size, values.dtype).at[places].set(values)
-    norms = jnp.concatenate(
-        [
-            sum((jnp.sum(row[i] ** 2, axis=0) for row in rows if i in row), jnp.zeros(n))
-            for i, n in enumerate(sizes)
-        ]
-    )
-    norms = jnp.sqrt(norms).astype(values.dtype)
+    squares = [jnp.zeros(n, values.dtype) for n in sizes]
+    for row in rows:
+        for i, block in row.items():
+            squares[i] = squares[i] + jnp.sum(block**2, axis=0)
+    norms = jnp.sqrt(jnp.concatenate(squares))
     factors, couplings, pivots = [], [], []
     for group, own in zip(plan.groups, groups, strict=True):
         matrices = storage[own.start : own.start + math.prod(own.shape)].reshape(own.shape)

@@ -83,7 +83,7 @@ class PartlyClamped(eqx.Module):
         index = self.free if self.free.ndim == 1 else self.free[0]
         return matrix.at[:, index].get(mode="fill", fill_value=0)
 
-    def missing(self) -> Float[Array, "*batch free"]:
+    def missing(self) -> Float[Values, "*batch free"]:
         """Say where there is no unit, by ones."""
         return (self.free == self.values.shape[-1]).astype(self.values.dtype)
 

@@ -21,7 +21,7 @@ from pcdyn._support.checks import (
     checked_integer,
 )
 from pcdyn._support.functions import as_part
-from pcdyn._support.types import Numbers
+from pcdyn._support.types import Numbers, Values
 from pcdyn.errors import DtypeError, GraphError, ShapeError
 from pcdyn.model.clamps import Clamp, PartlyClamped
 from pcdyn.model.energies.energy import Energy
@@ -167,7 +167,7 @@ class Graph(eqx.Module):
         return dtype_of(self.predictions)
 
     def predict_from(
-        self, index: int, given: Sequence[Float[Array, "*batch _"]]
+        self, index: int, given: Sequence[Float[Values, "*batch _"]]
     ) -> Float[Array, "*batch n"]:
         """Make prediction k = `index`, counted from 1, from the activities of its sources."""
         each = self.predictions[index - 1]

@@ -29,7 +29,7 @@ from pcdyn._support.checks import (
 from pcdyn._support.functions import as_part
 from pcdyn._support.namespaces import host_namespace
 from pcdyn._support.products import matmul
-from pcdyn._support.types import Activities, Numbers, Scalar, Tree
+from pcdyn._support.types import Activities, Numbers, Scalar, Tree, Values
 from pcdyn.errors import DtypeError, GraphError, InputError, ShapeError
 from pcdyn.model.activations import Activation, get_activation, identity
 from pcdyn.model.named import NamedActivities
@@ -211,7 +211,7 @@ class Network(eqx.Module):
         return tuple((index,) for index in range(self.depth))
 
     def predict_from(
-        self, index: int, given: Sequence[Float[Array, "*batch n_in"]]
+        self, index: int, given: Sequence[Float[Values, "*batch n_in"]]
     ) -> Float[Array, "*batch n_out"]:
         """Predict the layer l = `index` from the activities of its sources: `predict`."""
         return self.predict(index, *given)

@@ -6,7 +6,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -196,16 +196,18 @@ class InferenceProblem(InferenceFlow):
 
     @property
     def input(self) -> _End:
-        """Clamped input of a chain, `None` if it is free."""
-        return self._end(0)
+        """Clamped input of a chain, `None` if it is free; `GraphError` as `network` raises it."""
+        return self._ends[0]
 
     @property
     def output(self) -> _End:
-        """Clamped output of a chain, `None` if it is free."""
-        return self._end(-1)
+        """Clamped output of a chain, `None` if it is free; `GraphError` as `network` raises it."""
+        return self._ends[1]
 
-    def _end(self, index: int) -> Any:  # noqa: ANN401
-        return self.clamp[self.network.depth if index else 0]
+    @property
+    def _ends(self) -> tuple[_End, _End]:
+        depth, clamp = self.network.depth, cast(Any, self.clamp)
+        return clamp[0], clamp[depth]
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> list[matplotlib.artist.Artist]:
         """Draw who predicts whom and what is clamped; see `pcdyn.plotting.problem`."""
