@@ -221,7 +221,7 @@ def comparisons() -> Iterator[tuple[str, Callable[[], Any]]]:
 def ten_lines() -> Any:
     """README's first example without the line that switches float64 on."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    (found,) = (block for block in blocks if "linear_equilibrium" in block)
+    found = next(block for block in blocks if "linear_equilibrium" in block)
     lines = [line for line in found.splitlines() if "jax_enable_x64" not in line]
     assert len(lines) < len(found.splitlines())
     with contextlib.redirect_stdout(io.StringIO()) as printed:
