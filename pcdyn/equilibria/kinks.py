@@ -23,8 +23,8 @@ from jaxtyping import Array
 
 from pcdyn._support.states import dot, step
 from pcdyn._support.types import State
+from pcdyn.linearisation.coupling import by_source, free_columns
 from pcdyn.linearisation.hessian import free_energy_hessian
-from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.network import Dense
 from pcdyn.model.problem import InferenceProblem
 
@@ -292,18 +292,14 @@ def _one_sided_slopes(layer: Dense, kinks: Array) -> tuple[Array, Array]:
 
 def _preactivation_rows(problem: InferenceProblem) -> Array:
     """∂z/∂y of all predicted units, zero for layers without kinks."""
-    graph, free, rows = problem.graph, problem.free_layers, []
-    for target, sources, layer in zip(graph.targets, graph.sources, graph.layers, strict=True):
-        height = problem.widths[target]
+    free, rows = problem.free_layers, []
+    for index, layer in enumerate(problem.graph.layers, start=1):
+        height = problem.widths[problem.target_node(index)]
         row = [jnp.zeros((height, width), problem.dtype) for width in problem.free_widths]
         if _kinked(layer):
-            ends = np.cumsum([problem.widths[node] for node in sources])[:-1]
-            parts = jnp.split(layer.effective_weight, ends, axis=1)
-            for node, block in zip(sources, parts, strict=True):
+            for node, block in by_source(problem, index, layer.effective_weight).items():
                 if node in free:
-                    value = problem.clamp[node]
-                    is_partial = isinstance(value, PartlyClamped)
-                    row[free.index(node)] = value.columns(block) if is_partial else block
+                    row[free.index(node)] = free_columns(problem, node, block)
         rows.append(jnp.concatenate(row, axis=1))
     return jnp.concatenate(rows)
 

@@ -125,10 +125,21 @@ class _Plan:
     size: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tree:
+    """Fronts by their numbers: the one that each node is eliminated `by`, the one above each.
+
+    `together` are those of one shape that do not wait for each other, group after group.
+    """
+
+    fronts: tuple[Front, ...]
+    by: dict[int, int]
+    parents: list[int | None]
+    together: list[list[int]]
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
-    ends = np.cumsum(sizes)
-    units = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+def _tree(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Tree:
     fronts = fronts_of(sizes, pairs)
     by = {node: k for k, front in enumerate(fronts) for node in front.pivots}
     parents = [min((by[node] for node in f.boundary), default=None) for f in fronts]
@@ -137,17 +148,28 @@ def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
         if parent is not None:
             levels[parent] = max(levels[parent], levels[k] + 1)
 
+    def kind(k: int) -> tuple[int, int, int]:
+        front = fronts[k]
+        return levels[k], *(sum(sizes[n] for n in x) for x in (front.pivots, front.boundary))
+
+    groups = itertools.groupby(sorted(range(len(fronts)), key=kind), kind)
+    return _Tree(fronts, by, parents, [list(group) for _, group in groups])
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
+    ends = np.cumsum(sizes)
+    units = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    tree = _tree(sizes, pairs)
+    fronts, by, parents = tree.fronts, tree.by, tree.parents
+
     def joined(nodes: tuple[int, ...]) -> np.ndarray:
         return np.concatenate([units[node] for node in nodes] or [np.zeros(0, int)])
 
-    def kind(k: int) -> tuple[int, int, int]:
-        return levels[k], len(joined(fronts[k].pivots)), len(joined(fronts[k].boundary))
-
-    together = [list(g) for _, g in itertools.groupby(sorted(range(len(fronts)), key=kind), kind)]
     starts: dict[int, int] = {}
     places: list[dict[int, int]] = [{} for _ in fronts]
     size = 0
-    for k in itertools.chain(*together):
+    for k in itertools.chain(*tree.together):
         nodes = joined(fronts[k].nodes)
         starts[k], size = size, size + len(nodes) ** 2
         places[k] = {int(unit): place for place, unit in enumerate(nodes)}
@@ -158,7 +180,7 @@ def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
         return starts[k] + i[:, None] * len(places[k]) + j
 
     groups = []
-    for members in together:
+    for members in tree.together:
         around = np.stack([joined(fronts[k].boundary) for k in members])
         above = [
             np.zeros((0, 0), int) if up is None else where(up, a, a)
@@ -408,10 +430,8 @@ def _row_plan(
     kinds: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> tuple[int, tuple[_RowGroup, ...]]:
     """Where rows go, of which `kinds` say how many there are and in which columns of blocks."""
-    fronts, plan = fronts_of(sizes, pairs), _plan(sizes, pairs)
-    by = {node: k for k, front in enumerate(fronts) for node in front.pivots}
-    parents = [min((by[node] for node in f.boundary), default=None) for f in fronts]
-    ends = np.cumsum(sizes)
+    tree = _tree(sizes, pairs)
+    fronts, by, parents = tree.fronts, tree.by, tree.parents
     offsets = [
         dict(zip(f.nodes, np.cumsum([0, *(sizes[n] for n in f.nodes)])[:-1], strict=True))
         for f in fronts
@@ -429,11 +449,8 @@ def _row_plan(
         if parent is not None:
             passed[k] = heights[parent]
             heights[parent] += sum(sizes[node] for node in front.boundary)
-    firsts = [int(front.pivots[0]) for front in fronts]
-    at = {int(ends[node] - sizes[node]): k for k, node in enumerate(firsts)}
     groups, places, start = [], {}, 0
-    members = [[at[int(row[0])] for row in group.rows] for group in plan.groups]
-    for ks in members:
+    for ks in tree.together:
         width = sum(sizes[node] for node in fronts[ks[0]].nodes)
         height = max(width, *(heights[k] for k in ks))
         for count, k in enumerate(ks):
@@ -451,7 +468,7 @@ def _row_plan(
 
     numbers = np.cumsum([0, *(len(columns) for _, columns in kinds)])
     found = []
-    for (first, shape), ks in zip(groups, members, strict=True):
+    for (first, shape), ks in zip(groups, tree.together, strict=True):
         blocks, order, above = [], [], []
         for k in ks:
             for number, row in rows[k]:

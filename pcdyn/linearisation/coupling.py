@@ -42,39 +42,51 @@ def block_sparse(problem: InferenceProblem, blocks: Mapping[tuple[int, int], Arr
     return BlockSparse(tuple(filled.values()), tuple(filled), problem.free_widths)
 
 
-def source_jacobians(problem: InferenceProblem, state: State) -> list[tuple[Array, ...]]:
-    """∂f_k/∂x of each prediction of one sample by each node that it is given, `(n_k, n)`."""
+def prediction_jacobians(problem: InferenceProblem, state: State) -> list[dict[int, Array]]:
+    """∂f_k/∂x of each prediction of one sample by each free node that it is given, `(n_k, n)`."""
     activities, widths, found = problem.activities(state), problem.widths, []
     for index, sources in enumerate(problem.graph.sources, start=1):
-        given = tuple(activities[node] for node in sources)
-        narrowing = widths[problem.target_node(index)] <= sum(widths[node] for node in sources)
+        given = [activities[node] for node in sources]
+        free = [place for place, node in enumerate(sources) if node in problem.free_layers]
+        narrowing = widths[problem.target_node(index)] <= sum(widths[sources[i]] for i in free)
         transform = jax.jacrev if narrowing else jax.jacfwd
 
         def predict(*given: Array, index: int = index) -> Array:
             return problem.graph.predict_from(index, given)
 
-        slopes = transform(predict, argnums=tuple(range(len(given))))(*given) if given else ()
-        found.append(slopes)
+        slopes = transform(predict, argnums=tuple(free))(*given) if free else ()
+        found.append({sources[i]: slope for i, slope in zip(free, slopes, strict=True)})
     return found
 
 
-def error_rows(problem: InferenceProblem, jacobians: Sequence[Sequence[Array]]) -> list[Row]:
-    """∂ε_k/∂x of each prediction by each array of the state that it depends on."""
+def error_rows(problem: InferenceProblem, jacobians: Sequence[Mapping[int, Array]]) -> list[Row]:
+    """∂ε_k/∂x of each prediction by each array of the state, from `prediction_jacobians`."""
     free, rows = problem.free_layers, []
-    for index, (sources, slopes) in enumerate(
-        zip(problem.graph.sources, jacobians, strict=True), start=1
-    ):
+    for index, slopes in enumerate(jacobians, start=1):
         target = problem.target_node(index)
-        parts = [(node, -slope) for node, slope in zip(sources, slopes, strict=True)]
-        parts.append((target, jnp.eye(problem.widths[target], dtype=problem.dtype)))
-        row: Row = {}
-        for node, block in parts:
-            if node in free:
-                value, place = problem.clamp[node], free.index(node)
-                block = value.columns(block) if isinstance(value, PartlyClamped) else block
-                row[place] = row[place] + block if place in row else block
+        row: Row = {
+            free.index(node): -free_columns(problem, node, slope) for node, slope in slopes.items()
+        }
+        if target in free:
+            place = free.index(target)
+            own = jnp.eye(problem.widths[target], dtype=problem.dtype)
+            own = free_columns(problem, target, own)
+            row[place] = row[place] + own if place in row else own
         rows.append(row)
     return rows
+
+
+def by_source(problem: InferenceProblem, index: int, matrix: Array) -> dict[int, Array]:
+    """The columns of a matrix of prediction k = `index` for each node that it is given."""
+    sources = problem.graph.sources[index - 1]
+    ends = list(itertools.accumulate(problem.widths[node] for node in sources))[:-1]
+    return dict(zip(sources, jnp.split(matrix, ends, axis=1), strict=True))
+
+
+def free_columns(problem: InferenceProblem, node: int, block: Array) -> Array:
+    """Of a matrix with a column for each unit of a node those of its free units."""
+    value = problem.clamp[node]
+    return value.columns(block) if isinstance(value, PartlyClamped) else block
 
 
 def weighted_squares(

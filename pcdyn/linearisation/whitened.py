@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.compiling import compiled
@@ -20,7 +19,7 @@ from pcdyn._support.types import State
 from pcdyn.errors import InputError, NotLinearError
 from pcdyn.linearisation.block_sparse import BlockFactor, Row, factor_of_squares
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky
-from pcdyn.linearisation.coupling import coupled_pairs, error_rows
+from pcdyn.linearisation.coupling import by_source, coupled_pairs, error_rows
 from pcdyn.model.activations import identity
 from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.energies.precision import Precision
@@ -88,11 +87,13 @@ def linear_parts(problem: InferenceProblem) -> tuple[tuple[Any, ...], tuple[Prec
 def linear_rows(problem: InferenceProblem) -> list[Row]:
     """∂ε_k/∂x of the predictions of a linear graph: `error_rows`."""
     layers, _ = linear_parts(problem)
-    jacobians = []
-    for layer, sources in zip(layers, problem.graph.sources, strict=True):
-        ends = np.cumsum([problem.widths[node] for node in sources])[:-1]
-        is_dense = isinstance(layer, Dense)
-        jacobians.append(jnp.split(layer.matrix, ends, axis=1) if is_dense else [])
+    free = problem.free_layers
+    jacobians = [
+        {node: block for node, block in by_source(problem, k, layer.matrix).items() if node in free}
+        if isinstance(layer, Dense)
+        else {}
+        for k, layer in enumerate(layers, start=1)
+    ]
     return error_rows(problem, jacobians)
 
 

@@ -25,7 +25,7 @@ from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propo
 from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
 from pcdyn.errors import GraphError, InputError
 from pcdyn.linearisation.block_sparse import BlockFactor
-from pcdyn.linearisation.coupling import error_rows, source_jacobians, weighted_squares
+from pcdyn.linearisation.coupling import error_rows, prediction_jacobians, weighted_squares
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import gauss_newton_hessian
@@ -183,11 +183,12 @@ class ActivityModel(DescentModel):
     def factorise(self, point: State, damping: Array) -> Propose:
         def factor(one: InferenceProblem, state: State, damping: Array) -> BlockFactor:
             weights = curvatures(one, state)
+            jacobians = prediction_jacobians(one, state)
             if one.is_chain:
-                matrix = gauss_newton_hessian(one, weights, layer_jacobians(one, state))
+                slopes = {l: row[l - 1] for l, row in enumerate(jacobians, start=1) if row}
+                matrix = gauss_newton_hessian(one, weights, slopes)
             else:
-                rows = error_rows(one, source_jacobians(one, state))
-                matrix = weighted_squares(one, rows, weights)
+                matrix = weighted_squares(one, error_rows(one, jacobians), weights)
             return matrix.plus_diagonal(damping * matrix.largest_diagonal).cholesky()
 
         factors = self.problem.map_samples(factor, point, damping)
@@ -266,17 +267,3 @@ def curvatures(problem: InferenceProblem, state: State) -> tuple[PyTree, ...]:
     """
     errors = problem.prediction_errors(problem.activities(state))
     return tuple(problem.curvature(index, error) for index, error in enumerate(errors, start=1))
-
-
-def layer_jacobians(problem: InferenceProblem, state: State) -> dict[int, Array]:
-    """Compute ∂μ_l/∂x_{l−1} of shape (n_l, n_{l−1}), for each l whose lower layer is free."""
-    activities, widths = problem.activities(state), problem.network.widths
-    jacobians = {}
-    for index in range(1, problem.network.depth + 1):
-        if index - 1 in problem.free_layers:
-            narrowing = widths[index] <= widths[index - 1]
-            transform = jax.jacrev if narrowing else jax.jacfwd
-            jacobians[index] = transform(lambda x, i=index: problem.network.predict(i, x))(
-                activities[index - 1]
-            )
-    return jacobians
