@@ -94,6 +94,9 @@ class Equilibrium(LayerEnergies):
     method: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
 
+    def _outputs(self) -> tuple[int, ...]:
+        return self.problem.outputs
+
     @property
     def status(self) -> EquilibriumStatus | tuple[EquilibriumStatus, ...]:
         """How it ended: one status, or one per sample of a batch.

@@ -17,12 +17,16 @@ _NODES = "nodes"
 
 
 class Nodes(NamedTuple):
-    """Nodes, the index of the one that each prediction is of, and of a graph those it is given."""
+    """Nodes, the index of the one that each prediction is of, and of a graph those it is given.
+
+    `outputs` say where the energies of the output stand.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     targets: tuple[int, ...]
     given: tuple[tuple[int, ...], ...] | None
+    outputs: tuple[int, ...]
 
 
 def prediction_numbers(activities: Sequence[Any], targets: Sequence[int]) -> list[int]:
@@ -35,6 +39,7 @@ def described_nodes(
     activities: Activities,
     targets: Sequence[int],
     given: Sequence[tuple[int, ...]] | None = None,
+    outputs: Sequence[int] | None = None,
 ) -> dict[str, str]:
     """The attribute, where activities have names."""
     if not isinstance(activities, NamedActivities):
@@ -44,6 +49,8 @@ def described_nodes(
         "shapes": activities.shapes,
         "targets": tuple(targets),
     }
+    if outputs is not None:
+        described["outputs"] = tuple(outputs)
     if given is not None:
         described["given"] = tuple(given)
     return {_NODES: json.dumps(described)}
@@ -58,6 +65,7 @@ def nodes_of(dataset: xarray.Dataset) -> Nodes | None:
         names = tuple(given["names"])
         shapes = tuple(tuple(int(n) for n in shape) for shape in given["shapes"])
         targets = tuple(int(index) for index in given["targets"])
+        outputs = tuple(int(place) for place in given.get("outputs", (-1,)))
         sources = None
         if "given" in given:
             sources = tuple(tuple(int(index) for index in each) for each in given["given"])
@@ -69,9 +77,10 @@ def nodes_of(dataset: xarray.Dataset) -> Nodes | None:
     indices = [*targets, *(index for each in sources or () for index in each)]
     if sources is not None and len(sources) != len(targets):
         sound = False
+    sound = sound and all(-1 <= place < len(targets) for place in outputs)
     if not sound or not all(0 <= index < len(names) for index in indices):
         raise DataError(f"its attribute {_NODES!r} does not fit together")
-    return Nodes(names, shapes, targets, sources)
+    return Nodes(names, shapes, targets, sources, outputs)
 
 
 def named(nodes: Nodes | None, arrays: Sequence[Values]) -> Activities:

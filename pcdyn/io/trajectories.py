@@ -138,7 +138,7 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
         "run_seconds": float(statistics["run_seconds"]),
         "free_layers": list(trajectory.free_layers),
         "pcdyn_version": _version(),
-        **described_nodes(trajectory.activities, trajectory.targets),
+        **described_nodes(trajectory.activities, trajectory.targets, outputs=trajectory.outputs),
     }
     return xarray.Dataset(variables, coordinates, attributes)
 
@@ -213,6 +213,7 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
         # The coordinate, for NetCDF keeps no attribute of length 0 or 1 as a list.
         free_layers=tuple(sorted(int(index) for index in free)),
         targets=targets,
+        outputs=(-1,) if nodes is None else nodes.outputs,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,13 +18,18 @@ from pcdyn._support.checks import check_callable, check_instance, checked_intege
 from pcdyn._support.functions import ByCode
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, LabelError, ShapeError
-from pcdyn.learning.rules.base import Rule
-from pcdyn.model.energies.energy import Energy
+from pcdyn.model.clamps import Partial
+from pcdyn.model.energies.energy import Energy, one_per_prediction
+from pcdyn.model.graph import Graph
+from pcdyn.model.named import index_of
 from pcdyn.model.network import Network
 from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
 
-Evaluate = Callable[[Network], Mapping[str, ArrayLike]]
+Evaluate = Callable[[Any], Mapping[str, ArrayLike]]
+# Of a chain an array, of a graph one for each node.
+Data = Numbers | Mapping[str, Numbers | Partial]
+_Network = TypeVar("_Network", bound=Network | Graph)
 
 
 def number_of_seeds(key: object) -> int | None:
@@ -42,14 +48,60 @@ def number_of_seeds(key: object) -> int | None:
     return None if key.ndim == 0 else len(key)
 
 
-def checked_data(
-    network: Network, inputs: Numbers | None, targets: Numbers, seeds: int | None
-) -> tuple[Array | None, Array]:
-    """Convert inputs and targets to arrays of the network's dtype, labels as one-hot rows.
+def problem_to_learn(
+    network: Network | Graph,
+    inputs: Data | None,
+    targets: Data,
+    energy: Energy | Sequence[Energy],
+    prior: Prior | None,
+    seeds: int | None,
+) -> tuple[InferenceProblem, tuple[int, ...]]:
+    """Clamp all data to the first of the networks; and the nodes that are targets.
 
-    Inputs stay `None` where they are latent.
+    Labels become one-hot rows.
     """
-    check_instance(network, "network", Network, "a pcdyn.Network")
+    _check_network(network, seeds)
+    first = first_of(network, seeds)
+    if isinstance(first, Graph):
+        clamp, nodes = _clamps(first, inputs, targets)
+        problem = InferenceProblem(first, clamp=clamp, energy=energy, prior=prior)
+        if len(problem.batch_shape or ()) != 1:
+            raise ShapeError("one sample of data was given: each node needs (samples, …)")
+        return problem, nodes
+    energies = one_per_prediction(energy, first.depth)
+    input, output = _checked_data(first, inputs, targets)
+    problem = InferenceProblem(first, input=input, output=output, energy=energies, prior=prior)
+    return problem, (first.depth,)
+
+
+def _clamps(
+    graph: Graph, inputs: Data | None, targets: Data
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What is clamped where, and the nodes of the targets."""
+    wanted = 'a dictionary from nodes to values, such as {"retina": images}'
+    clamp: dict[str, Any] = {}
+    nodes: dict[str, list[int]] = {"inputs": [], "targets": []}
+    for what, given in (("inputs", {} if inputs is None else inputs), ("targets", targets)):
+        if not isinstance(given, Mapping):
+            raise InputError(f"{what} of a graph must be {wanted}, got a {type(given).__name__}")
+        if what == "targets" and not given:
+            raise InputError(f"targets are empty: give {wanted}")
+        for name, values in given.items():
+            node = index_of(name, graph.nodes)
+            if name in clamp:
+                raise InputError(f"{name!r} has inputs and targets: give either")
+            labels = what == "targets" and _maybe_labels(values) is not None
+            clamp[name] = (
+                _checked_targets(values, graph.widths[node], graph.dtype) if labels else values
+            )
+            nodes[what].append(node)
+    return clamp, tuple(nodes["targets"])
+
+
+def _check_network(network: Network | Graph, seeds: int | None) -> None:
+    """Raise an error for what is none, or no stack of as many networks as there are keys."""
+    wanted = "a pcdyn.Network or a pcdyn.Graph"
+    check_instance(network, "network", Network | Graph, wanted)
     check_dtype(network.dtype, "dtype of the network")
     first = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
     if seeds is not None and any(x.ndim < 1 or len(x) != seeds for x in first):
@@ -57,22 +109,43 @@ def checked_data(
             f"there are {seeds} keys, but the network is not a stack of {seeds} networks: build it "
             "with equinox.filter_vmap over the keys"
         )
+    # One problem is made of all: of their energies there is one.
+    predictions = network.predictions if isinstance(network, Graph) else ()
+    each = jax.tree.leaves(eqx.filter([p.energy for p in predictions], eqx.is_inexact_array))
+    if seeds is not None and any(bool(jnp.any(x != x[:1])) for x in each):
+        raise InputError(
+            "the graphs of the stack differ in the energies of their predictions: train those of "
+            "each energy by themselves"
+        )
+
+
+def _checked_data(
+    network: Network, inputs: Data | None, targets: Data
+) -> tuple[Array | None, Array]:
+    """Convert inputs and targets to arrays of the network's dtype, labels as one-hot rows.
+
+    Inputs stay `None` where they are latent.
+    """
+    for what, given in (("inputs", inputs), ("targets", targets)):
+        if isinstance(given, Mapping):
+            raise InputError(f"{what} by node are for a pcdyn.Graph: give an array")
+    width, dtype = network.widths[-1], network.dtype
     if inputs is None:
-        return None, _checked_targets(targets, network)
+        return None, _checked_targets(targets, width, dtype)
     inputs = converted(as_float_array(inputs, "inputs"), network.dtype, "inputs")
     if inputs.ndim != 2 or inputs.shape[1] != network.widths[0]:
         raise ShapeError(
             f"inputs have shape {inputs.shape}, but the network needs (samples, "
             f"{network.widths[0]})"
         )
-    targets = _checked_targets(targets, network)
+    targets = _checked_targets(targets, width, dtype)
     if len(inputs) != len(targets):
         raise ShapeError(f"there are {len(inputs)} inputs and {len(targets)} targets")
     return inputs, targets
 
 
-def _checked_targets(targets: Numbers, network: Network) -> Array:
-    width, array = network.widths[-1], _maybe_labels(targets)
+def _checked_targets(targets: object, width: int, dtype: np.dtype) -> Array:
+    array = _maybe_labels(targets)
     if array is None:
         array = as_float_array(targets, "targets")
     if np.issubdtype(array.dtype, np.integer):
@@ -84,14 +157,14 @@ def _checked_targets(targets: Numbers, network: Network) -> Array:
                 f"label {array[wrong[0]]} of sample {wrong[0]} is not the index of one of the "
                 f"{width} output units, 0 to {width - 1}; {wrong.size} labels are out of range"
             )
-        return jax.nn.one_hot(array, width, dtype=network.dtype)
-    checked = converted(jnp.asarray(array), network.dtype, "targets")
+        return jax.nn.one_hot(array, width, dtype=dtype)
+    checked = converted(jnp.asarray(array), dtype, "targets")
     if checked.ndim != 2 or checked.shape[1] != width:
         raise ShapeError(f"targets have shape {checked.shape}, but (samples, {width}) is needed")
     return checked
 
 
-def _maybe_labels(targets: Numbers) -> np.ndarray | None:
+def _maybe_labels(targets: object) -> np.ndarray | None:
     """The targets as integers, if that is what they are."""
     if np.ma.isMaskedArray(targets):
         return None
@@ -142,12 +215,12 @@ def _first_update(optimiser: ByCode[optax.GradientTransformation], weights: PyTr
     return optimiser.value.update(weights, optimiser.value.init(weights), weights)
 
 
-def check_evaluate(evaluate: Evaluate, network: Network, seeds: int | None) -> None:
+def check_evaluate(evaluate: Evaluate, network: Network | Graph, seeds: int | None) -> None:
     """Raise `InputError` for what does not make a dictionary of arrays of a network."""
     wanted = "a function from a network to a dictionary of arrays, such as Evaluation(…)"
     check_callable(evaluate, "evaluate", wanted)
     try:
-        found = eqx.filter_eval_shape(evaluate, _first_of(network, seeds))
+        found = eqx.filter_eval_shape(evaluate, first_of(network, seeds))
     except InputError:
         raise
     # What a function of the user does with a network is its own affair.
@@ -161,25 +234,8 @@ def check_evaluate(evaluate: Evaluate, network: Network, seeds: int | None) -> N
         raise InputError(f"evaluate must be {wanted}, but it gives a {type(found).__name__}")
 
 
-def _first_of(network: Network, seeds: int | None) -> Network:
+def first_of(network: _Network, seeds: int | None) -> _Network:
     """The first of a stack of networks, or the only one."""
     if seeds is None:
         return network
     return jax.tree.map(lambda x: x[0] if eqx.is_inexact_array(x) else x, network)
-
-
-def check_rule(
-    rule: Rule,
-    network: Network,
-    data: tuple[Array | None, Array],
-    energy: tuple[Energy, ...],
-    prior: Prior | None,
-    batch_size: int,
-    seeds: int | None,
-) -> None:
-    """Let problem and rule refuse, on the first batch, what they cannot learn from."""
-    check_instance(rule, "rule", Rule, "a rule such as pcdyn.learning.PredictiveCoding()")
-    network = _first_of(network, seeds)
-    # All targets, for an energy may need more than finite ones.
-    problem = InferenceProblem(network, input=data[0], output=data[1], energy=energy, prior=prior)
-    rule.check(problem.with_data(*jax.tree.map(lambda x: x[:batch_size], data)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,27 +16,40 @@ from pcdyn._support.functions import ByCode
 from pcdyn._support.states import cosine
 from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.rules.base import BatchGradient, Rule
-from pcdyn.model.energies.energy import Energy
+from pcdyn.model.clamps import Clamp, PartlyClamped
+from pcdyn.model.energies.energy import output_loss, residual_energy
+from pcdyn.model.graph import Constant, Graph
 from pcdyn.model.network import Network
-from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.algorithms import backpropagation, feedforward
+from pcdyn.references.algorithms import NetworkOrGraph, backpropagation, feedforward_loss
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
 class TrainingSetup(eqx.Module):
-    """What stays the same from epoch to epoch."""
+    """What stays the same from epoch to epoch.
 
-    static: PyTree
+    `problem` is without weights and data; `targets` are the nodes that accuracy is of.
+    """
+
+    problem: InferenceProblem
     rule: Rule
-    energy: tuple[Energy, ...]
-    prior: Prior | None
     optimiser: ByCode[optax.GradientTransformation] = eqx.field(static=True)
+    targets: tuple[int, ...] = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     mean: bool = eqx.field(static=True)
     compare: bool = eqx.field(static=True)
+
+    def network(self, weights: PyTree) -> NetworkOrGraph:
+        """Put weights into what the problem has in place of them."""
+        network: Any = eqx.combine(weights, self.problem.graph)
+        return network
+
+    def problem_of(self, weights: PyTree, data: Sequence[Clamp]) -> InferenceProblem:
+        """Put weights and a batch into the problem."""
+        network = self.network(weights)
+        return eqx.tree_at(lambda p: p.graph, self.problem, network).with_data(*data)
 
 
 def for_each(
@@ -48,10 +61,14 @@ def for_each(
 
 def first_state(setup: TrainingSetup, weights: PyTree, key: PRNGKeyArray) -> PyTree:
     """Return weights, optimiser state and rule state before the first batch."""
-    network = eqx.combine(weights, setup.static)
     # Epochs fold their number into the key; this one is none of theirs.
-    rule_state = setup.rule.init(network, jr.fold_in(key, 2**31 - 1))
-    return weights, setup.optimiser.value.init(weights), rule_state
+    rule_state = setup.rule.init(setup.network(weights), jr.fold_in(key, 2**31 - 1))
+    return weights, setup.optimiser.value.init(learnable(weights)), rule_state
+
+
+def learnable(weights: PyTree) -> PyTree:
+    """Leave out the means of priors, which are not learned."""
+    return eqx.filter(weights, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, Constant))
 
 
 def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: int) -> Array:
@@ -64,7 +81,7 @@ def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: in
 def run_epoch(
     setup: TrainingSetup,
     state: PyTree,
-    data: tuple[Array | None, Array],
+    data: tuple[Clamp, ...],
     key: Key[Array, "..."],
     epoch: Array,
     seeds: int | None,
@@ -72,10 +89,10 @@ def run_epoch(
     """Learn for an epoch: the state after it, and the records of its batches."""
 
     def one(state: PyTree, key: PRNGKeyArray) -> tuple[PyTree, dict[str, Array]]:
-        rows = batches_of(key, epoch, len(data[1]), setup.batch_size)
+        rows = batches_of(key, epoch, len(jax.tree.leaves(data)[0]), setup.batch_size)
 
         def batch(state: PyTree, rows: Array) -> tuple[PyTree, dict[str, Array]]:
-            return _batch(setup, state, *jax.tree.map(lambda x: x[rows], data))
+            return _batch(setup, state, jax.tree.map(lambda x: x[rows], data))
 
         return jax.lax.scan(batch, state, rows)
 
@@ -83,48 +100,39 @@ def run_epoch(
 
 
 def _batch(
-    setup: TrainingSetup, state: PyTree, inputs: Array | None, targets: Array
+    setup: TrainingSetup, state: PyTree, data: tuple[Clamp, ...]
 ) -> tuple[PyTree, dict[str, Array]]:
     """Learn from one batch."""
     weights, optimiser_state, rule_state = state
-    network = eqx.combine(weights, setup.static)
-    problem = InferenceProblem(
-        network, input=inputs, output=targets, energy=setup.energy, prior=setup.prior
-    )
+    problem = setup.problem_of(weights, data)
     learned, rule_state = setup.rule.learn(problem, rule_state)
-    gradient = eqx.filter(learned.gradient, eqx.is_inexact_array)
+    gradient, learnt = learnable(learned.gradient), learnable(weights)
     if setup.mean:
-        gradient = jax.tree.map(lambda g: g / len(targets), gradient)
-    updates, optimiser_state = setup.optimiser.value.update(gradient, optimiser_state, weights)
-    record = _record(setup, problem, targets, learned)
-    return (optax.apply_updates(weights, updates), optimiser_state, rule_state), record
+        gradient = jax.tree.map(lambda g: g / setup.batch_size, gradient)
+    updates, optimiser_state = setup.optimiser.value.update(gradient, optimiser_state, learnt)
+    weights = eqx.combine(optax.apply_updates(learnt, updates), weights)
+    return (weights, optimiser_state, rule_state), _record(setup, problem, learned)
 
 
 def _record(
-    setup: TrainingSetup, problem: InferenceProblem, targets: Array, learned: BatchGradient
+    setup: TrainingSetup, problem: InferenceProblem, learned: BatchGradient
 ) -> dict[str, Array]:
     """What is recorded of a batch; what the rule has computed already is not computed again."""
-    network = problem.network
     energies = problem.energies_of(
         problem.prediction_errors(learned.activities), learned.activities
     )
-    if problem.input is None:
-        before = {"loss": jnp.mean(energies[:, -1])}
-    else:
-        outputs = feedforward(problem)[-1]
-        loss = problem.layer_energy(network.depth, problem.output_error(outputs))
-        before = {"loss": jnp.mean(loss), "accuracy": accuracy(outputs, targets)}
+    after = output_loss(energies, problem.outputs)
     record = {
-        **before,
+        **(scores(problem, setup.targets) or {"loss": jnp.mean(after)}),
         "free_energy": jnp.mean(jnp.sum(energies, axis=-1)),
-        "output_loss": jnp.mean(energies[:, -1]),
-        "residual_energy": jnp.mean(jnp.sum(energies[:, :-1], axis=-1)),
+        "output_loss": jnp.mean(after),
+        "residual_energy": jnp.mean(residual_energy(energies, problem.outputs)),
         "median_residual": jnp.median(learned.residual),
         "largest_residual": jnp.max(learned.residual),
-        "unsettled": jnp.mean((learned.residual > UNSETTLED).astype(network.dtype)),
+        "unsettled": jnp.mean((learned.residual > UNSETTLED).astype(problem.dtype)),
     }
     if learned.handed_over is not None:
-        record["handed_over"] = jnp.mean(learned.handed_over.astype(network.dtype))
+        record["handed_over"] = jnp.mean(learned.handed_over.astype(problem.dtype))
     if setup.compare:
         reference = backpropagation(problem).weight_gradient
         pairs = list(zip(_matrices(learned.gradient), _matrices(reference), strict=True))
@@ -134,11 +142,32 @@ def _record(
     return record
 
 
-def _matrices(gradient: Network) -> list[Array]:
-    """The gradient of each layer's largest array, its weight, as a matrix."""
-    each = [jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array)) for layer in gradient.layers]
-    largest = [max(leaves, key=lambda x: x.size) for leaves in each]
-    return [x.reshape(len(x), -1) for x in largest]
+def scores(problem: InferenceProblem, targets: tuple[int, ...]) -> dict[str, Array]:
+    """The mean loss of the feedforward pass, and its accuracy where there is one target.
+
+    Nothing where there is no such pass.
+    """
+    graph = problem.graph
+    if isinstance(graph, Graph):
+        known = graph.has_order(problem.free_layers) and bool(problem.outputs)
+    else:
+        known = problem.input is not None
+    if not known:
+        return {}
+    predicted, loss = feedforward_loss(problem)
+    found = {"loss": jnp.mean(loss)}
+    if len(targets) == 1 and targets[0] in graph.targets:
+        wanted = problem.clamp[targets[0]]
+        if wanted is not None and not isinstance(wanted, PartlyClamped):
+            found["accuracy"] = accuracy(predicted[targets[0]], wanted)
+    return found
+
+
+def _matrices(gradient: Network | Graph) -> list[Array]:
+    """The gradient of each layer's largest array, its weight, as a matrix, if there is one."""
+    each = [jax.tree.leaves(learnable(layer)) for layer in gradient.layers]
+    largest = [max(leaves, key=lambda x: x.size) for leaves in each if leaves]
+    return [x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1) for x in largest]
 
 
 def accuracy(outputs: Array, targets: Array) -> Array:

@@ -17,9 +17,8 @@ from jaxtyping import Array, ArrayLike, Key, PyTree
 from tqdm import tqdm
 
 from pcdyn._support.arrays import as_float_array
-from pcdyn._support.checks import check_choice, check_flag, check_path
+from pcdyn._support.checks import check_choice, check_flag, check_instance, check_path
 from pcdyn._support.files import check_writable
-from pcdyn._support.types import Numbers
 from pcdyn.errors import (
     CheckpointError,
     InputError,
@@ -28,28 +27,33 @@ from pcdyn.errors import (
 )
 from pcdyn.learning import checkpoint as checkpoints
 from pcdyn.learning.checks import (
+    Data,
     Evaluate,
     check_evaluate,
-    check_rule,
-    checked_data,
     checked_numbers,
     checked_optimiser,
+    first_of,
     number_of_seeds,
+    problem_to_learn,
 )
 from pcdyn.learning.epoch import (
     TrainingSetup,
-    accuracy,
     batches_of,
     first_state,
     for_each,
+    learnable,
     run_epoch,
+    scores,
 )
+from pcdyn.learning.rules.backpropagation import Backpropagation
 from pcdyn.learning.rules.base import Rule
-from pcdyn.model.energies.energy import Energy, Gaussian, check_energy, one_per_prediction
+from pcdyn.model.clamps import Clamp
+from pcdyn.model.energies.energy import Energy, Gaussian, check_energy
+from pcdyn.model.graph import Graph, Prediction
 from pcdyn.model.network import Network
 from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.algorithms import feedforward
+from pcdyn.references.algorithms import NetworkOrGraph
 
 if TYPE_CHECKING:
     import matplotlib.artist
@@ -66,20 +70,21 @@ class Training(eqx.Module):
     - `history`: what was recorded for each batch, shape `([seeds,] epochs, batches)`, means over
       the batch:
       `loss`, ℒ of the feedforward pass, and `accuracy`, the share of samples whose largest output
-      is that of the target (of latent inputs there is no pass: `loss` is then ℒ after inference,
-      and `accuracy` is not there);
+      is that of the target (of latent inputs, and of graphs with cycles, there is no pass: `loss`
+      is then ℒ after inference, and `accuracy` is not there, nor is it with several targets);
       `free_energy`, `output_loss` and `residual_energy` after inference;
       `median_residual` and `largest_residual` of inference, relative, and `unsettled`, the share
       of samples with a residual above .3;
       by predictive coding, `handed_over`, the share of samples that its fallback took over;
       with `compare`, `cosine` and `row_cosine` of the gradient with that of BP, shape
-      `([seeds,] epochs, batches, L)`: of the flattened weight, and the mean over its rows.
+      `([seeds,] epochs, batches, L)`: of the flattened weight, and the mean over its rows, for
+      each layer or prediction that has one.
     - `evaluations`: what `evaluate` returned before the first epoch and after each,
       `([seeds,] epochs + 1)`.
     - `state`: weights, optimiser and rule, as needed to go on.
     """
 
-    network: Network
+    network: NetworkOrGraph
     history: dict[str, np.ndarray]
     evaluations: dict[str, np.ndarray]
     state: PyTree
@@ -120,16 +125,16 @@ class Training(eqx.Module):
         for name, values in self.evaluations.items():
             rest = [f"{name}_{axis}" for axis in range(values.ndim - len(seeds) - 1)]
             variables[f"evaluated_{name}"] = ((*seeds, "epochs_done", *rest), values)
-        coordinates = {"layer": np.arange(1, self.network.depth + 1)} if (
-            "cosine" in self.history
-        ) else {}  # fmt: skip
+        coordinates = {}
+        if "cosine" in self.history:
+            coordinates["layer"] = np.arange(1, self.history["cosine"].shape[-1] + 1)
         return xarray.Dataset(variables, coordinates, {"rule": self.rule})
 
 
 def train(
-    network: Network,
-    inputs: Numbers | None,
-    targets: Numbers,
+    network: Network | Graph,
+    inputs: Data | None,
+    targets: Data,
     *,
     rule: Rule,
     optimiser: optax.GradientTransformation,
@@ -150,10 +155,13 @@ def train(
     **Arguments:**
 
     - `network`: one, or for several seeds at once a stack of networks, as
-      `equinox.filter_vmap(lambda k: pcdyn.mlp(…, key=k))(keys)` makes it, with as many keys.
+      `equinox.filter_vmap(lambda k: pcdyn.mlp(…, key=k))(keys)` makes it, with as many keys. Of a
+      `pcdyn.Graph` all predictions are learned but the means of priors.
     - `inputs`: shape `(n, n_0)`; `None` where they are latent: each x_0 is then inferred with a
-      `prior`, and the network learns to generate its targets, without supervision.
-    - `targets`: shape `(n, n_L)`, or `(n,)` integer labels, which become one-hot.
+      `prior`, and the network learns to generate its targets, without supervision. Of a graph a
+      dictionary from nodes to what they are clamped to, which may be a `pcdyn.Partial`.
+    - `targets`: shape `(n, n_L)`, or `(n,)` integer labels, which become one-hot; of a graph a
+      dictionary of such.
     - `rule`: such as `pcdyn.learning.PredictiveCoding()`.
     - `optimiser`: any of optax that needs no more than gradient and weights.
     - `epochs`: how many, counted from the beginning also when a checkpoint is resumed.
@@ -186,41 +194,49 @@ def train(
     check_energy(energy, "energy")
     for name, value in (("compare", compare), ("progress", progress)):
         check_flag(value, name)
-    _check_prior(inputs, prior, compare=compare)
+    if not isinstance(network, Graph):
+        _check_prior(inputs, prior, compare=compare)
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
     seeds = number_of_seeds(key)
-    data = checked_data(network, inputs, targets, seeds)
+    problem, nodes = problem_to_learn(network, inputs, targets, energy, prior, seeds)
+    data, count = problem.data, len(jax.tree.leaves(problem.data)[0])
     epochs, batch_size, checkpoint_every = checked_numbers(
-        epochs, batch_size, checkpoint_every, len(data[1])
+        epochs, batch_size, checkpoint_every, count
     )
     check_choice(reduction, "reduction", ("sum", "mean"))
-    energy = one_per_prediction(energy, network.depth)
-    check_rule(rule, network, data, energy, prior, batch_size, seeds)
-    weights, static = eqx.partition(network, eqx.is_inexact_array)
-    update = checked_optimiser(optimiser, weights)
+    check_instance(rule, "rule", Rule, "a rule such as pcdyn.learning.PredictiveCoding()")
+    batch = problem.sample(np.arange(batch_size))
+    rule.check(batch)
+    if compare:
+        Backpropagation().check(batch)
+    weights, static = eqx.partition(_as_in_problem(network, problem), eqx.is_inexact_array)
+    bare = eqx.tree_at(
+        lambda p: (p.graph, p.clamp), problem, (static, (None,) * len(problem.clamp))
+    )
+    update = checked_optimiser(optimiser, learnable(weights))
     mean = reduction == "mean"
-    setup = TrainingSetup(static, rule, energy, prior, update, batch_size, mean, compare)
+    setup = TrainingSetup(bare, rule, update, nodes, batch_size, mean, compare)
     # It takes a third of the time to compile, and most trainings need no more.
     least = rule.without_fallback
     sparing = setup if least is rule else dataclasses.replace(setup, rule=least)
     state = for_each(seeds, lambda w, k: first_state(setup, w, k))(weights, key)
-    current = _Progress(state, seeds)
+    current = _Progress(state, seeds, network)
     path, configuration = None if checkpoint is None else Path(checkpoint), {}
     if path is not None:
         check_writable(path)
         checkpoints.check_state(state)
         configuration = checkpoints.fingerprint(
             _computations(setup, state, data, key, seeds),
-            network=(weights, static), rule=rule, energy=energy, data=data, key=key,
+            network=(weights, static), rule=rule, energy=problem.energy, data=data, key=key,
             batch_size=batch_size, reduction=reduction, compare=compare, evaluate=evaluate,
-            **({} if prior is None else {"prior": prior}),
+            **({} if problem.prior is None else {"prior": problem.prior}),
         )  # fmt: skip
         current.resume(path, configuration, epochs)
     if evaluate is not None:
         check_evaluate(evaluate, network, seeds)
     if not current.evaluations:
-        current.evaluations.append(_evaluate(evaluate, setup, state, seeds))
+        current.evaluations.append(current.evaluate(evaluate, setup, state))
     with tqdm(total=epochs, initial=current.done, disable=not progress, unit="epoch") as bar:
         for epoch in range(current.done, epochs):
             arguments = current.state, data, key, jnp.asarray(epoch), seeds
@@ -229,12 +245,12 @@ def train(
             if chosen is not setup and _was_needed(record):
                 new, record = run_epoch(setup, *arguments)
             current.history.append({name: np.asarray(values) for name, values in record.items()})
-            problem = _divergence(current.history[-1], new)
-            if problem is not None:
-                what = _describe(problem, setup, key, epoch, len(data[1]))
+            wrong = _divergence(current.history[-1], new)
+            if wrong is not None:
+                what = _describe(wrong, setup, key, epoch, count)
                 raise TrainingDivergedError(f"{rule.name}: {what}", current.training(setup))
             current.state = new
-            current.evaluations.append(_evaluate(evaluate, setup, new, seeds))
+            current.evaluations.append(current.evaluate(evaluate, setup, new))
             if path is not None and ((epoch + 1) % checkpoint_every == 0 or epoch + 1 == epochs):
                 checkpoints.save(path, configuration, epoch + 1, new, current.records())
             bar.update()
@@ -242,7 +258,7 @@ def train(
     return current.training(setup)
 
 
-def _check_prior(inputs: Numbers | None, prior: Prior | None, *, compare: bool) -> None:
+def _check_prior(inputs: Data | None, prior: Prior | None, *, compare: bool) -> None:
     """Raise `InputError` unless there are either inputs or a prior on them."""
     if inputs is not None and prior is not None:
         raise InputError("a prior on given inputs would be ignored: leave either out")
@@ -257,14 +273,14 @@ def _check_prior(inputs: Numbers | None, prior: Prior | None, *, compare: bool) 
 def _computations(
     setup: TrainingSetup,
     state: PyTree,
-    data: tuple[Array | None, Array],
+    data: tuple[Clamp, ...],
     key: Key[Array, "..."],
     seeds: int | None,
 ) -> dict[str, str]:
     """What a checkpoint must agree with, as the code that JAX makes of it."""
     weights, optimiser_state, _ = state
     each = for_each(seeds, lambda w, s: setup.optimiser.value.update(w, s, w))
-    update = jax.jit(lambda w, s: each(w, s))
+    update = jax.jit(lambda w, s: each(learnable(w), s))
     compiled: Any = run_epoch
     epoch = jnp.asarray(0)
     return {
@@ -281,6 +297,7 @@ class _Progress:
 
     state: PyTree
     seeds: int | None
+    given: Network | Graph
     history: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
 
@@ -313,8 +330,18 @@ class _Progress:
 
     def training(self, setup: TrainingSetup) -> Training:
         """What `train` returns."""
-        network = eqx.combine(self.state[0], setup.static)
+        network: Any = _as_given(self.given, setup.network(self.state[0]))
         return Training(network, **self.records(), state=self.state, rule=setup.rule.name)
+
+    def evaluate(
+        self, evaluate: Evaluate | None, setup: TrainingSetup, state: PyTree
+    ) -> dict[str, np.ndarray]:
+        """What a user's function says of the network at a state."""
+        if evaluate is None:
+            return {}
+        given = first_of(self.given, self.seeds)
+        found = _evaluate_compiled(evaluate, given, setup, state[0], self.seeds)
+        return {name: np.asarray(value) for name, value in found.items()}
 
     @property
     def _axis(self) -> int:
@@ -337,27 +364,31 @@ class Evaluation(eqx.Module):
 
     **Arguments:**
 
-    - `inputs`: shape `(n, n_0)`.
-    - `targets`: shape `(n, n_L)`.
+    - `inputs`: shape `(n, n_0)`; of a graph a dictionary from nodes to such.
+    - `targets`: shape `(n, n_L)`; of a graph a dictionary from nodes to such.
     - `energy`: as for `train`.
     """
 
-    inputs: Array
-    targets: Array
+    inputs: PyTree
+    targets: PyTree
     energy: Energy | Sequence[Energy]
 
     def __init__(
         self,
-        inputs: Numbers,
-        targets: Numbers,
+        inputs: Data,
+        targets: Data,
         *,
         energy: Energy | Sequence[Energy] | None = None,
     ):
-        self.inputs = as_float_array(inputs, "inputs")
-        self.targets = as_float_array(targets, "targets")
         energy = Gaussian() if energy is None else energy
         check_energy(energy, "energy")
         self.energy = energy
+        if isinstance(inputs, Mapping) and isinstance(targets, Mapping):
+            # By the graph, which knows what fits.
+            self.inputs, self.targets = dict(inputs), dict(targets)
+            return
+        self.inputs = as_float_array(inputs, "inputs")
+        self.targets = as_float_array(targets, "targets")
         if (
             self.inputs.ndim != 2
             or self.targets.ndim != 2
@@ -368,29 +399,46 @@ class Evaluation(eqx.Module):
                 f"{self.inputs.shape} and {self.targets.shape}"
             )
 
-    def __call__(self, network: Network) -> dict[str, Array]:
-        problem = InferenceProblem(
-            network, input=self.inputs, output=self.targets, energy=self.energy
+    def __call__(self, network: Network | Graph) -> dict[str, Array]:
+        problem, nodes = problem_to_learn(
+            network, self.inputs, self.targets, self.energy, None, seeds=None
         )
-        outputs = feedforward(problem)[-1]
-        loss = problem.layer_energy(network.depth, problem.output_error(outputs))
-        return {"accuracy": accuracy(outputs, self.targets), "loss": jnp.mean(loss)}
+        return scores(problem, nodes)
 
 
 @eqx.filter_jit
 def _evaluate_compiled(
-    evaluate: Evaluate, static: PyTree, weights: PyTree, seeds: int | None
+    evaluate: Evaluate,
+    given: Network | Graph,
+    setup: TrainingSetup,
+    weights: PyTree,
+    seeds: int | None,
 ) -> Mapping[str, ArrayLike]:
-    return for_each(seeds, lambda w: evaluate(eqx.combine(w, static)))(weights)
+    return for_each(seeds, lambda w: evaluate(_as_given(given, setup.network(w))))(weights)
 
 
-def _evaluate(
-    evaluate: Evaluate | None, setup: TrainingSetup, state: PyTree, seeds: int | None
-) -> dict[str, np.ndarray]:
-    if evaluate is None:
-        return {}
-    found = _evaluate_compiled(evaluate, setup.static, state[0], seeds)
-    return {name: np.asarray(value) for name, value in found.items()}
+def _as_in_problem(given: Network | Graph, problem: InferenceProblem) -> Network | Graph:
+    """A network, or a stack of them, in the form that the problem has: a graph may be a chain."""
+    if isinstance(given, Network):
+        return given
+    return problem.graph.with_layers([each.by for each in _learned(given, problem.graph)])
+
+
+def _as_given(given: Network | Graph, learned: Network | Graph) -> Network | Graph:
+    """The inverse of `_as_in_problem`."""
+    if isinstance(given, Network):
+        return learned
+    layers = iter(learned.layers)
+    mine = [id(each) for each in _learned(given, learned)]
+    return given.with_layers(
+        [next(layers) if id(each) in mine else each.by for each in given.predictions]
+    )
+
+
+def _learned(given: Graph, learned: Network | Graph) -> list[Prediction]:
+    """The predictions that a problem has: in a chain a prior is none of them."""
+    is_graph = isinstance(learned, Graph)
+    return [each for each in given.predictions if each.given or is_graph]
 
 
 def _was_needed(record: Mapping[str, ArrayLike]) -> bool:

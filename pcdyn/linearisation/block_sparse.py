@@ -150,7 +150,8 @@ def _tree(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Tree:
 
     def kind(k: int) -> tuple[int, int, int]:
         front = fronts[k]
-        return levels[k], *(sum(sizes[n] for n in x) for x in (front.pivots, front.boundary))
+        width, height = (sum(sizes[n] for n in x) for x in (front.pivots, front.boundary))
+        return levels[k], width, height
 
     groups = itertools.groupby(sorted(range(len(fronts)), key=kind), kind)
     return _Tree(fronts, by, parents, [list(group) for _, group in groups])

@@ -57,6 +57,11 @@ class Flow(eqx.Module):
         return tuple(range(len(self.activities(self.initial_state()))))
 
     @property
+    def outputs(self) -> tuple[int, ...]:
+        """Where the energies of the output stand, the last place unless overridden."""
+        return (-1,)
+
+    @property
     def targets(self) -> tuple[int, ...] | None:
         """Indices of the layers that the prediction errors of `observe` are of.
 

@@ -167,21 +167,28 @@ class Graph(eqx.Module):
         return dtype_of(self.predictions)
 
     def predict_from(
-        self, index: int, given: Sequence[Float[Values, "*batch _"]]
+        self,
+        index: int,
+        given: Sequence[Float[Values, "*batch _"]],
+        by: Callable[..., Array] | None = None,
     ) -> Float[Array, "*batch n"]:
-        """Make prediction k = `index`, counted from 1, from the activities of its sources."""
-        each = self.predictions[index - 1]
+        """Make prediction k = `index`, counted from 1, from its sources, or `by` another one."""
+        function = self.predictions[index - 1].by if by is None else by
         sources = self.sources[index - 1]
         shapes = [self.shapes[source] for source in sources]
 
         def one(*given: Array) -> Array:
             shaped = [x.reshape(shape) for x, shape in zip(given, shapes, strict=True)]
-            return each.by(*shaped).ravel()
+            return function(*shaped).ravel()
 
         if not sources:
-            return each.by().ravel()
+            return function().ravel()
         signature = ",".join(f"(n{i})" for i in range(len(sources)))
         return jnp.vectorize(one, signature=f"{signature}->(m)")(*given)
+
+    def with_layers(self, layers: Sequence[Any]) -> Graph:
+        """Return the same graph with other functions in place of those that predict."""
+        return eqx.tree_at(lambda g: [each.by for each in g.predictions], self, list(layers))
 
     def named(self, activities: Iterable[Any]) -> NamedActivities:
         """Let the activities of all nodes, in their order, be asked for by name."""
@@ -225,7 +232,7 @@ class Graph(eqx.Module):
         """
         activities: list[Any] = list(clamp)
         is_whole = [not (x is None or isinstance(x, PartlyClamped)) for x in clamp]
-        order = self._feedforward_order(is_whole)
+        order = self.feedforward_order([node for node, x in enumerate(is_whole) if not x])
 
         def prediction(node: int) -> Array:
             index = self.targets.index(node) + 1
@@ -245,20 +252,23 @@ class Graph(eqx.Module):
         each = (predicted[node] for node in range(len(self.nodes)))
         return self.named(activities), self.named(each)
 
-    def _feedforward_order(self, known: Sequence[bool]) -> list[int]:
-        """The nodes that are not `known`, each after what it is predicted from."""
+    def feedforward_order(self, free: Sequence[int]) -> tuple[int, ...]:
+        """Return the `free` nodes in an order in which each comes after what it is predicted from.
+
+        **Raises:**
+
+        - `GraphError` on a cycle, or for a node that nothing predicts, with their names.
+        """
         before: dict[int, tuple[int, ...]] = {}
-        for node, name in enumerate(self.nodes):
-            if known[node]:
-                continue
+        for node in free:
             if node not in self.targets:
                 raise GraphError(
-                    f"no feedforward pass: nothing predicts or clamps {name!r}; {_USE}"
+                    f"no feedforward pass: nothing predicts or clamps {self.nodes[node]!r}; {_USE}"
                 )
             given = self.sources[self.targets.index(node)]
-            before[node] = tuple(source for source in given if not known[source])
+            before[node] = tuple(source for source in given if source in free)
         try:
-            return list(graphlib.TopologicalSorter(before).static_order())
+            return tuple(graphlib.TopologicalSorter(before).static_order())
         except graphlib.CycleError as error:
             cycle = " → ".join(repr(self.nodes[node]) for node in reversed(error.args[1]))
             raise GraphError(f"no feedforward pass: {cycle} predict each other; {_USE}") from None
@@ -275,10 +285,10 @@ class Graph(eqx.Module):
             return False
         return True
 
-    def has_order(self, known: Sequence[bool]) -> bool:
-        """Whether each node that is not `known` is predicted, and none from what depends on it."""
+    def has_order(self, free: Sequence[int]) -> bool:
+        """Whether each `free` node is predicted, and none from what depends on it."""
         try:
-            self._feedforward_order(known)
+            self.feedforward_order(free)
         except GraphError:
             return False
         return True

@@ -211,10 +211,14 @@ class Network(eqx.Module):
         return tuple((index,) for index in range(self.depth))
 
     def predict_from(
-        self, index: int, given: Sequence[Float[Values, "*batch n_in"]]
+        self, index: int, given: Sequence[Float[Values, "*batch n_in"]], by: Layer | None = None
     ) -> Float[Array, "*batch n_out"]:
-        """Predict the layer l = `index` from the activities of its sources: `predict`."""
-        return self.predict(index, *given)
+        """Predict the layer l = `index` from its sources, as `predict`, or `by` another one."""
+        return apply_layer(self.layers[index - 1] if by is None else by, *given)
+
+    def with_layers(self, layers: Sequence[Any]) -> Network:
+        """Return the same network with other functions in place of those that predict."""
+        return eqx.tree_at(lambda n: n.layers, self, tuple(layers))
 
     def predict(self, index: int, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         """Predict the layer l = `index` from the activities x_{l-1}, any batch: μ_l."""

@@ -34,7 +34,14 @@ from pcdyn._support.compiling import compiled
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import GraphError, InputError, ShapeError
 from pcdyn.model.clamps import Clamp, Partial, PartlyClamped, clamped
-from pcdyn.model.energies.energy import Energy, in_dtype, naming_layer, one_per_prediction
+from pcdyn.model.energies.energy import (
+    Energy,
+    in_dtype,
+    naming_layer,
+    one_per_prediction,
+    output_loss,
+    residual_energy,
+)
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.flow import Flow
 from pcdyn.model.graph import Graph, Prediction
@@ -251,6 +258,17 @@ class InferenceProblem(InferenceFlow):
         """Indices of the layers or nodes that the prediction errors are of."""
         return tuple(map(self.target_node, self.predicted_layers))
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Where the energies of the output stand: −1, the last, in a chain.
+
+        In a graph the places of all predictions of what is clamped, in whole or in part.
+        """
+        if self.is_chain:
+            return (-1,)
+        each = enumerate(self.graph.targets)
+        return tuple(place for place, node in each if self.clamp[node] is not None)
+
     def target_node(self, index: int) -> int:
         """Index of the layer or node that the prediction `index` is of, l for l in a chain."""
         return 0 if index == 0 else self.graph.targets[index - 1]
@@ -317,9 +335,7 @@ class InferenceProblem(InferenceFlow):
 
     def with_layers(self, layers: Sequence[Any]) -> InferenceProblem:
         """Return the same problem with other functions in place of those that predict."""
-        if isinstance(self.graph, Graph):
-            return eqx.tree_at(lambda p: [each.by for each in p.graph.predictions], self, layers)
-        return eqx.tree_at(lambda p: p.graph.layers, self, tuple(layers))
+        return eqx.tree_at(lambda p: p.graph, self, self.graph.with_layers(layers))
 
     def prepared(self) -> InferenceProblem:
         """Put μ_1 = f(W_1 d + b_1) into `first_prediction` where the input is clamped.
@@ -416,7 +432,7 @@ class InferenceProblem(InferenceFlow):
 
     @compiled
     def energies_of(
-        self, errors: Sequence[Array], activities: Sequence[Array]
+        self, errors: Sequence[Array], activities: Sequence[Values]
     ) -> Float[Array, "*batch L"]:
         """Compute E_1 … E_L on the last axis, from ε_1 … ε_L and x_0 … x_L."""
         each = zip(self.predicted_layers, errors, strict=True)
@@ -431,23 +447,23 @@ class InferenceProblem(InferenceFlow):
             raise InputError("layer 0 has no energy: there is no prior on the input")
         return self.prior.energy
 
-    def layer_energy(self, index: int, error: Array, activity: Array | None = None) -> Array:
+    def layer_energy(self, index: int, error: Array, activity: Values | None = None) -> Array:
         """Compute E_l of layer l = `index` for its prediction error, per sample.
 
         `activity`, x_l, is for energies that depend on more than the error.
         """
-        target = self.target_of(index) if activity is None else activity
+        target = self.target_of(index) if activity is None else jnp.asarray(activity)
         return self.energy_of(index).value(error, target)
 
-    def weighted_error(self, index: int, error: Array, activity: Array | None = None) -> Array:
+    def weighted_error(self, index: int, error: Array, activity: Values | None = None) -> Array:
         """Compute ∂E_l/∂ε_l of layer l = `index`: Π_l ε_l where the energy is Gaussian.
 
         It is −∂E_l/∂μ_l. `activity`, x_l, is for energies that depend on more than the error.
         """
-        target = self.target_of(index) if activity is None else activity
+        target = self.target_of(index) if activity is None else jnp.asarray(activity)
         return self.energy_of(index).gradient(error, target)
 
-    def weighted_errors(self, errors: Sequence[Array], activities: Sequence[Array]) -> list[Array]:
+    def weighted_errors(self, errors: Sequence[Array], activities: Sequence[Values]) -> list[Array]:
         """Compute ∂E_1/∂ε_1 … ∂E_L/∂ε_L from ε_1 … ε_L and x_0 … x_L, or the first of them."""
         each = zip(self.predicted_layers, errors, strict=False)
         return [self.weighted_error(i, e, activities[self.target_node(i)]) for i, e in each]
@@ -479,13 +495,13 @@ class InferenceProblem(InferenceFlow):
 
     @compiled
     def output_loss(self, state: State) -> Float[Array, "*batch"]:
-        """Compute the output loss ℒ = E_L of each sample."""
-        return self.layer_energies(state)[..., -1]
+        """Compute the output loss of each sample: ℒ = E_L, of a graph the energies of `outputs`."""
+        return output_loss(self.layer_energies(state), self.outputs)
 
     @compiled
     def residual_energy(self, state: State) -> Float[Array, "*batch"]:
-        """Compute Ẽ = F − ℒ of each sample, the energy of the layers below the output."""
-        return jnp.sum(self.layer_energies(state)[..., :-1], axis=-1)
+        """Compute Ẽ = F − ℒ of each sample, the energy of all other predictions."""
+        return residual_energy(self.layer_energies(state), self.outputs)
 
     @compiled
     def gradient(self, state: State) -> State:

@@ -25,7 +25,7 @@ from pcdyn.errors import (
 )
 from pcdyn.model.activations import Elementwise
 from pcdyn.model.graph import Graph
-from pcdyn.model.network import Dense, Layer, Network, apply_layer
+from pcdyn.model.network import Dense, Layer, Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 
@@ -52,11 +52,11 @@ def feedforward(problem: InferenceProblem) -> Activities:
     return problem.network.feedforward(problem.input)
 
 
-# Of a graph a graph; what trains has chains alone.
+# Of a graph a graph, of a chain a chain.
 if TYPE_CHECKING:
-    _Weights = Network
+    NetworkOrGraph = Network
 else:
-    _Weights = Network | Graph
+    NetworkOrGraph = Network | Graph
 
 
 class BackpropagationPass(eqx.Module):
@@ -73,7 +73,7 @@ class BackpropagationPass(eqx.Module):
 
     activities: Activities
     deltas: Activities
-    weight_gradient: _Weights
+    weight_gradient: NetworkOrGraph
     loss: Float[Array, "*batch"]
 
 
@@ -105,22 +105,13 @@ def _graph_pass(problem: InferenceProblem, graph: Graph) -> Activities:
 @compiled
 def _graph_backpropagation(problem: InferenceProblem, graph: Graph) -> BackpropagationPass:
     """By automatic differentiation of the pass, with something added to every prediction."""
-    scored = [
-        node for node, x in enumerate(problem.clamp) if x is not None and node in graph.targets
-    ]
-    if not scored:
+    if not problem.outputs:
         raise GraphError("backpropagation needs a target: nothing that is predicted is clamped")
     batch = problem.batch_shape or ()
     nudges = [jnp.zeros((*batch, graph.widths[node]), problem.dtype) for node in graph.targets]
 
     def loss(arrays: Graph, nudges: list[Array]) -> tuple[Array, tuple[Array, Activities]]:
-        moved = eqx.combine(arrays, rest)
-        activities, predicted = moved.feedforward(problem.clamp, batch, nudges)
-        energies = jnp.zeros(batch, problem.dtype)
-        for node in scored:
-            error = activities[node] - predicted[node]
-            index = graph.targets.index(node) + 1
-            energies = energies + problem.layer_energy(index, error, activities[node])
+        predicted, energies = _graph_loss(problem, eqx.combine(arrays, rest), nudges)
         return jnp.sum(energies), (energies, predicted)
 
     arrays, rest = eqx.partition(graph, eqx.is_inexact_array)
@@ -129,6 +120,34 @@ def _graph_backpropagation(problem: InferenceProblem, graph: Graph) -> Backpropa
     deltas = tuple(-slope for slope in slopes)
     weights: Any = eqx.combine(gradient, rest)
     return BackpropagationPass(predicted, deltas, weights, energies)
+
+
+def _graph_loss(
+    problem: InferenceProblem, graph: Graph, nudges: Sequence[Array] | None = None
+) -> tuple[Activities, Array]:
+    """The predictions of a feedforward pass, and the energy of those of what is clamped."""
+    batch = problem.batch_shape or ()
+    activities, predicted = graph.feedforward(problem.clamp, batch, nudges)
+    energies = jnp.zeros(batch, problem.dtype)
+    for node in dict.fromkeys(graph.targets[place] for place in problem.outputs):
+        error = activities[node] - predicted[node]
+        index = graph.targets.index(node) + 1
+        energies = energies + problem.layer_energy(index, error, activities[node])
+    return predicted, energies
+
+
+def feedforward_loss(problem: InferenceProblem) -> tuple[Activities, Float[Array, "*batch"]]:
+    """Compute the feedforward pass and its output loss ℒ, per sample: what BP descends.
+
+    **Raises:**
+
+    - As `feedforward`, and `InputError` where the output of a chain is free.
+    """
+    if isinstance(problem.graph, Graph):
+        return _graph_loss(problem, problem.graph)
+    activities = feedforward(problem)
+    error = problem.output_error(activities[-1])
+    return activities, problem.layer_energy(problem.network.depth, error)
 
 
 @compiled
@@ -142,17 +161,18 @@ def _backpropagation(problem: InferenceProblem, activities: Activities) -> Backp
     gradient, loss = jax.grad(output_energy, has_aux=True)(activities[-1])
     deltas, gradients = [-gradient], []
     for index in range(network.depth, 0, -1):
-        layer_gradient, delta = _layer_vjp(network, index, activities[index - 1], deltas[0])
+        given = activities[index - 1 : index]
+        layer_gradient, (delta,) = _layer_vjp(network, index, given, deltas[0])
         gradients.insert(0, layer_gradient)
         if index > 1:
             deltas.insert(0, delta)
-    return BackpropagationPass(activities, tuple(deltas), _as_network(network, gradients), loss)
+    return BackpropagationPass(activities, tuple(deltas), network.with_layers(gradients), loss)
 
 
 @compiled
 def local_gradient(
-    network: Network, activities: Sequence[Array], deltas: Sequence[Array]
-) -> Network:
+    network: Network | Graph, activities: Sequence[Array], deltas: Sequence[Array]
+) -> NetworkOrGraph:
     """Compute `−(f'_l ∘ d_l) x_{l−1}ᵀ` for each layer, summed over the batch: local learning.
 
     With d_l = Π_l ε_l it is ∂F/∂(weights) of predictive coding (Eq 2); with BP's δ_l and the
@@ -160,35 +180,36 @@ def local_gradient(
 
     **Arguments:**
 
-    - `network`: whose weights it is the gradient of.
-    - `activities`: x_0 … x_L.
-    - `deltas`: d_1 … d_L, what is credited to each layer, shaped like it.
+    - `network`: whose weights it is the gradient of, or a graph.
+    - `activities`: x_0 … x_L, those of all nodes.
+    - `deltas`: d_1 … d_L, what is credited to each layer or prediction, shaped like it.
 
     **Returns:**
 
-    A network whose arrays are the gradients.
+    A network, or a graph, whose arrays are the gradients.
     """
-    gradients = [
-        _layer_vjp(network, index, activities[index - 1], delta)[0]
-        for index, delta in enumerate(deltas, start=1)
-    ]
-    return _as_network(network, gradients)
+    gradients = []
+    for index, (sources, delta) in enumerate(zip(network.sources, deltas, strict=True), start=1):
+        given = [activities[node] for node in sources]
+        gradients.append(_layer_vjp(network, index, given, delta)[0])
+    weights: Any = network.with_layers(gradients)
+    return weights
 
 
-def _as_network(network: Network, gradients: Sequence[Layer]) -> Network:
-    return eqx.tree_at(lambda n: n.layers, network, tuple(gradients))
+def _layer_vjp(
+    network: Network | Graph, index: int, given: Sequence[Array], delta: Array
+) -> tuple[Layer, Sequence[Array]]:
+    """The gradient of a layer, and what is credited to each of the layers that it is given."""
+    arrays, rest = eqx.partition(network.layers[index - 1], eqx.is_inexact_array)
 
+    def predict(arrays: PyTree, given: list[Array]) -> Array:
+        predicted = network.predict_from(index, given, eqx.combine(arrays, rest))
+        # That of a prior is one for all samples.
+        return predicted if given else jnp.broadcast_to(predicted, delta.shape)
 
-def _layer_vjp(network: Network, index: int, x: Array, delta: Array) -> tuple[Layer, Array]:
-    layers = network.layers
-    arrays, rest = eqx.partition(layers[index - 1], eqx.is_inexact_array)
-
-    def predict(arrays: PyTree, x: Array) -> Array:
-        return apply_layer(eqx.combine(arrays, rest), x)
-
-    _, vjp = jax.vjp(predict, arrays, x)
-    layer_gradient, delta_below = vjp(delta)
-    return jax.tree.map(jnp.negative, layer_gradient), delta_below
+    _, vjp = jax.vjp(predict, arrays, list(given))
+    layer_gradient, below = vjp(delta)
+    return jax.tree.map(jnp.negative, layer_gradient), below
 
 
 class TargetPropagationPass(eqx.Module):

@@ -214,7 +214,7 @@ def _has_errors_of_their_own(problem: InferenceProblem) -> bool:
         return problem.input is not None
     graph = problem.graph
     assert isinstance(graph, Graph), "there are chains and graphs"
-    return graph.has_order([node not in problem.free_layers for node in range(len(graph.nodes))])
+    return graph.has_order(problem.free_layers)
 
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:

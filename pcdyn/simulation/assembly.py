@@ -111,6 +111,7 @@ def _build(
         integrator=method.name,
         free_layers=problem.free_layers,
         targets=last if problem.targets is None else problem.targets,
+        outputs=problem.outputs,
         moving=problem.moving(states),
         round_off=run.round_off,
         fallback=fallback,

@@ -77,6 +77,7 @@ class Trajectory(LayerEnergies, WithStatistics):
     - `message`: how it ended, with the remedy if it failed.
     - `free_layers`: the indices of the layers that were not clamped.
     - `targets`: those of the layers that prediction errors are of, in a graph of the nodes.
+    - `outputs`: where the energies of the output stand, −1 in a chain.
     - `moving`: what moved besides activities, by name, with the time axis first: the flow's
       `pcdyn.Flow.moving`.
     - `network`: of those the network, where weights move; otherwise `None`.
@@ -107,6 +108,10 @@ class Trajectory(LayerEnergies, WithStatistics):
     message: str = eqx.field(static=True, default="")
     free_layers: tuple[int, ...] = eqx.field(static=True, default=())
     targets: tuple[int, ...] = eqx.field(static=True, default=())
+    outputs: tuple[int, ...] = eqx.field(static=True, default=(-1,))
+
+    def _outputs(self) -> tuple[int, ...]:
+        return self.outputs
 
     @property
     def network(self) -> Network | None:

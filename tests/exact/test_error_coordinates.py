@@ -11,7 +11,7 @@ import pytest
 
 from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers.base import energy_round_off
-from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates
+from pcdyn.equilibria.solvers.error_coordinates import ChainCoordinates
 from pcdyn.model.energies.energy import Gaussian
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.problem import InferenceProblem
@@ -34,12 +34,12 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def built(name: str) -> tuple[Case, ErrorCoordinates, Any]:
+def built(name: str) -> tuple[Case, ChainCoordinates, Any]:
     """The case, its chain, and random hidden activities."""
     case = build_case(seed=len(name), batch=3, **STRUCTURES[name])
     if name == "loops apart":
         case = case.replace(activations=(*["tanh"] * 5, "softplus", *["tanh"] * 3))
-    return case, ErrorCoordinates(case.problem), tuple(jnp.asarray(x) for x in case.state)
+    return case, ChainCoordinates(case.problem), tuple(jnp.asarray(x) for x in case.state)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -113,7 +113,7 @@ def test_a_layer_that_changes_the_width_is_never_looped_over() -> None:
     last = Dense(np.ones((2, 3)))
     network = Network([first, *[shorten] * 5, last])
     problem = InferenceProblem(network, input=np.ones((1, 8)), output=np.zeros((1, 2)))
-    assert ErrorCoordinates(problem).lengths == (1,) * 6
+    assert ChainCoordinates(problem).lengths == (1,) * 6
     found = equilibrium(problem, method="gauss_newton")
     assert_close(problem.gradient(found.state), [np.zeros_like(x) for x in found.state], 1e-6)
 
@@ -159,9 +159,9 @@ def test_the_round_off_of_an_energy_is_known() -> None:
     in_activities = np.abs(np.asarray(rounded.free_energy(state), float) - energy)
     assert np.all(in_activities <= np.asarray(energy_round_off(rounded, state)))
 
-    chain, errors = ErrorCoordinates(rounded), ErrorCoordinates(rounded).errors(state)
+    chain, errors = ChainCoordinates(rounded), ChainCoordinates(rounded).errors(state)
     energy = np.asarray(
-        ErrorCoordinates(exact).evaluate(tuple(e.astype(float) for e in errors)).energy
+        ChainCoordinates(exact).evaluate(tuple(e.astype(float) for e in errors)).energy
     )
     in_errors = np.abs(np.asarray(chain.evaluate(errors).energy, float) - energy)
     assert np.all(in_errors <= np.asarray(chain.round_off(errors)))

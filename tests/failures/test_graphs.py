@@ -124,8 +124,9 @@ CALLS: list[tuple[str, Callable[[], Any], type[InputError], str]] = [
      SingularHessianError, "nodes 'ear', 'low', 'top'"),
     ("what only chains have", lambda: pcdyn.target_propagation(problem()), GraphError,
      "a chain of layers alone"),
-    ("error coordinates", lambda: pcdyn.equilibrium(problem(), method="nesterov"), GraphError,
-     "nesterov needs a chain"),
+    ("error coordinates",
+     lambda: pcdyn.equilibrium(problem({"eye": np.ones(3), "ear": np.ones(2)}), method="nesterov"),
+     GraphError, "nesterov needs a graph in which"),
     ("no such activities", lambda: pcdyn.equilibrium(problem()).activities["nose"], GraphError,  # type: ignore
      "there is no node 'nose'"),
 ]  # fmt: skip

@@ -125,8 +125,6 @@ VERBS: dict[str, Callable[[InferenceProblem], Any]] = {
     ),
 }
 REFUSED: dict[str, Callable[[InferenceProblem], Any]] = {
-    "nesterov": lambda p: pcdyn.equilibrium(p, method="nesterov"),
-    "conjugate gradients": lambda p: pcdyn.equilibrium(p, method="conjugate_gradients"),
     "fixed point": lambda p: pcdyn.equilibrium(p, method="fixed_point"),
     "targets": pcdyn.target_propagation,
     "generate": lambda p: pcdyn.generate(p, jax.random.key(0)),

@@ -11,6 +11,7 @@ from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solution, Solver
 from pcdyn.equilibria.solvers.closed_form import ClosedForm
 from pcdyn.equilibria.solvers.conjugate_gradients import ConjugateGradients
+from pcdyn.equilibria.solvers.error_coordinates import has_error_coordinates
 from pcdyn.equilibria.solvers.first_order import ErrorDescent, FixedPoint, GradientDescent
 from pcdyn.equilibria.solvers.flow import FlowToRest
 from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, has_curvature
@@ -96,12 +97,13 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
     """Choose what to try in turn, each where the one before it did not converge.
 
     A linear network with quadratic energies has a closed form. Otherwise conjugate gradients in
-    error coordinates, if both ends are clamped, the curvature of each hidden energy is known and
-    activations have no kinks: they take the fewest passes and are compiled the fastest. They leave
-    to Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
-    output's energy is known too; then comes pseudo-transient continuation, for any energy. Graphs
-    begin with Gauss–Newton if a step of it costs less than a few hundred passes by count, otherwise
-    with pseudo-transient continuation, whose conjugate gradients take passes alone.
+    error coordinates, if both ends are clamped, or each free node of a graph is predicted once,
+    from what does not depend on it, the curvature of each hidden energy is known and activations
+    have no kinks: they take the fewest passes and are compiled the fastest. They leave to
+    Gauss–Newton what is ill-conditioned, as at large output precisions, if the curvature of the
+    output's energy is known too; then comes pseudo-transient continuation, for any energy. Other
+    graphs begin with Gauss–Newton if a step of it costs less than a few hundred passes by count,
+    otherwise with pseudo-transient continuation, whose conjugate gradients take passes alone.
     """
     leaves, structure = jax.tree.flatten(problem)
     kind = structure, tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
@@ -116,9 +118,9 @@ def default_solvers(problem: InferenceProblem) -> tuple[Solver, ...]:
 def _is_cheap(problem: InferenceProblem) -> bool:
     """Whether a step of Gauss–Newton, by count of multiplications, costs no more than some passes.
 
-    In a chain it always is taken to be.
+    In a chain it always is taken to be, and in error coordinates it takes passes alone.
     """
-    if problem.is_chain:
+    if problem.is_chain or has_error_coordinates(problem):
         return True
     graph, widths, free = problem.graph, problem.widths, problem.free_layers
     sizes = dict(zip(free, problem.free_widths, strict=True))
@@ -134,8 +136,7 @@ def _is_cheap(problem: InferenceProblem) -> bool:
 def _choose(problem: InferenceProblem) -> tuple[Solver, ...]:
     if has_linear_flow(problem):
         return (ClosedForm(),)
-    both = problem.is_chain and problem.with_prior_as_layer().both_ends_clamped
-    smooth = both and not has_kinks(problem)
+    smooth = has_error_coordinates(problem.with_prior_as_layer()) and not has_kinks(problem)
     first = smooth and has_curvature(problem, of_output=False)
     return (
         *((ConjugateGradients(max_iterations=_FEW_ITERATIONS),) if first else ()),

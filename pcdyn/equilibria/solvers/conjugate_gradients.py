@@ -18,7 +18,11 @@ from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite, choose, dot, scale, step
 from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, round_off
-from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import (
+    ErrorCoordinates,
+    Stacked,
+    error_coordinates,
+)
 from pcdyn.equilibria.solvers.gauss_newton import check_error_coordinates
 from pcdyn.errors import EquilibriumStatus
 from pcdyn.model.problem import InferenceProblem
@@ -75,7 +79,7 @@ class ConjugateGradients(Solver):
         check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        chain = ErrorCoordinates(problem)
+        chain = error_coordinates(problem)
         batch, dtype = len(chain.target), chain.target.dtype
         tolerance = jnp.broadcast_to(jnp.asarray(tolerance, dtype), (batch,))
 

@@ -13,7 +13,11 @@ from pcdyn._support.checks import flag, integer, number, optional
 from pcdyn._support.states import all_finite, choose, dot, largest_norm, step
 from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, final_status, solve_each
-from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import (
+    ErrorCoordinates,
+    Stacked,
+    error_coordinates,
+)
 from pcdyn.equilibria.solvers.gauss_newton import (
     check_curvature,
     check_error_coordinates,
@@ -186,7 +190,7 @@ class ErrorDescent(Solver):
         check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        chain, dtype = ErrorCoordinates(problem), problem.network.dtype
+        chain, dtype = error_coordinates(problem), problem.dtype
 
         def runs(now: _Descent) -> Array:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)

@@ -22,7 +22,12 @@ from pcdyn._support.states import largest_norm, scale, step
 from pcdyn._support.types import Scalar, State
 from pcdyn.equilibria.solvers.base import Solution, Solver, conjugate_gradients, energy_round_off
 from pcdyn.equilibria.solvers.damped import DescentModel, PointEvaluation, Propose, descend
-from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import (
+    ErrorCoordinates,
+    Stacked,
+    error_coordinates,
+    has_error_coordinates,
+)
 from pcdyn.errors import GraphError, InputError
 from pcdyn.linearisation.block_sparse import BlockFactor
 from pcdyn.linearisation.coupling import error_rows, prediction_jacobians, weighted_squares
@@ -67,10 +72,10 @@ class GaussNewton(Solver):
         check_curvature(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        if not (problem.is_chain and problem.both_ends_clamped):
+        if not has_error_coordinates(problem):
             return descend(ActivityModel(problem), state, tolerance, self.max_iterations)
-        chain = ErrorCoordinates(problem)
-        explicit = problem.network.widths[-1] <= self.explicit_width
+        chain = error_coordinates(problem)
+        explicit = chain.target.shape[-1] <= self.explicit_width
         model = ErrorModel(chain, explicit, self.cg_tolerance)
         end = descend(model, chain.errors(state), tolerance, self.max_iterations)
         hidden, _ = chain.activities(end.state)
@@ -219,15 +224,18 @@ def check_curvature(name: str, problem: InferenceProblem, *, of_output: bool = T
 def check_error_coordinates(name: str, problem: InferenceProblem) -> None:
     """Raise `InputError` unless both ends are clamped and hidden curvatures are known.
 
-    A prior on the input serves as a clamp.
+    A prior on the input serves as a clamp. Of a graph, `GraphError` unless each free node is
+    predicted once, from what does not depend on it.
     """
-    if not problem.is_chain:
+    known = has_error_coordinates(problem.with_prior_as_layer())
+    if not known and not problem.is_chain:
         raise GraphError(
-            f"{name} needs a chain with nothing but its ends clamped: use another method, such as "
-            '"gauss_newton", or leave it out'
+            f"{name} needs a graph in which each node that is free is so as a whole and is "
+            "predicted once, from what does not depend on it, and which predicts something that is "
+            'clamped: use another method, such as "gauss_newton", or leave it out'
         )
     check_curvature(name, problem, of_output=False)
-    if not problem.with_prior_as_layer().both_ends_clamped:
+    if not known:
         raise InputError(
             f"{name} needs both ends clamped, or a prior on a free input: only then do the errors "
             "determine the activities and the output error"
@@ -237,7 +245,10 @@ def check_error_coordinates(name: str, problem: InferenceProblem) -> None:
 def _without_curvature(problem: InferenceProblem, *, of_output: bool) -> int | None:
     """The first predicted layer with an energy of unknown curvature; `None` if there is none."""
     known = set()
-    for index in problem.predicted_layers if of_output else problem.predicted_layers[:-1]:
+    free = problem.free_layers
+    for index in problem.predicted_layers:
+        if not of_output and problem.target_node(index) not in free:
+            continue
         energy, width = problem.energy_of(index), problem.widths[problem.target_node(index)]
         if energy.quadratic_form is not None:
             continue

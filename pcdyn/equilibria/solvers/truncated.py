@@ -23,9 +23,17 @@ from pcdyn._support.states import choose, dot, scale, step
 from pcdyn._support.types import State, Tree, Values
 from pcdyn.equilibria.kinks import has_kinks
 from pcdyn.equilibria.solvers.base import Solver
-from pcdyn.equilibria.solvers.error_coordinates import ErrorCoordinates, Stacked
+from pcdyn.equilibria.solvers.error_coordinates import (
+    ErrorCoordinates,
+    Stacked,
+    error_coordinates,
+)
 from pcdyn.equilibria.solvers.first_order import ErrorDescent
-from pcdyn.equilibria.solvers.gauss_newton import GaussNewton, check_curvature, has_curvature
+from pcdyn.equilibria.solvers.gauss_newton import (
+    GaussNewton,
+    check_error_coordinates,
+    has_curvature,
+)
 from pcdyn.errors import InputError
 from pcdyn.model.problem import InferenceProblem
 
@@ -115,18 +123,15 @@ class TruncatedGaussNewton(eqx.Module):
     def check(self, problem: InferenceProblem) -> None:
         """Raise `InputError` unless both ends are clamped and curvatures of hidden layers known.
 
-        That of the output may be any energy.
+        That of the output may be any energy. Graphs as `pcdyn.solvers.ConjugateGradients` takes
+        them, others are a `GraphError`.
         """
-        check_curvature("TruncatedGaussNewton", problem, of_output=False)
-        if not problem.with_prior_as_layer().both_ends_clamped:
-            raise InputError(
-                "TruncatedGaussNewton needs both ends clamped, or a prior on a free input"
-            )
+        check_error_coordinates("TruncatedGaussNewton", problem)
 
     def settle(self, problem: InferenceProblem) -> TruncatedSolution:
         """Find the equilibrium of every sample, and how near it is."""
         problem = without_derivative(problem.with_prior_as_layer(), _NO_DERIVATIVE)
-        chain = ErrorCoordinates(problem)
+        chain = error_coordinates(problem)
         errors = chain.stack(problem.zeros_state())
         preconditioner = _preconditioner(chain, errors)
         for products in self.products:
@@ -180,7 +185,7 @@ class TruncatedGaussNewton(eqx.Module):
 
     def _handed_over(self, problem: InferenceProblem, point: _Point, unsolved: Array) -> _Point:
         """Solve the `unsolved` samples by a solver that checks every step."""
-        chain = ErrorCoordinates(problem)
+        chain = error_coordinates(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)

@@ -5,17 +5,19 @@ Each ends with one local gradient per layer, `−(f'_l ∘ d_l) x_{l−1}ᵀ`, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.states import step
 from pcdyn._support.types import State
-from pcdyn.errors import InputError
+from pcdyn.errors import GraphError, InputError
 from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input, check_steps
-from pcdyn.model.network import Network
+from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.algorithms import backpropagation, feedforward, local_gradient
+from pcdyn.references.algorithms import NetworkOrGraph, backpropagation, local_gradient
 
 
 class Backpropagation(Rule):
@@ -29,7 +31,7 @@ class Backpropagation(Rule):
         """Raise `InputError` for a latent input."""
         check_clamped_input(self.name, problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
@@ -60,33 +62,49 @@ class FixedPrediction(Rule):
         return "fixed prediction assumption"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` for a latent input."""
-        check_clamped_input(self.name, problem)
+        """Raise `InputError` for a latent input, `GraphError` for what has no one pass."""
+        _check_predicted_once(self.name, problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
-        network, activities = problem.network, feedforward(problem)
-        pulls = [
-            jax.vjp(lambda x, i=index: network.predict(i, x), activities[index - 1])[1]
-            for index in range(2, network.depth + 1)
-        ]
-        output_delta = problem.weighted_error(network.depth, problem.output_error(activities[-1]))
+        graph, free = problem.graph, problem.free_layers
+        rest = problem.feedforward_state()
+        activities = problem.activities(rest)
+        at_rest = problem.prediction_errors(activities)
+        pulls: list[Callable[[Array], dict[int, Array]]] = []
+        for index, sources in enumerate(graph.sources, start=1):
+            given = {node: activities[node] for node in sources}
+            moving = {node: x for node, x in given.items() if node in free}
+
+            def predict(
+                moving: dict[int, Array], index: int = index, given: dict[int, Array] = given
+            ) -> Array:
+                return graph.predict_from(index, list({**given, **moving}.values()))
+
+            pull = jax.vjp(predict, moving)[1] if moving else None
+            pulls.append(lambda delta, pull=pull: pull(delta)[0] if pull else {})
 
         def weighted(errors: State) -> list[Array]:
-            moved = jax.tree.map(jnp.add, activities[1:-1], errors)
-            return [*problem.weighted_errors(errors, (activities[0], *moved)), output_delta]
+            """Π ε of all predictions, those of free nodes with the errors that they have now."""
+            own = dict(zip(free, errors, strict=True))
+            moved = problem.activities(jax.tree.map(jnp.add, rest, errors))
+            each = [own.get(node, e) for node, e in zip(problem.targets, at_rest, strict=True)]
+            return problem.weighted_errors(each, moved)
 
         def update(_: Array, errors: State) -> State:
-            *own, _ = deltas = weighted(errors)
-            above = [pull(delta)[0] for pull, delta in zip(pulls, deltas[1:], strict=True)]
-            return step(errors, self.dt, jax.tree.map(jnp.subtract, tuple(above), tuple(own)))
+            deltas = weighted(errors)
+            change = {node: -deltas[graph.targets.index(node)] for node in free}
+            for pull, delta in zip(pulls, deltas, strict=True):
+                for node, pulled in pull(delta).items():
+                    change[node] = change[node] + pulled
+            return step(errors, self.dt, tuple(change.values()))
 
-        start = tuple(jnp.zeros_like(x) for x in activities[1:-1])
-        errors = jax.lax.fori_loop(0, self.steps, update, start)
-        gradient = local_gradient(network, activities, weighted(errors))
-        return _without_inference(problem, gradient), state
+        errors = jax.lax.fori_loop(0, self.steps, update, jax.tree.map(jnp.zeros_like, rest))
+        return _without_inference(
+            problem, local_gradient(graph, activities, weighted(errors))
+        ), state
 
 
 class ZeroDivergence(Rule):
@@ -94,7 +112,9 @@ class ZeroDivergence(Rule):
 
     All layers take Euler steps of size γ = `rate` from the feedforward pass; layer l first moves at
     step L − l, and its weights learn from the error that it has then, γ^{L−l} δ_l. That is BP for
-    γ = 1 and BP layer by layer up to a factor otherwise. Hidden precisions must be 1.
+    γ = 1 and BP layer by layer up to a factor otherwise. Hidden precisions must be 1. In a graph
+    all ways from a node to what is clamped must be of one length: with a skip a node would still
+    wait for one error when the other has moved it. An identity node in the skip makes them equal.
     """
 
     rate: float = 1.0
@@ -107,32 +127,72 @@ class ZeroDivergence(Rule):
         return "Z-IL"
 
     def check(self, problem: InferenceProblem) -> None:
-        """Raise `InputError` for a latent input, or a hidden layer whose precision is not 1."""
-        check_clamped_input(self.name, problem)
-        for index in range(1, problem.network.depth):
-            # At two errors: an energy that is not Gaussian can have the slope 1 at one of them.
-            sizes = jnp.asarray([[1.0], [2.0]], problem.network.dtype)
-            probe = jnp.tile(sizes, (1, problem.network.widths[index]))
-            if not bool(jnp.all(problem.weighted_error(index, probe) == probe)):
-                raise InputError(f"Z-IL needs unit precision, but layer {index} has another one")
+        """Raise `InputError` for a latent input, or a hidden layer whose precision is not 1.
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+        `GraphError` for a graph whose ways are not of one length.
+        """
+        _check_predicted_once(self.name, problem)
+        for index, node in zip(problem.predicted_layers, problem.targets, strict=True):
+            if node not in problem.free_layers:
+                continue
+            # At two errors: an energy that is not Gaussian can have the slope 1 at one of them.
+            sizes = jnp.asarray([[1.0], [2.0]], problem.dtype)
+            probe = jnp.tile(sizes, (1, problem.widths[node]))
+            if not bool(jnp.all(problem.weighted_error(index, probe) == probe)):
+                name = problem.node_name(node)
+                raise InputError(f"Z-IL needs unit precision, but {name} has another one")
+        for node, lengths in ways_to_clamped(problem).items():
+            if len(lengths) > 1:
+                raise GraphError(
+                    f"Z-IL needs all ways from a node to what is clamped to be of one length, but "
+                    f"those from {problem.node_name(node)} have {sorted(lengths)} predictions: put "
+                    "identity nodes into the shorter ones"
+                )
+
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
-        network, activities = problem.network, feedforward(problem)
-        x, deltas = problem.state_of(activities), []
-        for index in range(network.depth, 0, -1):
+        x = problem.feedforward_state()
+        activities, ways = problem.activities(x), ways_to_clamped(problem)
+        times = [max(ways.get(node, {0}), default=0) for node in problem.targets]
+        deltas: dict[int, Array] = {}
+        for time in range(max(times) + 1):
             now = problem.activities(x)
-            errors = problem.prediction_errors(now)
-            deltas.insert(0, problem.weighted_error(index, errors[index - 1], now[index]))
+            weighted = problem.weighted_errors(problem.prediction_errors(now), now)
+            deltas.update((k, delta) for k, delta in enumerate(weighted) if times[k] == time)
             x = step(x, -self.rate, problem.gradient(x))
-        gradient = local_gradient(network, activities, deltas)
-        return _without_inference(problem, gradient), state
+        in_order = [deltas[k] for k in range(len(times))]
+        return _without_inference(
+            problem, local_gradient(problem.graph, activities, in_order)
+        ), state
 
 
-def _without_inference(problem: InferenceProblem, gradient: Network) -> BatchGradient:
+def ways_to_clamped(problem: InferenceProblem) -> dict[int, set[int]]:
+    """Of each free node the lengths of all ways to what is clamped, of a graph without cycles."""
+    graph, free = problem.graph, problem.free_layers
+    lengths: dict[int, set[int]] = {node: set() for node in free}
+    # Each pass over the predictions knows the ways that are longer by one.
+    for _ in free:
+        for target, sources in zip(graph.targets, graph.sources, strict=True):
+            further = {1 + n for n in lengths[target]} if target in free else {1}
+            for node in sources:
+                if node in free:
+                    lengths[node] |= further
+    return lengths
+
+
+def _check_predicted_once(name: str, problem: InferenceProblem) -> None:
+    """Raise what `check_clamped_input` does, and `GraphError` for a node predicted twice."""
+    check_clamped_input(name, problem)
+    for node in problem.free_layers:
+        if problem.targets.count(node) > 1 or isinstance(problem.clamp[node], PartlyClamped):
+            raise GraphError(
+                f"{name} needs nodes that are clamped or free as a whole, and free ones predicted "
+                f"once, but {problem.node_name(node)} is not"
+            )
+
+
+def _without_inference(problem: InferenceProblem, gradient: NetworkOrGraph) -> BatchGradient:
     activities = problem.activities(problem.feedforward_state())
-    return BatchGradient(
-        gradient, activities, jnp.zeros(activities[0].shape[0], problem.network.dtype)
-    )
+    return BatchGradient(gradient, activities, jnp.zeros(problem.batch_shape or (), problem.dtype))

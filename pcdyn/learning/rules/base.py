@@ -9,24 +9,25 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_integer, checked_number
 from pcdyn._support.types import Activities
-from pcdyn.errors import InputError
-from pcdyn.model.network import Network
+from pcdyn.errors import GraphError, InputError
+from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
+from pcdyn.references.algorithms import NetworkOrGraph
 
 
 class BatchGradient(eqx.Module):
     """The weight gradient of a batch, and the activities that it comes from.
 
-    - `gradient`: a network whose arrays are the gradients, summed over the batch.
-    - `activities`: x_0 … x_L after inference; the feedforward pass with the target as x_L for
-      rules without inference.
+    - `gradient`: a network or graph whose arrays are the gradients, summed over the batch.
+    - `activities`: x_0 … x_L, of a graph those of all nodes, after inference; the feedforward pass
+      with the target as x_L for rules without inference.
     - `residual`: how far inference is from its equilibrium, relative and per sample; zero for
       rules that need none.
     - `handed_over`: which samples a fallback took over, or would have; `None` for rules that have
       none.
     """
 
-    gradient: Network
+    gradient: NetworkOrGraph
     activities: Activities
     residual: Float[Array, " batch"]
     handed_over: Bool[Array, " batch"] | None = None
@@ -58,7 +59,7 @@ class Rule(eqx.Module):
         """Raise the named error for a problem that this rule cannot learn from."""
 
     @abc.abstractmethod
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         """Return the state of the rule before the first batch; `()` if it has none."""
 
     @abc.abstractmethod
@@ -70,8 +71,15 @@ class Rule(eqx.Module):
 
 
 def check_clamped_input(name: str, problem: InferenceProblem) -> None:
-    """Raise `InputError` for a latent input, from which there is no feedforward pass."""
-    if problem.input is None:
+    """Raise an error where there is no feedforward pass, `InputError` for a latent input.
+
+    Of a graph it is the `GraphError` of the pass, or that nothing is there to learn from.
+    """
+    if isinstance(problem.graph, Graph):
+        problem.graph.feedforward_order(problem.free_layers)
+        if not problem.outputs:
+            raise GraphError(f"{name} needs a target: nothing that is predicted is clamped")
+    elif problem.input is None:
         raise InputError(
             f"{name} learns at the feedforward pass of an input: give inputs, or infer latent ones "
             "by pcdyn.learning.PredictiveCoding()"

@@ -23,9 +23,9 @@ from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
 from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
 from pcdyn.model.energies.energy import in_dtype
-from pcdyn.model.network import Network
+from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.algorithms import local_gradient
+from pcdyn.references.algorithms import NetworkOrGraph, local_gradient
 
 _Method = TruncatedGaussNewton | Solver | tuple[Solver, ...] | None
 
@@ -83,7 +83,7 @@ class PredictiveCoding(Rule):
             if method is not None:
                 method.check(problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
@@ -91,7 +91,10 @@ class PredictiveCoding(Rule):
             settled = self.method.settle(problem)
             learned = _gradient_at(problem, settled.state, settled.residual)
             return dataclasses.replace(learned, handed_over=settled.handed_over), state
-        found = equilibrium(problem, method=self.method, tolerance=self.tolerance, throw=False)
+        found = equilibrium(
+            problem, method=self.method, tolerance=self.tolerance, throw=False,
+            initial=_start(problem),
+        )  # fmt: skip
         rest = tuple(jnp.asarray(x) for x in found.state)
         return _gradient_at(problem, rest), state
 
@@ -99,8 +102,8 @@ class PredictiveCoding(Rule):
 class EulerPredictiveCoding(Rule):
     """Predictive coding after some updates `x ← x − dt · ∂F/∂x`, as the field runs it.
 
-    Inference starts at the feedforward pass and ends after `steps` updates; the `residual` of a
-    batch says how far that is from equilibrium.
+    Inference starts at the feedforward pass, at zero in a graph that has none, and ends after
+    `steps` updates; the `residual` of a batch says how far that is from equilibrium.
     """
 
     dt: float = 0.1
@@ -116,7 +119,7 @@ class EulerPredictiveCoding(Rule):
     def check(self, problem: InferenceProblem) -> None:
         """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
@@ -125,7 +128,7 @@ class EulerPredictiveCoding(Rule):
         def update(_: Array, x: State) -> State:
             return step(x, -self.dt, prepared.gradient(x))
 
-        rest = jax.lax.fori_loop(0, self.steps, update, problem.feedforward_state())
+        rest = jax.lax.fori_loop(0, self.steps, update, _start(problem))
         return _gradient_at(problem, rest), state
 
 
@@ -147,7 +150,7 @@ class LowPrecisionPredictiveCoding(Rule):
     def check(self, problem: InferenceProblem) -> None:
         PredictiveCoding(self.method).check(self._scaled(problem))
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
@@ -158,9 +161,10 @@ class LowPrecisionPredictiveCoding(Rule):
         return eqx.tree_at(lambda l: l.gradient, learned, gradient), state
 
     def _scaled(self, problem: InferenceProblem) -> InferenceProblem:
-        *hidden, output = problem.energy
-        energy = in_dtype((*hidden, output.scaled(self.precision)), problem.dtype)
-        return eqx.tree_at(lambda p: p.energy, problem, energy)
+        energies = list(problem.energy)
+        for place in problem.outputs:
+            energies[place] = energies[place].scaled(self.precision)
+        return eqx.tree_at(lambda p: p.energy, problem, in_dtype(tuple(energies), problem.dtype))
 
 
 class IncrementalPredictiveCoding(Rule):
@@ -187,14 +191,14 @@ class IncrementalPredictiveCoding(Rule):
     def check(self, problem: InferenceProblem) -> None:
         """Accept every problem."""
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
-        start, static = eqx.partition(problem.network, eqx.is_inexact_array)
+        start, static = eqx.partition(problem.graph, eqx.is_inexact_array)
 
         def at(weights: PyTree) -> InferenceProblem:
-            return eqx.tree_at(lambda p: p.network, problem, eqx.combine(weights, static))
+            return eqx.tree_at(lambda p: p.graph, problem, eqx.combine(weights, static))
 
         def update(_: Array, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
             x, weights = carry
@@ -204,13 +208,20 @@ class IncrementalPredictiveCoding(Rule):
                 weights, -self.ratio * self.dt, gradient
             )
 
-        first = (problem.feedforward_state(), start)
+        first = (_start(problem), start)
         rest, weights = jax.lax.fori_loop(0, self.steps, update, first)
         moved = self.ratio * self.steps * self.dt
         gradient = jax.tree.map(lambda a, b: (a - b) / moved, start, weights)
         residual = _relative_residual(at(weights), rest)
         learned = BatchGradient(eqx.combine(gradient, static), problem.activities(rest), residual)
         return learned, state
+
+
+def _start(problem: InferenceProblem) -> State:
+    """Where inference starts: the feedforward pass, or zero in a graph that has none."""
+    if isinstance(problem.graph, Graph) and not problem.graph.has_order(problem.free_layers):
+        return problem.zeros_state()
+    return problem.feedforward_state()
 
 
 def _gradient_at(
@@ -220,18 +231,19 @@ def _gradient_at(
     activities = problem.activities(state)
     weighted = problem.weighted_errors(problem.prediction_errors(activities), activities)
     # That of a prior credits no weights.
-    deltas = weighted[-problem.network.depth :]
-    gradient = local_gradient(problem.network, activities, deltas)
+    deltas = weighted[-len(problem.energy) :]
+    gradient = local_gradient(problem.graph, activities, deltas)
     if residual is None:
         residual = _relative_residual(problem, state)
     return BatchGradient(gradient, activities, residual)
 
 
 def _relative_residual(problem: InferenceProblem, state: State) -> Array:
-    """‖∂F/∂x‖ over ‖Π ε‖ below the output, one of the two terms that cancel in ∂F/∂x."""
+    """‖∂F/∂x‖ over ‖Π ε‖ of what is free, one of the two terms that cancel in ∂F/∂x."""
     slope = problem.gradient(state)
     activities = problem.activities(state)
     errors = problem.prediction_errors(activities)
-    weighted = tuple(problem.weighted_errors(errors[:-1], activities))
+    each = zip(problem.targets, problem.weighted_errors(errors, activities), strict=True)
+    weighted = tuple(x for node, x in each if node in problem.free_layers)
     size = dot(weighted, weighted)
     return jnp.sqrt(dot(slope, slope) / jnp.where(size > 0, size, 1))

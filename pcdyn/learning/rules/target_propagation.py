@@ -23,7 +23,12 @@ from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input
 from pcdyn.model.activations import Activation, get_activation
 from pcdyn.model.network import Dense, Network, apply_layer
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.algorithms import feedforward, local_gradient, target_propagation
+from pcdyn.references.algorithms import (
+    NetworkOrGraph,
+    feedforward,
+    local_gradient,
+    target_propagation,
+)
 
 
 class TargetPropagation(Rule):
@@ -43,7 +48,7 @@ class TargetPropagation(Rule):
         check_clamped_input(self.name, problem)
         target_propagation(problem)
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
@@ -101,7 +106,7 @@ class LearnedTargetPropagation(Rule):
                     f"layer {index} is a {type(layer).__name__}, whose inverse needs an activation"
                 )
 
-    def init(self, network: Network, key: PRNGKeyArray) -> PyTree:
+    def init(self, network: NetworkOrGraph, key: PRNGKeyArray) -> PyTree:
         """Draw inverses g_2 … g_L with Gaussian weights of standard deviation 1/√n_l.
 
         Returns them and a key.

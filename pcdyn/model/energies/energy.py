@@ -41,13 +41,30 @@ class LayerEnergies(eqx.Module):
 
     @property
     def output_loss(self) -> Values:
-        """Output loss ℒ = E_L, shaped like `energies` without the last axis."""
-        return self.energies[..., -1]
+        """Output loss ℒ = E_L, shaped like `energies` without the last axis.
+
+        Of a graph it is the energy of the predictions of all that is clamped.
+        """
+        return output_loss(self.energies, self._outputs())
 
     @property
     def residual_energy(self) -> Values:
         """Residual energy Ẽ = F − ℒ, shaped like `energies` without the last axis."""
-        return self.energies[..., :-1].sum(-1)
+        return residual_energy(self.energies, self._outputs())
+
+    def _outputs(self) -> tuple[int, ...]:
+        """Where the energies of the output stand."""
+        return (-1,)
+
+
+def output_loss(energies: Values, outputs: tuple[int, ...]) -> Values:
+    """Sum up the energies that stand at `outputs` on the last axis."""
+    return energies[..., np.array(outputs, int)].sum(-1)
+
+
+def residual_energy(energies: Values, outputs: tuple[int, ...]) -> Values:
+    """Sum up the energies that do not stand at `outputs` on the last axis."""
+    return energies[..., np.delete(np.arange(energies.shape[-1]), outputs)].sum(-1)
 
 
 class Energy(eqx.Module):
