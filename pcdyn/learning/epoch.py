@@ -18,7 +18,7 @@ from pcdyn.equilibria.solvers.truncated import UNSETTLED
 from pcdyn.learning.rules.base import BatchGradient, Rule
 from pcdyn.model.clamps import Clamp, PartlyClamped
 from pcdyn.model.energies.energy import output_loss, residual_energy
-from pcdyn.model.graph import Constant, Graph
+from pcdyn.model.graph import Graph, learnable
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import NetworkOrGraph, backpropagation, feedforward_loss
@@ -64,11 +64,6 @@ def first_state(setup: TrainingSetup, weights: PyTree, key: PRNGKeyArray) -> PyT
     # Epochs fold their number into the key; this one is none of theirs.
     rule_state = setup.rule.init(setup.network(weights), jr.fold_in(key, 2**31 - 1))
     return weights, setup.optimiser.value.init(learnable(weights)), rule_state
-
-
-def learnable(weights: PyTree) -> PyTree:
-    """Leave out the means of priors, which are not learned."""
-    return eqx.filter(weights, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, Constant))
 
 
 def batches_of(key: PRNGKeyArray, epoch: int | Array, count: int, batch_size: int) -> Array:

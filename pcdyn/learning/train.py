@@ -41,7 +41,6 @@ from pcdyn.learning.epoch import (
     batches_of,
     first_state,
     for_each,
-    learnable,
     run_epoch,
     scores,
 )
@@ -49,7 +48,7 @@ from pcdyn.learning.rules.backpropagation import Backpropagation
 from pcdyn.learning.rules.base import Rule
 from pcdyn.model.clamps import Clamp
 from pcdyn.model.energies.energy import Energy, Gaussian, check_energy
-from pcdyn.model.graph import Graph, Prediction
+from pcdyn.model.graph import Graph, Prediction, learnable
 from pcdyn.model.network import Network
 from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
@@ -214,6 +213,11 @@ def train(
     bare = eqx.tree_at(
         lambda p: (p.graph, p.clamp), problem, (static, (None,) * len(problem.clamp))
     )
+    if not jax.tree.leaves(learnable(weights)):
+        raise InputError(
+            "there are no weights to learn: arrays inside of a function or a lambda are hidden; "
+            "predict by a pcdyn.Dense or by a module, such as equinox.nn.Sequential"
+        )
     update = checked_optimiser(optimiser, learnable(weights))
     mean = reduction == "mean"
     setup = TrainingSetup(bare, rule, update, nodes, batch_size, mean, compare)

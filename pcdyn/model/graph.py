@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pcdyn._support.arrays import as_float_array
 from pcdyn._support.checks import (
@@ -367,6 +367,11 @@ def _fitted(prediction: Prediction, shape: Shape) -> Prediction:
     elif value.shape == (math.prod(shape),):
         value = value.reshape(shape)
     return eqx.tree_at(lambda p: p.by.value, prediction, value)
+
+
+def learnable(tree: PyTree) -> PyTree:
+    """The arrays of a network or graph, or of any part, but for the means of priors."""
+    return eqx.filter(tree, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, Constant))
 
 
 def _shape(size: object, name: str) -> Shape:

@@ -206,6 +206,33 @@ def test_low_output_precision_tends_to_backpropagation_in_proportion() -> None:
     np.testing.assert_allclose(far[0] / far[1], 10, rtol=0.05)
 
 
+def test_activities_and_weights_as_one_flow() -> None:
+    problem = problem_of(with_skips())
+    flow = learning.JointFlow(problem, 0.1)
+    run = pcdyn.simulate(flow, t1=0.5, integrator=pcdyn.Euler(dt=0.05))
+    state, graph = problem.feedforward_state(), problem.graph
+    for _ in range(10):
+        now = eqx.tree_at(lambda p: p.graph, problem, graph)
+        slopes, gradient = slope_at(now, state), now.gradient(state)
+        state = tuple(x - 0.05 * g for x, g in zip(state, gradient, strict=True))
+        graph = eqx.apply_updates(graph, jax.tree.map(lambda g: -0.1 * 0.05 * g, slopes))
+    same(run.final, problem.activities(state), 1e-12)
+    same([x[-1] for x in arrays(run.moving["network"])], graph, 1e-12)
+    np.testing.assert_allclose(run.output_loss, np.asarray(run.energies)[..., 2:].sum(-1))
+
+
+@pytest.mark.slow
+def test_weights_with_inference_at_rest_go_down_the_free_energy_at_rest() -> None:
+    graph, targets = cyclic()
+    flow = learning.AdiabaticFlow(InferenceProblem(graph, clamp=targets))
+    run = pcdyn.simulate(flow, t1=0.05, times=[0.0, 0.025, 0.05])
+    energies = np.asarray(run.free_energy).sum(-1)
+    assert np.all(np.diff(energies) < 0)
+    first = [x[0] for x in arrays(run.moving["network"])]
+    # The mean of the prior is no weight.
+    np.testing.assert_array_equal(first[2].shape, (6, 4))
+
+
 # --- Backpropagation by predictive coding (A.2) ---------------------------------------------------
 
 
@@ -436,6 +463,18 @@ def test_bad_input_is_refused_by_name(name: str) -> None:
     given = {"inputs": IN, "targets": OUT, **changed}
     with pytest.raises(kind, match=words):
         trained(with_skips(), **given)
+
+
+def test_weights_that_are_hidden_in_functions_are_refused() -> None:
+    weight = jnp.eye(3)
+    hidden = Graph(
+        {"a": 3, "b": 3, "c": 3},
+        [Prediction("b", given="a", by=lambda x: weight @ x),
+         Prediction("c", given="b", by=lambda x: weight @ x)],
+    )  # fmt: skip
+    values = np.ones((4, 3))
+    with pytest.raises(InputError, match="no weights to learn"):
+        trained(hidden, {"a": values}, {"c": values})
 
 
 def test_data_by_node_are_for_graphs() -> None:

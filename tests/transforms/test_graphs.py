@@ -128,7 +128,6 @@ REFUSED: dict[str, Callable[[InferenceProblem], Any]] = {
     "fixed point": lambda p: pcdyn.equilibrium(p, method="fixed_point"),
     "targets": pcdyn.target_propagation,
     "generate": lambda p: pcdyn.generate(p, jax.random.key(0)),
-    "joint flow": lambda p: pcdyn.simulate(pcdyn.learning.JointFlow(p, 0.1), t1=1.0),
     "network": lambda p: p.network,
     "input": lambda p: p.input,
 }

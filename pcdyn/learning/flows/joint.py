@@ -20,7 +20,9 @@ from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Value
 from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
+from pcdyn.learning.rules.base import start_of
 from pcdyn.model.flow import Flow
+from pcdyn.model.graph import Graph, learnable
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
@@ -31,7 +33,7 @@ class JointFlow(Flow):
     Weights are slower than activities by 1/ε, with ε = `ratio`. As ε → 0 they follow
     `AdiabaticFlow`, with time counted in units of 1/ε, at a distance in proportion to ε. Time is in
     units of the activity time constant. Biases and all other parameters of the layers move like
-    weights.
+    weights, of a graph all but the means of priors.
 
     The state is the free activities, then the arrays of the network, each as one vector.
 
@@ -61,12 +63,20 @@ class JointFlow(Flow):
     def free_layers(self) -> tuple[int, ...]:
         return self.problem.free_layers
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return self.problem.targets
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.problem.outputs
+
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return a whole state, or that of an inference problem with the weights of its network."""
 
         def start(activities: str | Sequence[Numbers]) -> State:
             free = self.problem.initial_state(activities)
-            return (*(x.reshape(-1) for x in free), *_vectors(self.problem.network))
+            return (*(x.reshape(-1) for x in free), *_vectors(self.problem.graph))
 
         if isinstance(initial, list | tuple) and len(initial) > len(self.free_layers):
             return self.checked_state(initial, start("zeros"))
@@ -77,7 +87,7 @@ class JointFlow(Flow):
 
     def moving(self, state: State) -> dict[str, Any]:
         """Name what moves besides activities: the network, as `"network"`."""
-        return {"network": _with_vectors(self.problem.network, state[len(self.free_layers) :])}
+        return {"network": _with_vectors(self.problem.graph, state[len(self.free_layers) :])}
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self._inner_state(state))
@@ -95,14 +105,14 @@ class JointFlow(Flow):
         return (*activities, *(-ratio * g for g in slope[count:]))
 
     def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
+        return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])
 
     def _inner_state(self, state: State) -> State:
         """The free activities as the inference problem has them."""
-        shape, widths = self.problem.batch_shape or (), self.problem.network.widths
+        shape = self.problem.batch_shape or ()
         return tuple(
-            x.reshape(*x.shape[:-1], *shape, widths[index])
-            for index, x in zip(self.free_layers, state, strict=False)
+            x.reshape(*x.shape[:-1], *shape, width)
+            for width, x in zip(self.problem.free_widths, state, strict=False)
         )
 
 
@@ -140,19 +150,28 @@ class AdiabaticFlow(Flow):
     def free_layers(self) -> tuple[int, ...]:
         return self.problem.free_layers
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return self.problem.targets
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.problem.outputs
+
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the weights of the problem's network, or others; activities have no start."""
-        return self.checked_state(initial, _vectors(self.problem.network))
+        return self.checked_state(initial, _vectors(self.problem.graph))
 
     def activities(self, state: State) -> Activities:
         flow, state = as_jax((self, state))
         if state[0].ndim > 1:
             return jax.vmap(flow.activities)(state)
-        return activities_at_rest(flow._at(state), self.method, self.tolerance)
+        moved = flow._at(state)
+        return activities_at_rest(moved, self.method, self.tolerance, start_of(moved))
 
     def moving(self, state: State) -> dict[str, Any]:
         """Name what moves besides activities: the network, as `"network"`."""
-        return {"network": _with_vectors(self.problem.network, state)}
+        return {"network": _with_vectors(self.problem.graph, state)}
 
     def observe(self, t: Scalar, state: State) -> tuple[Activities, Array]:
         return self._at(state).observe(t, self.problem.state_of(self.activities(state)))
@@ -168,7 +187,7 @@ class AdiabaticFlow(Flow):
         return jax.tree.map(jnp.negative, slope)
 
     def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.network, self.problem, self.moving(state)["network"])
+        return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])
 
 
 def as_jax(tree: Tree) -> Tree:
@@ -194,15 +213,13 @@ def _ok(found: Equilibrium, like: Values) -> Values:
     return converged[..., None] if like.ndim == 2 else converged
 
 
-def _vectors(network: Network) -> State:
-    """The floating-point arrays of a network, each as one vector."""
-    arrays = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
-    return tuple(x.reshape(-1) for x in arrays)
+def _vectors(network: Network | Graph) -> State:
+    """The arrays of a network that are learned, each as one vector."""
+    return tuple(x.reshape(-1) for x in jax.tree.leaves(learnable(network)))
 
 
-def _with_vectors(network: Network, vectors: Sequence[Values]) -> Network:
+def _with_vectors(network: Network | Graph, vectors: Sequence[Values]) -> Network | Graph:
     """The network with these arrays, which may have a leading axis."""
-    arrays, static = eqx.partition(network, eqx.is_inexact_array)
-    leaves, structure = jax.tree.flatten(arrays)
+    leaves, structure = jax.tree.flatten(learnable(network))
     shaped = [v.reshape(*v.shape[:-1], *x.shape) for v, x in zip(vectors, leaves, strict=True)]
-    return eqx.combine(jax.tree.unflatten(structure, shaped), static)
+    return eqx.combine(jax.tree.unflatten(structure, shaped), network)

@@ -8,7 +8,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from pcdyn._support.checks import checked_integer, checked_number
-from pcdyn._support.types import Activities
+from pcdyn._support.types import Activities, State
 from pcdyn.errors import GraphError, InputError
 from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
@@ -84,6 +84,13 @@ def check_clamped_input(name: str, problem: InferenceProblem) -> None:
             f"{name} learns at the feedforward pass of an input: give inputs, or infer latent ones "
             "by pcdyn.learning.PredictiveCoding()"
         )
+
+
+def start_of(problem: InferenceProblem) -> State:
+    """Where inference starts: the feedforward pass, or zero in a graph that has none."""
+    if isinstance(problem.graph, Graph) and not problem.graph.has_order(problem.free_layers):
+        return problem.zeros_state()
+    return problem.feedforward_state()
 
 
 def check_steps(name: str, dt: float, steps: int) -> None:

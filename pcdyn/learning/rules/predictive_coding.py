@@ -21,9 +21,8 @@ from pcdyn.equilibria.equilibrium import equilibrium
 from pcdyn.equilibria.solvers import Solver, get_solvers
 from pcdyn.equilibria.solvers.truncated import TruncatedGaussNewton
 from pcdyn.errors import InputError, ToleranceError
-from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps
+from pcdyn.learning.rules.base import BatchGradient, Rule, check_steps, start_of
 from pcdyn.model.energies.energy import in_dtype
-from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.algorithms import NetworkOrGraph, local_gradient
 
@@ -93,7 +92,7 @@ class PredictiveCoding(Rule):
             return dataclasses.replace(learned, handed_over=settled.handed_over), state
         found = equilibrium(
             problem, method=self.method, tolerance=self.tolerance, throw=False,
-            initial=_start(problem),
+            initial=start_of(problem),
         )  # fmt: skip
         rest = tuple(jnp.asarray(x) for x in found.state)
         return _gradient_at(problem, rest), state
@@ -128,7 +127,7 @@ class EulerPredictiveCoding(Rule):
         def update(_: Array, x: State) -> State:
             return step(x, -self.dt, prepared.gradient(x))
 
-        rest = jax.lax.fori_loop(0, self.steps, update, _start(problem))
+        rest = jax.lax.fori_loop(0, self.steps, update, start_of(problem))
         return _gradient_at(problem, rest), state
 
 
@@ -208,20 +207,13 @@ class IncrementalPredictiveCoding(Rule):
                 weights, -self.ratio * self.dt, gradient
             )
 
-        first = (_start(problem), start)
+        first = (start_of(problem), start)
         rest, weights = jax.lax.fori_loop(0, self.steps, update, first)
         moved = self.ratio * self.steps * self.dt
         gradient = jax.tree.map(lambda a, b: (a - b) / moved, start, weights)
         residual = _relative_residual(at(weights), rest)
         learned = BatchGradient(eqx.combine(gradient, static), problem.activities(rest), residual)
         return learned, state
-
-
-def _start(problem: InferenceProblem) -> State:
-    """Where inference starts: the feedforward pass, or zero in a graph that has none."""
-    if isinstance(problem.graph, Graph) and not problem.graph.has_order(problem.free_layers):
-        return problem.zeros_state()
-    return problem.feedforward_state()
 
 
 def _gradient_at(
