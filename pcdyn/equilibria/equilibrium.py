@@ -294,7 +294,7 @@ def _distance(a: State, b: State) -> HostValues:
 def equilibrium(
     problem: InferenceProblem,
     *,
-    method: str | Solver | Sequence[Solver] | None = None,
+    method: str | Solver | Sequence[Solver | str] | None = None,
     initial: str | Sequence[Numbers] = "feedforward",
     tolerance: float | None = None,
     throw: bool = True,
@@ -373,7 +373,7 @@ def equilibrium(
 
 
 def _solvers(
-    method: str | Solver | Sequence[Solver] | None, problem: InferenceProblem
+    method: str | Solver | Sequence[Solver | str] | None, problem: InferenceProblem
 ) -> tuple[Solver, ...]:
     if method is None:
         return default_solvers(problem)
@@ -421,7 +421,7 @@ class _Verdict(eqx.Module):
 def _solve_traced(
     problem: InferenceProblem,
     start: State,
-    solvers: Sequence[Solver],
+    solvers: Sequence[Solver | str],
     tolerance: Scalar,
     relative: bool,
 ) -> tuple[Ran, _Verdict]:
