@@ -103,8 +103,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         name = ends[index] if problem.is_chain else f"clamp_{index}"
         variables[name] = (dimensions, np.asarray(data))
         if isinstance(value, PartlyClamped):
-            mask = np.asarray(value.order) < data.shape[-1]
-            variables[f"is_clamped_{index}"] = (dimensions, mask)
+            variables[f"is_clamped_{index}"] = (dimensions, value.mask)
     constants = np.array([np.asarray(each) for each in problem.time_constants])
     variables["time_constant"] = (("layer",), constants)
     attrs = {"activations": " ".join(names)}
