@@ -872,8 +872,8 @@ MISTAKES = (
     Mistake(
         "cli: a TOML file wins over options",
         "pcdyn/cli/network.py",
-        "return _read_toml(path) | given",
-        "return given | _read_toml(path)",
+        "return table | given",
+        "return given | table",
         ("tests/cli/test_cli.py::test_a_toml_file_means_the_same_options",),
     ),
     Mistake(

@@ -5,6 +5,7 @@ Every check names the argument and raises an `InputError`, or the kind of it tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
@@ -24,6 +25,15 @@ from pcdyn.errors import InputError
 
 _Number = TypeVar("_Number")
 _Result = TypeVar("_Result")
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say in an `InputError` raised inside what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def checked_number(

@@ -1,13 +1,16 @@
-"""Arrays from `.npy`, `.npz` and NetCDF files."""
+"""Data: arrays from `.npy`, `.npz` and NetCDF files, and how many samples there are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pcdyn._support.arrays import check_size
+from pcdyn._support.checks import checked_integer
 from pcdyn._support.files import read_numpy
-from pcdyn.errors import DataError
+from pcdyn.errors import DataError, InputError
 from pcdyn.io.netcdf import read_dataset
 
 _SUFFIXES = (".npy", ".npz", ".nc")
@@ -42,6 +45,25 @@ def load_array(source: str, name: str, folder: Path) -> np.ndarray:
             f"choose one as {path}:{next(iter(arrays), 'NAME')}"
         )
     return arrays[wanted]
+
+
+def sample_shape(
+    batch: int | None, given: Sequence[tuple[int, ...]], *, bytes_each: int
+) -> tuple[int, ...]:
+    """The shape that random data have before their units: that of data `given`, or of a batch.
+
+    Raises `InputError` for a batch that contradicts the data or is no number of samples, and
+    `SizeError` for one of which the samples, of so many bytes each, do not fit into memory.
+    """
+    if batch is not None:
+        checked_integer(batch, "--batch", at_least=1, at_most=2**31 - 1)
+        check_size(bytes_each * batch, f"a batch of {batch} samples")
+        if given and given[0] != (batch,):
+            raise InputError(
+                f"a batch of {batch} contradicts data of shape {(*given[0], '…')}: leave --batch "
+                "out"
+            )
+    return given[0] if given else () if batch is None else (batch,)
 
 
 def _read_netcdf(file: Path) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def run_simulate(options: Simulate, settings: Settings, _: tqdm) -> Result:
     checked_integer(options.times, "--times", at_least=2, at_most=2**31 - 1, error=TimesError)
     problem = build_problem(settings)
     samples = math.prod(problem.batch_shape or ())
-    state = problem.dtype.itemsize * samples * sum(problem.network.widths)
+    state = problem.dtype.itemsize * samples * sum(problem.widths)
     check_size(2 * state * options.times, f"a trajectory of {options.times} times")
     trajectory = simulate(
         problem,

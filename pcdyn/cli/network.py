@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from pcdyn._support.arrays import check_size
-from pcdyn._support.checks import checked_integer, checked_number
-from pcdyn._support.files import read_bytes
+from pcdyn._support.checks import checked_number
 from pcdyn._support.types import Numbers
-from pcdyn.cli.arrays import load_array
+from pcdyn.cli.arrays import load_array, sample_shape
+from pcdyn.cli.energies import as_numbers, energy_of, precisions
+from pcdyn.cli.graph import graph_problem
 from pcdyn.cli.options import NetworkOptions
-from pcdyn.errors import DataError, InputError
+from pcdyn.cli.tables import OF_GRAPHS, Settings, read_toml
+from pcdyn.errors import InputError
 from pcdyn.io.results import load_problem
+from pcdyn.model.clamps import Partial, PartlyClamped
 from pcdyn.model.energies.energy import Energy
 from pcdyn.model.energies.generalised import named_energy
+from pcdyn.model.graph import Graph
 from pcdyn.model.network import Network, mlp
 from pcdyn.model.prior import Prior
 from pcdyn.model.problem import InferenceProblem
-
-Settings = dict[str, Any]
 
 _ONLY_FOR_NEW_NETWORKS = (
     "widths", "activation", "output_activation", "weight_std", "bias", "residual",
@@ -49,47 +47,83 @@ def settings_of(options: NetworkOptions) -> Settings:
     if path is None:
         return given
     if path.suffix == ".toml":
-        return _read_toml(path) | given
+        table = read_toml(path)
+        if "nodes" in table:
+            _refuse(given.keys() - set(OF_GRAPHS), f"{path} already says what the graph is")
+        return table | given
     ignored = [name for name in _ONLY_FOR_NEW_NETWORKS if name in given]
-    if ignored:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise InputError(f"{path} already says what the network is: leave {flags} out")
+    _refuse(ignored, f"{path} already says what the network is")
     return {"network": path, **given}
+
+
+def _refuse(ignored: Iterable[str], why: str) -> None:
+    """Raise `InputError` for options that would be ignored, if there are any."""
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+    if flags:
+        raise InputError(f"{why}: leave {flags} out")
 
 
 def build_problem(settings: Settings) -> InferenceProblem:
     """Build the problem that these settings describe.
 
-    Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`. Raises `InputError` and its kinds
-    for what does not fit, each naming what and where.
+    Weights are those of `pcdyn.mlp` with `jax.random.key(seed)`, or of `graph_problem`.
+    Raises `InputError` and its kinds for what does not fit, each naming what and where.
     """
+    key = _key(settings)
+    if "nodes" in settings:
+        return graph_problem(settings, key)
     dtype = np.float32 if settings.get("float32") else None
     saved = load_problem(settings["network"], dtype=dtype) if "network" in settings else None
-    key = _key(settings)
+    if saved is not None and isinstance(saved.graph, Graph):
+        fits = {"network", "energy", "precisions", "float32"}
+        _refuse(settings.keys() - fits, f"{settings['network']} holds a graph and its data")
+        return InferenceProblem(
+            saved.graph,
+            clamp=_as_given(saved, saved.graph),
+            energy=_energy(settings, saved),
+            time_constants=saved.time_constants,
+        )
     network = _new_network(settings, key, dtype) if saved is None else saved.network
     input, output = _clamped(settings, network, saved, key)
     # A prior on file has no place where the input is clamped now.
     prior = saved.prior if saved is not None and input is None else None
     if "prior" in settings:
         mean, precision = settings["prior"]
-        prior = Prior(mean, named_energy("gaussian", precision=_as_numbers(precision)))
-    energy = None if saved is None else saved.energy
-    if "energy" in settings:
-        energy = _named_energy(settings["energy"], settings.get("precisions"))
-    elif "precisions" in settings:
-        if saved is not None and {each.name for each in saved.energy} != {"gaussian"}:
-            raise InputError(
-                "the file has another energy than the Gaussian: give --energy beside --precisions"
-            )
-        energy = named_energy("gaussian", precision=_precisions(settings["precisions"]))
+        prior = Prior(mean, named_energy("gaussian", precision=as_numbers(precision)))
     return InferenceProblem(
         network,
         input=input,
         output=output,
-        energy=energy,
+        energy=_energy(settings, saved),
         prior=prior,
         time_constants=None if saved is None else saved.time_constants,
     )
+
+
+def _as_given(saved: InferenceProblem, graph: Graph) -> dict[str, Numbers | Partial]:
+    """What the nodes of a graph are clamped to, as a user gives it."""
+    each = zip(graph.nodes, saved.clamp, strict=True)
+    return {
+        name: Partial(x.values, x.mask) if isinstance(x, PartlyClamped) else x
+        for name, x in each
+        if x is not None
+    }
+
+
+def _energy(
+    settings: Settings, saved: InferenceProblem | None
+) -> Energy | tuple[Energy, ...] | None:
+    """The energy that is asked for, or that of the file."""
+    precision = precisions(settings["precisions"]) if "precisions" in settings else None
+    if "energy" in settings:
+        return energy_of(settings["energy"], precision)
+    if precision is None:
+        return None if saved is None else saved.energy
+    if saved is not None and {each.name for each in saved.energy} != {"gaussian"}:
+        raise InputError(
+            "the file has another energy than the Gaussian: give --energy beside --precisions"
+        )
+    return named_energy("gaussian", precision=precision)
 
 
 def _key(settings: Settings) -> PRNGKeyArray:
@@ -141,135 +175,12 @@ def _clamped(
         elif source != "free":
             data[name] = load_array(source, name, Path())
     given = [np.shape(values)[:-1] for values in data.values() if values is not None]
-    batch = settings.get("batch")
-    if batch is not None:
-        checked_integer(batch, "--batch", at_least=1, at_most=2**31 - 1)
-        size = network.dtype.itemsize * batch * sum(network.widths)
-        check_size(size, f"a batch of {batch} samples")
-    if batch is not None and given and given[0] != (batch,):
-        raise InputError(
-            f"a batch of {batch} contradicts data of shape {(*given[0], '…')}: leave --batch out"
-        )
+    one = network.dtype.itemsize * sum(network.widths)
+    shape = sample_shape(settings.get("batch"), given, bytes_each=one)
     if "seed" in settings and saved is not None and not random:
         raise InputError("--seed would be ignored: nothing is random; add --input random")
-    shape = given[0] if given else () if batch is None else (batch,)
     for name in random:
         index = (1, 0) if name == "input" else (2, -1)
         width = network.widths[index[1]]
         data[name] = jr.normal(jr.fold_in(key, index[0]), (*shape, width), network.dtype)
     return data["input"], data["output"]
-
-
-def _named_energy(text: str, precisions: float | int | Sequence[object] | None) -> Energy:
-    """The energy of `"name"` or `"name:parameter"`."""
-    name, colon, number = text.partition(":")
-    try:
-        parameter = float(number) if colon else None
-    except ValueError as error:
-        raise InputError(
-            f"the parameter of the energy {text!r} is not a number: give one as in {name}:0.5"
-        ) from error
-    return named_energy(name, precision=_precisions(precisions), parameter=parameter)
-
-
-def _precisions(
-    given: float | int | Sequence[object] | None,
-) -> np.ndarray | list[np.ndarray] | None:
-    if given is None:
-        return None
-    if isinstance(given, int | float):
-        return _as_numbers(given)
-    if len(given) == 1:
-        return _as_numbers(given[0])
-    return [_as_numbers(each) for each in given]
-
-
-def _as_numbers(precision: object) -> np.ndarray:
-    try:
-        return np.asarray(precision, dtype=float)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"precision {repr(precision)[:60]} is neither a number, a vector nor a matrix"
-        ) from error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_integers(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_integer(each) for each in value)
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _is_precisions(value: object) -> bool:
-    return _is_number(value) or (isinstance(value, list) and bool(value))
-
-
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "widths": (_is_integers, "a list of integers"),
-    "activation": (_is_text, "a name"),
-    "output_activation": (_is_text, "a name"),
-    "weight_std": (_is_number, "a number"),
-    "bias": (_is_number, "a number"),
-    "residual": (lambda value: isinstance(value, bool), "true or false"),
-    "parameterisation": (_is_text, "a name"),
-    "energy": (_is_text, "a name, or a name:parameter"),
-    "precisions": (_is_precisions, "a number or a list"),
-    "prior": (_is_pair, "a list of two numbers, mean and precision"),
-    "input": (_is_text, '"random", "free" or a file'),
-    "output": (_is_text, '"random", "free" or a file'),
-    "batch": (_is_integer, "an integer"),
-    "seed": (_is_integer, "an integer"),
-    "float32": (lambda value: isinstance(value, bool), "true or false"),
-}
-
-
-def _read_toml(path: Path) -> Settings:
-    content = read_bytes(path)
-    try:
-        # Windows' editors begin a text with a byte order mark.
-        document = tomllib.loads(content.decode("utf-8-sig"))
-        repr(document)  # which Python refuses for thousands of hexadecimal digits
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not in UTF-8 ({error}): save it as UTF-8, which editors call an encoding"
-        ) from error
-    # Among them numbers of thousands of digits, and lists within lists without end.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid TOML: {error}") from error
-    for name in document:
-        if name != "network":
-            raise DataError(
-                f"{path}: unknown entry {name!r} at the top: the options stand in the table "
-                "[network]"
-            )
-    table = document.get("network")
-    if not isinstance(table, dict):
-        raise DataError(f"{path} has no table [network]")
-    for name, value in table.items():
-        if name not in _KINDS:
-            near = difflib.get_close_matches(name, _KINDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KINDS)}"
-            raise DataError(f"{path}: unknown key {name!r} in [network]; {hint}")
-        fits, expected = _KINDS[name]
-        if not fits(value):
-            raise DataError(f"{path}: {name} must be {expected}, got {value!r:.60}")
-    # Data stand beside the file that names them, wherever the command is run.
-    beside = {
-        name: str(path.parent / table[name])
-        for name in ("input", "output")
-        if table.get(name, "free") not in ("random", "free")
-    }
-    return table | beside

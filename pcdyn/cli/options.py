@@ -23,8 +23,10 @@ class NetworkOptions:
         Path | None,
         option(
             "Take the network from a TOML file, whose table [network] has these options as keys "
-            "(with _ for -), or from a NetCDF file that pcdyn wrote. Options given beside a TOML "
-            "file win; beside a NetCDF file only energy, precisions, data and dtype can be given.",
+            "(with _ for -) or whose table [graph] describes a graph, or from a NetCDF file that "
+            "pcdyn wrote. Options given beside a TOML file win, those of a graph for predictions "
+            "that do not have their own; beside a NetCDF file only energy, precisions, data (of a "
+            "chain) and dtype can be given.",
             metavar="FILE",
             default="optional",
         ),

@@ -4,39 +4,65 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from pcdyn.model.graph import Constant, Graph
+from pcdyn.model.network import Dense
 from pcdyn.model.problem import InferenceProblem
 
 
 def describe(problem: InferenceProblem) -> str:
     """Describe network, samples and dtype of a problem in one line."""
-    network = problem.network
-    names = [layer.activation.name for layer in network.layers]
-    activations = names[0] if len(set(names)) == 1 else "-".join(names)
-    widths = "-".join(map(str, network.widths))
+    graph = problem.graph
     shape = problem.batch_shape
     samples = f"{shape[0]} samples" if shape else "one sample"
-    residual = "residual " if any(layer.skip for layer in network.layers) else ""
     config: Any = jax.config
     x64 = "float64 is on" if config.jax_enable_x64 else "float64 is off"
-    return f"{widths} {residual}network, {activations}, {samples}, {problem.dtype} ({x64})"
+    names = [_name_of(layer) for layer in graph.layers]
+    if isinstance(graph, Graph):
+        sizes = ["×".join(map(str, shape)) for shape in graph.shapes]
+        nodes = ", ".join(map(" ".join, zip(graph.nodes, sizes, strict=True)))
+        what = f"graph of {nodes}, {', '.join(f'{n} {name}' for name, n in Counter(names).items())}"
+    else:
+        activations = names[0] if len(set(names)) == 1 else "-".join(names)
+        residual = "residual " if any(_has_skip(layer) for layer in graph.layers) else ""
+        what = f"{'-'.join(map(str, graph.widths))} {residual}network, {activations}"
+    return f"{what}, {samples}, {problem.dtype} ({x64})"
 
 
 def describe_record(problem: InferenceProblem) -> dict[str, Any]:
     """Describe a problem for `--json`, as `describe` does in words."""
-    return {
-        "widths": problem.network.widths,
-        "activations": [layer.activation.name for layer in problem.network.layers],
-        "skips": [layer.skip for layer in problem.network.layers],
+    graph = problem.graph
+    record: dict[str, Any] = {
+        "widths": graph.widths,
+        "activations": [_name_of(layer) for layer in graph.layers],
+        "skips": [_has_skip(layer) for layer in graph.layers],
         "samples": problem.batch_shape[0] if problem.batch_shape else None,
         "free_layers": problem.free_layers,
         "dtype": str(problem.dtype),
     }
+    if isinstance(graph, Graph):
+        record["nodes"] = dict(zip(graph.nodes, graph.shapes, strict=True))
+        record["predictions"] = [
+            {"target": each.target, "given": each.given} for each in graph.predictions
+        ]
+    return record
+
+
+def _name_of(layer: object) -> str:
+    """The activation of a layer, or what it is where it has none."""
+    if isinstance(layer, Constant):
+        return "prior"
+    return layer.activation.name if isinstance(layer, Dense) else type(layer).__name__
+
+
+def _has_skip(layer: object) -> bool:
+    return isinstance(layer, Dense) and layer.skip
 
 
 def lines(rows: Sequence[tuple[str, str]]) -> str:

@@ -421,7 +421,7 @@ class _Verdict(eqx.Module):
 def _solve_traced(
     problem: InferenceProblem,
     start: State,
-    solvers: Sequence[Solver | str],
+    solvers: Sequence[Solver],
     tolerance: Scalar,
     relative: bool,
 ) -> tuple[Ran, _Verdict]:

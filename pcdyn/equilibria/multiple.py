@@ -108,7 +108,7 @@ def multiple_equilibria(
     problem: InferenceProblem,
     starts: Sequence[Numbers],
     *,
-    method: str | Solver | Sequence[Solver] | None = "pseudo_transient",
+    method: str | Solver | Sequence[Solver | str] | None = "pseudo_transient",
     separation: float = 1e-3,
     tolerance: float | None = None,
 ) -> Equilibria:

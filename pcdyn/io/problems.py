@@ -7,6 +7,7 @@ an equilibrium, so that one file says what was computed and of what.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from pcdyn._support.checks import check_instance
+from pcdyn._support.checks import check_instance, checked_integer
 from pcdyn._support.types import Values
-from pcdyn.errors import ActivationError, DataError, DtypeError, InputError
-from pcdyn.io.netcdf import check_dataset, named_values
+from pcdyn.errors import DataError, DtypeError
+from pcdyn.io.modules import described_module, module_of
+from pcdyn.io.netcdf import attribute, check_dataset, named_values
 from pcdyn.io.nodes import Nodes, described_nodes, nodes_of
-from pcdyn.model.activations import Activation, get_activation
+from pcdyn.model.activations import name_of
 from pcdyn.model.clamps import Partial, PartlyClamped
 from pcdyn.model.energies.energy import Energy, naming_layer
 from pcdyn.model.energies.generalised import arguments_of, named_energy
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 
 # What is written where a layer has something else.
 _OPTIONS: dict[str, float] = {"scale": 1.0, "gain": 1.0, "skip": False}
-# In place of the name of an activation, for a prior.
-_CONSTANT = "constant"
+# In place of the name of an activation, for a prior and for a module of equinox.
+_CONSTANT, _MODULE = "constant", "module"
 _SKIPS = {"True": True, "False": False}
 
 
@@ -47,6 +49,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     `input` and `output`, shape `([sample,] unit)`, where they are clamped; `time_constant`, one
     for each layer l = 0 … L; `prior_mean`, shape `(unit_0,)`, where there is a prior. Of a graph
     l is the number of a prediction, of the attribute `nodes`; `mean_l` is what a prior predicts,
+    `module_l_array_i` are the arrays of a module of equinox, of the attribute `module_l`,
     `clamp_i` what node i is clamped to, where `is_clamped_i` is true if it is there. The names of
     the activations are in the attribute `activations`, and in `scales`, `gains` and `skips` what
     layers have of these; where not all energies are Gaussian their
@@ -55,15 +58,15 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
 
     **Raises:**
 
-    - `InputError` for a network of other layers than `pcdyn.Dense`, and for an energy without a
-      name (`pcdyn.named_energy`).
+    - `InputError` for a layer that is neither a `pcdyn.Dense` nor a module of equinox that files
+      hold (`pcdyn.io.modules`), and for an energy without a name (`pcdyn.named_energy`).
     - `ActivationError` for an activation that pcdyn does not know by name.
     """
     import xarray
 
     check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
     variables: dict[str, Any] = {}
-    names, energies = [], []
+    names, energies, modules = [], [], {}
 
     def put_energy(index: int) -> str:
         """Its precision and its parameter, where it has them; returns its name."""
@@ -85,11 +88,14 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
             variables[f"mean_{index}"] = ((unit,), np.asarray(layer.value).ravel())
             continue
         if not isinstance(layer, Dense):
-            raise InputError(
-                f"a file holds networks of pcdyn.Dense, but that of {problem.target_name(index)} "
-                f"is a {type(layer).__name__}"
-            )
-        names.append(_name_of(layer.activation))
+            names.append(_MODULE)
+            described, arrays = described_module(layer, problem.target_name(index))
+            modules[f"module_{index}"] = described
+            for place, array in enumerate(arrays):
+                name, dimensions = _array_of(index, place, array.ndim)
+                variables[name] = (dimensions, np.asarray(array))
+            continue
+        names.append(name_of(layer.activation))
         given = f"unit_{index - 1}" if problem.is_chain else f"given_{index}"
         variables[f"weight_{index}"] = ((unit, given), np.asarray(layer.weight))
         if layer.bias is not None:
@@ -103,11 +109,12 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
         name = ends[index] if problem.is_chain else f"clamp_{index}"
         variables[name] = (dimensions, np.asarray(data))
         if isinstance(value, PartlyClamped):
-            mask = np.asarray(value.order) < data.shape[-1]
-            variables[f"is_clamped_{index}"] = (dimensions, mask)
+            variables[f"is_clamped_{index}"] = (dimensions, value.mask)
     constants = np.array([np.asarray(each) for each in problem.time_constants])
     variables["time_constant"] = (("layer",), constants)
-    attrs = {"activations": " ".join(names)}
+    attrs: dict[str, Any] = {"activations": " ".join(names), **modules}
+    if problem.is_chain and names[0] == _MODULE:
+        attrs["input_width"] = problem.widths[0]
     for name, usual in _OPTIONS.items():
         each = [getattr(layer, name, usual) for layer in graph.layers]
         if any(value != usual for value in each):
@@ -161,8 +168,8 @@ def problem_from_xarray(
         ndim = dataset.variables[f"precision_{l}"].ndim if f"precision_{l}" in dataset else 0
         return values_if_any(f"precision_{l}", *(unit(l), f"column_{l}")[:ndim])
 
-    parts = {l: "mean" if name == _CONSTANT else "weight" for l, name in enumerate(names, start=1)}
-    wanted = [f"{part}_{l}" for l, part in parts.items()]
+    each = ((l, name) for l, name in enumerate(names, start=1) if name != _MODULE)
+    wanted = [f"{'mean' if name == _CONSTANT else 'weight'}_{l}" for l, name in each]
     missing = [name for name in wanted if name not in dataset.variables]
     if not names or missing:
         what = missing[0] if missing else "activations"
@@ -171,9 +178,15 @@ def problem_from_xarray(
             "pcdyn.save_problem, or by a command of pcdyn"
         )
 
+    def array(l: int, place: int, ndim: int) -> Values:
+        name, dimensions = _array_of(l, place, ndim)
+        return values(name, *dimensions)
+
     def layer(l: int, name: str, chosen: dict[str, Any]) -> Any:  # noqa: ANN401
         if name == _CONSTANT:
             return values(f"mean_{l}", unit(l))
+        if name == _MODULE:
+            return module_of(str(attribute(dataset, f"module_{l}")), functools.partial(array, l))
         below = f"unit_{l - 1}" if given is None else f"given_{l}"
         weight, bias = values(f"weight_{l}", unit(l), below), values_if_any(f"bias_{l}", unit(l))
         return Dense(weight, bias, name, **chosen)
@@ -208,8 +221,13 @@ def problem_from_xarray(
         )
     mean = values_if_any("prior_mean", "unit_0")
     of_prior = str(dataset.attrs.get("prior_energy", "gaussian"))
+    width = dataset.attrs.get("input_width")
     return InferenceProblem(
-        Network(layers, nodes=None if nodes is None else nodes.names),
+        Network(
+            layers,
+            input_width=None if width is None else checked_integer(width, "input_width"),
+            nodes=None if nodes is None else nodes.names,
+        ),
         input=values_if_any("input", "unit_0", sample="optional"),
         output=values_if_any("output", f"unit_{len(names)}", sample="optional"),
         energy=energies,
@@ -250,6 +268,12 @@ def with_problem(dataset: xarray.Dataset, problem: InferenceProblem) -> xarray.D
     return dataset.merge(network).assign_attrs({**dataset.attrs, **network.attrs})
 
 
+def _array_of(index: int, place: int, ndim: int) -> tuple[str, tuple[str, ...]]:
+    """The name and the dimensions of one array of a module."""
+    name = f"module_{index}_array_{place}"
+    return name, tuple(f"{name}_axis_{axis}" for axis in range(ndim))
+
+
 def _rounded(values: Values, dtype: DTypeLike | None, name: str) -> Values:
     """`values` in a dtype that JAX does not round any more."""
     try:
@@ -283,16 +307,3 @@ def _options(dataset: xarray.Dataset, count: int) -> list[dict[str, Any]]:
             except (KeyError, ValueError):
                 raise DataError(f"{word!r:.40} among the {name}s in this file") from None
     return found
-
-
-def _name_of(activation: Activation) -> str:
-    name = activation.name.partition("(")[0]
-    try:
-        known = get_activation(name)
-    except ActivationError:
-        known = None
-    if known != activation:
-        raise ActivationError(
-            f"{activation} has no name that a file could hold: use one that pcdyn.mlp knows by name"
-        )
-    return name

@@ -160,6 +160,22 @@ def _activation(
 _BY_NAME = {a.name: a for a in (identity, tanh, sigmoid, relu, softplus)}
 
 
+def name_of(function: Activation | Elementwise) -> str:
+    """The name by which `get_activation` finds this activation, or the one of this function.
+
+    **Raises:**
+
+    - `ActivationError` if there is none.
+    """
+    for name in (*_BY_NAME, "leaky_relu"):
+        known = get_activation(name)
+        if function in (known, known.function):
+            return name
+    raise ActivationError(
+        f"{function} has no name that a file could hold: use one that pcdyn.mlp knows by name"
+    )
+
+
 def get_activation(activation: str | Activation) -> Activation:
     """Find the activation of that name; an `Activation` is returned as it is.
 

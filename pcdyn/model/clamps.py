@@ -83,6 +83,11 @@ class PartlyClamped(eqx.Module):
         index = self.free if self.free.ndim == 1 else self.free[0]
         return matrix.at[:, index].get(mode="fill", fill_value=0)
 
+    @property
+    def mask(self) -> Bool[np.ndarray, "*batch n"]:
+        """True where a unit is clamped, as `Partial` takes it."""
+        return np.asarray(self.order) < self.values.shape[-1]
+
     def missing(self) -> Float[Values, "*batch free"]:
         """Say where there is no unit, by ones."""
         return (self.free == self.values.shape[-1]).astype(self.values.dtype)

@@ -48,8 +48,8 @@ class Prediction(eqx.Module):
     - `given`: the names of the nodes that it is predicted from, in the order in which `by` takes
       them; none for a prior.
     - `by`: a `pcdyn.Dense`, with one weight for each of `given`, any equinox module or function of
-      the activities of one sample, each in the shape of its node; for a prior the mean, a number or
-      an array.
+      the activities of one sample, each in the shape of its node, to those of the target, in its
+      shape or in one row; for a prior the mean, a number or an array.
     - `energy`: of the prediction error; that of the problem unless given.
 
     **Raises:**
@@ -126,7 +126,7 @@ class Graph(eqx.Module):
             if not isinstance(name, str) or not name:
                 raise GraphError(f"a node is named by a text, got {name!r}")
         self.nodes = tuple(nodes)
-        self.shapes = tuple(_shape(size, name) for name, size in nodes.items())
+        self.shapes = tuple(checked_shape(size, name) for name, size in nodes.items())
         wanted = "a list of pcdyn.Prediction"
         given = as_sequence(predictions, "predictions", wanted)
         if not given:
@@ -341,7 +341,7 @@ class Graph(eqx.Module):
                 f"{type(error).__name__}: {error}"
             ) from error
         shape = getattr(found, "shape", None)
-        if shape != wanted:
+        if shape not in (wanted, (math.prod(wanted),)):
             raise ShapeError(
                 f"the prediction of {each.target!r} has shape {shape}, but the node {wanted}"
             )
@@ -374,7 +374,8 @@ def learnable(tree: PyTree) -> PyTree:
     return eqx.filter(tree, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, Constant))
 
 
-def _shape(size: object, name: str) -> Shape:
+def checked_shape(size: object, name: str) -> Shape:
+    """The shape of a node of so many units, or of this shape; raises `ShapeError`."""
     what = f"the size of node {name!r}"
     limits: dict[str, Any] = {"at_least": 1, "at_most": 2**31 - 1, "error": ShapeError}
     if isinstance(size, Sequence) and not isinstance(size, str):

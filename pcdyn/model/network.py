@@ -113,21 +113,21 @@ class Dense(eqx.Module):
         scaled = product if self.scale == 1 else self.scale * product
         return scaled + jnp.eye(len(scaled), dtype=scaled.dtype) if self.skip else scaled
 
-    def preactivation(self, *given: Float[Array, " _"]) -> Float[Array, " n_out"]:
-        """Compute the preactivation g W x + b; x is all that is given, one after the other."""
-        x = given[0] if len(given) == 1 else jnp.concatenate(given)
+    def preactivation(self, *given: Float[Array, "..."]) -> Float[Array, " n_out"]:
+        """Compute the preactivation g W x + b; x is all units given, one after the other."""
+        x = given[0].ravel() if len(given) == 1 else jnp.concatenate([x.ravel() for x in given])
         z = matmul(self.weight, x)
         z = z if self.gain == 1 else self.gain * z
         return z if self.bias is None else z + self.bias
 
     def output(
-        self, x: Float[Array, " n_in"], activated: Float[Array, " n_out"]
+        self, x: Float[Array, "..."], activated: Float[Array, " n_out"]
     ) -> Float[Array, " n_out"]:
         """Compute what the layer predicts from x, given what the activation made of it."""
         scaled = activated if self.scale == 1 else self.scale * activated
-        return x + scaled if self.skip else scaled
+        return x.ravel() + scaled if self.skip else scaled
 
-    def __call__(self, *given: Float[Array, " _"]) -> Float[Array, " n_out"]:
+    def __call__(self, *given: Float[Array, "..."]) -> Float[Array, " n_out"]:
         return self.output(given[0], self.activation(self.preactivation(*given)))
 
 

@@ -53,8 +53,8 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
         network = pcdyn.Network([pcdyn.Dense(weight, activation=activation)])
         with pytest.raises(ActivationError, match="no name that a file could hold"):
             pcdyn.save_problem(pcdyn.InferenceProblem(network, input=[1.0, 2.0]), file)
-    network = pcdyn.Network([eqx.nn.Linear(2, 2, key=jax.random.key(0))], input_width=2)
-    with pytest.raises(InputError, match="layer 1 is a Linear"):
+    network = pcdyn.Network([eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))], input_width=2)
+    with pytest.raises(InputError, match="layer 1 is or has a MLP"):
         pcdyn.save_problem(pcdyn.InferenceProblem(network, input=[1.0, 2.0]), file)
     network = pcdyn.Network([pcdyn.Dense(weight), pcdyn.Dense(weight)])
     problem = pcdyn.InferenceProblem(

@@ -8,7 +8,7 @@ per sample: the flow of one sample never depends on how many others are simulate
 # No postponed annotations here: equinox sees an abstract field only as a value.
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 import equinox as eqx
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pcdyn._support.arrays import is_traced
+from pcdyn._support.checks import naming
 from pcdyn._support.types import Scalar, Values
 from pcdyn.errors import InputError, ShapeError
 from pcdyn.model.energies.precision import (
@@ -321,13 +322,9 @@ def one_per_prediction(energy: Energy | Sequence[Energy] | None, depth: int) -> 
     return tuple(found)
 
 
-@contextlib.contextmanager
-def naming_layer(name: str) -> Iterator[None]:
+def naming_layer(name: str) -> contextlib.AbstractContextManager[None]:
     """Say in an `InputError` raised inside of which layer or node the energy is."""
-    try:
-        yield
-    except InputError as error:
-        raise type(error)(f"energy of {name}: {error}") from error
+    return naming(f"energy of {name}")
 
 
 def in_dtype(energies: tuple[Energy, ...], dtype: np.dtype) -> tuple[Energy, ...]:
