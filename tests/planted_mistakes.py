@@ -48,10 +48,10 @@ MISTAKES = (
         ("tests/exact/test_graph_learning.py::test_errors_determine_activities_and_free_energy",),
     ),
     Mistake(
-        "graphs: fixed predictions pull at one of the nodes that a prediction is given",
+        "graphs: fixed predictions, but not the errors that move",
         "pcdyn/learning/rules/backpropagation.py",
-        "change[node] = change[node] + pulled",
-        "change[node] = pulled",
+        "own.get(node, e) for node, e in zip(problem.targets",
+        "e for _, e in zip(problem.targets",
         (
             "tests/exact/test_graph_learning.py::test_fixed_predictions_are_backpropagation_in_any_acyclic_graph[0]",
         ),

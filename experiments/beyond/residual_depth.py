@@ -13,7 +13,8 @@ with input 0 and the output error as target: numbers far smaller than activities
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ import jax.random as jr
 import numpy as np
 import scipy.sparse.linalg as sparse
 import xarray
+from jax.typing import ArrayLike, DTypeLike
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 import pcdyn
 from experiments.shared.experiment import Experiment
@@ -112,8 +115,8 @@ def network(
 class Closed:
     """A linear network in NumPy, its layers as matrices, with data and its output error."""
 
-    def __init__(self, layers: Any, key: jax.Array, batch: int):  # noqa: ANN401
-        self.matrices = [np.asarray(layer.matrix) for layer in layers]
+    def __init__(self, network: pcdyn.Network, key: jax.Array, batch: int):
+        self.matrices = [np.asarray(layer.matrix) for layer in network.layers]
         keys = jr.split(key)
         self.passed = [np.asarray(jr.normal(keys[0], (batch, self.matrices[0].shape[1])))]
         for matrix in self.matrices:
@@ -129,7 +132,9 @@ class Closed:
         seen = np.linalg.solve(self.covariance, self.error.T).T
         self.rest = [seen @ p for p in self.products]
 
-    def problem(self, dtype: Any = float, *, from_pass: bool = True) -> pcdyn.InferenceProblem:  # noqa: ANN401
+    def problem(
+        self, dtype: DTypeLike = float, *, from_pass: bool = True
+    ) -> pcdyn.InferenceProblem:
         """Inference of the distance from the feedforward pass, or of activities themselves."""
         # One structure for all kinds, so that a depth is compiled once.
         network = pcdyn.Network([pcdyn.Dense(jnp.asarray(m, dtype)) for m in self.matrices])
@@ -214,7 +219,7 @@ def skips_alone(free: int) -> tuple[float, float, float]:
 def draws_of(config: Config, blocks: int, key: jax.Array) -> list[Closed]:
     """Linear networks of one depth: all draws of the first kind, then of the second, …"""
     keys = jr.split(jr.fold_in(key, blocks), (config.draws, 2))
-    return [Closed(network(config, kind, blocks, "identity", k).layers, data, config.batch)
+    return [Closed(network(config, kind, blocks, "identity", k), data, config.batch)
             for kind in KINDS for k, data in keys]  # fmt: skip
 
 
@@ -286,7 +291,7 @@ def off_spectrum(case: Closed) -> float:
     return float(np.max(np.abs(np.array(case.rates()) / found - 1)))
 
 
-def sizes_of(errors: Any) -> np.ndarray:  # noqa: ANN401
+def sizes_of(errors: Sequence[ArrayLike]) -> np.ndarray:
     """The norm of each layer's errors over the batch."""
     return np.array([norm(np.asarray(error)) for error in errors])
 
@@ -338,7 +343,7 @@ def wide_one(config: Config, width: int, key: jax.Array) -> list[float]:
     """
     keys = jr.split(key)
     net = network(config, MUPC, config.blocks[-1], "identity", keys[0], width)
-    case = Closed(net.layers, keys[1], config.batch)
+    case = Closed(net, keys[1], config.batch)
     seen = np.linalg.solve(case.covariance, case.error.T).T
     ours = case.gradient(case.rest[1], case.rest[0])
     return [
@@ -385,13 +390,19 @@ def check(data: xarray.Dataset) -> list[Evidence]:
     def of(
         claim: str,
         values: xarray.DataArray,
-        relation: Any,  # noqa: ANN401
+        relation: Literal["equal", "at most", "at least", "below", "above"],
         limit: float,
-        **more: Any,  # noqa: ANN401
+        *,
+        tolerance: float = 0.0,
+        oracle: str = "",
+        note: str = "",
+        expected_to_hold: bool = True,
     ) -> Evidence:
-        count = values.size
-        error = float(values.std(ddof=1) / count**0.5)
-        return Evidence(NAME, claim, float(values.mean()), relation, limit, error=error, **more)
+        mean, error = _mean(values)
+        return Evidence(
+            NAME, claim, mean, relation, limit, tolerance, oracle, error=error, note=note,
+            expected_to_hold=expected_to_hold,
+        )  # fmt: skip
 
     return [
         Evidence(
@@ -524,9 +535,15 @@ def plot(data: xarray.Dataset) -> Figure:
 
 
 def _spread(
-    ax: Axes, x: Any, values: xarray.DataArray, color: Any, label: str | None, style: str = "-",  # noqa: ANN401
-    *, fill: bool = True,
-) -> None:  # fmt: skip
+    ax: Axes,
+    x: ArrayLike,
+    values: xarray.DataArray,
+    color: ColorType,
+    label: str | None,
+    style: str = "-",
+    *,
+    fill: bool = True,
+) -> None:
     """The median over draws, in a band of all of them."""
     (line,) = ax.plot(x, values.median("draw"), style, color=color, label=label, lw=1.4)
     if fill:

@@ -56,7 +56,7 @@ def problem_to_learn(
     prior: Prior | None,
     seeds: int | None,
 ) -> tuple[InferenceProblem, tuple[int, ...]]:
-    """Clamp all data to the first of the networks; and the nodes that are targets.
+    """Clamp all data of the first network, and say which nodes have targets.
 
     Labels become one-hot rows.
     """

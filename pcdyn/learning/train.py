@@ -425,7 +425,8 @@ def _as_in_problem(given: Network | Graph, problem: InferenceProblem) -> Network
     """A network, or a stack of them, in the form that the problem has: a graph may be a chain."""
     if isinstance(given, Network):
         return given
-    return problem.graph.with_layers([each.by for each in _learned(given, problem.graph)])
+    each = given.predictions
+    return problem.graph.with_layers([p.by for p in each if _is_in(problem.graph, p)])
 
 
 def _as_given(given: Network | Graph, learned: Network | Graph) -> Network | Graph:
@@ -433,16 +434,13 @@ def _as_given(given: Network | Graph, learned: Network | Graph) -> Network | Gra
     if isinstance(given, Network):
         return learned
     layers = iter(learned.layers)
-    mine = [id(each) for each in _learned(given, learned)]
-    return given.with_layers(
-        [next(layers) if id(each) in mine else each.by for each in given.predictions]
-    )
+    each = given.predictions
+    return given.with_layers([next(layers) if _is_in(learned, p) else p.by for p in each])
 
 
-def _learned(given: Graph, learned: Network | Graph) -> list[Prediction]:
-    """The predictions that a problem has: in a chain a prior is none of them."""
-    is_graph = isinstance(learned, Graph)
-    return [each for each in given.predictions if each.given or is_graph]
+def _is_in(network: Network | Graph, prediction: Prediction) -> bool:
+    """Whether a problem has a prediction among its layers, where a chain has no priors."""
+    return isinstance(network, Graph) or bool(prediction.given)
 
 
 def _was_needed(record: Mapping[str, ArrayLike]) -> bool:

@@ -79,14 +79,14 @@ class ConjugateGradients(Solver):
         check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        chain = error_coordinates(problem)
-        batch, dtype = len(chain.target), chain.target.dtype
+        coordinates = error_coordinates(problem)
+        batch, dtype = len(coordinates.target), coordinates.target.dtype
         tolerance = jnp.broadcast_to(jnp.asarray(tolerance, dtype), (batch,))
 
         def runs(now: _Search) -> Array:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
-        start = chain.errors(state)
+        start = coordinates.errors(state)
         nothing, none = jax.tree.map(jnp.zeros_like, start), jnp.zeros(batch, int)
         zero, endless = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
         first = _Search(
@@ -96,41 +96,43 @@ class ConjugateGradients(Solver):
         )  # fmt: skip
         end = jax.lax.while_loop(
             lambda now: jnp.any(runs(now)),
-            lambda now: self._iterate(chain, now, runs(now), tolerance),
+            lambda now: self._iterate(coordinates, now, runs(now), tolerance),
             first,
         )
-        hidden, output_error = chain.activities(end.errors)
-        state = chain.unstack(hidden)
+        hidden, output_error = coordinates.activities(end.errors)
+        state = coordinates.unstack(hidden)
         finite = jax.vmap(all_finite)((*state, output_error))
         status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
         return Solution(state, status, end.iterations, end.passes)
 
     def _iterate(
-        self, chain: ErrorCoordinates, now: _Search, running: Array, tolerance: Array
+        self, coordinates: ErrorCoordinates, now: _Search, running: Array, tolerance: Array
     ) -> _Search:
-        output_error, push, hidden = jax.linearize(chain.output_error, now.errors, has_aux=True)
-        weighted = chain.weighted(now.errors)
-        output_weighted = chain.output_gradient(output_error)
-        energy = chain.free_energy(now.errors, output_error)
+        output_error, push, hidden = jax.linearize(
+            coordinates.output_error, now.errors, has_aux=True
+        )
+        weighted = coordinates.weighted(now.errors)
+        output_weighted = coordinates.output_gradient(output_error)
+        energy = coordinates.free_energy(now.errors, output_error)
         (pulled,) = jax.linear_transpose(push, now.errors)(output_weighted)
         slope = jax.tree.map(jnp.add, weighted, pulled)
 
         # ‖∂F/∂x_l‖ takes two passes more: only where the gradient in the errors is so small that
         # its layers, which sum up those above, may add up to no more than the tolerance.
-        near = running & (jnp.sqrt(dot(slope, slope)) <= sum(chain.lengths) * tolerance)
+        near = running & (jnp.sqrt(dot(slope, slope)) <= sum(coordinates.lengths) * tolerance)
         residual = jax.lax.cond(
             jnp.any(near),
-            lambda: chain.residual(hidden, weighted, output_weighted),
+            lambda: coordinates.residual(hidden, weighted, output_weighted),
             lambda: jnp.full_like(energy, jnp.inf),
         )
         slack = round_off(
-            energy, (*weighted, output_weighted), (*hidden, chain.target),
+            energy, (*weighted, output_weighted), (*hidden, coordinates.target),
             (*now.errors, output_error),
         )  # fmt: skip
         falls = energy <= now.energy + slack
         converged = falls & (residual <= tolerance)
 
-        steepest = chain.apply_covariance(slope, now.errors)
+        steepest = coordinates.apply_covariance(slope, now.errors)
         product = dot(slope, steepest)
         # Polak–Ribière; below 0 the memory is dropped, and at the first iteration there is none.
         memory: Array = jnp.maximum((product - dot(now.slope, steepest)) / now.product, 0)
@@ -140,7 +142,7 @@ class ConjugateGradients(Solver):
         # dᵀΠd of the direction d = memory · d' − Π⁻¹g, from that of d'.
         curvature = product - 2 * memory * along + memory**2 * now.curvature
         moved = push(direction)
-        output_curvature = dot((moved,), (chain.output_curvature(output_error)(moved),))
+        output_curvature = dot((moved,), (coordinates.output_curvature(output_error)(moved),))
         total = curvature + output_curvature
         length = (product - memory * along) / jnp.where(total > 0, total, 1)
 

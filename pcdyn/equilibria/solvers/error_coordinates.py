@@ -15,7 +15,6 @@ Of a graph they hold one array `(1, batch, n)` for each free node.
 from __future__ import annotations
 
 import abc
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -92,11 +91,11 @@ class ErrorCoordinates(eqx.Module):
 
     def evaluate(self, errors: Stacked) -> PointEvaluation:
         """F, ∂F/∂e and the size of ∂F/∂x by two forward and two backward passes."""
-        output_error, pull_chain, hidden = jax.vjp(self.output_error, errors, has_aux=True)
+        output_error, pull, hidden = jax.vjp(self.output_error, errors, has_aux=True)
         weighted = self.weighted(errors)
         output_weighted = self.output_gradient(output_error)
         energy = self.free_energy(errors, output_error)
-        slope = jax.tree.map(jnp.add, weighted, pull_chain(output_weighted)[0])
+        slope = jax.tree.map(jnp.add, weighted, pull(output_weighted)[0])
         return PointEvaluation(energy, slope, self.residual(hidden, weighted, output_weighted))
 
     def residual(self, hidden: Stacked, weighted: Stacked, output_weighted: Values) -> Array:
@@ -328,7 +327,7 @@ class SideBySide(Energy):
 
     def value(self, error: Array, target: Array | None) -> Array:
         each = self._each(lambda energy, e, t: energy.value(e, t), error, target)
-        return functools.reduce(jnp.add, each)
+        return jnp.sum(jnp.stack(each), axis=0)
 
     def gradient(self, error: Array, target: Array | None) -> Array:
         each = self._each(lambda energy, e, t: energy.gradient(e, t), error, target)

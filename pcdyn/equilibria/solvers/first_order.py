@@ -190,16 +190,16 @@ class ErrorDescent(Solver):
         check_error_coordinates(self.name, problem)
 
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
-        chain, dtype = error_coordinates(problem), problem.dtype
+        coordinates, dtype = error_coordinates(problem), problem.dtype
 
         def runs(now: _Descent) -> Array:
             return (now.status == _RUNNING) & (now.iterations < self.max_iterations)
 
         def iterate(now: _Descent) -> _Descent:
             # One look serves the step from `ahead` and the check of convergence there.
-            seen, running = chain.evaluate(now.ahead), runs(now)
+            seen, running = coordinates.evaluate(now.ahead), runs(now)
             converged = seen.residual <= tolerance
-            new = step(now.ahead, -now.rate, chain.apply_covariance(seen.slope, now.ahead))
+            new = step(now.ahead, -now.rate, coordinates.apply_covariance(seen.slope, now.ahead))
             progress = jax.tree.map(jnp.subtract, new, now.errors)
             root = jnp.sqrt(now.rate)
             keeps = (dot(seen.slope, progress) <= 0) & self.nesterov
@@ -226,9 +226,9 @@ class ErrorDescent(Solver):
                 iterations=now.iterations + running.astype(int),
             )
 
-        start = chain.errors(state)
-        batch = (len(chain.target),)
-        rate = self._first_rate(chain, start) if self.rate is None else self.rate
+        start = coordinates.errors(state)
+        batch = (len(coordinates.target),)
+        rate = self._first_rate(coordinates, start) if self.rate is None else self.rate
         none = jnp.zeros(batch, int)
         first = _Descent(
             errors=start,
@@ -241,28 +241,28 @@ class ErrorDescent(Solver):
             iterations=none,
         )
         end = jax.lax.while_loop(lambda now: jnp.any(runs(now)), iterate, first)
-        hidden, output_error = chain.activities(end.errors)
-        state = chain.unstack(hidden)
+        hidden, output_error = coordinates.activities(end.errors)
+        state = coordinates.unstack(hidden)
         finite = jax.vmap(all_finite)((*state, output_error))
         status = jnp.where(finite, end.status, int(EquilibriumStatus.NON_FINITE))
         estimate = 0 if self.rate is not None else 1 + 2 * self.power_iterations
         return Solution(state, status, end.iterations, 4 * end.iterations + estimate)
 
-    def _first_rate(self, chain: ErrorCoordinates, errors: Stacked) -> Array:
+    def _first_rate(self, coordinates: ErrorCoordinates, errors: Stacked) -> Array:
         """1 / the largest eigenvalue of the Gauss–Newton Hessian, by power iteration."""
-        push, pull = chain.linearise(errors)
-        curve = chain.output_curvature(chain.activities(errors)[1])
+        push, pull = coordinates.linearise(errors)
+        curve = coordinates.output_curvature(coordinates.activities(errors)[1])
 
         def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             covector, _ = carry
             # Zero stays zero: the output does not move, and the rate is 1.
             size = jnp.linalg.norm(covector, axis=-1, keepdims=True)
             covector = covector / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
-            image = curve(push(chain.apply_covariance(pull(covector), errors)))
+            image = curve(push(coordinates.apply_covariance(pull(covector), errors)))
             return image, jnp.linalg.norm(image, axis=-1)
 
-        batch, width = chain.target.shape
-        probe = jnp.cos(jnp.arange(1.0, width + 1, dtype=chain.target.dtype))
+        batch, width = coordinates.target.shape
+        probe = jnp.cos(jnp.arange(1.0, width + 1, dtype=coordinates.target.dtype))
         start = (jnp.broadcast_to(probe, (batch, width)), jnp.zeros(batch, probe.dtype))
         _, largest = jax.lax.fori_loop(0, self.power_iterations, body, start)
         # Power iteration approaches from below.

@@ -1,9 +1,9 @@
 """Gauss–Newton: the linear problem's exact solution with the current Jacobians, repeated.
 
-With both ends clamped it works in error coordinates, where each step is one solve in the output
-space: `S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ` with J_l = ∂μ_L/∂x_l. For the other clamp modes it works
-in the activities, where the Hessian is block tridiagonal: that is the iterated Kalman smoother
-over depth, or Gaussian message passing.
+With both ends clamped, and in a graph whose errors determine its activities, it works in error
+coordinates, where each step is one solve in the output space: `S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ`
+with J_l = ∂μ_L/∂x_l. Otherwise it works in the activities, where the Hessian of a chain is block
+tridiagonal: that is the iterated Kalman smoother over depth, or Gaussian message passing.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class GaussNewton(Solver):
     def solve(self, problem: InferenceProblem, state: State, tolerance: Scalar) -> Solution:
         if not has_error_coordinates(problem):
             return descend(ActivityModel(problem), state, tolerance, self.max_iterations)
-        chain = error_coordinates(problem)
-        explicit = chain.target.shape[-1] <= self.explicit_width
-        model = ErrorModel(chain, explicit, self.cg_tolerance)
-        end = descend(model, chain.errors(state), tolerance, self.max_iterations)
-        hidden, _ = chain.activities(end.state)
-        return dataclasses.replace(end, state=chain.unstack(hidden))
+        coordinates = error_coordinates(problem)
+        explicit = coordinates.target.shape[-1] <= self.explicit_width
+        model = ErrorModel(coordinates, explicit, self.cg_tolerance)
+        end = descend(model, coordinates.errors(state), tolerance, self.max_iterations)
+        hidden, _ = coordinates.activities(end.state)
+        return dataclasses.replace(end, state=coordinates.unstack(hidden))
 
 
 # From a vector of the output space to the solution of S, and the passes that this costs.
@@ -89,7 +89,7 @@ _Solve = Callable[[Array], tuple[Array, Scalar]]
 class ErrorModel(DescentModel):
     """Both ends clamped: errors as coordinates, solved in the output space."""
 
-    chain: ErrorCoordinates
+    coordinates: ErrorCoordinates
     explicit: bool = eqx.field(static=True)
     cg_tolerance: float = eqx.field(static=True)
 
@@ -99,29 +99,31 @@ class ErrorModel(DescentModel):
 
     @property
     def matrix_passes(self) -> int:
-        return 2 + 2 * self.chain.target.shape[-1] if self.explicit else 2
+        return 2 + 2 * self.coordinates.target.shape[-1] if self.explicit else 2
 
     def evaluate(self, point: Stacked) -> PointEvaluation:
-        return self.chain.evaluate(point)
+        return self.coordinates.evaluate(point)
 
     def round_off(self, point: Stacked) -> Array:
-        return self.chain.round_off(point)
+        return self.coordinates.round_off(point)
 
     def activities(self, point: Stacked) -> Stacked:
-        return self.chain.activities(point)[0]
+        return self.coordinates.activities(point)[0]
 
     def take(self, samples: Array) -> ErrorModel:
-        return dataclasses.replace(self, chain=self.chain.take(samples))
+        return dataclasses.replace(self, coordinates=self.coordinates.take(samples))
 
     def factorise(self, point: Stacked, damping: Array) -> Propose:
-        push, pull = self.chain.linearise(point)
+        push, pull = self.coordinates.linearise(point)
         lessened = 1 / (1 + damping)
-        output_covariance = self.chain.output_covariance(self.chain.activities(point)[1])
+        output_covariance = self.coordinates.output_covariance(
+            self.coordinates.activities(point)[1]
+        )
 
         def s_product(covector: Array) -> Array:
             """S v with S = Π_L⁻¹ + Σ_l J_l Π_l⁻¹ J_lᵀ: v pulled down and pushed up again."""
             own = output_covariance(covector)
-            through = push(self.chain.apply_covariance(pull(covector), point))
+            through = push(self.coordinates.apply_covariance(pull(covector), point))
             return step((own,), lessened, (through,))[0]
 
         solver = self._cholesky if self.explicit else self._conjugate_gradients
@@ -129,16 +131,16 @@ class ErrorModel(DescentModel):
 
         def propose(slope: Stacked) -> tuple[Stacked, Scalar]:
             # (Π + JᵀΠ_L J)⁻¹ = Π⁻¹ − Π⁻¹ Jᵀ S⁻¹ J Π⁻¹, with (1 + damping) Π for Π.
-            steepest = scale(lessened, self.chain.apply_covariance(slope, point))
+            steepest = scale(lessened, self.coordinates.apply_covariance(slope, point))
             solved, passes = solve(push(steepest))
-            spread = scale(lessened, self.chain.apply_covariance(pull(solved), point))
+            spread = scale(lessened, self.coordinates.apply_covariance(pull(solved), point))
             return jax.tree.map(jnp.subtract, spread, steepest), passes + 2
 
         return propose
 
     def _cholesky(self, s_product: Callable[[Array], Array]) -> _Solve:
-        batch, width = self.chain.target.shape
-        identity = jnp.eye(width, dtype=self.chain.target.dtype)
+        batch, width = self.coordinates.target.shape
+        identity = jnp.eye(width, dtype=self.coordinates.target.dtype)
         columns = jax.vmap(
             lambda row: s_product(jnp.broadcast_to(row, (batch, width))), out_axes=-1
         )(identity)

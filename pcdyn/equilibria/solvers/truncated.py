@@ -131,15 +131,18 @@ class TruncatedGaussNewton(eqx.Module):
     def settle(self, problem: InferenceProblem) -> TruncatedSolution:
         """Find the equilibrium of every sample, and how near it is."""
         problem = without_derivative(problem.with_prior_as_layer(), _NO_DERIVATIVE)
-        chain = error_coordinates(problem)
-        errors = chain.stack(problem.zeros_state())
-        preconditioner = _preconditioner(chain, errors)
+        coordinates = error_coordinates(problem)
+        errors = coordinates.stack(problem.zeros_state())
+        preconditioner = _preconditioner(coordinates, errors)
         for products in self.products:
-            errors = _stepped(chain, errors, products, preconditioner)
+            errors = _stepped(coordinates, errors, products, preconditioner)
         point, iterations = self._more_steps(
-            chain, preconditioner, _evaluated(chain, errors), jnp.asarray(len(self.products))
+            coordinates,
+            preconditioner,
+            _evaluated(coordinates, errors),
+            jnp.asarray(len(self.products)),
         )
-        unsolved = self._unsolved(problem, chain, point)
+        unsolved = self._unsolved(problem, coordinates, point)
         if self.fallback:
             nothing = jnp.zeros_like(unsolved)
             point, _ = _while(
@@ -148,11 +151,13 @@ class TruncatedGaussNewton(eqx.Module):
                 problem,
                 (point, unsolved),
             )
-        return TruncatedSolution(chain.unstack(point.hidden), point.residual, iterations, unsolved)
+        return TruncatedSolution(
+            coordinates.unstack(point.hidden), point.residual, iterations, unsolved
+        )
 
     def _more_steps(
         self,
-        chain: ErrorCoordinates,
+        coordinates: ErrorCoordinates,
         preconditioner: Array | None,
         point: _Point,
         iterations: Array,
@@ -162,42 +167,46 @@ class TruncatedGaussNewton(eqx.Module):
         def body(
             constant: tuple[ErrorCoordinates, Array | None], carry: tuple[_Point, Array]
         ) -> tuple[_Point, Array]:
-            (chain, preconditioner), (point, iterations) = constant, carry
+            (coordinates, preconditioner), (point, iterations) = constant, carry
             products = _MORE_PRODUCTS if preconditioner is None else _MORE_PRECONDITIONED
-            new = _evaluated(chain, _stepped(chain, point.errors, products, preconditioner))
+            new = _evaluated(
+                coordinates, _stepped(coordinates, point.errors, products, preconditioner)
+            )
             return _chosen(new.energy <= point.energy, new, point), iterations + 1
 
         def far(carry: tuple[_Point, Array]) -> Array:
             return self._far(carry[0]) & (carry[1] < self.max_iterations)
 
-        return _while(far, body, (chain, preconditioner), (point, iterations))
+        return _while(far, body, (coordinates, preconditioner), (point, iterations))
 
     def _far(self, point: _Point) -> Array:
         """Whether fewer than half of the samples are near enough."""
         return 2 * jnp.sum(point.residual <= self.tolerance) < point.residual.size
 
-    def _unsolved(self, problem: InferenceProblem, chain: ErrorCoordinates, point: _Point) -> Array:
+    def _unsolved(
+        self, problem: InferenceProblem, coordinates: ErrorCoordinates, point: _Point
+    ) -> Array:
         """The samples that must be handed over."""
-        rises = _rises(chain, point)
+        rises = _rises(coordinates, point)
         if has_kinks(problem):
             return rises
         return rises | ~(point.residual <= self.unsettled)
 
     def _handed_over(self, problem: InferenceProblem, point: _Point, unsolved: Array) -> _Point:
         """Solve the `unsolved` samples by a solver that checks every step."""
-        chain = error_coordinates(problem)
+        coordinates = error_coordinates(problem)
         # At a kink there is no residual to wait for: a few steps that lower F are all it takes.
         most = _STEPS_AT_KINKS if has_kinks(problem) else GaussNewton().max_iterations
         solver: Solver = GaussNewton(max_iterations=most)
         if not has_curvature(problem):
             solver = ErrorDescent(max_iterations=4 * most)
-        lower = ~_rises(chain, point)
+        lower = ~_rises(coordinates, point)
         start = jax.tree.map(jnp.nan_to_num, point.errors)
-        hidden, _ = chain.activities(scale(lower.astype(point.energy.dtype), start))
-        size = jnp.sqrt(jnp.maximum(dot(start, chain.weighted(start)), 0))
+        hidden, _ = coordinates.activities(scale(lower.astype(point.energy.dtype), start))
+        size = jnp.sqrt(jnp.maximum(dot(start, coordinates.weighted(start)), 0))
         goal = jnp.where(unsolved, self.tolerance * jnp.where(lower & (size > 0), size, 1), jnp.inf)
-        solved = solver.solve(problem, chain.unstack(hidden), goal)
-        return _chosen(unsolved, _evaluated(chain, chain.errors(solved.state)), point)
+        solved = solver.solve(problem, coordinates.unstack(hidden), goal)
+        return _chosen(unsolved, _evaluated(coordinates, coordinates.errors(solved.state)), point)
 
 
 class _Point(eqx.Module):
@@ -228,10 +237,10 @@ def _while(
     return jax.lax.while_loop(condition, iterate, carry)
 
 
-def _rises(chain: ErrorCoordinates, point: _Point) -> Array:
+def _rises(coordinates: ErrorCoordinates, point: _Point) -> Array:
     """Where F is above that of the feedforward pass, by more than round-off, or not finite."""
     start = jax.tree.map(jnp.zeros_like, point.errors)
-    at_rest = chain.free_energy(start, chain.activities(start)[1])
+    at_rest = coordinates.free_energy(start, coordinates.activities(start)[1])
     return ~(point.energy <= at_rest + 1e3 * jnp.finfo(at_rest.dtype).eps * jnp.abs(at_rest))
 
 
@@ -240,20 +249,20 @@ def _chosen(condition: Array, yes: _Point, no: _Point) -> _Point:
     return jax.tree.map(lambda a, b: choose(condition, a, b), yes, no)
 
 
-def _evaluated(chain: ErrorCoordinates, errors: Stacked) -> _Point:
+def _evaluated(coordinates: ErrorCoordinates, errors: Stacked) -> _Point:
     """F and the relative residual, by a forward and a backward pass."""
-    output_error, pull, hidden = jax.vjp(chain.output_error, errors, has_aux=True)
-    weighted = chain.weighted(errors)
-    slope = jax.tree.map(jnp.add, weighted, pull(chain.output_gradient(output_error))[0])
+    output_error, pull, hidden = jax.vjp(coordinates.output_error, errors, has_aux=True)
+    weighted = coordinates.weighted(errors)
+    slope = jax.tree.map(jnp.add, weighted, pull(coordinates.output_gradient(output_error))[0])
     size = dot(errors, weighted)
-    missing = dot(slope, chain.apply_covariance(slope, errors))
+    missing = dot(slope, coordinates.apply_covariance(slope, errors))
     # Where nothing moves, nothing is missing.
     residual = jnp.sqrt(missing / jnp.where(size > 0, size, 1))
-    return _Point(errors, hidden, chain.free_energy(errors, output_error), residual)
+    return _Point(errors, hidden, coordinates.free_energy(errors, output_error), residual)
 
 
 def _stepped(
-    chain: ErrorCoordinates, errors: Stacked, products: int, preconditioner: Array | None
+    coordinates: ErrorCoordinates, errors: Stacked, products: int, preconditioner: Array | None
 ) -> Stacked:
     """Take one Gauss–Newton step, its linear system solved by so many conjugate-gradient steps.
 
@@ -261,16 +270,16 @@ def _stepped(
     `Π⁻¹ Jᵀ (G + H y)`, where `(1 + K H) y = J (e − Π⁻¹ Jᵀ G)`. The search starts from y = 0, which
     is BP.
     """
-    output_error, push, pull = _linearised(chain, errors)
-    curve = chain.output_curvature(output_error)
+    output_error, push, pull = _linearised(coordinates, errors)
+    curve = coordinates.output_curvature(output_error)
 
     def spread(covector: Array) -> Stacked:
-        return chain.apply_covariance(pull(covector), errors)
+        return coordinates.apply_covariance(pull(covector), errors)
 
-    steepest = spread(chain.output_gradient(output_error))
-    if not chain.is_quadratic:
+    steepest = spread(coordinates.output_gradient(output_error))
+    if not coordinates.is_quadratic:
         # Their model is not least at zero but where its slope at the errors leads.
-        own = chain.apply_covariance(chain.weighted(errors), errors)
+        own = coordinates.apply_covariance(coordinates.weighted(errors), errors)
         lowest = jax.tree.map(jnp.subtract, errors, own)
         steepest = jax.tree.map(jnp.add, lowest, steepest)
     rhs = push(jax.tree.map(jnp.subtract, errors, steepest))
@@ -279,10 +288,10 @@ def _stepped(
 
 
 def _linearised(
-    chain: ErrorCoordinates, errors: Stacked
+    coordinates: ErrorCoordinates, errors: Stacked
 ) -> tuple[Array, Callable[[Stacked], Array], Callable[[Array], Stacked]]:
     """The output error, and products with J and Jᵀ."""
-    output_error, tangent = jax.linearize(lambda e: chain.activities(e)[1], errors)
+    output_error, tangent = jax.linearize(lambda e: coordinates.activities(e)[1], errors)
     transposed = jax.linear_transpose(tangent, errors)
     return (
         output_error,
@@ -329,22 +338,22 @@ def _conjugate_steps(
     return answer
 
 
-def _preconditioner(chain: ErrorCoordinates, start: Stacked) -> Array | None:
+def _preconditioner(coordinates: ErrorCoordinates, start: Stacked) -> Array | None:
     """`(1 + K̄ Π_L)⁻¹`, K̄ the mean of K over the first samples, which have much of it in common.
 
     `None` for a softmax, whose H is each sample's own, and for wide outputs, where it would cost
     more than it saves.
     """
-    width, samples = chain.target.shape[-1], min(_SAMPLES, len(chain.target))
-    if width > _WIDEST or chain.output_energy.quadratic_form is None:
+    width, samples = coordinates.target.shape[-1], min(_SAMPLES, len(coordinates.target))
+    if width > _WIDEST or coordinates.output_energy.quadratic_form is None:
         return None
-    few = chain.take(slice(samples))
+    few = coordinates.take(slice(samples))
     _, push, pull = _linearised(few, jax.tree.map(lambda x: x[:, :samples], start))
-    units = jnp.eye(width, dtype=chain.target.dtype)
+    units = jnp.eye(width, dtype=coordinates.target.dtype)
 
     def mean_of_row(unit: Array) -> Array:
         covector = jnp.broadcast_to(unit, (samples, width))
         return jnp.mean(push(few.apply_covariance(pull(covector), start)), axis=0)
 
     coupling = jax.vmap(mean_of_row)(units)
-    return jnp.linalg.inv(units + chain.output_gradient(coupling))
+    return jnp.linalg.inv(units + coordinates.output_gradient(coupling))

@@ -27,7 +27,32 @@ from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 
-class JointFlow(Flow):
+class _WeightsMove(Flow):
+    """What both flows have of their problem."""
+
+    problem: eqx.AbstractVar[InferenceProblem]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.problem.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        return self.problem.free_layers
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return self.problem.targets
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.problem.outputs
+
+    def _at(self, state: State) -> InferenceProblem:
+        return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])
+
+
+class JointFlow(_WeightsMove):
     """The flow of activities and weights: `τ_l dx_l/dt = −∂F/∂x_l` and `dW/dt = −ε ∂F/∂W`.
 
     Weights are slower than activities by 1/ε, with ε = `ratio`. As ε → 0 they follow
@@ -54,22 +79,6 @@ class JointFlow(Flow):
         check_problem(self.problem)
         if not is_traced(self.ratio):
             checked_number(self.ratio, "ratio", above=0)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.problem.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.problem.free_layers
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        return self.problem.targets
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        return self.problem.outputs
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return a whole state, or that of an inference problem with the weights of its network."""
@@ -104,9 +113,6 @@ class JointFlow(Flow):
         ratio = jnp.asarray(self.ratio, self.dtype)
         return (*activities, *(-ratio * g for g in slope[count:]))
 
-    def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])
-
     def _inner_state(self, state: State) -> State:
         """The free activities as the inference problem has them."""
         shape = self.problem.batch_shape or ()
@@ -116,13 +122,13 @@ class JointFlow(Flow):
         )
 
 
-class AdiabaticFlow(Flow):
+class AdiabaticFlow(_WeightsMove):
     """The flow of weights with inference always at its equilibrium: `dW/dt = −dF*/dW`.
 
     F*(W) is the minimum of F over x. Time is in units of the weights' time constant. The state is
     the arrays of the network, each as one vector. The equilibrium is solved, from the feedforward
-    pass, at every evaluation of the vector field; where it is not found the field is NaN and the
-    simulation says so.
+    pass or, in a graph that has none, from zero, at every evaluation of the vector field; where it
+    is not found the field is NaN and the simulation says so.
 
     **Arguments:**
 
@@ -141,22 +147,6 @@ class AdiabaticFlow(Flow):
     def __check_init__(self) -> None:
         check_problem(self.problem)
         self.method.check(self.problem)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.problem.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.problem.free_layers
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        return self.problem.targets
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        return self.problem.outputs
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the weights of the problem's network, or others; activities have no start."""
@@ -185,9 +175,6 @@ class AdiabaticFlow(Flow):
         rest = self.problem.state_of(self.activities(state))
         slope = jax.grad(lambda s: jnp.sum(self._at(s).free_energy(rest)))(state)
         return jax.tree.map(jnp.negative, slope)
-
-    def _at(self, state: State) -> InferenceProblem:
-        return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])
 
 
 def as_jax(tree: Tree) -> Tree:

@@ -5,14 +5,12 @@ Each ends with one local gradient per layer, `−(f'_l ∘ d_l) x_{l−1}ᵀ`, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from pcdyn._support.states import step
-from pcdyn._support.types import State
+from pcdyn._support.types import Activities, State
 from pcdyn.errors import GraphError, InputError
 from pcdyn.learning.rules.base import BatchGradient, Rule, check_clamped_input, check_steps
 from pcdyn.model.clamps import PartlyClamped
@@ -69,42 +67,27 @@ class FixedPrediction(Rule):
         return ()
 
     def learn(self, problem: InferenceProblem, state: PyTree) -> tuple[BatchGradient, PyTree]:
-        graph, free = problem.graph, problem.free_layers
         rest = problem.feedforward_state()
         activities = problem.activities(rest)
-        at_rest = problem.prediction_errors(activities)
-        pulls: list[Callable[[Array], dict[int, Array]]] = []
-        for index, sources in enumerate(graph.sources, start=1):
-            given = {node: activities[node] for node in sources}
-            moving = {node: x for node, x in given.items() if node in free}
 
-            def predict(
-                moving: dict[int, Array], index: int = index, given: dict[int, Array] = given
-            ) -> Array:
-                return graph.predict_from(index, list({**given, **moving}.values()))
+        def errors_of(state: State) -> Activities:
+            return problem.prediction_errors(problem.activities(state))
 
-            pull = jax.vjp(predict, moving)[1] if moving else None
-            pulls.append(lambda delta, pull=pull: pull(delta)[0] if pull else {})
+        # Slopes and the errors of what is clamped stay those of the pass.
+        at_rest, pull = jax.vjp(errors_of, rest)
 
-        def weighted(errors: State) -> list[Array]:
-            """Π ε of all predictions, those of free nodes with the errors that they have now."""
-            own = dict(zip(free, errors, strict=True))
+        def weighted(errors: State) -> Activities:
+            own = dict(zip(problem.free_layers, errors, strict=True))
             moved = problem.activities(jax.tree.map(jnp.add, rest, errors))
             each = [own.get(node, e) for node, e in zip(problem.targets, at_rest, strict=True)]
-            return problem.weighted_errors(each, moved)
+            return tuple(problem.weighted_errors(each, moved))
 
         def update(_: Array, errors: State) -> State:
-            deltas = weighted(errors)
-            change = {node: -deltas[graph.targets.index(node)] for node in free}
-            for pull, delta in zip(pulls, deltas, strict=True):
-                for node, pulled in pull(delta).items():
-                    change[node] = change[node] + pulled
-            return step(errors, self.dt, tuple(change.values()))
+            return step(errors, -self.dt, pull(weighted(errors))[0])
 
         errors = jax.lax.fori_loop(0, self.steps, update, jax.tree.map(jnp.zeros_like, rest))
-        return _without_inference(
-            problem, local_gradient(graph, activities, weighted(errors))
-        ), state
+        gradient = local_gradient(problem.graph, activities, weighted(errors))
+        return _without_inference(problem, gradient), state
 
 
 class ZeroDivergence(Rule):
