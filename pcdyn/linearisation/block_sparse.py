@@ -29,6 +29,8 @@ from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagona
 _Pair = tuple[int, int]
 # Blocks of a rectangular matrix with the same rows, by the column of blocks.
 Row = dict[int, Array]
+# Of places: JAX takes other integers for 64-bit ones in programs made while those were on.
+_INTEGER = np.int32
 # The share of its blocks that are not zero above which what remains is factorised as dense.
 _DENSE = 0.6
 
@@ -160,12 +162,12 @@ def _tree(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Tree:
 @functools.lru_cache(maxsize=256)
 def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
     ends = np.cumsum(sizes)
-    units = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    units = [np.arange(end - n, end, dtype=_INTEGER) for end, n in zip(ends, sizes, strict=True)]
     tree = _tree(sizes, pairs)
     fronts, by, parents = tree.fronts, tree.by, tree.parents
 
     def joined(nodes: tuple[int, ...]) -> np.ndarray:
-        return np.concatenate([units[node] for node in nodes] or [np.zeros(0, int)])
+        return np.concatenate([units[node] for node in nodes] or [np.zeros(0, _INTEGER)])
 
     starts: dict[int, int] = {}
     places: list[dict[int, int]] = [{} for _ in fronts]
@@ -177,14 +179,14 @@ def _plan(sizes: tuple[int, ...], pairs: tuple[_Pair, ...]) -> _Plan:
 
     def where(k: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """The places of a block of the matrix of a front."""
-        i, j = (np.array([places[k][int(u)] for u in each], int) for each in (rows, columns))
+        i, j = (np.array([places[k][int(u)] for u in each], _INTEGER) for each in (rows, columns))
         return starts[k] + i[:, None] * len(places[k]) + j
 
     groups = []
     for members in tree.together:
         around = np.stack([joined(fronts[k].boundary) for k in members])
         above = [
-            np.zeros((0, 0), int) if up is None else where(up, a, a)
+            np.zeros((0, 0), _INTEGER) if up is None else where(up, a, a)
             for up, a in zip((parents[k] for k in members), around, strict=True)
         ]
         rows = np.stack([joined(fronts[k].pivots) for k in members])
@@ -434,7 +436,7 @@ def _row_plan(
     tree = _tree(sizes, pairs)
     fronts, by, parents = tree.fronts, tree.by, tree.parents
     offsets = [
-        dict(zip(f.nodes, np.cumsum([0, *(sizes[n] for n in f.nodes)])[:-1], strict=True))
+        dict(zip(f.nodes, np.cumsum([0, *(sizes[n] for n in f.nodes)])[:-1].tolist(), strict=True))
         for f in fronts
     ]
     heights = [0] * len(fronts)
@@ -461,11 +463,11 @@ def _row_plan(
 
     def where(k: int, first_row: int, height: int, columns: np.ndarray) -> np.ndarray:
         begin, width = places[k]
-        return begin + (first_row + np.arange(height))[:, None] * width + columns
+        return begin + (first_row + np.arange(height, dtype=_INTEGER))[:, None] * width + columns
 
     def columns_of(k: int, nodes: tuple[int, ...]) -> np.ndarray:
-        each = [offsets[k][node] + np.arange(sizes[node]) for node in nodes]
-        return np.concatenate(each or [np.zeros(0, int)])
+        each = [offsets[k][node] + np.arange(sizes[node], dtype=_INTEGER) for node in nodes]
+        return np.concatenate(each or [np.zeros(0, _INTEGER)])
 
     numbers = np.cumsum([0, *(len(columns) for _, columns in kinds)])
     found = []
@@ -481,7 +483,7 @@ def _row_plan(
             if parent is not None:
                 around = columns_of(parent, boundary)
                 above.append(where(parent, passed[k], len(around), around))
-        shaped = np.stack(above) if above else np.zeros((len(ks), 0, 0), int)
+        shaped = np.stack(above) if above else np.zeros((len(ks), 0, 0), _INTEGER)
         found.append(_RowGroup(first, shape, tuple(blocks), tuple(order), shaped))
     return start, tuple(found)
 

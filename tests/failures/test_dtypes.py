@@ -208,6 +208,33 @@ def test_a_problem_made_without_x64_works_with_it() -> None:
     assert pcdyn.stability(made, at="feedforward").rates.dtype == np.float32
 
 
+def test_a_linear_graph_is_solved_with_x64_on_off_and_on_again() -> None:
+    """JAX took the 64-bit places of units in a program of before for an error of types."""
+
+    def solved() -> np.ndarray:
+        one = pcdyn.Dense(np.full((4, 3), 0.25))
+        both = pcdyn.Dense((np.full((2, 3), 0.5), np.full((2, 4), -0.5)))
+        graph = pcdyn.Graph(
+            {"a": 3, "b": 4, "c": 2},
+            [
+                pcdyn.Prediction("b", given="a", by=one),
+                pcdyn.Prediction("c", given=("a", "b"), by=both),
+            ],
+        )
+        clamp = {"a": np.ones(3), "c": np.zeros(2)}
+        found = pcdyn.linear_equilibrium(pcdyn.InferenceProblem(graph, clamp=clamp))
+        return np.asarray(found["b"])
+
+    before = solved()
+    with jax.enable_x64(False):
+        between = solved()
+    assert between.dtype == np.float32
+    # F of b alone, all of whose units are equal: (b − ¾)² of each and (3/2 − 2b)² of both of c.
+    np.testing.assert_allclose(before, 0.75, rtol=1e-14)
+    np.testing.assert_allclose(between, 0.75, rtol=1e-6)
+    np.testing.assert_array_equal(solved(), before)
+
+
 def test_large_arrays_of_jax_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another array is another one, also where it takes the place of one that is gone."""
     for _ in range(3):
