@@ -46,6 +46,7 @@ from .model import activations as activations
 from .model import energies as energies
 from .model.activations import Activation as Activation
 from .model.clamps import Partial as Partial
+from .model.driven import DrivenProblem as DrivenProblem
 from .model.energies import CrossEntropy as CrossEntropy
 from .model.energies import CustomEnergy as CustomEnergy
 from .model.energies import Divisive as Divisive
@@ -65,6 +66,10 @@ from .model.network import Network as Network
 from .model.network import mlp as mlp
 from .model.prior import Prior as Prior
 from .model.problem import InferenceProblem as InferenceProblem
+from .model.signals import Interpolated as Interpolated
+from .model.signals import PiecewiseConstant as PiecewiseConstant
+from .model.signals import PiecewiseLinear as PiecewiseLinear
+from .model.signals import Signal as Signal
 from .references import backpropagation as backpropagation
 from .references import feedforward as feedforward
 from .references import generate as generate

@@ -25,6 +25,7 @@ from pcdyn.integrators.base import (
 )
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.statistics import Statistics
+from pcdyn.model.driven import Interval
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 
@@ -177,7 +178,7 @@ class Diffrax(Integrator):
         from pcdyn.integrators.rosenbrock import Rodas5P
 
         if self.solver == "rodas5p":
-            return Rodas5P(problem if isinstance(problem, InferenceFlow) else None)
+            return Rodas5P(problem if isinstance(problem, InferenceFlow | Interval) else None)
         if not isinstance(self.solver, str):
             return implicit_steps.with_structure(self.solver, problem)
         solver = getattr(diffrax, _SOLVERS[self.solver])()

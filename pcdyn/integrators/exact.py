@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
 from pcdyn.integrators.statistics import Statistics
+from pcdyn.model.driven import DrivenProblem, Interval
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.references.linear import check_linear, exact_flow
@@ -21,6 +22,9 @@ class Exact(Integrator):
     `Trajectory.round_off` estimates how far activities are off, and a
     `pcdyn.errors.RoundOffWarning` says where half of the digits are lost, which takes a ratio of
     rates of about 1/eps. It has derivatives of any order in both modes, by anything.
+
+    A `pcdyn.DrivenProblem` is solved from jump to jump, for clamped values that are constant or
+    linear in time there; precisions and time constants may change at jumps.
 
     **Raises:**
 
@@ -44,6 +48,15 @@ class Exact(Integrator):
         return None
 
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
+        if isinstance(problem, DrivenProblem):
+            if not problem.is_piecewise_linear:
+                raise NotLinearError(
+                    "Exact solves for clamped values that are constant or change along straight "
+                    "lines between jumps, and precisions and time constants that change at jumps "
+                    "alone: take pcdyn.PiecewiseConstant or pcdyn.PiecewiseLinear, or another "
+                    "integrator"
+                )
+            problem = problem.start
         if not isinstance(problem, InferenceProblem):
             raise NotLinearError(
                 f"{type(problem).__name__} is no inference of a linear network, which alone "
@@ -56,9 +69,11 @@ class Exact(Integrator):
             )
 
     def integrate(self, request: Request) -> Integration:
-        problem, dtype = request.problem, request.problem.dtype
+        problem, dtype, towards = request.problem, request.problem.dtype, None
+        if isinstance(problem, Interval):
+            problem, towards = problem.at(0.0), (problem.at(request.t1), request.t1)
         assert isinstance(problem, InferenceProblem), "check has refused others"
-        flow = exact_flow(problem, request.state)
+        flow = exact_flow(problem, request.state, towards=towards)
         times = jnp.asarray(request.times, dtype)
         states = jax.vmap(flow)(times)
         # e^{−H·0} is the identity only up to round-off; the start is known exactly.

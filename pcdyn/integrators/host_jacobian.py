@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pcdyn._support.types import State
+from pcdyn._support.types import Scalar, State
 from pcdyn.integrators.structured import PaddedChain, sample_hessians
+from pcdyn.model.driven import Interval
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
 
@@ -55,12 +56,14 @@ class ChainPattern:
         packed[self._rows - self._columns + self.bandwidth, self._columns] = entries
         return packed
 
-    def options(self, method: str, entries: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
-        """Return the arguments of `solve_ivp` for this matrix, with `entries` from a flat state."""
+    def options(
+        self, method: str, entries: Callable[[float, np.ndarray], np.ndarray]
+    ) -> dict[str, Any]:
+        """Return the arguments of `solve_ivp` for this matrix, with `entries` at a flat state."""
         if method == "LSODA":
             band = self.bandwidth
-            return {"jac": lambda t, y: self.banded(entries(y)), "lband": band, "uband": band}
-        return {"jac": lambda t, y: self.sparse(entries(y))}
+            return {"jac": lambda t, y: self.banded(entries(t, y)), "lband": band, "uband": band}
+        return {"jac": lambda t, y: self.sparse(entries(t, y))}
 
 
 @eqx.filter_jit
@@ -72,6 +75,12 @@ def chain_entries(problem: InferenceProblem, state: State) -> Array:
     blocks += [-jnp.matrix_transpose(block) / taus[j] for (i, j), block in each if i != j]
     flat = [block.reshape(*block.shape[:-2], -1) for block in blocks]
     return jnp.concatenate(flat, axis=-1).reshape(-1)
+
+
+@eqx.filter_jit
+def driven_entries(problem: Interval, t: Scalar, state: State) -> Array:
+    """Compute those of a driven problem at a time."""
+    return chain_entries(problem.at(t), state)
 
 
 @eqx.filter_jit

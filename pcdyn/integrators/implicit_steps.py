@@ -19,6 +19,7 @@ from pcdyn._support.types import Scalar
 from pcdyn.integrators.base import Request, largest_activity
 from pcdyn.integrators.structured import ChainSolver
 from pcdyn.linearisation.coupling import coupled_pairs
+from pcdyn.model.driven import Interval
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 from pcdyn.model.stacked import StackedProblem
@@ -71,6 +72,8 @@ def with_structure(solver: diffrax.AbstractSolver, problem: Flow) -> diffrax.Abs
 
     A linear solver that the user chose stays, and so does the dense one of any other flow.
     """
+    if isinstance(problem, Interval) and problem.problem.has_constant_rates:
+        problem = problem.at(0.0)
     if not (is_implicit(solver) and isinstance(problem, InferenceFlow)):
         return solver
     finder = solver.root_finder

@@ -20,6 +20,7 @@ from pcdyn.integrators.structured import (
     sample_hessians,
     shifted,
 )
+from pcdyn.model.driven import Interval
 from pcdyn.model.flow import depends_on_time
 from pcdyn.model.problem import InferenceFlow, InferenceProblem
 from pcdyn.model.stacked import StackedProblem
@@ -111,7 +112,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     the Julia Differential Equations package, BIT Numerical Mathematics 63:27, 2023.
     """
 
-    problem: InferenceFlow | None = None
+    problem: InferenceFlow | Interval | None = None
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = QuarticInterpolation
@@ -144,9 +145,10 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         def field(t: Scalar, y: PyTree) -> PyTree:
             return terms.vf(t, y, args)
 
-        solution = self._stage_solver(lambda y: field(t0, y), y0, _GAMMA * dt)
+        solution = self._stage_solver(lambda y: field(t0, y), t0, y0, _GAMMA * dt)
         slope = None
-        if self.problem is None and depends_on_time(field, t0, y0):
+        changes = self.problem is None or isinstance(self.problem, Interval)
+        if changes and depends_on_time(field, t0, y0):
             _, slope = jax.jvp(lambda t: field(t, y0), (t0,), (jnp.ones_like(t0),))
 
         # A loop, for eight copies of the field take long to compile.
@@ -170,7 +172,7 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         return y1, error, info, None, diffrax.RESULTS.successful
 
     def _stage_solver(
-        self, field: Callable[[PyTree], PyTree], y0: PyTree, scaled_dt: Scalar
+        self, field: Callable[[PyTree], PyTree], t0: Scalar, y0: PyTree, scaled_dt: Scalar
     ) -> Callable[[PyTree], PyTree]:
         """What solves (1/(γ dt) − ∂f/∂y) k = rhs."""
         if isinstance(self.problem, StackedProblem):
@@ -180,9 +182,12 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
             _, product = jax.linearize(lambda x: field((x,))[0], x)
             factors = chain.factorise(chain.blocks(lambda v: tau * (v / scaled_dt - product(v)), x))
             return lambda rhs: factors.solve((tau * rhs[0],))
-        if isinstance(self.problem, InferenceProblem):
-            taus = self.problem.state_time_constants
-            matrix = shifted(sample_hessians(self.problem, y0), taus, 1 / scaled_dt)
+        problem = self.problem
+        if isinstance(problem, Interval):
+            problem = problem.at(t0)
+        if isinstance(problem, InferenceProblem):
+            taus = problem.state_time_constants
+            matrix = shifted(sample_hessians(problem, y0), taus, 1 / scaled_dt)
             factors = factorise(matrix)
             return lambda rhs: factors.solve(tuple(t * x for t, x in zip(taus, rhs, strict=True)))
         _, product = jax.linearize(field, y0)

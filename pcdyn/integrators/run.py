@@ -25,8 +25,7 @@ from pcdyn.integrators.diffrax import Diffrax
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
 from pcdyn.integrators.statistics import stacked
-from pcdyn.model.flow import Flow
-from pcdyn.model.problem import InferenceFlow
+from pcdyn.model.flow import Flow, SampledFlow
 
 _GAVE_UP = (Status.MAX_STEPS, Status.STEP_TOO_SMALL, Status.SOLVER_FAILED)
 
@@ -43,8 +42,8 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     return _batch_of(runs)
 
 
-def _with_samples(problem: Flow) -> InferenceFlow:
-    assert isinstance(problem, InferenceFlow), "others have no samples"
+def _with_samples(problem: Flow) -> SampledFlow:
+    assert isinstance(problem, SampledFlow), "others have no samples"
     return problem
 
 

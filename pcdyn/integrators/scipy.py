@@ -24,10 +24,16 @@ from pcdyn.integrators.base import (
     check_tolerances,
     default_tolerances,
 )
-from pcdyn.integrators.host_jacobian import ChainPattern, chain_entries, deep_entries
+from pcdyn.integrators.host_jacobian import (
+    ChainPattern,
+    chain_entries,
+    deep_entries,
+    driven_entries,
+)
 from pcdyn.integrators.host_steps import Course, march
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.linearisation.coupling import coupled_pairs
+from pcdyn.model.driven import Interval
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
 from pcdyn.model.stacked import StackedProblem
@@ -189,7 +195,8 @@ class _HostSystem:
         """Return the arguments of solve_ivp that give the method its Jacobian."""
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
-        problem = self._flow
+        flow = self._flow
+        problem = flow.start if isinstance(flow, Interval) else flow
         if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": self.dense_jacobian}
         if isinstance(problem, InferenceProblem) and not problem.is_chain:
@@ -202,8 +209,11 @@ class _HostSystem:
         if not self._batch and pattern.share > _DENSE_SHARE:
             return {"jac": self.dense_jacobian}
 
-        def entries(y: np.ndarray) -> np.ndarray:
+        def entries(t: float, y: np.ndarray) -> np.ndarray:
             state = self.unflatten(y)
+            if isinstance(flow, Interval):
+                time = np.asarray(t, self._dtype)
+                return np.asarray(driven_entries(flow, time, state), dtype=np.float64)
             if isinstance(problem, StackedProblem):
                 return np.asarray(deep_entries(problem, state), dtype=np.float64)
             return np.asarray(chain_entries(problem, state), dtype=np.float64)

@@ -63,6 +63,11 @@ def stacked(each: list[Statistics]) -> Statistics:
     return _map_counts(lambda *x: None if any(v is None for v in x) else np.stack(x), *each)
 
 
+def summed(each: list[Statistics]) -> Statistics:
+    """Sum what runs one after the other cost; a count that one does not report is `None`."""
+    return _map_counts(lambda *x: None if any(v is None for v in x) else sum(x), *each)
+
+
 def _map_counts(function: Callable[..., object], *statistics: Statistics) -> Statistics:
     return jax.tree.map(function, *statistics, is_leaf=lambda x: x is None)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from pcdyn._support.checks import check_instance, checked_integer
+from pcdyn._support.checks import checked_integer
 from pcdyn._support.types import Values
 from pcdyn.errors import DataError, DtypeError
 from pcdyn.io.modules import described_module, module_of
@@ -29,7 +29,7 @@ from pcdyn.model.energies.generalised import arguments_of, named_energy
 from pcdyn.model.graph import Constant, Graph, Prediction
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.prior import Prior
-from pcdyn.model.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem, check_inference
 
 if TYPE_CHECKING:
     import xarray
@@ -64,7 +64,7 @@ def problem_to_xarray(problem: InferenceProblem) -> xarray.Dataset:
     """
     import xarray
 
-    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_inference(problem)
     variables: dict[str, Any] = {}
     names, energies, modules = [], [], {}
 

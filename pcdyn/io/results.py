@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from numpy.typing import DTypeLike
 
-from pcdyn._support.checks import check_instance
 from pcdyn.analysis.comparison.table import Comparison
 from pcdyn.analysis.time_scales import Stability
 from pcdyn.equilibria.equilibrium import Equilibrium
@@ -21,7 +20,7 @@ from pcdyn.io.analyses import (
 )
 from pcdyn.io.netcdf import check_dataset, read_dataset, write_dataset
 from pcdyn.io.problems import problem_from_xarray, problem_to_xarray
-from pcdyn.model.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem, check_inference
 from pcdyn.simulation.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def save_problem(problem: InferenceProblem, path: str | os.PathLike[str]) -> Non
     - What `problem_to_xarray` raises.
     - `DataError`, with an earlier file as it was, if the file cannot be written.
     """
-    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_inference(problem)
     save(problem, path)
 
 

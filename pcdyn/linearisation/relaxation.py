@@ -7,12 +7,18 @@ those of the relaxation by linear systems, in which no differences of eigenvalue
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
+
+# λt below which the ramp response is a series, and its terms: what is left is below 1e-18.
+_SMALL, _TERMS = 0.5, 13
 
 
 def square(matrix: Float[Array, "M N"], *rows: Float[Array, "*batch M"]) -> tuple[Array, ...]:
@@ -94,24 +100,40 @@ def singular_modes(factor: Float[Array, "M N"]) -> tuple[Array, Array, Array]:
     return left[:, ::-1], sizes[::-1], right[::-1].T
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _relaxed(
     factor: Float[Array, "M N"],
     modes: tuple[Array, Array, Array],
     residual: Float[Array, "*batch M"],
     t: Float[Array, ""],
+    power: int = 0,
 ) -> Float[Array, "*batch N"]:
-    """y(t) of `ẏ = Aᵀ(residual − A y)` from y(0) = 0, with A and its singular modes.
+    """y(t) of `ẏ = Aᵀ(t^power residual − A y)` from y(0) = 0, with A and its singular modes.
 
-    Each mode moves by (1 − e^{−λt})/λ times its share of Aᵀ residual, which is t where λ = 0. It
-    has derivatives of any order; the modes, which follow from A, are not differentiated.
+    Each mode moves by (1 − e^{−λt})/λ times its share of Aᵀ residual, which is t where λ = 0; with
+    power 1 by the integral of that over time. It has derivatives of any order; the modes, which
+    follow from A, are not differentiated.
     """
     left, sizes, right = modes
-    rates, flat = sizes**2, sizes == 0
-    divisor = jnp.where(flat, 1, rates)
-    driven = jnp.where(flat, t, -jnp.expm1(-rates * t) / divisor)
+    driven = (_step_response, _ramp_response)[power](sizes**2, t)
     amplitudes = matmul(residual, left)
     return matmul(amplitudes * jnp.broadcast_to(sizes * driven, amplitudes.shape), right.T)
+
+
+def _step_response(rates: Array, t: Array) -> Array:
+    flat = rates == 0
+    return jnp.where(flat, t, -jnp.expm1(-rates * t) / jnp.where(flat, 1, rates))
+
+
+def _ramp_response(rates: Array, t: Array) -> Array:
+    """(λt − 1 + e^{−λt})/λ², by its series where most digits would cancel."""
+    x = rates * t
+    is_small = x < _SMALL
+    series = jnp.zeros_like(x)
+    for n in reversed(range(_TERMS)):
+        series = 1 / math.factorial(n + 2) - x * series
+    large = jnp.where(is_small, 1, x)
+    return t**2 * jnp.where(is_small, series, (large + jnp.expm1(-large)) / large**2)
 
 
 relaxed = with_rule_in_loops(_relaxed)
@@ -119,24 +141,35 @@ relaxed = with_rule_in_loops(_relaxed)
 
 @_relaxed.defjvp
 def _relaxed_jvp(
-    primals: tuple[Array, tuple[Array, Array, Array], Array, Array], tangents: PyTree
+    power: int, primals: tuple[Array, tuple[Array, Array, Array], Array, Array], tangents: PyTree
 ) -> tuple[Array, Array]:
     factor, _, residual, t = primals
     d_factor, _, d_residual, d_t = tangents
-    moved = _tangent(factor, residual, t, d_factor, d_residual, d_t)
-    return relaxed(*primals), moved
+    moved = _tangent(factor, residual, t, d_factor, d_residual, d_t, power)
+    return relaxed(*primals, power), moved
 
 
 # Compiled as one program also where nothing around it is.
-@jax.jit
+@functools.partial(jax.jit, static_argnums=6)
 def _tangent(
-    factor: Array, residual: Array, t: Array, d_factor: Array, d_residual: Array, d_t: Array
+    factor: Array,
+    residual: Array,
+    t: Array,
+    d_factor: Array,
+    d_residual: Array,
+    d_t: Array,
+    power: int,
 ) -> Array:
-    return jax.jvp(_rational, (factor, residual, t), (d_factor, d_residual, d_t))[1]
+    def moved(factor: Array, residual: Array, t: Array) -> Array:
+        return _rational(factor, residual, t, power)
+
+    return jax.jvp(moved, (factor, residual, t), (d_factor, d_residual, d_t))[1]
 
 
-def _rational(factor: Array, residual: Array, t: Array) -> Array:
+def _rational(factor: Array, residual: Array, t: Array, power: int) -> Array:
     """`relaxed` by solving linear systems, with (e^x − 1)/x as a sum over poles.
+
+    With another division by the poles it is ((e^x − 1)/x − 1)/x, for power 1.
 
     With `(t AᵀA + θ) u = Aᵀ residual` written as one system for u and `t A u − residual`, which
     keeps the digits that A has.
@@ -152,10 +185,14 @@ def _rational(factor: Array, residual: Array, t: Array) -> Array:
     def term(pole: Array, weight: Array) -> Array:
         upper = jnp.concatenate([pole * units, matrix.T], axis=1)
         lower = jnp.concatenate([time * matrix, -errors], axis=1)
-        return -weight / pole * jnp.linalg.solve(jnp.concatenate([upper, lower]), rhs)[:columns]
+        return (
+            -weight
+            / pole ** (power + 1)
+            * jnp.linalg.solve(jnp.concatenate([upper, lower]), rhs)[:columns]
+        )
 
     total = jnp.sum(jax.vmap(term)(poles, weights), axis=0)
-    moved = 2 * jnp.real(time * total).astype(factor.dtype)
+    moved = 2 * jnp.real(time ** (power + 1) * total).astype(factor.dtype)
     return moved.T.reshape(*residual.shape[:-1], columns)
 
 

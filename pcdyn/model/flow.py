@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from pcdyn._support.arrays import as_float_array, check_dtype, converted
 from pcdyn._support.checks import as_sequence, check_instance
+from pcdyn._support.namespaces import array_namespace
 from pcdyn._support.states import layer_norms
-from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
+from pcdyn._support.types import Activities, Numbers, Scalar, State, Tree, Values
 from pcdyn.errors import DtypeError, InputError, ShapeError
+
+# Some flow of inference, of which the same kind comes back.
+_Sampled = TypeVar("_Sampled", bound="SampledFlow")
 
 
 class Flow(eqx.Module):
@@ -84,6 +89,22 @@ class Flow(eqx.Module):
         """Return the state of given `activities`, their free layers, if nothing else moves."""
         return tuple(activities[index] for index in self.free_layers)
 
+    def activities_along(self, times: Values, states: State) -> Activities:
+        """Return all layers at several times, whose axis is the first.
+
+        Unless overridden they are those of `activities`, whatever the times.
+        """
+        layers = self.activities(states)
+        xp = array_namespace(times)
+        each = [
+            xp.broadcast_to(xp.asarray(x), (len(times), *x.shape))
+            if index not in self.free_layers
+            else xp.asarray(x)
+            for index, x in enumerate(layers)
+        ]
+        # With the names of nodes, if they have any.
+        return jax.tree.unflatten(jax.tree.structure(layers), each)
+
     def moving(self, state: State) -> dict[str, PyTree]:
         """Return what moves besides activities, by name, at a state or at several.
 
@@ -131,6 +152,22 @@ class Flow(eqx.Module):
         if shapes != needed:
             raise ShapeError(f"initial must be {wanted} of shapes {needed}, got {shapes}")
         return tuple(converted(x, y.dtype, "initial") for x, y in zip(arrays, default, strict=True))
+
+
+class SampledFlow(Flow):
+    """A flow of inference, of which the samples of a batch do not meet."""
+
+    @abc.abstractmethod
+    def sample(self: _Sampled, index: ArrayLike) -> _Sampled:
+        """Take one sample of a batch (an index), or several (an array of indices)."""
+
+    def map_samples(self, function: Callable[..., Tree], *trees: PyTree) -> Tree:
+        """Map a function over the flow of each sample and its rows of `trees`, sample first."""
+        count = jax.tree.leaves(trees)[0].shape[0]
+        each = jnp.arange(count)
+        return eqx.filter_vmap(lambda index, *rows: function(self.sample(index), *rows))(
+            each, *trees
+        )
 
 
 def check_flow(flow: Flow) -> None:

@@ -43,11 +43,12 @@ from pcdyn.model.energies.energy import (
     residual_energy,
 )
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.flow import Flow
+from pcdyn.model.flow import SampledFlow
 from pcdyn.model.graph import Graph, Prediction
 from pcdyn.model.named import index_of
 from pcdyn.model.network import Dense, Network
 from pcdyn.model.prior import Prior
+from pcdyn.model.signals import holds_signal
 
 # In `equinox.tree_at` it can be anything.
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ else:
 _Flow = TypeVar("_Flow", bound="InferenceFlow")
 
 
-class InferenceFlow(Flow):
+class InferenceFlow(SampledFlow):
     """`τ dx/dt = −∂F/∂x` of samples that do not meet, each with clamped data of its own."""
 
     @property
@@ -160,6 +161,11 @@ class InferenceProblem(InferenceFlow):
         prior: Prior | None = None,
         time_constants: Sequence[Numbers] | Mapping[str, Numbers] | None = None,
     ):
+        if holds_signal(input, output, clamp, energy, time_constants):
+            raise InputError(
+                "this problem would change in time: give the same arguments to a "
+                "pcdyn.DrivenProblem, which takes signals"
+            )
         wanted = "a pcdyn.Network or a pcdyn.Graph"
         check_instance(network, "network", Network | Graph, wanted)
         check_dtype(network.dtype, "dtype of the network")
@@ -302,7 +308,7 @@ class InferenceProblem(InferenceFlow):
         """Time constants τ_l of the free layers."""
         return tuple(self.time_constants[index] for index in self.free_layers)
 
-    def with_data(self, *data: Numbers | Clamp) -> InferenceProblem:
+    def with_data(self, *data: Numbers | Partial | Clamp) -> InferenceProblem:
         """Return the same problem with other clamped data, such as one sample of a batch.
 
         **Arguments:**
@@ -649,8 +655,18 @@ def _passed(problem: InferenceProblem, graph: Graph) -> Activities:
 
 def check_problem(problem: InferenceProblem) -> None:
     """Raise `InputError` unless `problem` is one of inference, in a dtype that JAX is set to."""
-    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_inference(problem)
     check_dtype(problem.dtype, "dtype of the problem")
+
+
+def check_inference(problem: InferenceProblem) -> None:
+    """Raise `InputError` unless `problem` is one of inference that does not change in time."""
+    if isinstance(problem, SampledFlow) and not isinstance(problem, InferenceFlow):
+        raise InputError(
+            f"this {type(problem).__name__} changes in time, and what does not is needed: take the "
+            "problem of one time, problem.at(t)"
+        )
+    check_instance(problem, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
 
 
 def _by_node(

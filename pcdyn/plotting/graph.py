@@ -17,7 +17,7 @@ from pcdyn._support.types import Values
 from pcdyn.equilibria.equilibrium import Equilibrium
 from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.graph import Graph
-from pcdyn.model.problem import InferenceProblem
+from pcdyn.model.problem import InferenceProblem, check_inference
 from pcdyn.plotting.schematic import frame
 from pcdyn.plotting.style import checked_axes
 
@@ -56,7 +56,7 @@ def problem(
     - `InputError` for what is no problem or no equilibrium, `ShapeError` if there is no such
       sample.
     """
-    check_instance(given, "problem", InferenceProblem, "a pcdyn.InferenceProblem")
+    check_inference(given)
     if at is not None:
         check_instance(at, "at", Equilibrium, "a pcdyn.Equilibrium")
     graph = given.graph

@@ -36,6 +36,7 @@ from pcdyn.linearisation.whitened import (
     linear_rows,
     node_that_differs,
 )
+from pcdyn.model.clamps import Clamp
 from pcdyn.model.energies.precision import Precision
 from pcdyn.model.graph import Graph
 from pcdyn.model.network import Network
@@ -331,7 +332,7 @@ class ExactFlow(eqx.Module):
     - `factor`: A over √τ, which has at least as many rows as columns; `modes`: its left singular
       vectors, singular values in ascending order and right singular vectors.
     - `initial`: y(0); `residual`: c − A y(0); `scale`: τ^{-½} of each unit; `widths`: n_l of the
-      free layers.
+      free layers; `slope`: dc/dt where clamped values change along straight lines.
     - `round_off`: an estimate of how far any activity may be off by round-off, per sample: the
       singular values of A are known to eps times the largest, so that a rate that is smaller by a
       factor r has √r · eps as its relative error.
@@ -344,6 +345,7 @@ class ExactFlow(eqx.Module):
     scale: Float[Array, " N"]
     round_off: Float[Array, "*batch"]
     widths: tuple[int, ...] = eqx.field(static=True)
+    slope: Float[Array, "*batch M"] | None = None
 
     def __call__(self, t: Scalar) -> State:
         """Evaluate the state at time t, each layer `(n_l,)` or `(batch, n_l)`."""
@@ -367,16 +369,28 @@ class ExactFlows(eqx.Module):
 
 @compiled
 def _at(flow: ExactFlow, t: Array) -> State:
-    moved = relaxed(flow.factor, flow.modes, flow.residual, t)
+    moved = relaxed(flow.factor, flow.modes, flow.residual, t, 0)
+    if flow.slope is not None:
+        moved = moved + relaxed(flow.factor, flow.modes, flow.slope, t, 1)
     return _split(flow.initial + _times(moved, flow.scale), flow.widths)
 
 
-def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow | ExactFlows:
+def exact_flow(
+    problem: InferenceProblem,
+    initial: State,
+    *,
+    towards: tuple[InferenceProblem, Scalar] | None = None,
+) -> ExactFlow | ExactFlows:
     """Solve the flow of a linear network from `initial` exactly, as a function of time.
 
     `y(t) = y* + e^{−Ht}(y(0) − y*)` for the whole network at once. The paper (A.4) says that no
     closed form exists for more than one free layer; stacked, the layers are one linear ODE with
     constant coefficients.
+
+    **Arguments:**
+
+    - `towards`: the problem whose clamped values those of `problem` reach along straight lines, and
+      the time when they do; they are constant unless given.
 
     **Raises:**
 
@@ -385,24 +399,44 @@ def exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow | ExactFl
     linear_parts(problem)
     start = problem.initial_state(initial)
     if node_that_differs(problem) is None:
-        return _exact_flow(problem, start)
-    return ExactFlows(problem.map_samples(_exact_flow, start))
+        return _exact_flow(problem, start, towards)
+    if towards is None:
+        return ExactFlows(problem.map_samples(_exact_flow, start))
+    end, time = towards
+
+    def one(problem: InferenceProblem, start: State, data: tuple[Clamp, ...]) -> ExactFlow:
+        return _exact_flow(problem, start, (end.with_data(*data), time))
+
+    return ExactFlows(problem.map_samples(one, start, end.data))
 
 
 @compiled
-def _exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
+def _exact_flow(
+    problem: InferenceProblem,
+    initial: State,
+    towards: tuple[InferenceProblem, Scalar] | None = None,
+) -> ExactFlow:
     _, precisions = linear_parts(problem)
     problem = problem.with_prior_as_layer(initial)
-    errors = problem.prediction_errors(problem.activities(initial))
-    each = zip(precisions, errors, problem.predicted_layers, strict=True)
-    # Those of what is clamped, from what is clamped, do not depend on the state.
-    white = [-p.whiten(error) for p, error, index in each if _bears(problem, index)]
     scale = _root_rates(problem)
     matrix = error_matrix(problem)
-    target = jnp.concatenate(white, axis=-1)
-    # Rows for the units that a sample has not: they stay where they are.
-    target = jnp.pad(target, [*[(0, 0)] * (target.ndim - 1), (0, len(matrix) - target.shape[-1])])
-    factor, residual = square(matrix * jnp.broadcast_to(scale, matrix.shape), target)
+
+    def target(problem: InferenceProblem) -> Array:
+        """c − A y(0), with c of its clamped values."""
+        errors = problem.prediction_errors(problem.activities(initial))
+        each = zip(precisions, errors, problem.predicted_layers, strict=True)
+        # Those of what is clamped, from what is clamped, do not depend on the state.
+        white = [-p.whiten(error) for p, error, index in each if _bears(problem, index)]
+        rows = jnp.concatenate(white, axis=-1)
+        # Rows for the units that a sample has not: they stay where they are.
+        return jnp.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, len(matrix) - rows.shape[-1])])
+
+    factor, residual = square(matrix * jnp.broadcast_to(scale, matrix.shape), target(problem))
+    change = slope = None
+    if towards is not None:
+        end, time = towards
+        change = square(matrix, target(end.with_prior_as_layer(initial)))[1] - residual
+        slope = change / jnp.asarray(time, change.dtype)
     left, sizes, right = jax.lax.stop_gradient(singular_modes(factor))
     eps, largest = jnp.finfo(sizes.dtype).eps, jnp.max(sizes)
     if not _has_errors_of_their_own(problem):
@@ -411,6 +445,9 @@ def _exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
     known = jnp.where(sizes > 0, sizes, jnp.inf)
     way = jnp.abs(matmul(jax.lax.stop_gradient(residual), left))
     size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
+    if change is not None:
+        way = way + jnp.abs(matmul(jax.lax.stop_gradient(change), left))
+        size = size + jnp.linalg.norm(jax.lax.stop_gradient(change), axis=-1, keepdims=True)
     lost = 2 * largest * way / jnp.broadcast_to(known, way.shape) + size
     start = jnp.concatenate(initial, axis=-1)
     own = jnp.max(jnp.abs(jax.lax.stop_gradient(start)), axis=-1)
@@ -422,6 +459,7 @@ def _exact_flow(problem: InferenceProblem, initial: State) -> ExactFlow:
         scale=scale,
         round_off=eps * (own + jnp.max(lost / jnp.broadcast_to(known, way.shape), axis=-1)),
         widths=tuple(x.shape[-1] for x in initial),
+        slope=slope,
     )
 
 

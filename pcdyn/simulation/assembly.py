@@ -88,15 +88,7 @@ def _build(
     if isinstance(integrated, StackedProblem):
         errors = integrated.unpack_errors(errors)
     xp = array_namespace(times)
-    layers = problem.activities(states)
-    each = [
-        xp.broadcast_to(xp.asarray(x), (len(times), *x.shape))
-        if index not in problem.free_layers
-        else xp.asarray(x)
-        for index, x in enumerate(layers)
-    ]
-    # With the names of nodes, if they have any.
-    activities = jax.tree.unflatten(jax.tree.structure(layers), each)
+    activities = problem.activities_along(times, states)
     last = tuple(range(len(activities)))[len(activities) - len(errors) :]
     return Trajectory(
         times=times,

@@ -38,10 +38,12 @@ from pcdyn.integrators.base import Request, check_step_count
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.linearisation.spectrum import estimated_fastest_rate
-from pcdyn.model.flow import Flow, check_contract, check_flow, depends_on_time
+from pcdyn.model.driven import DrivenProblem
+from pcdyn.model.flow import Flow, SampledFlow, check_contract, check_flow, depends_on_time
 from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem, stacked
 from pcdyn.simulation.assembly import Observed, observe, traced_trajectory, trajectory_of
+from pcdyn.simulation.intervals import integrate_over_jumps, integrate_over_jumps_in_jax
 from pcdyn.simulation.trajectory import Trajectory, round_off
 
 _DEFAULT_SAVES = 101
@@ -64,8 +66,9 @@ def simulate(
 
     **Arguments:**
 
-    - `problem`: a `pcdyn.InferenceProblem`, a flow in which weights or precisions move as well,
-      such as `pcdyn.learning.JointFlow`, or a `pcdyn.Flow` of your own.
+    - `problem`: a `pcdyn.InferenceProblem`, a `pcdyn.DrivenProblem`, whose data, precisions or time
+      constants change in time, a flow in which weights or precisions move as well, such as
+      `pcdyn.learning.JointFlow`, or a `pcdyn.Flow` of your own.
     - `t1`: the end time, in units of the activity time constant.
     - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
     - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`); what other
@@ -112,10 +115,13 @@ def simulate(
     method = get_integrator(integrator)
     stop = _stopping(until)
     method.check(problem, stop, dense)
+    saves = _checked_times(t1, times)
+    is_driven = isinstance(problem, DrivenProblem)
+    if is_driven:
+        problem.edges(float(t1))
     state = problem.initial_state(initial)
     if not isinstance(problem, InferenceFlow):
         _check_other(problem, state, stop, per_sample)
-    saves = _checked_times(t1, times)
     check_step_count(method, float(t1), stop)
     # The closed form is one of the weights, layer by layer.
     deep = problem if isinstance(method, Exact) else stacked(problem, state)
@@ -140,13 +146,14 @@ def simulate(
             moving = (request.problem, request.state)
             moving = forward_only(moving, f"simulate with {method.name}")
             request = dataclasses.replace(request, problem=moving[0], state=moving[1])
-        run = integrate(method, request, per_sample)
+        run = (integrate_over_jumps_in_jax if is_driven else integrate)(method, request, per_sample)
         return traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
 
     def compute() -> tuple[Integration, str, Observed, Stopwatch]:
         with Stopwatch() as clock:
-            run, fallback, integrated = integrate_with_fallback(method, request, per_sample)
+            over_time = integrate_over_jumps if is_driven else integrate_with_fallback
+            run, fallback, integrated = over_time(method, request, per_sample)
             # The last row is that of the end.
             times = np.append(request.times, np.max(run.end_time)).astype(problem.dtype)
             observed = on_host(observe(integrated, jnp.asarray(times), run.states))
@@ -169,7 +176,7 @@ def _check_other(
     """Raise the named error for a flow that is no inference and does not fit its contract."""
     check_contract(flow, state)
     name = type(flow).__name__
-    if per_sample:
+    if per_sample and not isinstance(flow, SampledFlow):
         raise ShapeError(
             f"per_sample=True needs a batch of a pcdyn.InferenceProblem, whose samples do not "
             f"meet; those of a {name} may"
@@ -214,6 +221,8 @@ def _deadline(seconds: float | None, method: Integrator, *, traced: bool) -> flo
 def _warn_of_step(request: Request, method: Integrator) -> None:
     """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
     problem = request.problem
+    if isinstance(problem, DrivenProblem):
+        problem = problem.start
     if method.fixed_step is None or not isinstance(problem, InferenceFlow):
         return
     interval = known_interval(method)
