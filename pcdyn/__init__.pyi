@@ -77,6 +77,8 @@ from .references import linear as linear
 from .references import output_error as output_error
 from .references import target_propagation as target_propagation
 from .references.adjoint_condition import adjoint_condition as adjoint_condition
+from .references.frequency_response import FrequencyResponse as FrequencyResponse
+from .references.frequency_response import frequency_response as frequency_response
 from .references.linear import linear_equilibrium as linear_equilibrium
 from .references.posterior import Posterior as Posterior
 from .references.posterior import posterior as posterior

@@ -13,7 +13,13 @@ from pcdyn.plotting.curves import (
 )
 from pcdyn.plotting.graph import problem
 from pcdyn.plotting.portrait import phase_portrait
-from pcdyn.plotting.results import basin, convergence_order, equilibria, training
+from pcdyn.plotting.results import (
+    basin,
+    convergence_order,
+    equilibria,
+    frequency_response,
+    training,
+)
 from pcdyn.plotting.style import STYLE_SHEET, style
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "energies",
     "equilibria",
     "equilibrium",
+    "frequency_response",
     "mean_band",
     "phase_portrait",
     "problem",

@@ -16,6 +16,7 @@ from pcdyn.equilibria.equilibrium import Basin
 from pcdyn.equilibria.multiple import Equilibria
 from pcdyn.plotting.curves import QUANTILES, fill_band
 from pcdyn.plotting.style import checked_axes
+from pcdyn.references.frequency_response import FrequencyResponse
 
 if TYPE_CHECKING:
     from pcdyn.learning.train import Training
@@ -114,3 +115,28 @@ def training(found: Training, *, ax: Axes | None = None, metric: str = "loss") -
     ax.set_ylabel(metric.replace("_", " "))
     ax.legend()
     return artists
+
+
+def frequency_response(
+    found: FrequencyResponse, quantity: str = "gain", *, ax: Axes | None = None
+) -> list[Line2D]:
+    """Draw gain or phase of each free layer against the angular frequency, along one pattern.
+
+    The pattern is that of `FrequencyResponse.leading`; a phase is drawn without jumps by 2π.
+    Returns a line for each free layer.
+    """
+    kind = "what pcdyn.frequency_response returns"
+    check_instance(found, "found", FrequencyResponse, kind)
+    check_choice(quantity, "quantity", ("gain", "phase"))
+    ax = checked_axes(ax)
+    lines = []
+    for layer, response in zip(found.layers, found.leading, strict=True):
+        values = np.abs(response) if quantity == "gain" else np.unwrap(np.angle(response))
+        lines += ax.plot(found.frequencies, values, label=f"layer {layer}")
+    ax.set_xscale("log")
+    if quantity == "gain":
+        ax.set_yscale("log")
+    ax.set_xlabel("angular frequency (1/activity time constant)")
+    ax.set_ylabel("gain" if quantity == "gain" else "phase (radians)")
+    ax.legend()
+    return lines

@@ -122,7 +122,7 @@ def stacked(trajectory: pcdyn.Trajectory) -> np.ndarray:
     return np.concatenate([np.asarray(trajectory.activities[l]) for l in (1, 2)], axis=-1)
 
 
-FINE = {"rtol": 1e-10, "atol": 1e-12}
+FINE: Any = {"rtol": 1e-10, "atol": 1e-12}
 
 
 @pytest.mark.parametrize(
