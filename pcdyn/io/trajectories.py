@@ -121,6 +121,10 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     for name in COUNTS:
         if statistics[name] is not None:
             variables[name] = once(statistics[name], **MEASURES[name])
+    if trajectory.temperature is not None:
+        variables["temperature"] = once(
+            trajectory.temperature, long_name="temperature of the noise", units="of energy"
+        )
     coordinates = {
         "time": (
             "time",
@@ -207,6 +211,7 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
             compile_seconds=number(dataset, "compile_seconds"),
             run_seconds=number(dataset, "run_seconds"),
         ),
+        temperature=once("temperature", "real numbers") if "temperature" in variables else None,
         integrator=str(attribute(dataset, "integrator")),
         fallback=str(attribute(dataset, "fallback")),
         message=str(attribute(dataset, "message")),

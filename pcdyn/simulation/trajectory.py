@@ -75,6 +75,7 @@ class Trajectory(LayerEnergies, WithStatistics):
       `compile_seconds`, `run_seconds`.
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
+    - `temperature`: that of the noise (`pcdyn.Langevin`), `None` without noise.
     - `free_layers`: the indices of the layers that were not clamped.
     - `targets`: those of the layers that prediction errors are of, in a graph of the nodes.
     - `outputs`: where the energies of the output stand, −1 in a chain.
@@ -103,6 +104,7 @@ class Trajectory(LayerEnergies, WithStatistics):
     interpolation: Callable[[Scalar], Activities] | None = None
     moving: dict[str, PyTree] = eqx.field(default_factory=dict)
     round_off: Values | None = None
+    temperature: Scalar | None = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
@@ -340,6 +342,8 @@ class Trajectory(LayerEnergies, WithStatistics):
         ]
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
+        if self.temperature is not None:
+            lines.insert(2, f"  with noise of the temperature {float(self.temperature):g}")
         return "\n".join(lines)
 
     def _summary_of_networks(self, networks: int) -> str:
@@ -351,6 +355,10 @@ class Trajectory(LayerEnergies, WithStatistics):
             f"{self.times.shape[1]} times to {np.max(self.times[:, -1]):g}",
             f"  {self.integrator}: {status_counts(self.status)}",
         ]
+        if self.temperature is not None:
+            low, high = np.min(np.asarray(self.temperature)), np.max(np.asarray(self.temperature))
+            each = f"{low:g}" if low == high else f"{low:g} … {high:g}"
+            lines.append(f"  with noise of the temperature {each}")
         if not ok.any():
             return "\n".join([*lines, "  no network without a failure"])
 
