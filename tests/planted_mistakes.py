@@ -27,6 +27,48 @@ class Mistake:
 
 MISTAKES = (
     Mistake(
+        "noise: a variance without its time constant",
+        "pcdyn/integrators/stochastic.py",
+        "jnp.sqrt(size / jnp.broadcast_to(tau, x.shape))",
+        "jnp.sqrt(size / jnp.ones(x.shape, dtype))",
+        ("tests/exact/test_noise.py::test_paths_of_the_schemes_have_their_law[euler_maruyama]",),
+    ),
+    Mistake(
+        "noise: T in place of 2T",
+        "pcdyn/integrators/stochastic.py",
+        "size = 2 * jnp.asarray",
+        "size = jnp.asarray",
+        ("tests/exact/test_noise.py::test_paths_of_the_schemes_have_their_law[stochastic_heun]",),
+    ),
+    Mistake(
+        "noise: a predictor of Heun's method without it",
+        "pcdyn/integrators/stochastic.py",
+        "x + dt * v + k, state, before, kicks",
+        "x + dt * v + 0 * k, state, before, kicks",
+        (
+            "tests/exact/test_noise.py::test_the_stationary_law_converges_with_the_weak_order[stochastic_heun-2]",
+        ),
+    ),
+    Mistake(
+        "noise: the same for all samples",
+        "pcdyn/integrators/noise.py",
+        "jr.fold_in(key, sample))(",
+        "jr.fold_in(key, 0 * sample))(",
+        (
+            "tests/exact/test_noise.py::test_samples_and_keys_give_the_path_that_they_give_alone[exact]",
+        ),
+    ),
+    Mistake(
+        "noise: the exact variance decays at the rate of the mean",
+        "pcdyn/linearisation/fluctuations.py",
+        "jnp.expm1(-2 * self.rates * time)",
+        "jnp.expm1(-self.rates * time)",
+        (
+            "tests/exact/test_noise.py::test_exact_paths_have_the_law_of_the_process",
+            "tests/exact/test_noise.py::test_moments_solve_their_equations",
+        ),
+    ),
+    Mistake(
         "clamps: free units in each other's place",
         "pcdyn/model/clamps.py",
         "place[row] = size + np.arange(len(row))",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 from pcdyn._support.types import Scalar, State
 from pcdyn.linearisation.fluctuations import checked_temperature
@@ -40,7 +40,7 @@ class Draws(eqx.Module):
     """
 
     temperature: Scalar
-    keys: PRNGKeyArray
+    keys: Key[Array, "*batch"]
 
     def normals(self, number: Scalar, like: State) -> State:
         """Draw for the step of this number, shaped like a state.

@@ -106,9 +106,7 @@ class StochasticSteps(Integrator):
             def body(carry: _Carry) -> _Carry:
                 step, state, _ = carry
                 kicks = jax.tree.map(jnp.multiply, spread, noise.normals(step, state))
-                state = self.stepped(
-                    flow.vector_field, jnp.asarray(step, dtype) * dt, state, kicks
-                )
+                state = self.stepped(flow.vector_field, jnp.asarray(step, dtype) * dt, state, kicks)
                 return step + 1, state, request.is_late(step + 1)
 
             carry = jax.lax.while_loop(proceed, body, carry)

@@ -44,7 +44,8 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     - `vector_field_norm`, shape `(time, [sample,] free_layer)`;
     - `free_energy`, `output_loss` and `residual_energy`, shape `(time, [sample])`;
     - `status`, `end_time` and the counts of the solver, one for all or one per sample. A count
-      that the integrator does not report is absent.
+      that the integrator does not report is absent;
+    - `temperature` of the noise, where there was some.
 
     Those of several networks, which `jax.vmap` makes, have the dimension `network` first, and the
     seconds as variables. How it was computed is in the attributes. Raises `ShapeError` for a

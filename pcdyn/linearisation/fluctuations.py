@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from pcdyn._support.arrays import is_traced
 from pcdyn._support.checks import checked_number
@@ -37,7 +37,7 @@ _NO_DERIVATIVE = (
 
 
 def checked_temperature(value: Scalar) -> Scalar:
-    """A temperature, a number of at least 0, which may be traced; raises `InputError` for others."""
+    """A number of at least 0, which may be traced; raises `InputError` for anything else."""
     if not is_traced(value):
         return checked_number(value, "temperature", at_least=0)
     array = jnp.asarray(value)
@@ -133,7 +133,7 @@ def fluctuations(problem: InferenceProblem, temperature: Scalar) -> Fluctuations
 def drawn_fluctuations(
     problem: InferenceProblem,
     temperature: Scalar,
-    keys: PRNGKeyArray,
+    keys: Key[Array, "*batch"],
     intervals: Float[Array, " time"],
 ) -> Float[Array, "time *batch N"]:
     """Draw `Fluctuations.path` for the key of one sample, or for those of a batch."""

@@ -64,9 +64,7 @@ def check_noise(
         )
 
 
-def times_on_steps(
-    times: np.ndarray, t1: float, method: Integrator, *, given: bool
-) -> np.ndarray:
+def times_on_steps(times: np.ndarray, t1: float, method: Integrator, *, given: bool) -> np.ndarray:
     """The times at which a method that needs noise can save.
 
     Those that a user gave must be multiples of its step; others move to the nearest.
@@ -77,7 +75,9 @@ def times_on_steps(
     name = type(method).__name__
     _check_multiples(np.asarray([t1]), "t1", name, dt)
     if round(t1 / dt) < 1:
-        raise TimesError(f"t1={t1:g} is before the first step of {name}: take a smaller dt than {dt:g}")
+        raise TimesError(
+            f"t1={t1:g} is before the first step of {name}: take a smaller dt than {dt:g}"
+        )
     if given:
         _check_multiples(times, "times", name, dt)
         return times

@@ -153,7 +153,9 @@ def simulate(
         if not isinstance(method, Exact):
             moving = (request.problem, request.state, request.noise)
             moving = forward_only(moving, f"simulate with {method.name}")
-            request = dataclasses.replace(request, problem=moving[0], state=moving[1], noise=moving[2])
+            request = dataclasses.replace(
+                request, problem=moving[0], state=moving[1], noise=moving[2]
+            )
         run = integrate(method, request, per_sample)
         return traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)
