@@ -604,7 +604,7 @@ def stationary_covariance(problem: InferenceProblem, temperature: Scalar) -> Flo
 
 @compiled
 def _stationary(problem: InferenceProblem, temperature: Scalar, regular: Array) -> Array:
-    scaled = jnp.asarray(temperature, problem.dtype) * _inverse_hessian(problem)
+    scaled: Array = jnp.asarray(temperature, problem.dtype) * _inverse_hessian(problem)
     return jnp.where(regular, scaled, jnp.nan)
 
 

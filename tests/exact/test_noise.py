@@ -199,6 +199,31 @@ def test_the_stationary_law_converges_with_the_weak_order(name: str, order: int)
     assert slope == pytest.approx(order, abs=0.03)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_each_path_converges_with_order_one(name: str) -> None:
+    """The mean square of what one step and two of half its size make of one Wiener process.
+
+    Without sampling: both from 0 are linear in the two halves of the increment of W, whose
+    variances are Q dt/2 each.
+    """
+    _, _, q = drift(CASE)
+    counts, errors = np.array([64, 128, 256, 512]), []
+    for count in counts:
+        (r, g), (half, push) = one_step(name, 1 / count), one_step(name, 0.5 / count)
+        zeros = np.zeros_like(r)
+        move = np.block([[r, zeros], [zeros, half @ half]])
+        first = np.concatenate([g, half @ push])
+        last = np.concatenate([g, push])
+        gained = (first @ q @ first.T + last @ q @ last.T) / (2 * count)
+        joint = np.zeros_like(move)
+        for _ in range(count):
+            joint = move @ joint @ move.T + gained
+        difference = np.concatenate([np.eye(len(r)), -np.eye(len(r))])
+        errors.append(np.sqrt(np.trace(difference.T @ joint @ difference)))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(1, abs=0.03)
+
+
 @pytest.mark.parametrize(("name", "order"), [("euler_maruyama", 1), ("stochastic_heun", 2)])
 def test_the_law_at_a_time_converges_with_the_weak_order(name: str, order: int) -> None:
     """The covariance after 1/dt steps against `law`, whose own error is 1e-10."""
@@ -275,9 +300,9 @@ def test_exact_paths_have_the_law_of_the_process() -> None:
 
 
 def test_a_nonlinear_network_keeps_the_density() -> None:
-    """x free between tanh(x) clamped to 1 and a prediction of 0: moments of exp(−F/T) by quadrature.
+    """A unit predicted as 0, which predicts a 1 by tanh(2x): moments of exp(−F/T) by quadrature.
 
-    The two time constants are far from 1. 4000 samples of a path that has forgotten its start:
+    Its time constant is 3. 4000 samples of a path that has forgotten its start:
     the standard error of a variance is 2.2 %, the bias of Heun at this step .1 %.
     """
     network = pcdyn.Network([pcdyn.Dense([[1.0]]), pcdyn.Dense([[2.0]], activation="tanh")])

@@ -44,7 +44,7 @@ def run(problem: Any = CASE.problem, **options: Any) -> Any:
 
 BAD: list[tuple[str, Callable[[], Any], type[InputError], str]] = [
     # Temperatures.
-    ("negative temperature", lambda: Langevin(temperature=-0.1), InputError, "at least 0, got -0.1"),
+    ("negative temperature", lambda: Langevin(temperature=-0.1), InputError, "at least 0, got -0"),
     ("NaN temperature", lambda: Langevin(temperature=np.nan), InputError, "nan"),
     ("infinite temperature", lambda: Langevin(temperature=np.inf), InputError, "inf"),
     ("several temperatures", lambda: Langevin(temperature=np.ones(2)), InputError, "(2,)"),
