@@ -316,7 +316,7 @@ MISTAKES = (
     ),
     Mistake(
         "linear: time constants the wrong way up",
-        "pcdyn/references/linear.py",
+        "pcdyn/linearisation/whitened.py",
         "jnp.full(width, tau**-0.5)",
         "jnp.full(width, tau**0.5)",
         ("tests/exact/test_linear.py::test_exact_flow_is_the_matrix_exponential",),
