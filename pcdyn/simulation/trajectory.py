@@ -343,7 +343,7 @@ class Trajectory(LayerEnergies, WithStatistics):
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
         if self.temperature is not None:
-            lines.insert(2, f"  with noise of the temperature {float(self.temperature):g}")
+            lines.insert(2, _of_noise(self.temperature))
         return "\n".join(lines)
 
     def _summary_of_networks(self, networks: int) -> str:
@@ -356,9 +356,7 @@ class Trajectory(LayerEnergies, WithStatistics):
             f"  {self.integrator}: {status_counts(self.status)}",
         ]
         if self.temperature is not None:
-            low, high = np.min(np.asarray(self.temperature)), np.max(np.asarray(self.temperature))
-            each = f"{low:g}" if low == high else f"{low:g} … {high:g}"
-            lines.append(f"  with noise of the temperature {each}")
+            lines.append(_of_noise(self.temperature))
         if not ok.any():
             return "\n".join([*lines, "  no network without a failure"])
 
@@ -373,6 +371,12 @@ class Trajectory(LayerEnergies, WithStatistics):
             first, last = median(self.free_energy[:, 0]), median(self.free_energy[:, -1])
             lines.append(f"  median free energy {first} -> {last}")
         return "\n".join(lines)
+
+
+def _of_noise(temperature: Scalar) -> str:
+    low, high = float(np.min(np.asarray(temperature))), float(np.max(np.asarray(temperature)))
+    each = f"{low:g}" if low == high else f"{low:g} … {high:g}"
+    return f"  with noise of the temperature {each}"
 
 
 def round_off(*times: Numbers) -> float:

@@ -62,8 +62,10 @@ def start_of(case: Case) -> np.ndarray:
 
 
 def run(case: Case = CASE, **options: Any) -> pcdyn.Trajectory:
-    given: dict[str, Any] = {"t1": 1.0, "key": KEY, "initial": case.state, **options}
-    return simulate(case.problem, noise=Langevin(temperature=T), **given)
+    given: dict[str, Any] = {
+        "t1": 1.0, "key": KEY, "initial": case.state, "noise": Langevin(temperature=T), **options
+    }  # fmt: skip
+    return simulate(case.problem, **given)
 
 
 # --- Moments --------------------------------------------------------------------------------------
@@ -452,6 +454,8 @@ def test_a_noisy_run_says_so(tmp_path: Any) -> None:
     assert "noise of the temperature 0.3" in repr(several)
     several.to_netcdf(tmp_path / "several.nc")
     np.testing.assert_array_equal(pcdyn.load(tmp_path / "several.nc").temperature, [T, T])
+    warm = jax.vmap(lambda t: run(noise=Langevin(t), integrator=Exact()))(jnp.array([0.1, T]))
+    assert "noise of the temperature 0.1 … 0.3" in repr(warm)
     assert simulate(CASE.problem, t1=1.0).temperature is None
 
 
