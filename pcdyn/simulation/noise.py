@@ -8,6 +8,7 @@ from jaxtyping import PRNGKeyArray
 from pcdyn._support.checks import check_instance, check_key
 from pcdyn.errors import InputError, IntegratorError, TimesError
 from pcdyn.integrators import Integrator, Langevin, UntilEquilibrium
+from pcdyn.integrators.base import check_step_count
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 
@@ -71,6 +72,8 @@ def times_on_steps(times: np.ndarray, t1: float, method: Integrator, *, given: b
     """
     if not method.needs_noise or method.fixed_step is None:
         return times
+    # Before steps are counted, for there can be more of them than any number tells.
+    check_step_count(method, t1, None)
     dt = float(method.fixed_step)
     name = type(method).__name__
     _check_multiples(np.asarray([t1]), "t1", name, dt)
@@ -95,8 +98,9 @@ def _check_multiples(times: np.ndarray, what: str, name: str, dt: float) -> None
     if off.size:
         first = off[0]
         where = what if what == "t1" else f"{what}[{first}]"
+        other = max(nearest[first], what == "t1") * dt
         raise TimesError(
             f"{where} = {times[first]:g} lies between two steps of {name}, which draws noise for "
-            f"whole steps of dt={dt:g}: take {nearest[first] * dt:g}, or a dt of which it is a "
+            f"whole steps of dt={dt:g}: take {other:g}, or a dt of which it is a "
             "multiple"
         )
