@@ -34,8 +34,11 @@ from .errors import Status as Status
 from .errors import StepSizeWarning as StepSizeWarning
 from .integrators import Diffrax as Diffrax
 from .integrators import Euler as Euler
+from .integrators import EulerMaruyama as EulerMaruyama
 from .integrators import Exact as Exact
+from .integrators import Langevin as Langevin
 from .integrators import SciPy as SciPy
+from .integrators import StochasticHeun as StochasticHeun
 from .integrators import UntilEquilibrium as UntilEquilibrium
 from .io import datasets as datasets
 from .io.results import load as load

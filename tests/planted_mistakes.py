@@ -27,6 +27,90 @@ class Mistake:
 
 MISTAKES = (
     Mistake(
+        "signals: the value before a jump at the jump",
+        "pcdyn/model/signals.py",
+        'time.dtype), time, side="right")',
+        'time.dtype), time, side="left")',
+        ("tests/exact/test_driven.py::test_the_problem_of_one_time",),
+    ),
+    Mistake(
+        "signals: the end of an interval sees the value after the jump",
+        "pcdyn/model/driven.py",
+        "jnp.nextafter(end, begin))",
+        "end)",
+        ("tests/exact/test_driven.py::test_exact_is_exact_from_jump_to_jump",),
+    ),
+    Mistake(
+        "signals: the closed form takes a ramp for a step",
+        "pcdyn/references/linear.py",
+        "flow.slope, t, 1)",
+        "flow.slope, t, 0)",
+        ("tests/exact/test_driven.py::test_exact_is_exact_from_jump_to_jump",),
+    ),
+    Mistake(
+        "signals: precisions of one place further",
+        "pcdyn/model/driven.py",
+        "index = place + len(found) - count",
+        "index = place + len(found) - count - 1",
+        ("tests/exact/test_driven.py::test_the_problem_of_one_time",),
+    ),
+    Mistake(
+        "signals: a sample that failed goes on after the next jump",
+        "pcdyn/simulation/intervals.py",
+        "failed = failed | Status.failed(xp.asarray(run.status))",
+        "failed = Status.failed(xp.asarray(run.status)) & False",
+        ("tests/failures/test_driven.py::test_what_a_jump_does_to_a_run_that_fails",),
+    ),
+    Mistake(
+        "frequency response: ahead in place of behind",
+        "pcdyn/references/frequency_response.py",
+        "-frequencies[:, None] / known",
+        "frequencies[:, None] / known",
+        ("tests/exact/test_frequency_response.py::test_it_is_that_of_dense_matrices[0-input]",),
+    ),
+    Mistake(
+        "noise: a variance without its time constant",
+        "pcdyn/integrators/stochastic.py",
+        "jnp.sqrt(size / jnp.broadcast_to(tau, x.shape))",
+        "jnp.sqrt(size / jnp.ones(x.shape, dtype))",
+        ("tests/exact/test_noise.py::test_paths_of_the_schemes_have_their_law[euler_maruyama]",),
+    ),
+    Mistake(
+        "noise: T in place of 2T",
+        "pcdyn/integrators/stochastic.py",
+        "size = 2 * jnp.asarray",
+        "size = jnp.asarray",
+        ("tests/exact/test_noise.py::test_paths_of_the_schemes_have_their_law[stochastic_heun]",),
+    ),
+    Mistake(
+        "noise: a predictor of Heun's method without it",
+        "pcdyn/integrators/stochastic.py",
+        "x + dt * v + k, state, before, kicks",
+        "x + dt * v + 0 * k, state, before, kicks",
+        (
+            "tests/exact/test_noise.py::test_the_stationary_law_converges_with_the_weak_order[stochastic_heun-2]",
+        ),
+    ),
+    Mistake(
+        "noise: the same for all samples",
+        "pcdyn/integrators/noise.py",
+        "jr.fold_in(key, sample))(",
+        "jr.fold_in(key, 0 * sample))(",
+        (
+            "tests/exact/test_noise.py::test_samples_and_keys_give_the_path_that_they_give_alone[exact]",
+        ),
+    ),
+    Mistake(
+        "noise: the exact variance decays at the rate of the mean",
+        "pcdyn/linearisation/fluctuations.py",
+        "jnp.expm1(-2 * self.rates * time)",
+        "jnp.expm1(-self.rates * time)",
+        (
+            "tests/exact/test_noise.py::test_exact_paths_have_the_law_of_the_process",
+            "tests/exact/test_noise.py::test_moments_solve_their_equations",
+        ),
+    ),
+    Mistake(
         "clamps: free units in each other's place",
         "pcdyn/model/clamps.py",
         "place[row] = size + np.arange(len(row))",
@@ -274,7 +358,7 @@ MISTAKES = (
     ),
     Mistake(
         "linear: time constants the wrong way up",
-        "pcdyn/references/linear.py",
+        "pcdyn/linearisation/whitened.py",
         "jnp.full(width, tau**-0.5)",
         "jnp.full(width, tau**0.5)",
         ("tests/exact/test_linear.py::test_exact_flow_is_the_matrix_exponential",),

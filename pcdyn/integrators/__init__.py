@@ -9,17 +9,22 @@ from pcdyn.integrators.base import Integration, Integrator, UntilEquilibrium
 from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax
 from pcdyn.integrators.euler import Euler
 from pcdyn.integrators.exact import Exact
+from pcdyn.integrators.noise import Langevin
 from pcdyn.integrators.scipy import SCIPY_NAMES, SciPy
 from pcdyn.integrators.statistics import Statistics
+from pcdyn.integrators.stochastic import EulerMaruyama, StochasticHeun
 
 __all__ = [
     "Diffrax",
     "Euler",
+    "EulerMaruyama",
     "Exact",
     "Integration",
     "Integrator",
+    "Langevin",
     "SciPy",
     "Statistics",
+    "StochasticHeun",
     "UntilEquilibrium",
     "get_integrator",
 ]
@@ -51,5 +56,8 @@ def _named(integrator: str) -> Integrator:
         return SciPy(SCIPY_NAMES[integrator.lower()])
     if integrator == "euler":
         raise IntegratorError("Euler needs a step: pcdyn.Euler(dt=0.05)")
+    if integrator in ("euler_maruyama", "stochastic_heun"):
+        kind = EulerMaruyama if integrator == "euler_maruyama" else StochasticHeun
+        raise IntegratorError(f"{kind.__name__} needs a step: pcdyn.{kind.__name__}(dt=0.01)")
     known = ", ".join([*DIFFRAX_NAMES, *SCIPY_NAMES, "exact", "euler"])
     raise IntegratorError(f"unknown integrator {integrator!r}; known names are {known}")

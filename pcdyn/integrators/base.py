@@ -18,6 +18,7 @@ from pcdyn._support.states import layer_norms
 from pcdyn._support.timing import elapsed
 from pcdyn._support.types import Scalar, State, Values
 from pcdyn.errors import IntegratorError, ToleranceError
+from pcdyn.integrators.noise import Draws
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.linearisation.scales import resting_tolerance, smallest_precision
 from pcdyn.model.flow import Flow
@@ -92,7 +93,7 @@ class Request(eqx.Module):
     """What an integrator is asked: integrate from `state` at t = 0 to `t1`, saving at `times`.
 
     It stops before t1 where `until` says so, or when `pcdyn._support.timing.elapsed` tells
-    `deadline`, and keeps dense output if `dense`.
+    `deadline`, keeps dense output if `dense`, and has noise where `noise` is given.
     """
 
     problem: Flow
@@ -102,6 +103,7 @@ class Request(eqx.Module):
     until: UntilEquilibrium | None
     dense: bool = eqx.field(static=True)
     deadline: Scalar | None = None
+    noise: Draws | None = None
 
     def is_late(self, t: Scalar) -> Array:
         """Whether the deadline has passed when the steps arrive at `t`, also in a compiled loop."""
@@ -163,6 +165,16 @@ class Integrator(eqx.Module):
     @abc.abstractmethod
     def most_steps(self) -> int | None:
         """Number of steps after which it gives up; `None` for a method without steps."""
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether it can integrate with noise; it cannot, unless overridden."""
+        return False
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it is for noise alone; it is not, unless overridden."""
+        return False
 
     @abc.abstractmethod
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:

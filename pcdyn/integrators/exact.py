@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pcdyn._support.types import State
 from pcdyn.errors import IntegratorError, NotLinearError, Status
 from pcdyn.integrators.base import Integration, Integrator, Request, UntilEquilibrium
 from pcdyn.integrators.statistics import Statistics
+from pcdyn.linearisation.fluctuations import drawn_fluctuations
 from pcdyn.model.driven import DrivenProblem, Interval
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceProblem
@@ -25,6 +28,10 @@ class Exact(Integrator):
 
     A `pcdyn.DrivenProblem` is solved from jump to jump, for clamped values that are constant or
     linear in time there; precisions and time constants may change at jumps.
+
+    With noise (`pcdyn.Langevin`) the way from each saved time to the next is drawn from its law,
+    which is Gaussian: no step is taken and the law is exact at each. Other saved times are other
+    draws. Derivatives with respect to the network are refused there.
 
     **Raises:**
 
@@ -46,6 +53,10 @@ class Exact(Integrator):
     @property
     def most_steps(self) -> None:
         return None
+
+    @property
+    def takes_noise(self) -> bool:
+        return True
 
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         if isinstance(problem, DrivenProblem):
@@ -81,12 +92,27 @@ class Exact(Integrator):
             jnp.where((times == 0).reshape(-1, *[1] * x.ndim), x[None], s)
             for x, s in zip(request.state, states, strict=True)
         )
+        end_state = flow(jnp.asarray(request.t1, dtype))
+        if request.noise is not None:
+            moved = _deviations(problem, request)
+            states = tuple(x + d[:-1] for x, d in zip(states, moved, strict=True))
+            end_state = tuple(x + d[-1] for x, d in zip(end_state, moved, strict=True))
         return Integration(
             states=states,
             end_time=jnp.asarray(request.t1),
-            end_state=flow(jnp.asarray(request.t1, dtype)),
+            end_state=end_state,
             status=jnp.asarray(int(Status.REACHED_T1)),
             statistics=Statistics(0, 0, 0, 0),
             interpolation=flow if request.dense else None,
             round_off=jnp.max(flow.round_off),
         )
+
+
+def _deviations(problem: InferenceProblem, request: Request) -> State:
+    """How far noise has moved the state from the flow, at the saved times and at t1."""
+    noise = request.noise
+    assert noise is not None, "asked for with noise alone"
+    ends = jnp.append(jnp.asarray(request.times), request.t1)
+    intervals = jnp.diff(ends, prepend=jnp.zeros((1,), ends.dtype)).astype(problem.dtype)
+    moved = drawn_fluctuations(problem, noise.temperature, noise.keys, intervals)
+    return tuple(jnp.split(moved, np.cumsum(problem.free_widths)[:-1], axis=-1))

@@ -22,6 +22,7 @@ from pcdyn.integrators.base import (
     default_tolerances,
 )
 from pcdyn.integrators.diffrax import Diffrax
+from pcdyn.integrators.noise import Draws
 from pcdyn.integrators.scipy import SciPy
 from pcdyn.integrators.sliding import rounded
 from pcdyn.integrators.statistics import stacked
@@ -35,10 +36,12 @@ def integrate(method: Integrator, request: Request, per_sample: bool) -> Integra
     if not per_sample:
         return _checked_run(method, request)
 
-    def one(problem: Flow, state: State, goal: Values | None) -> Integration:
-        return _checked_run(method, _of(request, problem, state, goal))
+    def one(problem: Flow, state: State, goal: Values | None, noise: Draws | None) -> Integration:
+        asked = _of(request, problem, state, goal)
+        return _checked_run(method, dataclasses.replace(asked, noise=noise))
 
-    runs = _with_samples(request.problem).map_samples(one, request.state, _goals(request))
+    mapped = (request.state, _goals(request), _noises(request))
+    runs = _with_samples(request.problem).map_samples(one, *mapped)
     return _batch_of(runs)
 
 
@@ -60,6 +63,15 @@ def _goals(request: Request) -> Values | None:
     tolerance = request.until.tolerance
     assert tolerance is not None, "filled in before anything runs"
     return jnp.broadcast_to(tolerance, request.state[0].shape[:1])
+
+
+def _noises(request: Request) -> Draws | None:
+    """What the noise of each sample is drawn from."""
+    if request.noise is None:
+        return None
+    keys = request.noise.keys
+    temperature = jnp.broadcast_to(jnp.asarray(request.noise.temperature), keys.shape)
+    return dataclasses.replace(request.noise, temperature=temperature)
 
 
 def _take(request: Request, samples: int | np.ndarray) -> Request:
@@ -92,7 +104,7 @@ class _EachSample(eqx.Module):
 def _checked_run(method: Integrator, request: Request) -> Integration:
     request = dataclasses.replace(request, times=jnp.asarray(request.times))
     run = _finish(method.integrate(request), request, jnp)
-    if method.fixed_step is not None:
+    if _energy_falls(method, request):
         run = _with_stability(run, request.problem, request.state)
     return _with_held_ends(run, request.state)
 
@@ -160,6 +172,11 @@ def _without_non_finite(run: Integration, times: Values, xp: ModuleType) -> Inte
         for x in run.states
     )
     return dataclasses.replace(run, states=states, status=status, end_time=end_time)
+
+
+def _energy_falls(method: Integrator, request: Request) -> bool:
+    """Whether a rise of the energy would be the fault of a fixed step, and not of noise."""
+    return method.fixed_step is not None and request.noise is None
 
 
 def _with_stability(run: Integration, problem: Flow, state: State) -> Integration:
@@ -247,7 +264,7 @@ def _integrate_on_device(method: Integrator, request: Request, per_sample: bool)
         return _run_on_host(_integrate_compiled(arrays, numbers, per_sample))
     # What `integrate` does, but checked on the host: that halves the time of compilation.
     run = _finish_on_host(_unchecked_compiled(arrays, numbers), request)
-    if method.fixed_step is not None:
+    if _energy_falls(method, request):
         run = _run_on_host(_with_stability_compiled(run, request.problem, request.state))
     return run
 

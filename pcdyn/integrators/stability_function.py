@@ -19,6 +19,7 @@ from pcdyn.errors import InputError, IntegratorError
 from pcdyn.integrators.base import Integrator
 from pcdyn.integrators.diffrax import DIFFRAX_NAMES, Diffrax, solver_class
 from pcdyn.integrators.euler import Euler
+from pcdyn.integrators.stochastic import EulerMaruyama, StochasticHeun
 
 if TYPE_CHECKING:
     import diffrax
@@ -68,6 +69,9 @@ def known_interval(
     """Return `stability_interval`, or `None` where no stability function is known."""
     if isinstance(method, Euler):
         method = "euler"
+    elif isinstance(method, EulerMaruyama | StochasticHeun):
+        # The mean moves as without noise, and the variance stays bounded where the mean does.
+        method = "euler" if isinstance(method, EulerMaruyama) else "heun"
     elif isinstance(method, Diffrax):
         method = method.solver
     elif isinstance(method, Integrator):

@@ -44,7 +44,8 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     - `vector_field_norm`, shape `(time, [sample,] free_layer)`;
     - `free_energy`, `output_loss` and `residual_energy`, shape `(time, [sample])`;
     - `status`, `end_time` and the counts of the solver, one for all or one per sample. A count
-      that the integrator does not report is absent.
+      that the integrator does not report is absent;
+    - `temperature` of the noise, where there was some.
 
     Those of several networks, which `jax.vmap` makes, have the dimension `network` first, and the
     seconds as variables. How it was computed is in the attributes. Raises `ShapeError` for a
@@ -121,6 +122,10 @@ def to_xarray(trajectory: Trajectory) -> xarray.Dataset:
     for name in COUNTS:
         if statistics[name] is not None:
             variables[name] = once(statistics[name], **MEASURES[name])
+    if trajectory.temperature is not None:
+        variables["temperature"] = once(
+            trajectory.temperature, long_name="temperature of the noise", units="of energy"
+        )
     coordinates = {
         "time": (
             "time",
@@ -207,6 +212,7 @@ def _from_xarray(dataset: xarray.Dataset) -> Trajectory:
             compile_seconds=number(dataset, "compile_seconds"),
             run_seconds=number(dataset, "run_seconds"),
         ),
+        temperature=once("temperature", "real numbers") if "temperature" in variables else None,
         integrator=str(attribute(dataset, "integrator")),
         fallback=str(attribute(dataset, "fallback")),
         message=str(attribute(dataset, "message")),

@@ -233,3 +233,18 @@ def error_factor(
         size = jnp.sqrt(norm)
         pivots.append(jnp.abs(jnp.diagonal(factors[-1])) / jnp.where(size > 0, size, 1))
     return BlockCholesky(tuple(factors), tuple(couplings)), jnp.min(jnp.concatenate(pivots))
+
+
+def has_errors_of_their_own(problem: InferenceProblem) -> bool:
+    """Whether each free layer is predicted, and none from what depends on it."""
+    if problem.is_chain:
+        return problem.input is not None
+    graph = problem.graph
+    assert isinstance(graph, Graph), "there are chains and graphs"
+    return graph.has_order(problem.free_layers)
+
+
+def root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
+    """τ^{-½} of each free unit."""
+    each = zip(problem.free_widths, problem.state_time_constants, strict=True)
+    return jnp.concatenate([jnp.full(width, tau**-0.5) for width, tau in each])

@@ -87,6 +87,10 @@ class InferenceFlow(SampledFlow):
         """Compute dx/dt = −(1/τ) ∂F/∂x, shaped like `state`; it does not depend on time."""
         return _velocity(self, state)
 
+    def without_padding(self, state: State) -> State:
+        """Return the state with 0 where it has no unit; the state itself unless overridden."""
+        return state
+
     def sample(self: _Flow, index: ArrayLike) -> _Flow:
         """Take one sample of a batch (an index), or several (an array of indices)."""
         return self.with_data(*jax.tree.map(lambda x: x[index], self.data))
@@ -574,10 +578,10 @@ class InferenceProblem(InferenceFlow):
         shapes = self._state_shapes(batch_size)
         keys = jr.split(key, len(shapes))
         drawn = (std * jr.normal(k, n, self.dtype) for k, n in zip(keys, shapes, strict=True))
-        return self._without_padding(tuple(drawn))
+        return self.without_padding(tuple(drawn))
 
-    def _without_padding(self, state: State) -> State:
-        """The state with 0 where a sample has no unit, because fewer of its own are free."""
+    def without_padding(self, state: State) -> State:
+        """Return the state with 0 where a sample has no unit, because fewer of its own are free."""
         tidy = []
         for index, x in zip(self.free_layers, state, strict=True):
             value = self.clamp[index]
@@ -622,7 +626,7 @@ class InferenceProblem(InferenceFlow):
             arrays.append(converted(array, self.dtype, name))
         if len({array.shape[:-1] for array in arrays}) != 1:
             raise ShapeError("all layers of a state must have the same batch size")
-        return self._without_padding(tuple(arrays))
+        return self.without_padding(tuple(arrays))
 
     def _named_state(self, name: str) -> State:
         if name == "feedforward":

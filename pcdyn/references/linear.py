@@ -15,30 +15,34 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-from pcdyn._support.arrays import check_size, is_traced
+from pcdyn._support.arrays import as_float_array, as_host_array, check_size, converted, is_traced
 from pcdyn._support.checks import as_sequence, check_choice, checked_integer
 from pcdyn._support.compiling import compiled
+from pcdyn._support.derivative_rules import with_rule_in_loops
 from pcdyn._support.products import matmul
 from pcdyn._support.types import Activities, Numbers, Scalar, State
-from pcdyn.errors import InputError, ShapeError, SingularHessianError
-from pcdyn.linearisation.block_sparse import Blocks
+from pcdyn.errors import InputError, ShapeError, SingularHessianError, TimesError
+from pcdyn.linearisation.block_sparse import BlockFactor, Blocks
 from pcdyn.linearisation.block_tridiagonal import BlockCholesky, BlockTridiagonal, largest_entry
 from pcdyn.linearisation.coupling import nodes_of, weighted_squares
+from pcdyn.linearisation.fluctuations import checked_temperature, fluctuations, known_modes
 from pcdyn.linearisation.hessian import with_derivatives
-from pcdyn.linearisation.relaxation import factor_modes, relaxed, singular_modes, square
+from pcdyn.linearisation.relaxation import factor_modes, relaxed, square
 from pcdyn.linearisation.whitened import (
     check_same_units,
     error_factor,
     error_matrix,
+    has_errors_of_their_own,
     linear_parts,
     linear_rows,
     node_that_differs,
+    root_rates,
 )
 from pcdyn.model.clamps import Clamp
 from pcdyn.model.energies.precision import Precision
-from pcdyn.model.graph import Graph
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem
 
@@ -195,7 +199,7 @@ def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Ar
         if problem.output is None or widths[0] > min(widths):
             return state, 0 * one, 0 * one
     factor, pivot = error_factor(problem)
-    if _has_errors_of_their_own(problem):
+    if has_errors_of_their_own(problem):
         # Each free layer has a prediction error of its own: A has full rank whatever the weights.
         pivot = one
     # Beyond, the round-off of the gradient outweighs the slowest directions.
@@ -207,15 +211,6 @@ def _corrected(problem: InferenceProblem, method: str) -> tuple[State, Array, Ar
         before = state
         state = jax.tree.map(jnp.subtract, state, factor.solve(problem.gradient(state)))
     return state, pivot, _relative(problem, before, state)
-
-
-def _has_errors_of_their_own(problem: InferenceProblem) -> bool:
-    """Whether each free layer is predicted, and none from what depends on it."""
-    if problem.is_chain:
-        return problem.input is not None
-    graph = problem.graph
-    assert isinstance(graph, Graph), "there are chains and graphs"
-    return graph.has_order(problem.free_layers)
 
 
 def _in_output_space(problem: InferenceProblem) -> tuple[State, State]:
@@ -418,7 +413,7 @@ def _exact_flow(
 ) -> ExactFlow:
     _, precisions = linear_parts(problem)
     problem = problem.with_prior_as_layer(initial)
-    scale = _root_rates(problem)
+    scale = root_rates(problem)
     matrix = error_matrix(problem)
 
     def target(problem: InferenceProblem) -> Array:
@@ -437,11 +432,8 @@ def _exact_flow(
         end, time = towards
         change = square(matrix, target(end.with_prior_as_layer(initial)))[1] - residual
         slope = change / jnp.asarray(time, change.dtype)
-    left, sizes, right = jax.lax.stop_gradient(singular_modes(factor))
+    left, sizes, right = jax.lax.stop_gradient(known_modes(problem, factor))
     eps, largest = jnp.finfo(sizes.dtype).eps, jnp.max(sizes)
-    if not _has_errors_of_their_own(problem):
-        # Round-off in a flat direction would grow with time; neither rate nor drive is there.
-        sizes = jnp.where(sizes <= len(sizes) * eps * largest, 0, sizes)
     known = jnp.where(sizes > 0, sizes, jnp.inf)
     way = jnp.abs(matmul(jax.lax.stop_gradient(residual), left))
     size = jnp.linalg.norm(jax.lax.stop_gradient(residual), axis=-1, keepdims=True)
@@ -504,6 +496,188 @@ def single_layer_flow(
     return _exact_flow(neighbours, neighbours.initial_state((activities[layer],)))
 
 
+class Moments(eqx.Module):
+    """Mean and covariance of the free units of a linear network with noise, in time.
+
+    - `times`: shape `(time,)`.
+    - `mean`: of each free layer, `(time, n_l)` or `(time, batch, n_l)`: the flow without noise.
+    - `covariance`: of the units of all free layers, stacked in order, `(time, N, N)`. All samples
+      have the same.
+    - `layers`: the indices l of the free layers.
+    """
+
+    times: Float[Array, " time"]
+    mean: State
+    covariance: Float[Array, "time N N"]
+    layers: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def standard_deviations(self) -> State:
+        """Standard deviation of every unit, `(time, n_l)` for each free layer."""
+        variances = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return _split(jnp.sqrt(variances), tuple(x.shape[-1] for x in self.mean))
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """Return a readable account, for all samples together."""
+        text = f"Moments of layers {self.layers} with {[x.shape[-1] for x in self.mean]} units"
+        if is_traced(self.covariance):
+            return f"{text} inside of a JAX transformation"
+        if self.covariance.ndim > 3:
+            return f"{text}, of {len(self.covariance)} networks"
+        lines = [f"{text}, {len(self.times)} times to {float(self.times[-1]):g}"]
+        for index, each in zip(self.layers, self.standard_deviations, strict=True):
+            low, high = float(jnp.min(each[-1])), float(jnp.max(each[-1]))
+            lines.append(f"  layer {index}: standard deviations at the end {low:.3g} … {high:.3g}")
+        return "\n".join(lines)
+
+
+def moments(
+    problem: InferenceProblem,
+    temperature: Scalar,
+    times: Numbers,
+    *,
+    initial: str | Sequence[Numbers] = "feedforward",
+    covariance: Numbers | None = None,
+) -> Moments:
+    """Compute the law of `τ dx = −∂F/∂x dt + √(2Tτ) dW` for a linear network, without sampling.
+
+    At each time the free units are Gaussian: their mean is the flow without noise, and their
+    covariance tends to `stationary_covariance`, if there is one. Flat directions, in which there
+    is none, are covered. The mean has derivatives of any order, the covariance none with respect
+    to the network, which are refused by name.
+
+    **Arguments:**
+
+    - `temperature`: T, at least 0.
+    - `times`: at least one, none negative, in units of the activity time constant.
+    - `initial`: where it starts, as for `pcdyn.simulate`: the mean, if there is a `covariance`.
+    - `covariance`: that of the start, `(N, N)`; a point unless given.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `InputError` for a temperature or a covariance that is none, and where samples of a batch
+      differ in their free units; `TimesError` for negative times.
+    - `SizeError` where the covariances do not fit into memory.
+    """
+    linear_parts(problem)
+    check_same_units(problem, "the covariance")
+    temperature = checked_temperature(temperature)
+    known = as_host_array(times, "times", error=TimesError)
+    if known.ndim != 1 or known.size == 0 or np.min(known) < 0:
+        raise TimesError(f"times must be a vector of at least one, none negative, got {times!r}")
+    units = sum(problem.free_widths)
+    size = float(units) ** 2 * problem.dtype.itemsize
+    check_size((len(known) + 2) * size, f"covariances of {units} units at {len(known)} times")
+    start = None if covariance is None else _checked_covariance(covariance, units, problem.dtype)
+    flow = exact_flow(problem, problem.initial_state(initial))
+    found = _moments(problem, temperature, flow, jnp.asarray(known, problem.dtype), start)
+    return Moments(*found, problem.free_layers)
+
+
+@compiled
+def _moments(
+    problem: InferenceProblem,
+    temperature: Scalar,
+    flow: ExactFlow | ExactFlows,
+    times: Array,
+    start: Array | None,
+) -> tuple[Array, State, Array]:
+    process = fluctuations(problem, temperature)
+    covariance = jax.vmap(process.covariance)(times)
+    if start is not None:
+        covariance = covariance + jax.vmap(lambda t: process.carried(start, t))(times)
+    return times, jax.vmap(flow)(times), covariance
+
+
+def _checked_covariance(value: Numbers, units: int, dtype: np.dtype) -> Array:
+    array = as_float_array(value, "covariance")
+    if array.shape != (units, units):
+        raise ShapeError(
+            f"covariance has shape {array.shape}, but that of all {units} free units, stacked in "
+            f"order, has {(units, units)}"
+        )
+    if not is_traced(array):
+        known = np.asarray(array, float)
+        slack = 1e3 * float(jnp.finfo(array.dtype).eps) * np.max(np.abs(known))
+        even = np.max(np.abs(known - known.T)) <= slack
+        if not even or np.min(np.linalg.eigvalsh((known + known.T) / 2)) < -units * slack:
+            raise InputError("covariance must be symmetric and have no negative eigenvalue")
+    return converted(array, dtype, "covariance")
+
+
+def stationary_covariance(problem: InferenceProblem, temperature: Scalar) -> Float[Array, "N N"]:
+    """Compute T·H⁻¹, which the covariance of a linear network with noise tends to.
+
+    It is that of the density exp(−F/T) of the free units, stacked in order; at T = 1 of the
+    posterior (`pcdyn.posterior`). Time constants play no part in it. All samples have the same. It
+    has derivatives of any order.
+
+    **Arguments:**
+
+    - `temperature`: T, at least 0.
+
+    **Raises:**
+
+    - `NotLinearError` for other networks and energies.
+    - `SingularHessianError` as `linear_equilibrium` raises it: along a flat direction the variance
+      grows without end (`moments` has it at any time). Under a JAX transformation it is NaN.
+    - `InputError` for a temperature that is none, and where samples of a batch differ in their
+      free units.
+    - `SizeError` where it does not fit into memory.
+    """
+    linear_parts(problem)
+    check_same_units(problem, "the covariance")
+    temperature = checked_temperature(temperature)
+    units = sum(problem.free_widths)
+    size = 3 * float(units) ** 2 * problem.dtype.itemsize
+    check_size(size, f"the covariance of {units} units")
+    rest = jax.lax.stop_gradient(tuple(linear_equilibrium(problem)))
+    regular = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in rest]))
+    return _stationary(problem, temperature, regular)
+
+
+@compiled
+def _stationary(problem: InferenceProblem, temperature: Scalar, regular: Array) -> Array:
+    scaled: Array = jnp.asarray(temperature, problem.dtype) * _inverse_hessian(problem)
+    return jnp.where(regular, scaled, jnp.nan)
+
+
+@eqx.filter_custom_jvp
+def _inverse_hessian_once(problem: InferenceProblem) -> Array:
+    """H⁻¹, with 0 where a sample has no unit."""
+    factor, _ = error_factor(problem)
+    ones = tuple(jnp.ones(width, problem.dtype) for width in problem.free_widths)
+    present = jnp.concatenate(problem.without_padding(ones))
+    return dense_inverse(factor, problem.free_widths) * jnp.outer(present, present)
+
+
+_inverse_hessian = with_rule_in_loops(_inverse_hessian_once)
+
+
+@_inverse_hessian_once.def_jvp
+def _inverse_hessian_jvp(
+    primals: tuple[InferenceProblem], tangents: tuple[PyTree]
+) -> tuple[Array, Array]:
+    (problem,), (tangent,) = primals, tangents
+    inverse = _inverse_hessian(problem)
+    _, change = eqx.filter_jvp(lambda p: hessian(p).dense(), (problem,), (tangent,))
+    change = jnp.zeros_like(inverse) if change is None else change
+    return inverse, -matmul(matmul(inverse, change), inverse)
+
+
+@compiled
+def dense_inverse(factor: BlockFactor, widths: tuple[int, ...]) -> Array:
+    """H⁻¹ as one matrix from the block Cholesky factor of H."""
+    eye = jnp.eye(sum(widths), dtype=factor.factors[0].dtype)
+    units = jnp.split(eye, np.cumsum(widths)[:-1], axis=1)
+    rows = jnp.concatenate(factor.solve(tuple(units)), axis=1)
+    return (rows + rows.T) / 2
+
+
 def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
     """Compute the decay rates of a linear network's flow in ascending order, in 1/(time units).
 
@@ -540,15 +714,9 @@ def linear_modes(problem: InferenceProblem) -> tuple[Array, Array, Array]:
     linear_parts(problem)
     units = sum(problem.free_widths)
     check_size(2 * float(units) ** 2 * problem.dtype.itemsize, f"all modes of {units} units")
-    matrix, scale = error_matrix(problem), _root_rates(problem)
+    matrix, scale = error_matrix(problem), root_rates(problem)
     (factor,) = square(matrix * jnp.broadcast_to(scale, matrix.shape))
     return (*factor_modes(factor), scale)
-
-
-def _root_rates(problem: InferenceProblem) -> Float[Array, " N"]:
-    """τ^{-½} of each free unit."""
-    each = zip(problem.free_widths, problem.state_time_constants, strict=True)
-    return jnp.concatenate([jnp.full(width, tau**-0.5) for width, tau in each])
 
 
 def _bears(problem: InferenceProblem, index: int) -> bool:

@@ -39,7 +39,7 @@ from pcdyn.linearisation.whitened import (
 )
 from pcdyn.model.graph import Graph
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.linear import hessian, linear_equilibrium
+from pcdyn.references.linear import dense_inverse, hessian, linear_equilibrium
 
 
 class Posterior(eqx.Module):
@@ -76,7 +76,7 @@ class Posterior(eqx.Module):
         widths = [x.shape[-1] for x in self.mean]
         dtype = self.mean[0].dtype
         check_size(2 * float(sum(widths)) ** 2 * dtype.itemsize, "the covariance of all free units")
-        return _inverse(self.factor, tuple(widths))
+        return dense_inverse(self.factor, tuple(widths))
 
     def log_density(self, state: Sequence[Numbers]) -> Float[Array, "*shape"]:
         """Compute the log of the posterior's density at a state of the free layers.
@@ -155,14 +155,6 @@ class Posterior(eqx.Module):
                 f"none, got {shapes}"
             )
         return tuple(x.astype(m.dtype) for x, m in zip(arrays, self.mean, strict=True))
-
-
-@compiled
-def _inverse(factor: BlockFactor, widths: tuple[int, ...]) -> Array:
-    eye = jnp.eye(sum(widths), dtype=factor.factors[0].dtype)
-    units = jnp.split(eye, np.cumsum(widths)[:-1], axis=1)
-    rows = jnp.concatenate(factor.solve(tuple(units)), axis=1)
-    return (rows + rows.T) / 2
 
 
 @compiled

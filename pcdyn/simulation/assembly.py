@@ -50,7 +50,7 @@ def traced_trajectory(
     states, times = tuple(x[:-1] for x in run.states), jnp.asarray(request.times)
     observed = observe(request.problem, times.astype(problem.dtype), states)
     run = _without_overflow(run, observed)
-    found = _build(problem, run, observed, states, times, method, request.problem)
+    found = _build(problem, run, observed, states, times, method, request)
     # As arrays, counts and times get the axis of the networks as all the rest does.
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, int | float) else x, found)
 
@@ -75,12 +75,13 @@ def _build(
     states: State,
     times: Values,
     method: Integrator,
-    integrated: Flow,
+    request: Request,
     *,
     fallback: str = "",
     message: str = "",
 ) -> Trajectory:
-    """The trajectory of `problem` from states of what was `integrated`, which may be stacked."""
+    """The trajectory of `problem` from states of what was integrated, which may be stacked."""
+    integrated, noise = request.problem, request.noise
     errors, interpolation = observed.errors, run.interpolation
     if interpolation is not None:
         interpolation = _DenseActivities(problem, integrated, interpolation)
@@ -106,6 +107,7 @@ def _build(
         outputs=problem.outputs,
         moving=problem.moving(states),
         round_off=run.round_off,
+        temperature=None if noise is None else noise.temperature,
         fallback=fallback,
         message=message,
     )
@@ -153,7 +155,7 @@ def trajectory_of(
     )
     run = dataclasses.replace(run, statistics=statistics)
     return _build(
-        on_host(problem), run, observed, states, all_times, method, request.problem,
+        on_host(problem), run, observed, states, all_times, method, request,
         fallback=fallback, message=_message(worst, run, method),
     )  # fmt: skip
 

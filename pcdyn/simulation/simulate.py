@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from pcdyn._support.arrays import as_host_array, check_size, is_traced
 from pcdyn._support.checks import check_flag, checked_number
@@ -31,10 +32,12 @@ from pcdyn.integrators import (
     Exact,
     Integration,
     Integrator,
+    Langevin,
     UntilEquilibrium,
     get_integrator,
 )
 from pcdyn.integrators.base import Request, check_step_count
+from pcdyn.integrators.noise import draws
 from pcdyn.integrators.run import integrate, integrate_with_fallback, on_host
 from pcdyn.integrators.stability_function import known_interval
 from pcdyn.linearisation.spectrum import estimated_fastest_rate
@@ -44,6 +47,7 @@ from pcdyn.model.problem import InferenceFlow
 from pcdyn.model.stacked import StackedProblem, stacked
 from pcdyn.simulation.assembly import Observed, observe, traced_trajectory, trajectory_of
 from pcdyn.simulation.intervals import integrate_over_jumps, integrate_over_jumps_in_jax
+from pcdyn.simulation.noise import check_noise, times_on_steps
 from pcdyn.simulation.trajectory import Trajectory, round_off
 
 _DEFAULT_SAVES = 101
@@ -61,6 +65,8 @@ def simulate(
     dense: bool = False,
     throw: bool = True,
     seconds: float | None = None,
+    noise: Langevin | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> Trajectory:
     """Integrate `τ_l dx_l/dt = −∂F/∂x_l`, or any other `pcdyn.Flow`, from t = 0 to `t1`.
 
@@ -70,7 +76,8 @@ def simulate(
       constants change in time, a flow in which weights or precisions move as well, such as
       `pcdyn.learning.JointFlow`, or a `pcdyn.Flow` of your own.
     - `t1`: the end time, in units of the activity time constant.
-    - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given.
+    - `times`: increasing times within 0 … t1 to save at; 101 evenly spaced ones unless given, or
+      the steps of a method with noise nearest to them.
     - `initial`: `"feedforward"`, `"zeros"` or a state (see `problem.random_state`); what other
       flows take, their `initial_state` says.
     - `integrator`: a name (`"tsit5"`, `"rodas5p"`, `"lsoda"`, `"exact"`, …) or a value such as
@@ -88,6 +95,10 @@ def simulate(
     - `seconds`: after so much wall time, compilation included, it ends with the status
       `TIME_LIMIT` and what was reached. Compiled methods then ask Python for the time at each
       step. Refused under `jax.jit` and by `pcdyn.Exact`, which takes no steps.
+    - `noise`: `pcdyn.Langevin(temperature=T)` integrates `τ dx = −∂F/∂x dt + √(2Tτ) dW` by
+      `pcdyn.EulerMaruyama(dt=…)`, `pcdyn.StochasticHeun(dt=…)` or `pcdyn.Exact()`, which has no
+      error of steps; for inference only (docs/noise.md).
+    - `key`: a `jax.random.key`, from which the noise is drawn, of its own for each sample.
 
     A fixed step above the largest stable one of an explicit method at the initial state gives a
     `pcdyn.StepSizeWarning` that names the bound; see `pcdyn.stability`.
@@ -114,8 +125,9 @@ def simulate(
         check_flag(value, name)
     method = get_integrator(integrator)
     stop = _stopping(until)
+    check_noise(problem, method, noise, key, stop, dense)
     method.check(problem, stop, dense)
-    saves = _checked_times(t1, times)
+    saves = times_on_steps(_checked_times(t1, times), float(t1), method, given=times is not None)
     is_driven = isinstance(problem, DrivenProblem)
     if is_driven:
         problem.edges(float(t1))
@@ -123,6 +135,7 @@ def simulate(
     if not isinstance(problem, InferenceFlow):
         _check_other(problem, state, stop, per_sample)
     check_step_count(method, float(t1), stop)
+    traced = is_traced(problem, state, noise, key)
     # The closed form is one of the weights, layer by layer.
     deep = problem if isinstance(method, Exact) else stacked(problem, state)
     request = Request(
@@ -132,20 +145,23 @@ def simulate(
         t1=float(t1),
         until=None if stop is None else stop.resolved(problem, state, per_sample),
         dense=dense,
-        deadline=_deadline(seconds, method, traced=is_traced(problem, state)),
+        deadline=_deadline(seconds, method, traced=traced),
+        noise=None if noise is None or key is None else draws(noise, key, state),
     )
     _check_sizes(request, method)
     if per_sample and state[0].ndim != 2:
         raise ShapeError("per_sample=True needs a batch; this problem has a single sample")
-    if is_traced(problem, state):
+    if traced:
         if not method.runs_in_jax:
             raise IntegratorError(
                 f"{method.name} runs on the host and cannot be transformed by JAX; use diffrax"
             )
         if not isinstance(method, Exact):
-            moving = (request.problem, request.state)
+            moving = (request.problem, request.state, request.noise)
             moving = forward_only(moving, f"simulate with {method.name}")
-            request = dataclasses.replace(request, problem=moving[0], state=moving[1])
+            request = dataclasses.replace(
+                request, problem=moving[0], state=moving[1], noise=moving[2]
+            )
         run = (integrate_over_jumps_in_jax if is_driven else integrate)(method, request, per_sample)
         return traced_trajectory(problem, request, run, method)
     _warn_of_step(request, method)

@@ -75,6 +75,7 @@ class Trajectory(LayerEnergies, WithStatistics):
       `compile_seconds`, `run_seconds`.
     - `integrator`: its name; `fallback`: why another one took over, or an empty string.
     - `message`: how it ended, with the remedy if it failed.
+    - `temperature`: that of the noise (`pcdyn.Langevin`), `None` without noise.
     - `free_layers`: the indices of the layers that were not clamped.
     - `targets`: those of the layers that prediction errors are of, in a graph of the nodes.
     - `outputs`: where the energies of the output stand, −1 in a chain.
@@ -103,6 +104,7 @@ class Trajectory(LayerEnergies, WithStatistics):
     interpolation: Callable[[Scalar], Activities] | None = None
     moving: dict[str, PyTree] = eqx.field(default_factory=dict)
     round_off: Values | None = None
+    temperature: Scalar | None = None
     integrator: str = eqx.field(static=True, default="")
     fallback: str = eqx.field(static=True, default="")
     message: str = eqx.field(static=True, default="")
@@ -340,6 +342,8 @@ class Trajectory(LayerEnergies, WithStatistics):
         ]
         if self.fallback:
             lines.insert(2, f"  fell back to {self.fallback}")
+        if self.temperature is not None:
+            lines.insert(2, _of_noise(self.temperature))
         return "\n".join(lines)
 
     def _summary_of_networks(self, networks: int) -> str:
@@ -351,6 +355,8 @@ class Trajectory(LayerEnergies, WithStatistics):
             f"{self.times.shape[1]} times to {np.max(self.times[:, -1]):g}",
             f"  {self.integrator}: {status_counts(self.status)}",
         ]
+        if self.temperature is not None:
+            lines.append(_of_noise(self.temperature))
         if not ok.any():
             return "\n".join([*lines, "  no network without a failure"])
 
@@ -365,6 +371,12 @@ class Trajectory(LayerEnergies, WithStatistics):
             first, last = median(self.free_energy[:, 0]), median(self.free_energy[:, -1])
             lines.append(f"  median free energy {first} -> {last}")
         return "\n".join(lines)
+
+
+def _of_noise(temperature: Scalar) -> str:
+    low, high = float(np.min(np.asarray(temperature))), float(np.max(np.asarray(temperature)))
+    each = f"{low:g}" if low == high else f"{low:g} … {high:g}"
+    return f"  with noise of the temperature {each}"
 
 
 def round_off(*times: Numbers) -> float:

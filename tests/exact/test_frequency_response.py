@@ -83,7 +83,9 @@ def test_a_driven_trajectory_ends_on_it() -> None:
     times = t1 - np.linspace(2 * np.pi / omega, 0, 20)
     fine = pcdyn.Diffrax("rodas5p", rtol=1e-10, atol=1e-12, max_steps=2**17)
     run = pcdyn.simulate(driven, t1=t1, times=times, integrator=fine)
-    swing: Any = (np.asarray(found.response[0][0]) @ way)[None] * np.exp(1j * omega * times)[:, None]
+    swing: Any = (np.asarray(found.response[0][0]) @ way)[None] * np.exp(1j * omega * times)[
+        :, None
+    ]
     np.testing.assert_allclose(run.activities[1], np.asarray(rest[1]) + swing.real, atol=1e-8)
 
 

@@ -53,6 +53,22 @@ def test_the_python_snippets_run_one_after_the_other(
     assert (tmp_path / "run.npz").is_file()
 
 
+@pytest.mark.usefixtures("as_users_run")
+def test_the_example_of_the_page_on_noise_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The standard deviations of 10⁴ samples, by steps and exact, are those of the posterior.
+
+    One has the standard error .7 %; five of them.
+    """
+    page = (ROOT / "docs" / "noise.md").read_text("utf-8")
+    names: dict[str, object] = {}
+    for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(text, "docs/noise.md", "exec"), names)
+    rows = re.findall(r"\[([\d. ]+)\]", capsys.readouterr().out)
+    expected, *found = ([float(x) for x in row.split()] for row in rows[:3])
+    for each in found:
+        assert each == pytest.approx(expected, rel=0.035)
+
+
 @pytest.mark.slow
 def test_the_shell_commands_run_as_printed(tmp_path: Path) -> None:
     """One after the other in one folder; `make` is what runs this (see .ci/run for both)."""
