@@ -164,3 +164,26 @@ def test_another_method_takes_over_between_two_jumps() -> None:
     assert run.ok and run.fallback.startswith("from t=1 LSODA")
     close = pcdyn.simulate(problem, t1=20.0, integrator=pcdyn.Diffrax("rodas5p", rtol=1e-9))
     np.testing.assert_allclose(run.activities[1], close.activities[1], atol=1e-6)
+
+
+def test_a_sample_that_ran_out_of_steps_does_not_go_on_after_the_next_jump() -> None:
+    low = np.stack([np.stack([np.zeros(2), np.full(2, 30.0)]), np.zeros((2, 2))])
+    problem = driven(input=pcdyn.PiecewiseConstant([0.0, 50.0], low), output=np.zeros((2, 2)))
+    start = (np.stack([np.full(3, 1e-3), np.full(3, 5.0)]),)
+    fine: Any = {"rtol": 1e-9, "atol": 1e-12}
+    options: Any = {
+        "per_sample": True,
+        "initial": start,
+        "throw": False,
+        "times": [0.0, 50.0, 51.0],
+    }
+    first: Any = pcdyn.simulate(
+        problem, t1=50.0, **{**options, "times": [0.0]}, integrator=pcdyn.Diffrax("tsit5", **fine)
+    )
+    steps = first.accepted_steps + first.rejected_steps
+    assert steps[0] < steps[1]
+    few = pcdyn.Diffrax("tsit5", **fine, max_steps=int(steps[0]) + 1, fallback=None)
+    run: Any = pcdyn.simulate(problem, t1=51.0, **options, integrator=few)
+    assert [status.name for status in run.status] == ["REACHED_T1", "MAX_STEPS"]
+    assert run.end_time[0] == 51.0 and run.end_time[1] < 50.0
+    assert np.isnan(run.activities[1][1:, 1]).all() and np.isfinite(run.activities[1][:, 0]).all()
