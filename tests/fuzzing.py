@@ -88,6 +88,14 @@ class Things:
         return pcdyn.InferenceProblem(self.network, input=INPUT, output=OUTPUT)
 
     @cached_property
+    def signal(self) -> Any:
+        return pcdyn.PiecewiseConstant([0.0, 0.5], np.stack([INPUT, np.zeros(3)]))
+
+    @cached_property
+    def driven(self) -> Any:
+        return pcdyn.DrivenProblem(self.network, input=self.signal, output=OUTPUT)
+
+    @cached_property
     def linear_problem(self) -> Any:
         network = pcdyn.mlp(WIDTHS, activation="identity", key=self.key)
         return pcdyn.InferenceProblem(network, input=INPUT, output=OUTPUT)
@@ -199,6 +207,7 @@ def odd_values() -> dict[str, Callable[[], Any]]:
         pcdyn.Prior(),
         pcdyn.Euler(dt=0.1), pcdyn.Exact(), pcdyn.SciPy("RK45"), pcdyn.Diffrax(),
         pcdyn.EulerMaruyama(dt=0.1), pcdyn.Langevin(temperature=0.1),
+        pcdyn.PiecewiseConstant([0.0, 1.0], np.ones((2, 2))), pcdyn.Signal(jnp.sin),
         pcdyn.UntilEquilibrium(), diffrax.Tsit5(), diffrax.KenCarp3(), diffrax.Tsit5,
         diffrax.PIDController(1e-3, 1e-6), solvers.GaussNewton(), solvers.FixedPoint(),
         solvers.FlowToRest(), learning.PredictiveCoding(), learning.TruncatedGaussNewton(),
@@ -271,6 +280,19 @@ def calls() -> dict[str, Call]:
         "EulerMaruyama": lambda: (pcdyn.EulerMaruyama, {"dt": 0.1}),
         "StochasticHeun": lambda: (pcdyn.StochasticHeun, {"dt": 0.1}),
         "Langevin": lambda: (pcdyn.Langevin, {"temperature": 0.1}),
+        "PiecewiseConstant": lambda: (
+            pcdyn.PiecewiseConstant,
+            {"times": [0.0, 1.0], "values": np.ones((2, 2))},
+        ),
+        "PiecewiseLinear": lambda: (
+            pcdyn.PiecewiseLinear,
+            {"times": [0.0, 1.0], "values": np.ones((2, 2))},
+        ),
+        "Interpolated": lambda: (
+            pcdyn.Interpolated,
+            {"times": [0.0, 1.0], "values": np.ones((2, 2))},
+        ),
+        "Signal": lambda: (pcdyn.Signal, {"function": jnp.sin, "jumps": ()}),
         "UntilEquilibrium": lambda: (pcdyn.UntilEquilibrium, {}),
         "ClosedForm": lambda: (solvers.ClosedForm, {}),
         "GaussNewton": lambda: (solvers.GaussNewton, {}),
@@ -347,6 +369,15 @@ def calls() -> dict[str, Call]:
     slow: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         "CustomEnergy": lambda: (pcdyn.CustomEnergy, {"function": jnp.square}),
         "simulate": lambda: (pcdyn.simulate, {"problem": KNOWN.problem, "t1": 1.0}),
+        "DrivenProblem": lambda: (
+            pcdyn.DrivenProblem,
+            {"network": KNOWN.problem.network, "input": KNOWN.signal},
+        ),
+        "simulate with signals": lambda: (pcdyn.simulate, {"problem": KNOWN.driven, "t1": 1.0}),
+        "frequency_response": lambda: (
+            pcdyn.frequency_response,
+            {"problem": KNOWN.linear_problem, "frequencies": [0.1, 1.0]},
+        ),
         "simulate with noise": lambda: (
             pcdyn.simulate,
             {
@@ -583,8 +614,9 @@ def nonsense(result: Any) -> str:
         if not all(np.isfinite(x).all() for x in result.activities):
             return "ended well with activities that are not finite"
         rise = np.max(np.diff(result.free_energy, axis=0), initial=0)
-        # Noise may let it rise.
-        if result.temperature is None and rise > 1e-3 * np.max(result.free_energy):
+        # Noise and signals may let it rise.
+        driven = result.activities[0].ndim > 1 and np.ptp(result.activities[0], axis=0).any()
+        if result.temperature is None and not driven and rise > 1e-3 * np.max(result.free_energy):
             return "ended well with a free energy that rises"
     return ""
 

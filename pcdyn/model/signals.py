@@ -80,7 +80,8 @@ class Signal(BaseSignal):
                 "given times make a pcdyn.PiecewiseConstant or a pcdyn.PiecewiseLinear"
             )
         self.function = function
-        self.jumps = _increasing(jumps, "jumps") if len(jumps) else ()
+        none = isinstance(jumps, list | tuple) and not jumps
+        self.jumps = () if none else _increasing(jumps, "jumps")
 
     def __call__(self, t: Scalar) -> Any:  # noqa: ANN401
         """Evaluate the function at time t."""

@@ -15,7 +15,7 @@ from pcdyn._support.compiling import compiled
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
-from pcdyn.linearisation.whitened import check_same_units
+from pcdyn.linearisation.whitened import check_same_units, linear_parts
 from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.named import index_of
 from pcdyn.model.problem import InferenceProblem
@@ -95,6 +95,7 @@ def frequency_response(
     - `ShapeError` for frequencies that are no vector.
     - `SingularHessianError` for the frequency 0 where the Hessian is singular.
     """
+    linear_parts(problem)
     check_same_units(problem, "a frequency response")
     node = _node(problem, drive)
     given = converted(as_float_array(frequencies, "frequencies"), problem.dtype, "frequencies")
