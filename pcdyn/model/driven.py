@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from pcdyn._support.arrays import is_traced
-from pcdyn._support.checks import check_instance
+from pcdyn._support.checks import check_instance, checked_number
 from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.errors import InputError, TimesError
 from pcdyn.model.clamps import Clamp, Partial
@@ -100,32 +99,38 @@ class DrivenProblem(SampledFlow):
 
         **Raises:**
 
+        - `TimesError` for a time before 0 or after the end of a signal.
         - What `pcdyn.InferenceProblem` raises, for values of signals at that time.
         """
+        if not is_traced(t):
+            checked_number(t, "t", at_least=0, at_most=self.end, error=TimesError)
         problem, dtype = self.start, self.start.dtype
         time = jnp.asarray(t, dtype)
 
         def now(value: Any) -> Any:  # noqa: ANN401
-            return value(time) if callable(value) else value
+            return value(time) if isinstance(value, BaseSignal | _EnergyOf) else value
 
         if any(map(_is_signal, self.data)):
             problem = problem.with_data(*map(now, self.data))
-        energies = in_dtype(tuple(now(x) if isinstance(x, _EnergyOf) else x for x in self.energies),
-                            dtype)  # fmt: skip
+        energies = in_dtype(tuple(map(now, self.energies)), dtype)
         taus = tuple(jnp.asarray(now(x), dtype) for x in self.time_constants)
         return eqx.tree_at(lambda p: (p.energy, p.time_constants), problem, (energies, taus))
 
     @property
     def signals(self) -> tuple[BaseSignal, ...]:
         """All that changes in time."""
-        leaves = jax.tree.leaves((self.data, self.energies, self.time_constants),
-                                 is_leaf=_is_signal)  # fmt: skip
-        return tuple(filter(_is_signal, leaves))
+        parts = (self.data, self.energies, self.time_constants)
+        return tuple(filter(_is_signal, jax.tree.leaves(parts, is_leaf=_is_signal)))
 
     @property
     def jumps(self) -> tuple[float, ...]:
         """Times at which anything jumps, in order."""
         return tuple(sorted({t for signal in self.signals for t in signal.jumps}))
+
+    @property
+    def end(self) -> float:
+        """Time at which the first of its signals ends."""
+        return min(signal.end for signal in self.signals)
 
     @property
     def is_piecewise_linear(self) -> bool:
@@ -147,11 +152,10 @@ class DrivenProblem(SampledFlow):
 
         - `TimesError` for a signal that ends before.
         """
-        ends = min((signal.end for signal in self.signals), default=math.inf)
-        if ends < t1:
+        if self.end < t1:
             raise TimesError(
-                f"a signal ends at {ends:g}, before t1={t1:g}: give it values up to there, or stop "
-                "earlier"
+                f"a signal ends at {self.end:g}, before t1={t1:g}: give it values up to there, or "
+                "stop earlier"
             )
         return (0.0, *(t for t in self.jumps if 0 < t < t1), t1)
 
@@ -194,14 +198,10 @@ class DrivenProblem(SampledFlow):
 
     def sample(self, index: ArrayLike) -> DrivenProblem:
         """Take one sample of a batch (an index), or several (an array of indices)."""
-
-        def of(value: Any) -> Any:  # noqa: ANN401
-            return value.sample(index) if _is_signal(value) else value
-
         start = self.start.sample(index)
-        data = (_put(old, of(new) if _is_signal(new) else None)
-                for old, new in zip(start.data, self.data, strict=True))  # fmt: skip
-        return eqx.tree_at(lambda p: (p.start, p.data), self, (start, tuple(data)))
+        signals = [x.sample(index) if _is_signal(x) else None for x in self.data]
+        data = tuple(_put(old, new) for old, new in zip(start.data, signals, strict=True))
+        return eqx.tree_at(lambda p: (p.start, p.data), self, (start, data))
 
 
 class Interval(SampledFlow):

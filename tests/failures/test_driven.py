@@ -98,6 +98,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a spline that ends before t1": (
         lambda: pcdyn.simulate(driven(input=pcdyn.Interpolated([0.0, 1.0], ROWS)), t1=2.0),
         TimesError, "ends at 1"),
+    "the problem of a time after the end": (
+        lambda: driven(input=pcdyn.PiecewiseLinear([0.0, 1.0], ROWS)).at(1.5), TimesError,
+        "at most 1"),
+    "the problem of a time before 0": (lambda: driven().at(-0.5), TimesError, "at least 0"),
     "waiting for rest": (
         lambda: pcdyn.simulate(driven(), t1=1.0, until="equilibrium"), IntegratorError, "time"),
     "an equilibrium of what changes": (
