@@ -127,29 +127,23 @@ def drawn(config: Config, key: jax.Array) -> pcdyn.Graph:
 
 
 def check(data: xarray.Dataset) -> list[Evidence]:
-    """How near PC comes to BP at either precision, and whether convolutions are of any use."""
+    """How near PC comes to BP at either precision, and that its inference is at rest."""
     last = data.accuracy.isel(epochs_done=-1)
     accuracy = {rule: last.sel(rule=rule).values for rule in data.rule.values}
     low, low_error = _mean(accuracy[LOW] - accuracy[BP])
-    gain, gain_error = _mean(accuracy[LOW] - accuracy[LINEAR])
     nearer = data.cosine.sel(by=LOW) - data.cosine.sel(by=PC)
-    equal = within(*_mean(accuracy[PC] - accuracy[BP]))
+    equal, linear = (within(*_mean(accuracy[rule] - accuracy[BP])) for rule in (PC, LINEAR))
     method: Any = learning.PredictiveCoding().method
     return [
         Evidence(
             NAME, "PC with a low precision of the output reaches the test accuracy of BP (mean "
             "difference)", low, "at least", -0.01, error=low_error,
-            note=f"with equal precisions {equal}",
+            note=f"with equal precisions {equal}, a linear network by BP {linear}",
         ),
         Evidence(
             NAME, "a low precision of the output brings the gradients of PC nearer to those of BP, "
             "in every layer and epoch (smallest gain of the mean cosine)",
             float(nearer.mean("seed").min()), "above", 0.0,
-        ),
-        Evidence(
-            NAME, "PC with a low precision of the output does better with convolutions than a "
-            "linear network by BP (mean difference in test accuracy)", gain, "above", 0.0,
-            error=gain_error,
         ),
         Evidence(
             NAME, "inference of PC is at rest (median relative residual of a batch, largest of "
@@ -189,6 +183,6 @@ def _summary(runs: np.ndarray) -> xarray.DataArray:
 
 EXPERIMENT = Experiment(
     "convolution", "extra: a convolutional network", {"paper": Config()},
-    {"images": 256, "test_images": 128, "epochs": 20, "seeds": 2, "batch": 32},
+    {"channels": (2, 4), "images": 128, "test_images": 128, "epochs": 6, "seeds": 2, "batch": 32},
     run, check, plot,
 )  # fmt: skip
