@@ -15,11 +15,11 @@ from pcdyn._support.compiling import compiled
 from pcdyn._support.products import einsum, matmul
 from pcdyn._support.types import Numbers
 from pcdyn.errors import InputError, ShapeError, SingularHessianError
-from pcdyn.linearisation.whitened import check_same_units, linear_parts
+from pcdyn.linearisation.whitened import check_same_units, has_errors_of_their_own, linear_parts
 from pcdyn.model.clamps import PartlyClamped
 from pcdyn.model.named import index_of
 from pcdyn.model.problem import InferenceProblem
-from pcdyn.references.linear import forcing, linear_modes
+from pcdyn.references.linear import forcing, is_flat, linear_modes
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -124,8 +124,8 @@ def _response(problem: InferenceProblem, frequencies: Array, node: int) -> tuple
 
     columns = jax.jacfwd(forced)(problem.clamp[node])
     amplitudes = matmul(modes.T, scale[:, None] * columns)
-    flat = rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
-    rates = jnp.where(flat, 0, rates)
+    if not has_errors_of_their_own(problem):
+        rates = jnp.where(is_flat(rates), 0, rates)
     squares = rates[None] ** 2 + frequencies[:, None] ** 2
     resolved = jnp.all(squares > 0)
     # 1/(λ + iω), without complex products.

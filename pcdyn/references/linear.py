@@ -695,11 +695,11 @@ def spectrum(problem: InferenceProblem) -> Float[Array, " N"]:
 def relaxation_times(problem: InferenceProblem) -> Float[Array, " N"]:
     """Compute 1 / `spectrum`, descending; infinite for flat directions (within round-off)."""
     rates = spectrum(problem)
-    flat = _is_flat(rates)
+    flat = is_flat(rates)
     return jnp.where(flat, jnp.inf, 1 / jnp.where(flat, 1, rates))
 
 
-def _is_flat(rates: Float[Array, " N"]) -> Array:
+def is_flat(rates: Float[Array, " N"]) -> Array:
     """Which decay rates are zero within round-off."""
     return rates <= rates.size * jnp.finfo(rates.dtype).eps * rates[-1]
 

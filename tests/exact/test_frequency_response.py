@@ -67,6 +67,15 @@ def test_at_rest_it_is_how_the_equilibrium_moves() -> None:
     np.testing.assert_allclose(found.response[0][0].real, jax.jacfwd(rest)(given.input), rtol=1e-10)
 
 
+def test_a_slow_rate_is_no_flat_direction() -> None:
+    """Where each free layer is predicted there is a response at rest, whatever the precisions."""
+    given: Any = problem(11, energy=[pcdyn.Gaussian(p) for p in (1e10, 1e-10, 1e-10)])
+    found = pcdyn.frequency_response(given, [0.0])
+    # The first layer stays at its prediction.
+    weight = given.network.layers[0].weight
+    np.testing.assert_allclose(found.response[0][0].real, weight, rtol=1e-6)
+
+
 def test_a_driven_trajectory_ends_on_it() -> None:
     given: Any = problem(6)
     omega, rest = 0.7, pcdyn.linear_equilibrium(given)
