@@ -67,7 +67,7 @@ class Exact(Integrator):
                     "alone: take pcdyn.PiecewiseConstant or pcdyn.PiecewiseLinear, or another "
                     "integrator"
                 )
-            problem = problem.start
+            problem = problem.problem
         if not isinstance(problem, InferenceProblem):
             raise NotLinearError(
                 f"{type(problem).__name__} is no inference of a linear network, which alone "

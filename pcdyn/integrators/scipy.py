@@ -196,7 +196,7 @@ class _HostSystem:
         if method not in ("Radau", "BDF", "LSODA"):
             return {}
         flow = self._flow
-        problem = flow.start if isinstance(flow, Interval) else flow
+        problem = flow.problem.problem if isinstance(flow, Interval) else flow
         if not isinstance(problem, InferenceProblem | StackedProblem):
             return {"jac": self.dense_jacobian}
         if isinstance(problem, InferenceProblem) and not problem.is_chain:

@@ -17,7 +17,7 @@ from pcdyn._support.types import Activities, Numbers, Scalar, State, Values
 from pcdyn.errors import InputError, TimesError
 from pcdyn.model.clamps import Clamp, Partial
 from pcdyn.model.energies.energy import Energy, in_dtype
-from pcdyn.model.flow import SampledFlow
+from pcdyn.model.flow import FlowOfProblem, SampledFlow
 from pcdyn.model.graph import Graph
 from pcdyn.model.named import index_of
 from pcdyn.model.network import Network
@@ -42,14 +42,15 @@ class _EnergyOf(eqx.Module):
         return energy.per_prediction(self.count)[self.place]
 
 
-class DrivenProblem(SampledFlow):
+class DrivenProblem(SampledFlow, FlowOfProblem):
     """Inference while its data, precisions or time constants change: `τ dx/dt = −∂F(t, x)/∂x`.
 
     It takes what `pcdyn.InferenceProblem` takes, of which any clamped value, energy or time
     constant may be a signal: `pcdyn.PiecewiseConstant`, `pcdyn.PiecewiseLinear`,
     `pcdyn.Interpolated` or `pcdyn.Signal`. `pcdyn.simulate` steps exactly onto their jumps, and
     activities in between are as exact as without; at a jump a clamped layer has the value after it.
-    `at(t)` is the problem of one moment, for all that asks for one that does not change.
+    `at(t)` is the problem of one moment, for all that asks for one that does not change; the
+    attribute `problem` is that of t = 0.
 
     **Arguments:**
 
@@ -64,7 +65,7 @@ class DrivenProblem(SampledFlow):
     - `InputError` if nothing changes in time.
     """
 
-    start: InferenceProblem
+    problem: InferenceProblem
     data: tuple[Any, ...]
     energies: tuple[Any, ...]
     time_constants: tuple[Any, ...]
@@ -86,7 +87,7 @@ class DrivenProblem(SampledFlow):
         if not holds_signal(*given):
             raise InputError("nothing changes in time: this is a pcdyn.InferenceProblem")
         first = dict(zip(_CHANGING, map(_at_start, given), strict=True))
-        self.start = start = InferenceProblem(network, prior=prior, **first)
+        self.problem = start = InferenceProblem(network, prior=prior, **first)
         places = _by_place(start, clamp, {"input": input, "output": output})
         self.data = tuple(_put(old, new) for old, new in zip(start.data, places, strict=True))
         self.energies = _energies(start, network, energy)
@@ -104,7 +105,7 @@ class DrivenProblem(SampledFlow):
         """
         if not is_traced(t):
             checked_number(t, "t", at_least=0, at_most=self.end, error=TimesError)
-        problem, dtype = self.start, self.start.dtype
+        problem, dtype = self.problem, self.dtype
         time = jnp.asarray(t, dtype)
 
         def now(value: Any) -> Any:  # noqa: ANN401
@@ -159,25 +160,9 @@ class DrivenProblem(SampledFlow):
             )
         return (0.0, *(t for t in self.jumps if 0 < t < t1), t1)
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.start.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.start.free_layers
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        return self.start.outputs
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        return self.start.targets
-
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the state to start from, as the problem at t = 0 does."""
-        return self.start.initial_state(initial)
+        return self.problem.initial_state(initial)
 
     def vector_field(self, t: Scalar, state: State) -> State:
         """Compute dx/dt = −(1/τ) ∂F/∂x at time t, shaped like `state`."""
@@ -189,7 +174,7 @@ class DrivenProblem(SampledFlow):
 
     def activities(self, state: State) -> Activities:
         """Return all layers at a state, clamped ones as they are at t = 0."""
-        return self.start.activities(state)
+        return self.problem.activities(state)
 
     def activities_along(self, times: Values, states: State) -> Activities:
         """Return all layers at several times, the time on the first axis."""
@@ -198,13 +183,13 @@ class DrivenProblem(SampledFlow):
 
     def sample(self, index: ArrayLike) -> DrivenProblem:
         """Take one sample of a batch (an index), or several (an array of indices)."""
-        start = self.start.sample(index)
+        start = self.problem.sample(index)
         signals = [x.sample(index) if _is_signal(x) else None for x in self.data]
         data = tuple(_put(old, new) for old, new in zip(start.data, signals, strict=True))
-        return eqx.tree_at(lambda p: (p.start, p.data), self, (start, data))
+        return eqx.tree_at(lambda p: (p.problem, p.data), self, (start, data))
 
 
-class Interval(SampledFlow):
+class Interval(SampledFlow, FlowOfProblem):
     """A driven problem between two jumps, with its time counted from the first of them.
 
     Short of the second it has the values before that, whatever the round-off of a time.
@@ -221,19 +206,6 @@ class Interval(SampledFlow):
         return self.problem.at(
             jnp.clip(begin + jnp.asarray(t, dtype), begin, jnp.nextafter(end, begin))
         )
-
-    @property
-    def start(self) -> InferenceProblem:
-        """What does not change, with the values at the beginning of the run."""
-        return self.problem.start
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.problem.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return the state to start from, as the problem at t = 0 does."""

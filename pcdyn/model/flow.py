@@ -1,10 +1,10 @@
 """What `pcdyn.simulate` integrates: a state and its vector field, which may depend on time."""
 
-from __future__ import annotations
+# No postponed annotations here: equinox sees an abstract field only as a value.
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -74,7 +74,7 @@ class Flow(eqx.Module):
         """
         return None
 
-    def prepared(self) -> Flow:
+    def prepared(self) -> "Flow":
         """Compute what is constant during a run; returns the flow itself unless overridden."""
         return self
 
@@ -168,6 +168,28 @@ class SampledFlow(Flow):
         return eqx.filter_vmap(lambda index, *rows: function(self.sample(index), *rows))(
             each, *trees
         )
+
+
+class FlowOfProblem(Flow):
+    """A flow whose layers are those of its `problem`, such as one in which weights move as well."""
+
+    problem: eqx.AbstractVar[Any]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.problem.dtype
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        return self.problem.free_layers
+
+    @property
+    def targets(self) -> tuple[int, ...] | None:
+        return self.problem.targets
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.problem.outputs
 
 
 def check_flow(flow: Flow) -> None:

@@ -238,7 +238,7 @@ def _warn_of_step(request: Request, method: Integrator) -> None:
     """Warn of a fixed step with which an explicit method amplifies a mode at the start."""
     problem = request.problem
     if isinstance(problem, DrivenProblem):
-        problem = problem.start
+        problem = problem.problem
     if method.fixed_step is None or not isinstance(problem, InferenceFlow):
         return
     interval = known_interval(method)

@@ -11,7 +11,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from pcdyn._support.arrays import is_traced
@@ -21,32 +20,16 @@ from pcdyn.equilibria.equilibrium import Equilibrium, equilibrium
 from pcdyn.equilibria.solvers import GaussNewton, Solver, get_solver
 from pcdyn.errors import EquilibriumStatus, ToleranceError
 from pcdyn.learning.rules.base import start_of
-from pcdyn.model.flow import Flow
+from pcdyn.model.flow import FlowOfProblem
 from pcdyn.model.graph import Graph, learnable
 from pcdyn.model.network import Network
 from pcdyn.model.problem import InferenceProblem, check_problem
 
 
-class _WeightsMove(Flow):
+class _WeightsMove(FlowOfProblem):
     """What both flows have of their problem."""
 
     problem: eqx.AbstractVar[InferenceProblem]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.problem.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.problem.free_layers
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        return self.problem.targets
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        return self.problem.outputs
 
     def _at(self, state: State) -> InferenceProblem:
         return eqx.tree_at(lambda p: p.graph, self.problem, self.moving(state)["network"])

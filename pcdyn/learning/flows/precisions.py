@@ -27,7 +27,7 @@ from pcdyn.learning.flows.variational import (
 )
 from pcdyn.linearisation.whitened import is_linear, precisions_of
 from pcdyn.model.energies.energy import Gaussian
-from pcdyn.model.flow import Flow
+from pcdyn.model.flow import FlowOfProblem
 from pcdyn.model.problem import InferenceProblem, check_problem
 from pcdyn.references.algorithms import feedforward
 from pcdyn.references.linear import linear_equilibrium, output_covariance
@@ -46,7 +46,7 @@ def _as_posterior(posterior: PosteriorName) -> PosteriorName:
     return posterior
 
 
-class PrecisionFlow(Flow):
+class PrecisionFlow(FlowOfProblem):
     """The flow `dθ/dt = −∂F/∂θ` of the parameters of precisions, with inference at equilibrium.
 
     F is the variational free energy (`pcdyn.learning.variational_free_energy`) at the equilibrium
@@ -108,14 +108,6 @@ class PrecisionFlow(Flow):
                     f"the precision of layer {index} has shape {given.shape}, which a "
                     f"{self.structures[index - 1]} precision cannot start from"
                 )
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.problem.dtype
-
-    @property
-    def free_layers(self) -> tuple[int, ...]:
-        return self.problem.free_layers
 
     def initial_state(self, initial: str | Sequence[Numbers] = "feedforward") -> State:
         """Return θ of the problem's precisions, or others: a vector for each learned precision."""
