@@ -550,9 +550,9 @@ MISTAKES = (
     ),
     Mistake(
         "euler: the number of steps is floored",
-        "pcdyn/integrators/euler.py",
-        "nearest = jnp.round(steps)",
-        "nearest = jnp.floor(steps)",
+        "pcdyn/integrators/fixed_steps.py",
+        "nearest = xp.round(steps)",
+        "nearest = xp.floor(steps)",
         ("tests/exact/test_steps.py::test_euler_takes_as_many_steps_as_fit",),
     ),
     Mistake(

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite
 from pcdyn._support.types import Scalar, State
 from pcdyn.errors import IntegratorError, Status
-from pcdyn.integrators.base import (
-    Integration,
-    Integrator,
-    Request,
-    UntilEquilibrium,
-    check_step,
-)
+from pcdyn.integrators.base import Integration, Request, UntilEquilibrium
+from pcdyn.integrators.fixed_steps import FixedSteps, nearest_steps
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
-
-# Of a step: so far from a multiple of dt a time still counts as one.
-_MOST_SLACK = 0.1
 
 # The step, the state, and whether it rests and the deadline has passed.
 _Carry = tuple[Array, State, Array, Array]
 
 
-class Euler(Integrator):
+class Euler(FixedSteps):
     """The update `x ← x + dt · dx/dt`, repeated; n updates reach t = n·dt.
 
     Times between two updates are interpolated linearly. diffrax's Euler steps by differences of
@@ -42,32 +32,9 @@ class Euler(Integrator):
     - `max_steps`: more updates are refused.
     """
 
-    dt: Scalar
-    max_steps: int = eqx.field(
-        # float32 counts so far without an error in the division of times.
-        static=True,
-        default=2**20,
-        converter=integer("max_steps", at_least=1, at_most=2**31 - 2),
-    )
-
-    def __check_init__(self) -> None:
-        check_step("Euler", self.dt)
-
     @property
     def name(self) -> str:
         return "euler"
-
-    @property
-    def runs_in_jax(self) -> bool:
-        return True
-
-    @property
-    def fixed_step(self) -> Scalar:
-        return self.dt
-
-    @property
-    def most_steps(self) -> int:
-        return self.max_steps
 
     def check(self, problem: Flow, until: UntilEquilibrium | None, dense: bool) -> None:
         if dense:
@@ -113,12 +80,8 @@ class Euler(Integrator):
 
             return carry, jax.lax.cond(fraction > 0, interpolate, lambda state: state, carry[1])
 
-        # Times that are meant to be multiples of dt are so only up to round-off, here of the ratio
-        # and, where they come in float32, of the times.
         steps = jnp.append(request.times, t1) / self.dt
-        nearest = jnp.round(steps)
-        slack = jnp.minimum(1e-6 * jnp.maximum(nearest, 1), _MOST_SLACK)
-        on_grid = jnp.abs(steps - nearest) <= slack
+        nearest, on_grid = nearest_steps(steps, jnp)
         whole = jnp.where(on_grid, nearest, jnp.floor(steps))
         fraction = jnp.asarray(jnp.where(on_grid, 0, steps - whole), dtype)
         # With `until` t1 can be out of reach.

@@ -5,22 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pcdyn._support.checks import integer
 from pcdyn._support.states import all_finite
 from pcdyn._support.types import Scalar, State
 from pcdyn.errors import IntegratorError, Status
-from pcdyn.integrators.base import (
-    Integration,
-    Integrator,
-    Request,
-    UntilEquilibrium,
-    check_step,
-)
+from pcdyn.integrators.base import Integration, Request, UntilEquilibrium
+from pcdyn.integrators.fixed_steps import FixedSteps
 from pcdyn.integrators.statistics import Statistics
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
@@ -31,22 +24,11 @@ _Field = Callable[[Scalar, State], State]
 _Carry = tuple[Array, State, Array]
 
 
-class StochasticSteps(Integrator):
+class StochasticSteps(FixedSteps):
     """Base of methods that step by `dt` and draw the noise of each step from its number.
 
     Nothing else bears on what is drawn, so that a path is the same whichever times are saved.
     """
-
-    dt: Scalar
-    max_steps: int = eqx.field(
-        # float32 counts so far without an error in the division of times.
-        static=True,
-        default=2**20,
-        converter=integer("max_steps", at_least=1, at_most=2**31 - 2),
-    )
-
-    def __check_init__(self) -> None:
-        check_step(type(self).__name__, self.dt)
 
     @property
     @abc.abstractmethod
@@ -56,18 +38,6 @@ class StochasticSteps(Integrator):
     @abc.abstractmethod
     def stepped(self, field: _Field, t: Scalar, state: State, kicks: State) -> State:
         """Take one step from time t, with `kicks` the integral of the noise over it."""
-
-    @property
-    def runs_in_jax(self) -> bool:
-        return True
-
-    @property
-    def fixed_step(self) -> Scalar:
-        return self.dt
-
-    @property
-    def most_steps(self) -> int:
-        return self.max_steps
 
     @property
     def takes_noise(self) -> bool:

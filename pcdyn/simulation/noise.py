@@ -9,12 +9,10 @@ from pcdyn._support.checks import check_instance, check_key
 from pcdyn.errors import InputError, IntegratorError, TimesError
 from pcdyn.integrators import Integrator, Langevin, UntilEquilibrium
 from pcdyn.integrators.base import check_step_count
+from pcdyn.integrators.fixed_steps import nearest_steps
 from pcdyn.model.flow import Flow
 from pcdyn.model.problem import InferenceFlow
 
-# So far from a multiple of dt, relative to it and at most absolutely in steps, a time counts as
-# one: times may come in float32.
-_SLACK, _MOST_SLACK = 1e-6, 0.1
 _TAKERS = (
     "pcdyn.EulerMaruyama(dt=…), pcdyn.StochasticHeun(dt=…) or, for a linear network, pcdyn.Exact()"
 )
@@ -91,10 +89,8 @@ def times_on_steps(times: np.ndarray, t1: float, method: Integrator, *, given: b
 
 
 def _check_multiples(times: np.ndarray, what: str, name: str, dt: float) -> None:
-    steps = times / dt
-    nearest = np.round(steps)
-    slack = np.minimum(_SLACK * np.maximum(nearest, 1), _MOST_SLACK)
-    off = np.flatnonzero(np.abs(steps - nearest) > slack)
+    nearest, on_step = nearest_steps(times / dt)
+    off = np.flatnonzero(~on_step)
     if off.size:
         first = off[0]
         where = what if what == "t1" else f"{what}[{first}]"
